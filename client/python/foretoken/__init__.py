@@ -1,0 +1,1 @@
+"""Foretoken: client, gateway and model tools in Python."""
