@@ -1,0 +1,80 @@
+// CpuDevice: the Device on host processors. Reference for every other device, and the embedded
+// default. Ops of the compute stream run at once, on the caller's thread and its pool; a copy
+// stream is one thread of low priority that runs beside them.
+//
+// Its ops lie in files by subject: elementwise.cc, linear.cc, attention.cc, kv_ops.cc, resolve.cc,
+// history.cc, predict.cc, sample.cc.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <functional>
+#include <memory>
+
+#include "kernels/cpu/thread_pool.h"
+#include "kernels/device.h"
+
+namespace foretoken::kernels {
+
+// What ops are enqueued on. run() executes at once (compute) or in turn (copy).
+class CpuStream : public Stream {
+ public:
+  virtual void run(std::function<void()> op) = 0;
+};
+
+class CpuDevice final : public Device {
+ public:
+  explicit CpuDevice(const CpuDeviceConfig& config);
+
+  DeviceInfo info() const override;
+  DataType activation_type() const override { return DataType::kFp32; }
+
+  void* allocate(std::size_t bytes, MemoryUse use) override;
+  void release(void* data, std::size_t bytes, MemoryUse use) override;
+  std::size_t memory_in_use(MemoryUse use) const override;
+  std::unique_ptr<Stream> make_stream(StreamKind kind) override;
+  std::unique_ptr<Event> make_event() override;
+  void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) override;
+  void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
+  void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
+  void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
+  std::byte* register_host(std::byte* host, std::size_t bytes) override;
+  void unregister_host(std::byte* host) override;
+
+  std::unique_ptr<Weight> make_weight(std::span<const WeightPart> parts) override;
+  std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) override;
+  std::size_t predictor_state_bytes(int max_columns) const override;
+
+  void embed(const EmbedArgs& args, Stream& stream) override;
+  void rms_norm(const RmsNormArgs& args, Stream& stream) override;
+  void linear(const LinearArgs& args, Stream& stream) override;
+  void swiglu(const SwiGluArgs& args, Stream& stream) override;
+  void rope_prefill(const RopePrefillArgs& args, Stream& stream) override;
+  void rope_decode(const RopeDecodeArgs& args, Stream& stream) override;
+  void prefill_attention(const PrefillAttentionArgs& args, Stream& stream) override;
+  void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) override;
+  void decode_attention(const DecodeAttentionArgs& args, Stream& stream) override;
+  void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) override;
+  void pack_blocks(const PackBlocksArgs& args, Stream& stream) override;
+  void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) override;
+  void write_through(const WriteThroughArgs& args, Stream& stream) override;
+  void advance(const AdvanceArgs& args, Stream& stream) override;
+  void resolve(const ResolveArgs& args, Stream& stream) override;
+  void gather(const GatherArgs& args, Stream& stream) override;
+  void history_append(const HistoryAppendArgs& args, Stream& stream) override;
+  void predict(const PredictArgs& args, Stream& stream) override;
+  void select_top(const SelectTopArgs& args, Stream& stream) override;
+  void select_recent(const SelectRecentArgs& args, Stream& stream) override;
+  void sample(const SampleArgs& args, Stream& stream) override;
+
+ private:
+  // Runs `op` on the stream; ops take their args by value, since a copy stream runs them later.
+  static void enqueue(Stream& stream, std::function<void()> op);
+
+  CpuDeviceConfig config_;
+  ThreadPool pool_;  // compute ops only: one stream of kCompute at a time
+  std::array<std::atomic<std::size_t>, static_cast<std::size_t>(MemoryUse::kCount)> in_use_{};
+  std::atomic<std::size_t> total_in_use_{0};
+};
+
+}  // namespace foretoken::kernels

@@ -1,0 +1,483 @@
+// Device: everything that Foretoken asks of a processor with its own memory. One interface, two
+// implementations: kernels/cpu (the reference and the embedded default) and kernels/cuda.
+// The model graph (worker/model.h), the store's gather and the predictor are written once, here.
+//
+// Conventions
+//   - Every op takes an args struct and a Stream, enqueues, and returns. All pointers must stay
+//     valid until the stream has passed the op. Shapes are [rows, columns], last index fastest.
+//   - Pointers are device pointers, unless a comment says "host". On the CPU device they are plain
+//     memory that is accounted separately, so that tiering stays real and visible there.
+//   - Activations have activation_type(); accumulation is fp32 everywhere; logits are fp32.
+//   - Values that change from step to step (lengths, tables, lists) lie in device memory, so that
+//     one recorded sequence of ops serves every step.
+//   - A broken REQUIRES ends the process (FT_CHECK). A device failure throws Exception(kDevice).
+//   - An op may be called by one thread at a time per stream; several streams at once are fine.
+//
+// Example: tests/kernels/device_test.cc
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "common/ids.h"
+#include "kernels/kv_layout.h"
+
+namespace foretoken::kernels {
+
+enum class DataType { kFp32, kFp16, kBf16 };
+constexpr std::size_t bytes_of(DataType type) { return type == DataType::kFp32 ? 4 : 2; }
+std::string_view name_of(DataType type);
+
+// How a history value is stored. kE5m3: the fp16 bits of value * 2^12, shifted right by 7
+// (5 exponent and 3 mantissa bits, no sign): 2^-29 .. 1 in one byte.
+enum class HistoryType { kFp32, kBf16, kE5m3 };
+constexpr std::size_t bytes_of(HistoryType type) {
+  return type == HistoryType::kFp32 ? 4 : type == HistoryType::kBf16 ? 2 : 1;
+}
+
+// What an allocation is for; the device's memory table (Device::memory_in_use) counts by it.
+enum class MemoryUse { kWeights, kKvSlots, kTables, kHistory, kActivations, kPrefill, kCount };
+std::string_view name_of(MemoryUse use);
+
+class Device;
+
+// Owns device memory; move-only. Contents start undefined.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(Device& device, std::size_t bytes, MemoryUse use);
+  ~DeviceBuffer();
+  DeviceBuffer(DeviceBuffer&& other) noexcept;
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept;
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  std::size_t bytes() const { return bytes_; }
+  void* data() const { return data_; }
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  Device* device_ = nullptr;
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+  MemoryUse use_ = MemoryUse::kActivations;
+};
+
+// A queue of work, run in order. kCompute may use the whole device; kCopy is for gathers and
+// write-through beside it (few CTAs on a GPU; one thread of low priority on the CPU).
+enum class StreamKind { kCompute, kCopy };
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  // Blocks the host until all that was enqueued has run. Rethrows what an op threw.
+  virtual void synchronize() = 0;
+};
+
+// A point in a stream. record() may be called again: the event then stands for the later point.
+class Event {
+ public:
+  virtual ~Event() = default;
+  virtual void record(Stream& stream) = 0;
+  // Later work of `stream` starts after the recorded point. No-op if never recorded.
+  virtual void wait(Stream& stream) = 0;
+  virtual bool done() const = 0;    // true if never recorded
+  virtual void synchronize() = 0;   // blocks the host
+};
+
+// A matrix of weights in whatever form the device multiplies best. Made by make_weight.
+class Weight {
+ public:
+  virtual ~Weight() = default;
+  int rows = 0;     // output features
+  int columns = 0;  // input features
+};
+
+// Rows of a host matrix [rows, columns], row stride in bytes; parts are stacked in order.
+struct WeightPart {
+  const std::byte* data = nullptr;  // host
+  DataType type = DataType::kFp16;
+  int rows = 0;
+  int columns = 0;
+  std::size_t row_stride_bytes = 0;
+};
+
+// ---- transformer ops -------------------------------------------------------------------------
+
+struct EmbedArgs {
+  const TokenId* tokens;  // [num_tokens]; a negative id (another rank's part) gives a zero row
+  const void* table;      // [vocab, hidden] of table_type
+  DataType table_type;
+  int num_tokens;
+  int hidden;
+  void* out;  // [num_tokens, hidden] activation
+};
+
+// out = x / sqrt(mean(x^2) + eps) * weight. With residual: residual += x first, and x is residual.
+struct RmsNormArgs {
+  const void* x;        // [rows, columns] activation
+  void* residual;       // [rows, columns] activation, or null
+  const float* weight;  // [columns]
+  float eps;
+  int rows;
+  int columns;
+  void* out;  // [rows, columns] activation; may be x
+};
+
+// out = x W^T + bias.
+struct LinearArgs {
+  const void* x;  // [rows, weight.columns] activation
+  const Weight* weight;
+  const float* bias;  // [weight.rows], or null
+  int rows;
+  void* out;           // [rows, weight.rows] activation; fp32 if out_fp32
+  bool out_fp32 = false;
+};
+
+// out = silu(gate) * up, for gate_up = [rows, gate | up], each `columns` wide.
+struct SwiGluArgs {
+  const void* gate_up;
+  int rows;
+  int columns;
+  void* out;  // [rows, columns] activation
+};
+
+// Splits qkv = [rows, q | k | v], norms q and k a head where weights are given (Qwen3), rotates
+// both by position (rotate-half, as Hugging Face), and stores q, k, v.
+// inv_freq: [head_dim / 2], already scaled (worker/rope.h); scale: yarn's attention factor.
+struct RopeArgs {
+  const void* qkv;  // [rows, (num_heads + 2 * num_kv_heads) * head_dim] activation
+  const float* q_norm;  // [head_dim], or null
+  const float* k_norm;
+  float norm_eps;
+  const float* inv_freq;
+  float scale;
+  int rows;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  void* q_out;  // [rows, num_heads, head_dim] activation
+};
+
+// Prefill: rows are tokens [begin, begin + rows) of one sequence; k, v go to the layer's scratch.
+struct RopePrefillArgs : RopeArgs {
+  int begin;
+  void* k_out;  // [num_kv_heads, scratch_tokens, head_dim] KV type; row begin + i
+  void* v_out;
+  int scratch_tokens;
+};
+
+// Decode: row i is the next token of sequences[i], at position *sequences[i].length; k, v go to
+// the open block's slot of `layer` (resident by the resolver's rule). The length is not changed.
+struct RopeDecodeArgs : RopeArgs {
+  const SequenceKv* sequences;  // [rows]
+  int layer;
+};
+
+// Causal attention of tokens [begin, begin + rows) over keys [0, begin + rows) of the scratch.
+struct PrefillAttentionArgs {
+  const void* q;  // [rows, num_heads, head_dim] activation
+  const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
+  const void* v;
+  int scratch_tokens;
+  int begin;
+  int rows;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  float scale;
+  void* out;   // [rows, num_heads, head_dim] activation
+  float* lse;  // [num_heads, rows] natural log of the sum of exponentials, or null
+};
+
+// Block maxima of the logits (scaled scores) of the last queries: what history rows are made of.
+//   block_max[h, r, c] = max over tokens t of block c, t <= begin + r, of scale * q[r, h] . k[t]
+// -inf where a block lies behind the query.
+struct PrefillBlockMaxArgs {
+  const void* q;  // [rows, num_heads, head_dim] activation
+  const void* k;
+  int scratch_tokens;
+  int begin;
+  int rows;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  float scale;
+  float* block_max;  // [num_heads, rows, pitch]
+  int pitch;
+};
+
+// Attention of one query a sequence over its resident blocks: every slot that holds a block, the
+// open block included (length + 1 tokens are visible). One pass gives output, LSE and block maxima.
+struct DecodeAttentionArgs {
+  const void* q;  // [rows, num_heads, head_dim] activation
+  const SequenceKv* sequences;  // [rows]
+  int rows;
+  int layer;
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  float scale;
+  void* out;         // [rows, num_heads, head_dim] activation
+  float* lse;        // [rows, num_heads]
+  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot
+  int pitch;         // >= every num_slots
+};
+
+// The same over all blocks of the sequence: resident ones from their slots, the others straight
+// from the arena (pinned host memory), without slots. block_max is by block (column).
+// Its checksums are verified as in gather; a mismatch is counted in *mismatches.
+struct StreamedAttentionArgs {
+  DecodeAttentionArgs base;
+  std::uint32_t* mismatches;
+};
+
+// ---- the KV cache ----------------------------------------------------------------------------
+
+// Copies blocks [first_block, first_block + num_blocks) of a layer from the prefill scratch to the
+// arena (with checksums), and into slots where the block is resident. The last block may be part.
+struct PackBlocksArgs {
+  const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
+  const void* v;
+  int scratch_tokens;
+  int num_kv_heads;
+  int head_dim;
+  int layer;
+  int first_block;
+  int num_blocks;
+  int num_tokens;  // of the scratch, in all: rows past it are not read
+  bool to_arena;   // false where another rank writes this head
+  const SequenceKv* sequence;
+};
+
+// The reverse, for a reused prefix: arena -> scratch, verified.
+struct UnpackBlocksArgs {
+  void* k;
+  void* v;
+  int scratch_tokens;
+  int num_kv_heads;
+  int head_dim;
+  int layer;
+  int first_block;
+  int num_blocks;
+  const SequenceKv* sequence;
+  std::uint32_t* mismatches;
+};
+
+// Write-through of the block that the step just filled (length % 16 == 0, length counting the
+// step's token): slot -> arena, all layers and heads, with checksums. No-op for other rows.
+struct WriteThroughArgs {
+  const SequenceKv* sequences;  // [rows]
+  int rows;
+  bool to_arena;
+};
+
+// ++*length of every sequence: the step's token is stored in all layers.
+struct AdvanceArgs {
+  const SequenceKv* sequences;  // [rows]
+  int rows;
+};
+
+// Selection against the slot table, one (layer, head) after the other, all in one launch:
+// needed = sink + local (of the coming step, whose token is at position *length) + selected.
+// Needed and absent blocks get a free slot, or the slot of a resident block that is not needed,
+// the one least wanted first (the lowest block
+// index first). Tables are updated here; the bytes follow with gather.
+// A block that no byte has been written of (the open block at its birth) gets a slot, no fetch.
+struct ResolveArgs {
+  const SequenceKv* sequences;    // [rows]
+  const Selection* selections;    // [rows]
+  FetchList* fetches;             // [rows]
+  int rows;
+  int first_layer;  // layers [first_layer, first_layer + num_layers)
+  int num_layers;
+};
+
+// Brings a layer's fetch lists from the arena into the slots; verifies each block's checksum.
+// A mismatch: the block is made absent (tables say so), and *mismatches counts it.
+struct GatherArgs {
+  const SequenceKv* sequences;  // [rows]
+  const FetchList* fetches;     // [rows]
+  int rows;
+  int layer;
+  std::uint32_t* mismatches;
+};
+
+// ---- prediction ------------------------------------------------------------------------------
+
+// Attention rows of one layer into the histories. Row value of a map and block:
+//   mean over the map's query heads of exp(block_max - lse)
+// Blocks without a value (not attended): 0, or their last value where the history holds.
+struct HistoryAppendArgs {
+  const HistoryState* states;  // [num_sequences]
+  int num_sequences;
+  int layer;
+  const float* block_max;  // [num_sequences, num_heads, rows, pitch] logits
+  const float* lse;        // [num_sequences, num_heads, rows]
+  int rows;                // 1 in a decode step, up to 64 after prefill (oldest first)
+  int pitch;
+  // By slot: columns are found through this table ([num_kv_heads, num_slots] of the layer, from
+  // SequenceKv); null: block_max is by block already.
+  const SequenceKv* sequences;
+  int num_heads;
+  const std::int32_t* num_columns;  // [num_sequences] ceil(tokens attended / 16)
+  bool hold;
+};
+
+// The CNN, one model for all layers and heads (docs/predictor.md). float32.
+struct PredictorWeights {
+  std::array<float, 16 * 9> conv1_weight;
+  std::array<float, 16> conv1_bias;
+  std::array<float, 32 * 16 * 9> conv2_weight;
+  std::array<float, 32> conv2_bias;
+  std::array<float, 32> conv3_weight;
+  float conv3_bias;
+};
+
+// The network in the form the device evaluates it (folded biases, affine regime, fragments).
+class Predictor {
+ public:
+  virtual ~Predictor() = default;
+};
+
+// Scores of the candidates of every map from its history, then the k best a map, sorted by block:
+// the next step's selection. Advances the streaming state; call once a step after the row.
+struct PredictArgs {
+  const Predictor* predictor;
+  HistoryState* states;    // [rows]
+  Selection* selections;   // [rows]
+  int rows;
+};
+
+// The k best candidate columns a map by the exact rows of this step (the oracle's choice).
+struct SelectTopArgs {
+  const float* block_max;  // [rows, num_heads, pitch] logits by block
+  const float* lse;        // [rows, num_heads]
+  int pitch;
+  int num_heads;
+  const SequenceKv* sequences;  // [rows]; the step's token is at position *length
+  Selection* selections;        // [rows]
+  int rows;
+  int layer;
+  int maps_per_kv_head;
+  int top_k;
+};
+
+// The `count` blocks before the local window, all layers and heads (a sliding window's choice).
+struct SelectRecentArgs {
+  const SequenceKv* sequences;  // [rows]; for the coming token, at position *length
+  Selection* selections;        // [rows]
+  int rows;
+  int count;
+};
+
+// ---- sampling --------------------------------------------------------------------------------
+
+struct SampleRow {
+  float temperature;  // 0: greedy
+  std::int32_t top_k;  // 0: off
+  float top_p;         // 1: off
+  float min_p;         // 0: off
+  float repetition_penalty;  // 1: off
+  float presence_penalty;    // 0: off
+  float frequency_penalty;   // 0: off
+  std::uint64_t seed;
+  std::int64_t position;       // of the token that is sampled
+  const TokenId* tokens;       // prompt then output
+  std::int32_t num_prompt;
+  std::int32_t num_tokens;
+  std::int32_t num_logprobs;   // of the best tokens, <= kMaxLogprobs
+};
+inline constexpr int kMaxLogprobs = 20;
+
+struct SampledToken {
+  TokenId token;
+  float logprob;  // of the raw logits' softmax, before temperature and penalties
+  std::int32_t num_top;
+  TokenId top_ids[kMaxLogprobs];
+  float top_logprobs[kMaxLogprobs];
+};
+
+// A pure function of (logits, row): Philox4x32-10 keyed by seed, counter = position.
+struct SampleArgs {
+  const float* logits;    // [rows, vocab]
+  const SampleRow* rows;  // [num_rows]
+  int num_rows;
+  int vocab;
+  SampledToken* out;  // [num_rows]
+};
+
+// ---- the interface ---------------------------------------------------------------------------
+
+struct DeviceInfo {
+  std::string name;             // "AMD EPYC, 2 threads" or "NVIDIA H200"
+  std::size_t memory_bytes;     // what may be allocated, in all
+  int compute_units;            // threads or SMs
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  virtual DeviceInfo info() const = 0;
+  virtual DataType activation_type() const = 0;
+
+  // Memory. allocate() throws Exception(kExhausted) naming use, wanted and free bytes.
+  virtual void* allocate(std::size_t bytes, MemoryUse use) = 0;
+  virtual void release(void* data, std::size_t bytes, MemoryUse use) = 0;
+  virtual std::size_t memory_in_use(MemoryUse use) const = 0;
+  virtual std::unique_ptr<Stream> make_stream(StreamKind kind) = 0;
+  virtual std::unique_ptr<Event> make_event() = 0;
+  virtual void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) = 0;
+  virtual void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) = 0;
+  virtual void copy(void* to, const void* from, std::size_t bytes, Stream& stream) = 0;
+  virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
+
+  // Makes host memory (the arena's stripe) readable and writable by ops; returns its device
+  // address. The memory must stay mapped until unregister_host.
+  virtual std::byte* register_host(std::byte* host, std::size_t bytes) = 0;
+  virtual void unregister_host(std::byte* host) = 0;
+
+  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns.
+  virtual std::unique_ptr<Weight> make_weight(std::span<const WeightPart> parts) = 0;
+  virtual std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) = 0;
+  // Bytes of one map's streaming state beside its ring of rows, for max_columns.
+  virtual std::size_t predictor_state_bytes(int max_columns) const = 0;
+
+  virtual void embed(const EmbedArgs& args, Stream& stream) = 0;
+  virtual void rms_norm(const RmsNormArgs& args, Stream& stream) = 0;
+  virtual void linear(const LinearArgs& args, Stream& stream) = 0;
+  virtual void swiglu(const SwiGluArgs& args, Stream& stream) = 0;
+  virtual void rope_prefill(const RopePrefillArgs& args, Stream& stream) = 0;
+  virtual void rope_decode(const RopeDecodeArgs& args, Stream& stream) = 0;
+  virtual void prefill_attention(const PrefillAttentionArgs& args, Stream& stream) = 0;
+  virtual void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) = 0;
+  virtual void decode_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
+  virtual void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) = 0;
+  virtual void pack_blocks(const PackBlocksArgs& args, Stream& stream) = 0;
+  virtual void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) = 0;
+  virtual void write_through(const WriteThroughArgs& args, Stream& stream) = 0;
+  virtual void advance(const AdvanceArgs& args, Stream& stream) = 0;
+  virtual void resolve(const ResolveArgs& args, Stream& stream) = 0;
+  virtual void gather(const GatherArgs& args, Stream& stream) = 0;
+  virtual void history_append(const HistoryAppendArgs& args, Stream& stream) = 0;
+  virtual void predict(const PredictArgs& args, Stream& stream) = 0;
+  virtual void select_top(const SelectTopArgs& args, Stream& stream) = 0;
+  virtual void select_recent(const SelectRecentArgs& args, Stream& stream) = 0;
+  virtual void sample(const SampleArgs& args, Stream& stream) = 0;
+};
+
+struct CpuDeviceConfig {
+  int num_threads = 0;  // 0: as many as the process may run on
+  std::size_t memory_bytes = 0;  // the accounted "device memory"; 0: half of the machine's
+};
+std::unique_ptr<Device> make_cpu_device(const CpuDeviceConfig& config);
+
+}  // namespace foretoken::kernels

@@ -1,0 +1,106 @@
+// Policy: which KV blocks the coming token will need. One door for the AttentionPredictor and the
+// rules it is compared with; each is real and can be served with.
+//
+// A policy looks at attention (observe_*), and chooses in one of two phases:
+//   select_ahead     from the past alone, so its blocks are fetched before they are needed
+//   select_at_query  knows the step's own query: its fetch stands in the step's way
+// A choice is at most selected_per_head() blocks a KV head beside sink and local window.
+//
+// A Policy belongs to one rank, and is called by its step thread alone. Device work is enqueued on
+// the given stream. Example: tests/predictor/policy_test.cc
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string_view>
+
+#include "common/result.h"
+#include "kernels/device.h"
+
+namespace foretoken::predictor {
+
+enum class PolicyKind { kFull, kStreamingLlm, kAttentionPredictor, kOracle };
+std::optional<PolicyKind> policy_from_name(std::string_view name);  // "attention-predictor", ...
+std::string_view name_of(PolicyKind kind);
+
+enum class PredictPer { kKvHead, kQueryHead };
+enum class BudgetPer { kKvHead, kQueryHead };  // what kv_budget counts when maps are a query head's
+enum class HistoryFill { kZero, kHold };
+
+struct PolicyConfig {
+  PolicyKind kind = PolicyKind::kFull;
+  int budget_tokens = 1024;  // sink + local + critical
+  PredictPer predict_per = PredictPer::kKvHead;
+  BudgetPer budget_per = BudgetPer::kQueryHead;
+  kernels::HistoryType history_type = kernels::HistoryType::kBf16;
+  HistoryFill history_fill = HistoryFill::kZero;
+  std::filesystem::path weights;  // safetensors of the CNN; empty: the published Llama-3.1 weights
+};
+
+// This rank's share of the model.
+struct PolicyShape {
+  kernels::KvShape kv;
+  int num_heads = 0;  // query heads of this rank
+};
+
+// What a policy keeps for one sequence: allocated at admission for its greatest length.
+struct PolicyState {
+  kernels::HistoryState history{};  // device pointers; num_layers == 0 where the policy has none
+  kernels::Selection selection{};   // device pointers; the policy's choice for the coming step
+  kernels::DeviceBuffer memory;     // owns what the two point to
+};
+
+// The sequences of a decode step, as device arrays [rows].
+struct DecodeBatch {
+  int rows = 0;
+  const kernels::SequenceKv* sequences = nullptr;
+  kernels::HistoryState* histories = nullptr;
+  kernels::Selection* selections = nullptr;
+};
+
+// What a layer's attention left behind: logits' block maxima and LSE.
+struct AttentionRows {
+  const float* block_max = nullptr;  // [sequences, num_heads, rows, pitch] device
+  const float* lse = nullptr;        // [sequences, num_heads, rows] device
+  int rows = 1;
+  int pitch = 0;
+  const std::int32_t* num_columns = nullptr;  // [sequences] device: ceil(tokens attended / 16)
+  bool by_slot = false;  // block_max's columns are slots, not blocks
+};
+
+class Policy {
+ public:
+  virtual ~Policy() = default;
+  virtual const PolicyConfig& config() const = 0;
+
+  // Blocks a KV head that it may choose; nullopt: every block is resident, there is no choice.
+  virtual std::optional<int> selected_per_head() const = 0;
+  // Device bytes that admit() takes for a sequence of at most max_tokens.
+  virtual std::size_t state_bytes(int max_tokens) const = 0;
+  // Throws Exception(kExhausted) when the device is full. State starts empty.
+  virtual std::unique_ptr<PolicyState> admit(int max_tokens, kernels::Stream& stream) = 0;
+
+  // Whether it wants to see attention rows at all (observe_* are not called otherwise).
+  virtual bool observes() const = 0;
+  // The last queries of the prompt, oldest first, up to 64, by block. state: one sequence.
+  virtual void observe_prefill(const kernels::HistoryState* state, int layer,
+                               const AttentionRows& rows, kernels::Stream& stream) = 0;
+  // One decode step's row of a layer, for every sequence of the batch.
+  virtual void observe_decode(const DecodeBatch& batch, int layer, const AttentionRows& rows,
+                              kernels::Stream& stream) = 0;
+
+  // Chooses for the coming step (position *length), all layers. Once a step, after all rows.
+  virtual void select_ahead(const DecodeBatch& batch, kernels::Stream& stream) = 0;
+
+  // Whether select_at_query is to be called, a layer, with the exact rows of this step.
+  virtual bool selects_at_query() const = 0;
+  virtual void select_at_query(const DecodeBatch& batch, int layer, const AttentionRows& exact,
+                               kernels::Stream& stream) = 0;
+};
+
+// Error: kConfig for a budget below sink + local + one block; kModelFile for bad CNN weights.
+Result<std::unique_ptr<Policy>> make_policy(const PolicyConfig& config, const PolicyShape& shape,
+                                            kernels::Device& device);
+
+}  // namespace foretoken::predictor
