@@ -29,8 +29,6 @@
 
 namespace foretoken::kernels {
 
-enum class DataType { kFp32, kFp16, kBf16 };
-constexpr std::size_t bytes_of(DataType type) { return type == DataType::kFp32 ? 4 : 2; }
 std::string_view name_of(DataType type);
 
 // How a history value is stored. kE5m3: the fp16 bits of value * 2^12, shifted right by 7
@@ -168,6 +166,7 @@ struct RopeArgs {
 
 // Prefill: rows are tokens [begin, begin + rows) of one sequence; k, v go to the layer's scratch.
 struct RopePrefillArgs : RopeArgs {
+  DataType kv_type;
   int begin;
   void* k_out;  // [num_kv_heads, scratch_tokens, head_dim] KV type; row begin + i
   void* v_out;
@@ -186,6 +185,7 @@ struct PrefillAttentionArgs {
   const void* q;  // [rows, num_heads, head_dim] activation
   const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
   const void* v;
+  DataType kv_type;
   int scratch_tokens;
   int begin;
   int rows;
@@ -203,6 +203,7 @@ struct PrefillAttentionArgs {
 struct PrefillBlockMaxArgs {
   const void* q;  // [rows, num_heads, head_dim] activation
   const void* k;
+  DataType kv_type;
   int scratch_tokens;
   int begin;
   int rows;

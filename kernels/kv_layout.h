@@ -18,14 +18,18 @@ namespace foretoken::kernels {
 
 inline constexpr std::int32_t kAbsent = -1;  // in device tables only: no slot, or no block
 
+enum class DataType { kFp32, kFp16, kBf16 };
+constexpr std::size_t bytes_of(DataType type) { return type == DataType::kFp32 ? 4 : 2; }
+
 struct KvShape {
   int num_layers = 0;
   int num_kv_heads = 0;  // of this rank
   int head_dim = 0;
-  int element_bytes = 2;  // of the KV type
+  DataType kv_type = DataType::kFp16;  // kFp16 or kBf16: the model's; fp32 models store bf16
 
+  std::size_t element_bytes() const { return bytes_of(kv_type); }
   std::size_t block_bytes() const {
-    return std::size_t{2} * kBlockTokens * static_cast<std::size_t>(head_dim * element_bytes);
+    return std::size_t{2} * kBlockTokens * static_cast<std::size_t>(head_dim) * element_bytes();
   }
   std::size_t run_bytes() const { return block_bytes() * kSegmentBlocks; }
   std::size_t slab_payload_bytes() const { return run_bytes() * static_cast<std::size_t>(num_layers); }
