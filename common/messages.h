@@ -1,0 +1,272 @@
+// Messages: all that processes say to each other over ZeroMQ. Plain structs, no pointers, encoded
+// as msgpack maps by common/wire.h. docs/formats.md gives each field.
+//
+//   client <-> coordinator     GenerateRequest ... TokenMessage, DoneMessage, ErrorMessage
+//   coordinator <-> worker     Hello, Welcome, Ready, StepPlan, StepResult, Heartbeat
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/prefix_key.h"
+#include "common/result.h"
+
+namespace foretoken {
+
+inline constexpr int kWireVersion = 1;
+
+// ---- sampling --------------------------------------------------------------------------------
+
+struct SamplingParams {
+  float temperature = 1.0F;  // 0: greedy
+  int top_k = 0;             // 0: off
+  float top_p = 1.0F;        // 1: off
+  float min_p = 0.0F;        // 0: off
+  float repetition_penalty = 1.0F;
+  float presence_penalty = 0.0F;
+  float frequency_penalty = 0.0F;
+  std::uint64_t seed = 0;
+  int num_logprobs = 0;  // best tokens to report; <= 20
+
+  bool operator==(const SamplingParams&) const = default;
+};
+
+struct TokenLogprob {
+  TokenId id = 0;
+  float logprob = 0;
+  bool operator==(const TokenLogprob&) const = default;
+};
+
+struct TokenInfo {
+  TokenId id = 0;
+  float logprob = 0;
+  std::vector<TokenLogprob> top;  // best first
+  bool operator==(const TokenInfo&) const = default;
+};
+
+// ---- client <-> coordinator ------------------------------------------------------------------
+
+// One of prompt (text) and prompt_ids is given.
+struct GenerateRequest {
+  std::string request_id;  // the client's name for it, echoed; unique in its connection
+  std::optional<std::string> prompt;
+  std::optional<std::vector<TokenId>> prompt_ids;
+  bool add_special_tokens = true;  // of a text prompt: BOS, where the tokenizer has one
+  int max_tokens = 256;
+  SamplingParams sampling;
+  std::vector<std::string> stop;  // strings that end the output, not part of it
+  std::vector<TokenId> stop_token_ids;
+  bool ignore_eos = false;
+  bool stream = true;  // token messages as they come; else only `done`
+  // Tokens that are taken instead of sampled ones (evaluation); logprobs are still the model's.
+  std::vector<TokenId> forced_ids;
+};
+struct CancelRequest {
+  std::string request_id;
+};
+struct StatusRequest {};
+struct ModelsRequest {};
+struct DrainRequest {};
+using ClientRequest =
+    std::variant<GenerateRequest, CancelRequest, StatusRequest, ModelsRequest, DrainRequest>;
+
+struct TokenMessage {
+  std::string request_id;
+  std::vector<TokenInfo> tokens;
+  std::string text;  // what they add, cut at UTF-8 borders
+};
+
+struct Usage {
+  std::int64_t prompt_tokens = 0;
+  std::int64_t completion_tokens = 0;
+  std::int64_t cached_tokens = 0;  // of the prompt, from prefix reuse
+};
+
+// What became of a request's KV, summed over ranks.
+struct KvReport {
+  std::string policy;
+  int budget_tokens = 0;
+  double recall_sum = 0;  // attention mass kept, over audited steps, layers and query heads
+  std::int64_t recall_count = 0;
+  double kl_sum = 0;  // KL(dense || sparse) of the next token, over audited steps; rank 0's
+  std::int64_t kl_count = 0;
+  std::int64_t blocks_predicted = 0;
+  std::int64_t blocks_fetched = 0;
+  std::int64_t bytes_host = 0;  // fetched from host memory
+  std::int64_t bytes_nvme = 0;
+  std::int64_t late = 0;           // blocks that were not there in time
+  std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
+  std::int64_t full_kv_bytes = 0;  // the same context's whole KV
+};
+
+struct Timing {
+  double queue_ms = 0;
+  double prefill_ms = 0;  // admission to first token
+  double decode_ms = 0;   // first to last token
+  double total_ms = 0;
+};
+
+struct DoneMessage {
+  std::string request_id;
+  std::string finish_reason;  // stop | length | cancelled
+  std::vector<TokenId> prompt_ids;
+  std::vector<TokenInfo> tokens;  // all of them
+  std::string text;               // all of it
+  Usage usage;
+  KvReport kv;
+  Timing timing;
+};
+struct ErrorMessage {
+  std::string request_id;  // empty: the frame could not be read
+  std::string code;        // error_code_name
+  std::string message;     // what, why, what to do
+};
+struct StatusReply {
+  std::string state;  // loading | ready | draining | failed
+  std::string detail;
+  std::string model;
+  std::string device;
+  int tensor_parallel_size = 0;
+  std::int64_t max_model_len = 0;
+  std::int64_t requests_running = 0;
+  std::int64_t requests_waiting = 0;
+  std::int64_t kv_slabs_total = 0;
+  std::int64_t kv_slabs_used = 0;
+  std::int64_t kv_slabs_cached = 0;
+  std::int64_t worker_restarts = 0;
+  double uptime_s = 0;
+};
+struct ModelsReply {
+  std::vector<std::string> models;
+  std::int64_t max_model_len = 0;
+};
+struct DrainReply {};
+using ServerMessage =
+    std::variant<TokenMessage, DoneMessage, ErrorMessage, StatusReply, ModelsReply, DrainReply>;
+
+// ---- coordinator <-> worker ------------------------------------------------------------------
+
+// A rank's first word. Messages of an old epoch are dropped by both sides.
+struct Hello {
+  int group = 0;
+  int rank = 0;
+  int world_size = 0;
+  std::int64_t pid = 0;
+  std::string host;
+};
+struct Welcome {
+  Epoch epoch{};
+  std::string config_json;   // ServiceConfig
+  std::string store_socket;  // path of the node's kvstore
+};
+// The model is loaded; the rank waits for plans.
+struct Ready {
+  Epoch epoch{};
+  int group = 0;
+  int rank = 0;
+  std::string model_hash;
+  std::string device;
+  std::int64_t max_model_len = 0;
+  std::int64_t device_bytes_total = 0;
+  std::int64_t device_bytes_weights = 0;
+  std::int64_t device_bytes_free = 0;
+  std::int64_t kv_slabs_total = 0;  // of the fullest head of this rank
+  // Device bytes of a sequence of n tokens are at most fixed + per_token * n.
+  std::int64_t sequence_bytes_fixed = 0;
+  std::int64_t sequence_bytes_per_token = 0;
+};
+
+// A sequence comes in: ranks reserve its KV, and answer with AdmitResult.
+struct AdmitSequence {
+  SequenceId sequence{};
+  std::vector<TokenId> prompt;
+  std::int64_t max_length = 0;  // prompt + max_tokens
+  SamplingParams sampling;
+  std::vector<TokenId> forced_ids;
+  std::vector<PrefixKey> prefix_keys;  // of the prompt's segments that may be reused
+};
+// All ranks agreed on how much of the prefix is reused: a multiple of 256 tokens.
+struct StartSequence {
+  SequenceId sequence{};
+  std::int64_t reused_tokens = 0;
+};
+// Tokens [token_begin, token_end) of the prompt through layers [layer_begin, layer_end).
+// Items of a sequence come layer by layer, and in token order within a layer; the item that ends
+// both the last layer and the prompt samples the first token.
+struct PrefillItem {
+  SequenceId sequence{};
+  int layer_begin = 0;
+  int layer_end = 0;
+  std::int64_t token_begin = 0;
+  std::int64_t token_end = 0;
+};
+// Segment `index` of the sequence is complete and its tokens are accepted: make it reusable.
+struct PublishSegment {
+  SequenceId sequence{};
+  int index = 0;
+  PrefixKey key{};
+};
+// What every rank of a group does in one step, in this order.
+struct StepPlan {
+  Epoch epoch{};
+  StepNumber step{};
+  std::vector<SequenceId> releases;
+  std::vector<PublishSegment> publishes;
+  std::vector<AdmitSequence> admits;
+  std::vector<StartSequence> starts;
+  std::vector<PrefillItem> prefills;
+  std::vector<SequenceId> decodes;  // one more token each, from the last one sampled
+};
+
+struct AdmitResult {
+  SequenceId sequence{};
+  std::int64_t reusable_tokens = 0;
+  std::optional<Error> error;  // kExhausted: try again when others have ended
+};
+struct SequenceToken {
+  SequenceId sequence{};
+  std::int64_t position = 0;
+  TokenInfo token;
+};
+// One rank's counters for one sequence, since it was admitted.
+struct SequenceStats {
+  SequenceId sequence{};
+  KvReport kv;  // policy and budget left empty
+};
+struct StepResult {
+  Epoch epoch{};
+  StepNumber step{};
+  int group = 0;
+  int rank = 0;
+  std::vector<AdmitResult> admits;
+  std::vector<SequenceToken> tokens;  // rank 0 in full; others none
+  std::uint64_t token_digest = 0;     // of the step's tokens: equal on every rank
+  std::vector<SequenceStats> stats;   // of the sequences released by this plan
+  std::int64_t device_bytes_free = 0;
+  std::int64_t kv_slabs_free = 0;
+  std::int64_t kv_slabs_cached = 0;
+  std::int64_t step_us = 0;  // time the step took on this rank
+};
+struct Heartbeat {
+  Epoch epoch{};
+  int group = 0;
+  int rank = 0;
+  StepNumber step{};  // the last one completed
+};
+// The rank can't go on; it exits after this.
+struct WorkerFailed {
+  Epoch epoch{};
+  int group = 0;
+  int rank = 0;
+  Error error;
+};
+struct Shutdown {};
+using WorkerMessage = std::variant<Hello, Ready, StepResult, Heartbeat, WorkerFailed>;
+using CoordinatorMessage = std::variant<Welcome, StepPlan, Shutdown>;
+
+}  // namespace foretoken

@@ -1,0 +1,75 @@
+// ServiceConfig: what a service is asked to be: one struct from the command line, the environment
+// and the config file down to every rank. Field names are the long flags with '_' for '-'.
+// Defaults stand here and nowhere else.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common/result.h"
+
+namespace foretoken {
+
+struct ServiceConfig {
+  // Model.
+  std::string model;                 // folder
+  std::string served_model_name;     // empty: the folder's name
+  std::string load_format = "auto";  // auto | dummy
+  std::int64_t max_model_len = 0;    // tokens; 0: the model's
+
+  // Devices.
+  std::string device = "auto";  // auto | cuda | cpu
+  int tensor_parallel_size = 1;
+  int num_groups = 1;                   // worker groups (data parallel)
+  int threads_per_rank = 0;             // CPU device; 0: the machine's share
+  double gpu_memory_utilization = 0.9;  // of the device's memory, all modes alike
+  double device_memory_gib = 0;  // CPU device: the accounted memory; 0: half of the machine's
+
+  // KV policy. Names as in predictor/policy.h.
+  std::string kv_policy = "attention-predictor";
+  int kv_budget = 1024;                      // tokens: sink + local + critical
+  std::string kv_budget_per = "query-head";  // query-head | kv-head
+  std::string predict_per = "kv-head";       // kv-head | query-head
+  std::string history_type = "bf16";         // bf16 | e5m3 | fp32
+  std::string history_fill = "zero";         // zero | hold
+  int calibrate_every = 5;                   // steps
+  std::string calibrate_with = "exact";      // exact | none
+  int audit_every = 0;                       // steps; 0: off
+  std::string predictor_weights;             // empty: the published Llama-3.1 weights
+
+  // KV store.
+  double kv_host_gib = 0;        // arena; 0: a quarter of the machine's memory, at most 64
+  std::string on_late = "wait";  // wait | skip
+  bool guard_arena = false;      // test aid: the arena is unmapped but inside gather and write
+
+  // Scheduling and limits.
+  int max_num_seqs = 8;          // sequences that decode in one step
+  int max_batched_tokens = 512;  // of prefill, a step
+  int max_waiting = 1024;        // requests; more are turned away
+  int max_requests_per_client = 64;
+  int request_timeout_s = 600;
+  int drain_timeout_s = 30;
+
+  // Endpoints.
+  std::string zmq_endpoint;  // empty: tcp://HOST:PORT
+  std::string host = "127.0.0.1";
+  int port = 8000;
+  int metrics_port = 0;  // 0: off
+  bool insecure_bind = false;
+
+  bool operator==(const ServiceConfig&) const = default;
+};
+
+// Checks ranges and names of every field; the error (kConfig) names the flag and what it takes.
+Status validate(const ServiceConfig& config);
+
+// The config as a JSON object, and back. Unknown keys are an error with a "did you mean".
+std::string to_json(const ServiceConfig& config);
+Result<ServiceConfig> service_config_from_json(std::string_view json);
+
+// The nearest of `known` to a mistyped name, for "did you mean"; empty if none is near.
+std::string nearest_name(std::string_view name, const std::vector<std::string>& known);
+
+}  // namespace foretoken
