@@ -20,8 +20,7 @@ std::string check_values(const Values&... values) {
 
 }  // namespace foretoken
 
-#define FT_CHECK(cond, ...)                                                   \
-  (static_cast<bool>(cond)                                                    \
-       ? static_cast<void>(0)                                                 \
-       : ::foretoken::check_failed(#cond, __FILE__, __LINE__,                 \
-                                   ::foretoken::check_values(__VA_ARGS__)))
+#define FT_CHECK(cond, ...)                                                       \
+  (static_cast<bool>(cond) ? static_cast<void>(0)                                 \
+                           : ::foretoken::check_failed(#cond, __FILE__, __LINE__, \
+                                                       ::foretoken::check_values(__VA_ARGS__)))

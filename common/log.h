@@ -12,7 +12,6 @@
 
 namespace foretoken {
 
-
 // Names the process's lines, e.g. "coordinator" or "rank 1". FORETOKEN_LOG sets the level
 // (trace, debug, info, warn, error), info by default; FORETOKEN_LOG_FORMAT=json the format.
 void log_init(const std::string& who);

@@ -95,7 +95,8 @@ class [[nodiscard]] Result {
 
  private:
   T& checked() {
-    if (!has_value()) check_failed("Result::has_value()", __FILE__, __LINE__, std::get<Error>(state_).message);
+    if (!has_value())
+      check_failed("Result::has_value()", __FILE__, __LINE__, std::get<Error>(state_).message);
     return std::get<T>(state_);
   }
   std::variant<T, Error> state_;
@@ -111,11 +112,11 @@ using Status = Result<Ok>;
 //   FT_ASSIGN_OR_RETURN(auto config, read_model_config(path));
 #define FT_CONCAT_INNER(a, b) a##b
 #define FT_CONCAT(a, b) FT_CONCAT_INNER(a, b)
-#define FT_ASSIGN_OR_RETURN(decl, expr)                                    \
-  auto FT_CONCAT(ft_result_, __LINE__) = (expr);                           \
+#define FT_ASSIGN_OR_RETURN(decl, expr)                                                 \
+  auto FT_CONCAT(ft_result_, __LINE__) = (expr);                                        \
   if (!FT_CONCAT(ft_result_, __LINE__)) return FT_CONCAT(ft_result_, __LINE__).error(); \
   decl = *std::move(FT_CONCAT(ft_result_, __LINE__))
-#define FT_RETURN_IF_ERROR(expr)                       \
-  do {                                                 \
+#define FT_RETURN_IF_ERROR(expr)                                       \
+  do {                                                                 \
     if (auto ft_status = (expr); !ft_status) return ft_status.error(); \
   } while (false)

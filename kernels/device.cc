@@ -8,22 +8,32 @@ namespace foretoken::kernels {
 
 std::string_view name_of(DataType type) {
   switch (type) {
-    case DataType::kFp32: return "float32";
-    case DataType::kFp16: return "float16";
-    case DataType::kBf16: return "bfloat16";
+    case DataType::kFp32:
+      return "float32";
+    case DataType::kFp16:
+      return "float16";
+    case DataType::kBf16:
+      return "bfloat16";
   }
   FT_CHECK(false, static_cast<int>(type));
 }
 
 std::string_view name_of(MemoryUse use) {
   switch (use) {
-    case MemoryUse::kWeights: return "weights";
-    case MemoryUse::kKvSlots: return "KV slots";
-    case MemoryUse::kTables: return "tables";
-    case MemoryUse::kHistory: return "attention history";
-    case MemoryUse::kActivations: return "activations";
-    case MemoryUse::kPrefill: return "prefill scratch";
-    case MemoryUse::kCount: break;
+    case MemoryUse::kWeights:
+      return "weights";
+    case MemoryUse::kKvSlots:
+      return "KV slots";
+    case MemoryUse::kTables:
+      return "tables";
+    case MemoryUse::kHistory:
+      return "attention history";
+    case MemoryUse::kActivations:
+      return "activations";
+    case MemoryUse::kPrefill:
+      return "prefill scratch";
+    case MemoryUse::kCount:
+      break;
   }
   FT_CHECK(false, static_cast<int>(use));
 }

@@ -86,8 +86,8 @@ class Event {
   virtual void record(Stream& stream) = 0;
   // Later work of `stream` starts after the recorded point. No-op if never recorded.
   virtual void wait(Stream& stream) = 0;
-  virtual bool done() const = 0;    // true if never recorded
-  virtual void synchronize() = 0;   // blocks the host
+  virtual bool done() const = 0;   // true if never recorded
+  virtual void synchronize() = 0;  // blocks the host
 };
 
 // A matrix of weights in whatever form the device multiplies best. Made by make_weight.
@@ -135,7 +135,7 @@ struct LinearArgs {
   const Weight* weight;
   const float* bias;  // [weight.rows], or null
   int rows;
-  void* out;           // [rows, weight.rows] activation; fp32 if out_fp32
+  void* out;  // [rows, weight.rows] activation; fp32 if out_fp32
   bool out_fp32 = false;
 };
 
@@ -151,7 +151,7 @@ struct SwiGluArgs {
 // both by position (rotate-half, as Hugging Face), and stores q, k, v.
 // inv_freq: [head_dim / 2], already scaled (worker/rope.h); scale: yarn's attention factor.
 struct RopeArgs {
-  const void* qkv;  // [rows, (num_heads + 2 * num_kv_heads) * head_dim] activation
+  const void* qkv;      // [rows, (num_heads + 2 * num_kv_heads) * head_dim] activation
   const float* q_norm;  // [head_dim], or null
   const float* k_norm;
   float norm_eps;
@@ -218,7 +218,7 @@ struct PrefillBlockMaxArgs {
 // Attention of one query a sequence over its resident blocks: every slot that holds a block, the
 // open block included (length + 1 tokens are visible). One pass gives output, LSE and block maxima.
 struct DecodeAttentionArgs {
-  const void* q;  // [rows, num_heads, head_dim] activation
+  const void* q;                // [rows, num_heads, head_dim] activation
   const SequenceKv* sequences;  // [rows]
   int rows;
   int layer;
@@ -293,9 +293,9 @@ struct AdvanceArgs {
 // index first). Tables are updated here; the bytes follow with gather.
 // A block that no byte has been written of (the open block at its birth) gets a slot, no fetch.
 struct ResolveArgs {
-  const SequenceKv* sequences;    // [rows]
-  const Selection* selections;    // [rows]
-  FetchList* fetches;             // [rows]
+  const SequenceKv* sequences;  // [rows]
+  const Selection* selections;  // [rows]
+  FetchList* fetches;           // [rows]
   int rows;
   int first_layer;  // layers [first_layer, first_layer + num_layers)
   int num_layers;
@@ -352,8 +352,8 @@ class Predictor {
 // the next step's selection. Advances the streaming state; call once a step after the row.
 struct PredictArgs {
   const Predictor* predictor;
-  HistoryState* states;    // [rows]
-  Selection* selections;   // [rows]
+  HistoryState* states;   // [rows]
+  Selection* selections;  // [rows]
   int rows;
 };
 
@@ -382,19 +382,19 @@ struct SelectRecentArgs {
 // ---- sampling --------------------------------------------------------------------------------
 
 struct SampleRow {
-  float temperature;  // 0: greedy
-  std::int32_t top_k;  // 0: off
-  float top_p;         // 1: off
-  float min_p;         // 0: off
+  float temperature;         // 0: greedy
+  std::int32_t top_k;        // 0: off
+  float top_p;               // 1: off
+  float min_p;               // 0: off
   float repetition_penalty;  // 1: off
   float presence_penalty;    // 0: off
   float frequency_penalty;   // 0: off
   std::uint64_t seed;
-  std::int64_t position;       // of the token that is sampled
-  const TokenId* tokens;       // prompt then output
+  std::int64_t position;  // of the token that is sampled
+  const TokenId* tokens;  // prompt then output
   std::int32_t num_prompt;
   std::int32_t num_tokens;
-  std::int32_t num_logprobs;   // of the best tokens, <= kMaxLogprobs
+  std::int32_t num_logprobs;  // of the best tokens, <= kMaxLogprobs
 };
 inline constexpr int kMaxLogprobs = 20;
 
@@ -418,9 +418,9 @@ struct SampleArgs {
 // ---- the interface ---------------------------------------------------------------------------
 
 struct DeviceInfo {
-  std::string name;             // "AMD EPYC, 2 threads" or "NVIDIA H200"
-  std::size_t memory_bytes;     // what may be allocated, in all
-  int compute_units;            // threads or SMs
+  std::string name;          // "AMD EPYC, 2 threads" or "NVIDIA H200"
+  std::size_t memory_bytes;  // what may be allocated, in all
+  int compute_units;         // threads or SMs
 };
 
 class Device {
@@ -476,7 +476,7 @@ class Device {
 };
 
 struct CpuDeviceConfig {
-  int num_threads = 0;  // 0: as many as the process may run on
+  int num_threads = 0;           // 0: as many as the process may run on
   std::size_t memory_bytes = 0;  // the accounted "device memory"; 0: half of the machine's
 };
 std::unique_ptr<Device> make_cpu_device(const CpuDeviceConfig& config);

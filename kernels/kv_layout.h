@@ -32,9 +32,12 @@ struct KvShape {
     return std::size_t{2} * kBlockTokens * static_cast<std::size_t>(head_dim) * element_bytes();
   }
   std::size_t run_bytes() const { return block_bytes() * kSegmentBlocks; }
-  std::size_t slab_payload_bytes() const { return run_bytes() * static_cast<std::size_t>(num_layers); }
+  std::size_t slab_payload_bytes() const {
+    return run_bytes() * static_cast<std::size_t>(num_layers);
+  }
   std::size_t slab_bytes() const {
-    const std::size_t checksums = std::size_t{8} * kSegmentBlocks * static_cast<std::size_t>(num_layers);
+    const std::size_t checksums =
+        std::size_t{8} * kSegmentBlocks * static_cast<std::size_t>(num_layers);
     return (slab_payload_bytes() + checksums + 4095) / 4096 * 4096;
   }
 };
@@ -107,10 +110,10 @@ struct FetchList {
 inline constexpr int kHistoryRows = 64;  // the CNN's window
 inline constexpr int kRingRows = 68;     // 64, the leaving row and its neighbours, and padding
 struct HistoryState {
-  std::byte* rows;           // [num_layers, num_maps, kRingRows, pitch] of the history type
-  std::byte* stream;         // [num_layers, num_maps, predictor_state_bytes]
-  std::int64_t* num_rows;    // [num_layers] rows appended so far; row r lies at r % kRingRows
-  std::int32_t* num_columns; // [num_layers] columns of the newest row
+  std::byte* rows;            // [num_layers, num_maps, kRingRows, pitch] of the history type
+  std::byte* stream;          // [num_layers, num_maps, predictor_state_bytes]
+  std::int64_t* num_rows;     // [num_layers] rows appended so far; row r lies at r % kRingRows
+  std::int32_t* num_columns;  // [num_layers] columns of the newest row
   std::int32_t num_layers;
   std::int32_t num_kv_heads;
   std::int32_t maps_per_kv_head;  // 1, or the rank's query heads of a KV head

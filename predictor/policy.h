@@ -66,7 +66,7 @@ struct AttentionRows {
   int rows = 1;
   int pitch = 0;
   const std::int32_t* num_columns = nullptr;  // [sequences] device: ceil(tokens attended / 16)
-  bool by_slot = false;  // block_max's columns are slots, not blocks
+  bool by_slot = false;                       // block_max's columns are slots, not blocks
 };
 
 class Policy {

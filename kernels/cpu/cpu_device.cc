@@ -169,12 +169,12 @@ void* CpuDevice::allocate(std::size_t bytes, MemoryUse use) {
                         std::to_string(config_.memory_bytes) + " free");
   }
   in_use_[static_cast<std::size_t>(use)] += bytes;
-  return ::operator new(bytes, std::align_val_t{kAlignment});
+  return ::operator new (bytes, std::align_val_t{kAlignment});
 }
 
 void CpuDevice::release(void* data, std::size_t bytes, MemoryUse use) {
   if (data == nullptr) return;
-  ::operator delete(data, std::align_val_t{kAlignment});
+  ::operator delete (data, std::align_val_t{kAlignment});
   in_use_[static_cast<std::size_t>(use)] -= bytes;
   total_in_use_ -= bytes;
 }
