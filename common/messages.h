@@ -135,6 +135,7 @@ struct StatusReply {
   std::int64_t max_model_len = 0;
   std::int64_t requests_running = 0;
   std::int64_t requests_waiting = 0;
+  std::int64_t requests_of_client = 0;  // of the connection that asks: running and waiting
   std::int64_t kv_slabs_total = 0;
   std::int64_t kv_slabs_used = 0;
   std::int64_t kv_slabs_cached = 0;
