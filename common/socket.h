@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -16,8 +17,7 @@
 
 namespace foretoken {
 
-// A CURVE key pair, Z85 text. A key file holds public and secret of the server, and the clients
-// that may connect; mode 0600.
+// A CURVE key pair, Z85 text: 40 characters each.
 struct KeyPair {
   std::string public_key;
   std::string secret_key;
@@ -29,11 +29,20 @@ struct ClientKeys {
 };
 
 KeyPair make_key_pair();
-// Writes/reads `path` (0600, created atomically). Error: kConfig when others can read the file.
+bool is_curve_key(std::string_view text);
+
+// A file that only its owner may read: written under another name, mode 0600, then renamed.
+// Reading takes at most 64 KiB. Error: kIo; kConfig when others can read the file or own it.
+Status write_private_file(const std::filesystem::path& path, std::string_view contents);
+Result<std::string> read_private_file(const std::filesystem::path& path);
+
+// A client's keys as a private file: a JSON object of server_public_key, public_key, secret_key.
 Status write_client_keys(const std::filesystem::path& path, const ClientKeys& keys);
 Result<ClientKeys> read_client_keys(const std::filesystem::path& path);
 
-class SocketContext;  // owns the zmq context and, for servers, the ZAP handler
+// Owns the ZeroMQ context and, once a socket with server keys is bound, the ZAP handler's thread.
+// Thread-safe. Lives at least as long as its sockets (they share it).
+class SocketContext;
 std::shared_ptr<SocketContext> make_socket_context();
 
 struct RouterFrame {
@@ -56,17 +65,21 @@ class RouterSocket {
                                                     const Config& config);
   ~RouterSocket();
   const std::string& endpoint() const;
-  // File descriptor for poll(); edge-triggered, so drain with receive() until nullopt.
-  int fd() const;
   std::optional<RouterFrame> receive();  // nullopt: nothing waits
-  // Error: kExhausted when the peer's queue is full, kNotFound when it is gone.
+  // Never blocks. Error: kExhausted when the peer's queue is full, kNotFound when it is gone.
   Status send(const std::string& peer, std::string_view body);
 
  private:
+  friend void wait_readable(std::span<RouterSocket* const>, std::span<const int>,
+                            std::chrono::milliseconds);
   struct Impl;
   explicit RouterSocket(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };
+
+// Returns when a socket has a message, a file descriptor is readable, or `timeout` is over.
+void wait_readable(std::span<RouterSocket* const> sockets, std::span<const int> fds,
+                   std::chrono::milliseconds timeout);
 
 // DEALER: workers' and clients' side. Connects in the background; ZeroMQ reconnects by itself.
 class DealerSocket {
@@ -79,9 +92,11 @@ class DealerSocket {
   static Result<std::unique_ptr<DealerSocket>> connect(std::shared_ptr<SocketContext> context,
                                                        const Config& config);
   ~DealerSocket();
+  // For poll(). Edge-triggered: call receive(0) until nullopt, and again after each send().
   int fd() const;
   // nullopt after `timeout` without a message; 0 polls.
   std::optional<std::string> receive(std::chrono::milliseconds timeout);
+  // Never blocks. Error: kExhausted when 1,000 messages wait to be sent.
   Status send(std::string_view body);
 
  private:
