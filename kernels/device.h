@@ -234,6 +234,7 @@ struct DecodeAttentionArgs {
 
 // The same over all blocks of the sequence: resident ones from their slots, the others straight
 // from the arena (pinned host memory), without slots. block_max is by block (column).
+// out may be null: keys alone are read then, for LSE and block maxima.
 // Its checksums are verified as in gather; a mismatch is counted in *mismatches.
 struct StreamedAttentionArgs {
   DecodeAttentionArgs base;
@@ -395,6 +396,7 @@ struct SampleRow {
   std::int32_t num_prompt;
   std::int32_t num_tokens;
   std::int32_t num_logprobs;  // of the best tokens, <= kMaxLogprobs
+  TokenId forced;             // taken instead of sampling (its logprob is reported); < 0: none
 };
 inline constexpr int kMaxLogprobs = 20;
 

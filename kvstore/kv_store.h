@@ -118,6 +118,8 @@ class KvStore {
              int rows, kernels::Stream& stream);
   // Later work of `stream` starts after the layer's last fetch. No-op if there was none.
   void wait(int layer, kernels::Stream& stream);
+  // Whether the layer's last fetch has ended; true if there was none.
+  bool fetched(int layer) const;
 
   void pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream);
   // mismatches of the args is filled in, as it is for the next.

@@ -1,0 +1,33 @@
+// Collective: how the ranks of a worker group combine tensors. MPI on the CPU backend.
+//
+// Called by the step thread alone, in the same order on every rank. Every rank gets bit-equal
+// results. A broken group throws Exception(kDevice).
+#pragma once
+
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "kernels/device.h"
+
+namespace foretoken::worker {
+
+class Collective {
+ public:
+  virtual ~Collective() = default;
+  virtual int rank() const = 0;
+  virtual int world_size() const = 0;
+
+  // data[i] = sum over ranks of data[i]; activations of the device's type.
+  virtual void all_reduce(void* data, std::size_t count, kernels::Stream& stream) = 0;
+
+  // Joins columns: part [rows, widths[rank]] of each rank into all [rows, sum of widths]. fp32.
+  virtual void all_gather_columns(const float* part, float* all, int rows,
+                                  std::span<const int> widths, kernels::Stream& stream) = 0;
+};
+
+// Over MPI_COMM_WORLD; REQUIRES: MPI is initialised and outlives it. A world of one needs no MPI.
+std::unique_ptr<Collective> make_mpi_collective();
+std::unique_ptr<Collective> make_single_collective();
+
+}  // namespace foretoken::worker

@@ -1,0 +1,63 @@
+// Engine: runs a group's numbered plans on this rank, one after the other, and says what came of
+// each. Every rank of a group runs the same plans and so draws the same tokens.
+//
+// Called by the step thread alone. Throws Exception where the rank can't go on (device, MPI, a plan
+// that contradicts the ones before it).
+#pragma once
+
+#include <map>
+#include <memory>
+
+#include "common/messages.h"
+#include "common/service_config.h"
+#include "kvstore/kv_store.h"
+#include "predictor/policy.h"
+#include "worker/collective.h"
+#include "worker/decode.h"
+#include "worker/model.h"
+#include "worker/prefill.h"
+#include "worker/sampler.h"
+
+namespace foretoken::worker {
+
+class Engine {
+ public:
+  struct Parts {
+    kernels::Device& device;
+    kvstore::KvStore& store;
+    predictor::Policy& policy;
+    Model& model;
+  };
+  // max_model_len: tokens; resolved, not 0.
+  Engine(const ServiceConfig& config, int max_model_len, const Parts& parts);
+  ~Engine();
+
+  StepResult run(const StepPlan& plan);
+
+  // What this rank can hold, for Ready; epoch, group, rank and hash are the caller's to fill in.
+  Ready capacity() const;
+
+ private:
+  void release(SequenceId id, StepResult& result);
+  void publish(const PublishSegment& segment);
+  AdmitResult admit(const AdmitSequence& admit);
+  void start(const StartSequence& start);
+  void prefill(const PrefillItem& item, StepResult& result);
+  void decode(const std::vector<SequenceId>& ids, StepResult& result);
+  Sequence& find(SequenceId id);
+
+  const int max_model_len_;
+  const int rank_;
+  kernels::Device& device_;
+  kvstore::KvStore& store_;
+  predictor::Policy& policy_;
+  Model& model_;
+  std::unique_ptr<kernels::Stream> compute_;
+  Prefill prefill_;
+  Decode decode_;
+  Sampler sampler_;
+  kernels::DeviceBuffer first_logits_;  // [1, vocab] after a prompt
+  std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+};
+
+}  // namespace foretoken::worker

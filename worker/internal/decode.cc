@@ -1,0 +1,383 @@
+#include "worker/decode.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "common/check.h"
+
+namespace foretoken::worker {
+namespace {
+
+kernels::DeviceBuffer floats(kernels::Device& device, std::int64_t count) {
+  return {device, sizeof(float) * static_cast<std::size_t>(count),
+          kernels::MemoryUse::kActivations};
+}
+
+template <typename T>
+kernels::DeviceBuffer array_of(kernels::Device& device, int count) {
+  return {device, sizeof(T) * static_cast<std::size_t>(count), kernels::MemoryUse::kTables};
+}
+
+}  // namespace
+
+Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device,
+               kvstore::KvStore& store, predictor::Policy& policy)
+    : config_(config),
+      model_(model),
+      device_(device),
+      store_(store),
+      policy_(policy),
+      copy_(device.make_stream(kernels::StreamKind::kCopy)),
+      resolved_(device.make_event()),
+      written_(device.make_event()),
+      advanced_(device.make_event()),
+      act_(device, model.config(), model.partition(), config.max_rows),
+      hidden_(device, model.residual_bytes(config.max_rows), kernels::MemoryUse::kActivations),
+      delta_(device, model.residual_bytes(config.max_rows), kernels::MemoryUse::kActivations),
+      logits_(floats(device, config.max_rows * model.config().vocab_size)),
+      lse_(floats(device, config.max_rows * model.partition().heads.count)),
+      exact_lse_(floats(device, model.partition().heads.count)),
+      pitch_(slots_for(policy, blocks_for(config.max_model_len))),
+      exact_pitch_(blocks_for(config.max_model_len)),
+      sequences_(array_of<kernels::SequenceKv>(device, config.max_rows)),
+      histories_(array_of<kernels::HistoryState>(device, config.max_rows)),
+      selections_(array_of<kernels::Selection>(device, config.max_rows)),
+      fetches_(array_of<kernels::FetchList>(device, config.max_rows)),
+      num_columns_(array_of<std::int32_t>(device, config.max_rows)) {
+  const int heads = model.partition().heads.count;
+  block_max_ =
+      floats(device, std::int64_t{config.max_rows} * heads * std::max(pitch_, exact_pitch_));
+  exact_max_ = floats(device, std::int64_t{heads} * exact_pitch_);
+  if (config.audit_every > 0) {
+    dense_logits_ = floats(device, config.max_rows * model.config().vocab_size);
+  }
+  batch_ = {.rows = 0,
+            .sequences = sequences_.as<kernels::SequenceKv>(),
+            .histories = histories_.as<kernels::HistoryState>(),
+            .selections = selections_.as<kernels::Selection>()};
+}
+
+void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
+  const std::int32_t length = sequence.length();
+  device_.copy_in(sequence.kv().length, &length, sizeof length, compute);
+  policy_.select_ahead(sequence.alone(), compute);
+  device_.resolve({.sequences = sequence.alone().sequences,
+                   .selections = sequence.alone().selections,
+                   .fetches = const_cast<kernels::FetchList*>(sequence.fetches_alone()),
+                   .rows = 1,
+                   .first_layer = 0,
+                   .num_layers = model_.num_layers()},
+                  compute);
+  resolved_->record(compute);
+  compute.synchronize();  // `length` ends here
+}
+
+void Decode::drain() { copy_->synchronize(); }
+
+void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
+  FT_CHECK(static_cast<int>(rows.size()) <= config_.max_rows, rows.size(), config_.max_rows);
+  rows_.assign(rows.begin(), rows.end());
+  batch_.rows = static_cast<int>(rows.size());
+  streams_all_ = false;
+  std::vector<kernels::SequenceKv> sequences;
+  std::vector<kernels::HistoryState> histories;
+  std::vector<kernels::Selection> selections;
+  std::vector<kernels::FetchList> fetches;
+  std::vector<std::int32_t> columns;
+  for (const Sequence* row : rows_) {
+    sequences.push_back(row->kv());
+    histories.push_back(row->policy_state().history);
+    selections.push_back(row->policy_state().selection);
+    fetches.push_back(row->fetches());
+    columns.push_back(blocks_for(row->length()));  // the step's token included
+    streams_all_ = streams_all_ || row->streams_all();
+  }
+  const auto upload = [&](const kernels::DeviceBuffer& to, const auto& from) {
+    device_.copy_in(to.data(), from.data(), from.size() * sizeof from[0], compute);
+  };
+  upload(sequences_, sequences);
+  upload(histories_, histories);
+  upload(selections_, selections);
+  upload(fetches_, fetches);
+  upload(num_columns_, columns);
+  compute.synchronize();  // the host arrays end here
+}
+
+const float* Decode::step(std::span<Sequence* const> rows, kernels::Stream& compute) {
+  bind(rows, compute);
+  count_fetches(compute);
+  start_fetches(compute);
+  for (int row = 0; row < batch_.rows; ++row) {
+    if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
+  }
+  embed(rows, compute);
+  for (int layer = 0; layer < model_.num_layers(); ++layer) run_layer(layer, compute);
+  model_.logits(batch_.rows, act_, {hidden_.data(), delta_.data()}, logits_.as<float>(), compute);
+  for (int row = 0; row < batch_.rows; ++row) {
+    if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
+  }
+  return logits_.as<float>();
+}
+
+void Decode::start_fetches(kernels::Stream& compute) {
+  resolved_->record(compute);
+  resolved_->wait(*copy_);
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    store_.fetch(layer, batch_.sequences, fetches_.as<kernels::FetchList>(), batch_.rows, *copy_);
+  }
+}
+
+void Decode::embed(std::span<Sequence* const> rows, kernels::Stream& compute) {
+  std::vector<TokenId> tokens;
+  for (const Sequence* row : rows) tokens.push_back(row->tokens.back());
+  model_.embed(tokens, act_, {hidden_.data(), delta_.data()}, compute);
+}
+
+void Decode::run_layer(int layer, kernels::Stream& compute) {
+  const Residual x{hidden_.data(), delta_.data()};
+  model_.project_qkv(layer, batch_.rows, act_, x, compute);
+  kernels::RopeDecodeArgs rope{};
+  static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, batch_.rows, act_);
+  rope.sequences = batch_.sequences;
+  rope.layer = layer;
+  device_.rope_decode(rope, compute);
+  count_late(layer, compute);
+  store_.wait(layer, compute);
+  if (policy_.selects_at_query()) fetch_at_query(layer, compute);
+  attend(layer, batch_, compute);
+  if (policy_.observes()) observe(layer, compute);
+  for (int row = 0; row < batch_.rows; ++row) {
+    if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
+  }
+  model_.finish_layer(layer, batch_.rows, act_, x, compute);
+}
+
+void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
+  for (int row = 0; row < batch_.rows; ++row) {
+    score_exactly(layer, row, compute);
+    policy_.select_at_query(rows_[static_cast<std::size_t>(row)]->alone(), layer, exact_rows(row),
+                            compute);
+  }
+  device_.resolve({.sequences = batch_.sequences,
+                   .selections = batch_.selections,
+                   .fetches = fetches_.as<kernels::FetchList>(),
+                   .rows = batch_.rows,
+                   .first_layer = layer,
+                   .num_layers = 1},
+                  compute);
+  resolved_->record(compute);
+  resolved_->wait(*copy_);
+  store_.fetch(layer, batch_.sequences, fetches_.as<kernels::FetchList>(), batch_.rows, *copy_);
+  store_.wait(layer, compute);
+}
+
+kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::DecodeBatch& batch,
+                                                    int first_row) const {
+  const int heads = model_.partition().heads.count;
+  const int head_dim = model_.kv_shape().head_dim;
+  const std::size_t q_row =
+      kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(heads * head_dim);
+  const auto skip = static_cast<std::size_t>(first_row);
+  return {.q = act_.q.as<std::byte>() + q_row * skip,
+          .sequences = batch.sequences,
+          .rows = batch.rows,
+          .layer = layer,
+          .num_heads = heads,
+          .num_kv_heads = model_.kv_shape().num_kv_heads,
+          .head_dim = head_dim,
+          .scale = model_.attention_scale(),
+          .out = act_.attn.as<std::byte>() + q_row * skip,
+          .lse = lse_.as<float>() + skip * static_cast<std::size_t>(heads),
+          .block_max = block_max_.as<float>(),
+          .pitch = pitch_};
+}
+
+void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
+  kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
+  if (!streams_all_) {
+    device_.decode_attention(args, compute);
+    return;
+  }
+  args.pitch = exact_pitch_;
+  store_.streamed_attention({args, nullptr}, compute);
+}
+
+bool Decode::calibrates(const Sequence& sequence, int layer) const {
+  return config_.calibrate_every > 0 &&
+         (sequence.decode_steps + layer) % config_.calibrate_every == 0;
+}
+
+bool Decode::audits(const Sequence& sequence) const {
+  return config_.audit_every > 0 && sequence.decode_steps % config_.audit_every == 0;
+}
+
+predictor::AttentionRows Decode::exact_rows(int row) const {
+  return {.block_max = exact_max_.as<float>(),
+          .lse = exact_lse_.as<float>(),
+          .rows = 1,
+          .pitch = exact_pitch_,
+          .num_columns = num_columns_.as<std::int32_t>() + row,
+          .by_slot = false};
+}
+
+// A row that calibrates at this layer gets the exact row, the others what they attended.
+void Decode::observe(int layer, kernels::Stream& compute) {
+  const int heads = model_.partition().heads.count;
+  predictor::AttentionRows attended{.block_max = block_max_.as<float>(),
+                                    .lse = lse_.as<float>(),
+                                    .rows = 1,
+                                    .pitch = pitch_,
+                                    .num_columns = num_columns_.as<std::int32_t>(),
+                                    .by_slot = true};
+  const bool any = std::any_of(rows_.begin(), rows_.end(),
+                               [&](const Sequence* row) { return calibrates(*row, layer); });
+  if (!any) {
+    policy_.observe_decode(batch_, layer, attended, compute);
+    return;
+  }
+  for (int row = 0; row < batch_.rows; ++row) {
+    const Sequence& sequence = *rows_[static_cast<std::size_t>(row)];
+    if (calibrates(sequence, layer)) {
+      score_exactly(layer, row, compute);
+      policy_.observe_decode(sequence.alone(), layer, exact_rows(row), compute);
+      continue;
+    }
+    predictor::AttentionRows own = attended;
+    own.block_max += static_cast<std::ptrdiff_t>(row) * heads * pitch_;
+    own.lse += static_cast<std::ptrdiff_t>(row) * heads;
+    own.num_columns += row;
+    policy_.observe_decode(sequence.alone(), layer, own, compute);
+  }
+}
+
+void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
+  kernels::DecodeAttentionArgs args =
+      attention_args(layer, rows_[static_cast<std::size_t>(row)]->alone(), row);
+  args.out = nullptr;  // keys alone
+  args.lse = exact_lse_.as<float>();
+  args.block_max = exact_max_.as<float>();
+  args.pitch = exact_pitch_;
+  store_.streamed_attention({args, nullptr}, compute);
+}
+
+// The step's token through the dense model, over the same cache. Its own K and V are overwritten by
+// the step that follows; nothing else is.
+void Decode::dense_pass(int row, kernels::Stream& compute) {
+  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
+  const Residual x{hidden_.data(), delta_.data()};
+  embed(std::span(&sequence, 1), compute);
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    model_.project_qkv(layer, 1, act_, x, compute);
+    kernels::RopeDecodeArgs rope{};
+    static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, 1, act_);
+    rope.sequences = sequence->alone().sequences;
+    rope.layer = layer;
+    device_.rope_decode(rope, compute);
+    store_.wait(layer, compute);  // slots in flight are read here
+    kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), 0);
+    args.pitch = exact_pitch_;
+    store_.streamed_attention({args, nullptr}, compute);
+    model_.finish_layer(layer, 1, act_, x, compute);
+  }
+  model_.logits(1, act_, x, dense_logits_.as<float>() + row * model_.config().vocab_size, compute);
+}
+
+void Decode::measure_recall(int layer, int row, kernels::Stream& compute) {
+  Sequence& sequence = *rows_[static_cast<std::size_t>(row)];
+  score_exactly(layer, row, compute);
+  const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
+  std::vector<float> kept(heads);
+  std::vector<float> all(heads);
+  device_.copy_out(kept.data(), lse_.as<float>() + static_cast<std::size_t>(row) * heads,
+                   heads * sizeof(float), compute);
+  device_.copy_out(all.data(), exact_lse_.data(), heads * sizeof(float), compute);
+  compute.synchronize();
+  for (std::size_t head = 0; head < heads; ++head) {
+    sequence.report.recall_sum += std::exp(static_cast<double>(kept[head]) - all[head]);
+    ++sequence.report.recall_count;
+  }
+}
+
+// KL(dense || sparse) of the next token's distribution.
+void Decode::measure_kl(int row, kernels::Stream& compute) {
+  const auto vocab = static_cast<std::size_t>(model_.config().vocab_size);
+  std::vector<float> dense(vocab);
+  std::vector<float> sparse(vocab);
+  const std::size_t offset = static_cast<std::size_t>(row) * vocab;
+  device_.copy_out(dense.data(), dense_logits_.as<float>() + offset, vocab * sizeof(float),
+                   compute);
+  device_.copy_out(sparse.data(), logits_.as<float>() + offset, vocab * sizeof(float), compute);
+  compute.synchronize();
+  const auto log_sum = [](const std::vector<float>& logits) {
+    const double top = *std::max_element(logits.begin(), logits.end());
+    double sum = 0;
+    for (const float logit : logits) sum += std::exp(logit - top);
+    return top + std::log(sum);
+  };
+  const double dense_sum = log_sum(dense);
+  const double sparse_sum = log_sum(sparse);
+  double kl = 0;
+  for (std::size_t i = 0; i < vocab; ++i) {
+    const double log_p = dense[i] - dense_sum;
+    kl += std::exp(log_p) * (log_p - (sparse[i] - sparse_sum));
+  }
+  KvReport& report = rows_[static_cast<std::size_t>(row)]->report;
+  report.kl_sum += kl;
+  ++report.kl_count;
+}
+
+void Decode::finish(kernels::Stream& compute) {
+  written_->wait(compute);  // the last write-through read the length that changes here
+  device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
+  advanced_->record(compute);
+  advanced_->wait(*copy_);
+  store_.write_through({.sequences = batch_.sequences,
+                        .rows = batch_.rows,
+                        .to_arena = model_.partition().writes_kv},
+                       *copy_);
+  written_->record(*copy_);
+  policy_.select_ahead(batch_, compute);
+  device_.resolve({.sequences = batch_.sequences,
+                   .selections = batch_.selections,
+                   .fetches = fetches_.as<kernels::FetchList>(),
+                   .rows = batch_.rows,
+                   .first_layer = 0,
+                   .num_layers = model_.num_layers()},
+                  compute);
+  for (Sequence* row : rows_) ++row->decode_steps;
+}
+
+// Blocks of the layer whose gather had not ended when the layer came to need it.
+void Decode::count_late(int layer, kernels::Stream& compute) {
+  if (store_.fetched(layer)) return;
+  const auto heads = static_cast<std::size_t>(model_.kv_shape().num_kv_heads);
+  for (Sequence* row : rows_) {
+    const std::int32_t* counts = row->fetches().counts + static_cast<std::size_t>(layer) * heads;
+    counts_.resize(heads);
+    device_.copy_out(counts_.data(), counts, heads * sizeof(std::int32_t), compute);
+    compute.synchronize();
+    row->report.late += std::accumulate(counts_.begin(), counts_.end(), std::int64_t{0});
+  }
+}
+
+// What the last resolve chose and found absent.
+void Decode::count_fetches(kernels::Stream& compute) {
+  const auto maps = static_cast<std::size_t>(model_.num_layers() * model_.kv_shape().num_kv_heads);
+  counts_.resize(maps);
+  const auto sum = [&](const std::int32_t* counts) {
+    device_.copy_out(counts_.data(), counts, maps * sizeof(std::int32_t), compute);
+    compute.synchronize();
+    return std::accumulate(counts_.begin(), counts_.end(), std::int64_t{0});
+  };
+  for (Sequence* row : rows_) {
+    const std::int64_t fetched = sum(row->fetches().counts);
+    row->report.blocks_fetched += fetched;
+    row->report.bytes_host += fetched * static_cast<std::int64_t>(model_.kv_shape().block_bytes());
+    if (row->policy_state().selection.counts != nullptr) {
+      row->report.blocks_predicted += sum(row->policy_state().selection.counts);
+    }
+  }
+}
+
+}  // namespace foretoken::worker

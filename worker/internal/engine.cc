@@ -1,0 +1,198 @@
+#include "worker/engine.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+
+#include "common/check.h"
+#include "common/log.h"
+
+namespace foretoken::worker {
+namespace {
+
+DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
+  const bool calibrates =
+      config.kv_policy == "attention-predictor" && config.calibrate_with == "exact";
+  return {.max_rows = config.max_num_seqs,
+          .max_model_len = max_model_len,
+          .calibrate_every = calibrates ? config.calibrate_every : 0,
+          .audit_every = config.audit_every};
+}
+
+// FNV-1a over what was drawn: ranks that disagree are found at once.
+std::uint64_t digest(const std::vector<SequenceToken>& tokens) {
+  std::uint64_t hash = 0xCBF29CE484222325ULL;
+  const auto mix = [&hash](std::uint64_t value) { hash = (hash ^ value) * 0x100000001B3ULL; };
+  for (const SequenceToken& token : tokens) {
+    mix(raw(token.sequence));
+    mix(static_cast<std::uint64_t>(token.position));
+    mix(static_cast<std::uint64_t>(token.token.id));
+  }
+  return hash;
+}
+
+// Logits that are not numbers can't be sampled; the request's answer would be noise.
+void check_drawn(const std::vector<SequenceToken>& tokens) {
+  for (const SequenceToken& token : tokens) {
+    if (std::isfinite(token.token.logprob)) continue;
+    throw Exception(ErrorCode::kDevice,
+                    "logits of sequence " + std::to_string(raw(token.sequence)) + " at position " +
+                        std::to_string(token.position) +
+                        " are not finite; the weights overflow this device's number range");
+  }
+}
+
+}  // namespace
+
+Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
+    : max_model_len_(max_model_len),
+      rank_(parts.model.partition().rank),
+      device_(parts.device),
+      store_(parts.store),
+      policy_(parts.policy),
+      model_(parts.model),
+      compute_(device_.make_stream(kernels::StreamKind::kCompute)),
+      prefill_(model_, device_, store_, policy_,
+               std::min(config.max_batched_tokens, max_model_len)),
+      decode_(decode_config(config, max_model_len), model_, device_, store_, policy_),
+      sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size),
+               max_model_len),
+      first_logits_(device_, sizeof(float) * static_cast<std::size_t>(model_.config().vocab_size),
+                    kernels::MemoryUse::kActivations) {}
+
+Engine::~Engine() { decode_.drain(); }
+
+StepResult Engine::run(const StepPlan& plan) {
+  const auto begin = std::chrono::steady_clock::now();
+  StepResult result;
+  result.epoch = plan.epoch;
+  result.step = plan.step;
+  result.rank = rank_;
+  for (const SequenceId id : plan.releases) release(id, result);
+  for (const PublishSegment& segment : plan.publishes) publish(segment);
+  for (const AdmitSequence& sequence : plan.admits) result.admits.push_back(admit(sequence));
+  for (const StartSequence& sequence : plan.starts) start(sequence);
+  for (const PrefillItem& item : plan.prefills) prefill(item, result);
+  if (!plan.decodes.empty()) decode(plan.decodes, result);
+  check_drawn(result.tokens);
+  result.token_digest = digest(result.tokens);
+  if (rank_ != 0) result.tokens.clear();
+  const Ready now = capacity();
+  result.device_bytes_free = now.device_bytes_free;
+  result.step_us = std::chrono::duration_cast<std::chrono::microseconds>(
+                       std::chrono::steady_clock::now() - begin)
+                       .count();
+  return result;
+}
+
+Sequence& Engine::find(SequenceId id) {
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) {
+    throw Exception(ErrorCode::kInternal,
+                    "a plan names sequence " + std::to_string(raw(id)) + ", which is not here");
+  }
+  return *found->second;
+}
+
+void Engine::release(SequenceId id, StepResult& result) {
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) return;  // its admission failed here, and not on another rank
+  decode_.drain();
+  result.stats.push_back({id, found->second->report});
+  sequences_.erase(found);
+  if (const Status status = store_.release(id); !status) throw Exception(status.error());
+}
+
+void Engine::publish(const PublishSegment& segment) {
+  if (!model_.partition().writes_kv) return;
+  decode_.drain();  // the segment's last block may be on its way
+  find(segment.sequence);
+  const Status status = store_.commit(segment.sequence, segment.index, segment.key);
+  if (!status) throw Exception(status.error());
+}
+
+AdmitResult Engine::admit(const AdmitSequence& admit) {
+  AdmitResult result{.sequence = admit.sequence, .reusable_tokens = 0, .error = std::nullopt};
+  if (admit.max_length > max_model_len_) {
+    result.error = Error{ErrorCode::kInvalidArgument,
+                         "the sequence may grow to " + std::to_string(admit.max_length) +
+                             " tokens; --max-model-len is " + std::to_string(max_model_len_)};
+    return result;
+  }
+  Result<kvstore::Reservation> reservation =
+      store_.reserve(admit.sequence, admit.prefix_keys, segments_for(admit.max_length));
+  if (!reservation) {
+    result.error = reservation.error();
+    return result;
+  }
+  result.reusable_tokens = std::int64_t{reservation->hit_segments} * kSegmentTokens;
+  try {
+    sequences_[admit.sequence] = std::make_unique<Sequence>(
+        admit, *std::move(reservation), model_.kv_shape(), policy_, device_, *compute_);
+  } catch (const Exception& failure) {
+    if (failure.error().code != ErrorCode::kExhausted) throw;
+    sequences_.erase(admit.sequence);
+    result.error = failure.error();
+    if (const Status status = store_.release(admit.sequence); !status) {
+      throw Exception(status.error());
+    }
+  }
+  return result;
+}
+
+void Engine::start(const StartSequence& start) {
+  Sequence& sequence = find(start.sequence);
+  const int segments = static_cast<int>(start.reused_tokens / kSegmentTokens);
+  if (const Status status = store_.use(sequence.reservation(), segments); !status) {
+    throw Exception(status.error());
+  }
+  sequence.upload_slabs(*compute_);
+  prefill_.start(sequence, segments * kSegmentTokens, *compute_);
+}
+
+void Engine::prefill(const PrefillItem& item, StepResult& result) {
+  Sequence& sequence = find(item.sequence);
+  if (!prefill_.run(sequence, item, *compute_)) return;
+  decode_.begin(sequence, *compute_);
+  model_.logits(1, prefill_.activations(), prefill_.last_token(sequence), first_logits_.as<float>(),
+                *compute_);
+  Sequence* row = &sequence;
+  const auto tokens = sampler_.sample(first_logits_.as<float>(), std::span(&row, 1), *compute_);
+  result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
+  sequence.prefill.reset();
+}
+
+void Engine::decode(const std::vector<SequenceId>& ids, StepResult& result) {
+  std::vector<Sequence*> rows;
+  for (const SequenceId id : ids) rows.push_back(&find(id));
+  const float* logits = decode_.step(rows, *compute_);
+  const auto tokens = sampler_.sample(logits, rows, *compute_);
+  decode_.finish(*compute_);
+  result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
+}
+
+Ready Engine::capacity() const {
+  Ready ready;
+  const kernels::DeviceInfo info = device_.info();
+  std::size_t in_use = 0;
+  for (int use = 0; use < static_cast<int>(kernels::MemoryUse::kCount); ++use) {
+    in_use += device_.memory_in_use(static_cast<kernels::MemoryUse>(use));
+  }
+  const std::size_t longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_);
+  const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens);
+  ready.device = info.name;
+  ready.max_model_len = max_model_len_;
+  ready.device_bytes_total = static_cast<std::int64_t>(info.memory_bytes);
+  ready.device_bytes_weights =
+      static_cast<std::int64_t>(device_.memory_in_use(kernels::MemoryUse::kWeights));
+  ready.device_bytes_free = static_cast<std::int64_t>(info.memory_bytes - in_use);
+  ready.kv_slabs_total = store_.slabs_per_head();
+  // The line through the two ends; slots are bounded by the budget, so it lies above in between.
+  const int span = std::max(1, max_model_len_ - kSegmentTokens);
+  ready.sequence_bytes_per_token = static_cast<std::int64_t>(
+      (longest - std::min(longest, shortest)) / static_cast<std::size_t>(span));
+  ready.sequence_bytes_fixed = static_cast<std::int64_t>(shortest);
+  return ready;
+}
+
+}  // namespace foretoken::worker

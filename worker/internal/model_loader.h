@@ -1,0 +1,44 @@
+// ModelLoader: reads a rank's part of every tensor into a Model. Used once, by Model::load.
+#pragma once
+
+#include <string>
+
+#include "worker/model.h"
+
+namespace foretoken::worker {
+
+class ModelLoader {
+ public:
+  ModelLoader(Model& model, const WeightSource& weights);
+  Status load();
+
+ private:
+  // Rows [rows.begin, rows.end()) and columns of a matrix in the files.
+  struct Slice {
+    std::string name;
+    std::int64_t total_rows;
+    std::int64_t total_columns;
+    Range rows;
+    Range columns;
+  };
+  Status load_embedding();
+  Status load_layer(int index);
+  Status load_attention(const std::string& prefix, Model::Layer& layer);
+  Status load_mlp(const std::string& prefix, Model::Layer& layer);
+  Status load_head();
+  Result<std::unique_ptr<kernels::Weight>> matrix(std::span<const Slice> slices);
+  // float32 on the device, whatever the file's type.
+  Result<kernels::DeviceBuffer> vector(const std::string& name, std::int64_t size);
+  // Parts of biases one behind the other; ranks other than 0 leave out what is added once.
+  Result<kernels::DeviceBuffer> biases(std::span<const Slice> slices);
+  Result<kernels::DeviceBuffer> upload(const std::vector<float>& values);
+  Range head_rows(Range heads) const;
+
+  Model& model_;
+  const WeightSource& weights_;
+  const ModelConfig& config_;
+  const Partition& part_;
+  std::unique_ptr<kernels::Stream> stream_;
+};
+
+}  // namespace foretoken::worker

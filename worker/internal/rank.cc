@@ -1,0 +1,214 @@
+#include "worker/rank.h"
+
+#include <mpi.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "common/log.h"
+#include "common/socket.h"
+#include "common/wire.h"
+#include "worker/engine.h"
+
+namespace foretoken::worker {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr milliseconds kHeartbeatInterval{250};
+constexpr milliseconds kWelcomeTimeout{30'000};
+constexpr milliseconds kIdlePoll{1'000};
+
+std::string host_name() {
+  std::array<char, 256> name{};
+  if (gethostname(name.data(), name.size() - 1) != 0) return "unknown";
+  return name.data();
+}
+
+// The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
+class Line {
+ public:
+  explicit Line(const RankConfig& config) : context_(make_socket_context()) {
+    DealerSocket::Config socket;
+    socket.endpoint = config.coordinator;
+    if (!config.key_file.empty()) socket.keys = read_client_keys(config.key_file).value_or_throw();
+    socket_ = DealerSocket::connect(context_, socket).value_or_throw();
+  }
+  void send(const WorkerMessage& message) {
+    if (const Status status = socket_->send(encode(message)); !status) {
+      throw Exception(status.error());
+    }
+  }
+  std::optional<CoordinatorMessage> receive(milliseconds timeout) {
+    const std::optional<std::string> frame = socket_->receive(timeout);
+    if (!frame) return std::nullopt;
+    return decode_coordinator_message(*frame).value_or_throw();
+  }
+
+ private:
+  std::shared_ptr<SocketContext> context_;
+  std::unique_ptr<DealerSocket> socket_;
+};
+
+// Says every 250 ms that this rank lives, and which step it completed last.
+class Heart {
+ public:
+  Heart(const RankConfig& config, Epoch epoch, int rank)
+      : thread_([this, config, epoch, rank](const std::stop_token& stop) {
+          beat(config, epoch, rank, stop);
+        }) {}
+  void completed(StepNumber step) { step_ = raw(step); }
+
+ private:
+  void beat(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop) {
+    try {
+      Line line(config);
+      while (!stop.stop_requested()) {
+        line.send(Heartbeat{epoch, config.group, rank, StepNumber{step_.load()}});
+        std::this_thread::sleep_for(kHeartbeatInterval);
+      }
+    } catch (const Exception& failure) {
+      // The coordinator will miss the beats, and fence this rank.
+      log().error("heartbeat stopped: {}", failure.what());
+    }
+  }
+  std::atomic<std::uint64_t> step_{0};
+  std::jthread thread_;  // last: it starts when all else is ready
+};
+
+Welcome join(Line& line, const RankConfig& config, const Collective& collective) {
+  line.send(Hello{config.group, collective.rank(), collective.world_size(), getpid(), host_name()});
+  const auto answer = line.receive(kWelcomeTimeout);
+  if (!answer) {
+    throw Exception(ErrorCode::kUnavailable,
+                    "no answer from the coordinator at " + config.coordinator + " within 30 s");
+  }
+  const auto* welcome = std::get_if<Welcome>(&*answer);
+  if (welcome == nullptr) {
+    throw Exception(ErrorCode::kUnavailable, "the coordinator turned this rank away");
+  }
+  return *welcome;
+}
+
+predictor::PolicyConfig policy_config(const ServiceConfig& config) {
+  predictor::PolicyConfig policy;
+  const auto kind = predictor::policy_from_name(config.kv_policy);
+  if (!kind) throw Exception(ErrorCode::kConfig, "--kv-policy " + config.kv_policy + " is unknown");
+  policy.kind = *kind;
+  policy.budget_tokens = config.kv_budget;
+  policy.predict_per = config.predict_per == "query-head" ? predictor::PredictPer::kQueryHead
+                                                          : predictor::PredictPer::kKvHead;
+  policy.budget_per = config.kv_budget_per == "query-head" ? predictor::BudgetPer::kQueryHead
+                                                           : predictor::BudgetPer::kKvHead;
+  policy.history_type = config.history_type == "fp32"   ? kernels::HistoryType::kFp32
+                        : config.history_type == "e5m3" ? kernels::HistoryType::kE5m3
+                                                        : kernels::HistoryType::kBf16;
+  policy.history_fill =
+      config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
+  policy.weights = config.predictor_weights;
+  return policy;
+}
+
+std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config) {
+  if (config.device == "cuda") {
+    throw Exception(ErrorCode::kDevice, "--device cuda: this program was built without CUDA");
+  }
+  constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
+  return kernels::make_cpu_device(
+      {.num_threads = config.threads_per_rank,
+       .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * kGib)});
+}
+
+// Everything a rank is made of, in the order it is built.
+class Worker {
+ public:
+  Worker(const RankConfig& config, const Welcome& welcome, Collective& collective)
+      : config_(service_config_from_json(welcome.config_json).value_or_throw()),
+        model_config_(read_model_config(config_.model).value_or_throw()),
+        model_hash_(model_hash(config_.model).value_or_throw()),
+        device_(make_device(config_)) {
+    const int max_model_len = static_cast<int>(
+        config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
+    const Partition part =
+        make_partition(model_config_, collective.rank(), collective.world_size()).value_or_throw();
+    const auto weights =
+        config_.load_format == "dummy"
+            ? make_dummy_source(model_config_)
+            : make_folder_source(ModelWeights::open(config_.model).value_or_throw());
+    model_ = Model::load(model_config_, *weights, part, *device_, collective).value_or_throw();
+    policy_ =
+        predictor::make_policy(policy_config(config_),
+                               {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
+            .value_or_throw();
+    store_ =
+        kvstore::KvStore::connect({.socket_path = welcome.store_socket,
+                                   .group = config.group,
+                                   .rank = collective.rank(),
+                                   .epoch = welcome.epoch,
+                                   .model_hash = model_hash_,
+                                   .total_kv_heads = static_cast<int>(model_config_.num_kv_heads),
+                                   .first_head = part.kv_heads.begin,
+                                   .shape = model_->kv_shape(),
+                                   .guard_arena = config_.guard_arena},
+                                  *device_)
+            .value_or_throw();
+    engine_ = std::make_unique<Engine>(config_, max_model_len,
+                                       Engine::Parts{*device_, *store_, *policy_, *model_});
+  }
+  Engine& engine() { return *engine_; }
+  const std::string& hash() const { return model_hash_; }
+
+ private:
+  ServiceConfig config_;
+  ModelConfig model_config_;
+  std::string model_hash_;
+  std::unique_ptr<kernels::Device> device_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<predictor::Policy> policy_;
+  std::unique_ptr<kvstore::KvStore> store_;
+  std::unique_ptr<Engine> engine_;
+};
+
+void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, int group) {
+  for (;;) {
+    const auto message = line.receive(kIdlePoll);
+    if (!message || std::holds_alternative<Welcome>(*message)) continue;
+    if (std::holds_alternative<Shutdown>(*message)) return;
+    const auto& plan = std::get<StepPlan>(*message);
+    if (plan.epoch != epoch) continue;  // of a life before this one
+    StepResult result = engine.run(plan);
+    result.group = group;
+    line.send(result);
+    heart.completed(plan.step);
+  }
+}
+
+}  // namespace
+
+void run_rank(const RankConfig& config) {
+  int world_size = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &world_size);
+  const auto collective = world_size > 1 ? make_mpi_collective() : make_single_collective();
+  log_init("rank " + std::to_string(collective->rank()));
+  Line line(config);
+  const Welcome welcome = join(line, config, *collective);
+  Heart heart(config, welcome.epoch, collective->rank());
+  try {
+    Worker worker(config, welcome, *collective);
+    Ready ready = worker.engine().capacity();
+    ready.epoch = welcome.epoch;
+    ready.group = config.group;
+    ready.rank = collective->rank();
+    ready.model_hash = worker.hash();
+    line.send(ready);
+    serve_plans(line, heart, worker.engine(), welcome.epoch, config.group);
+  } catch (const Exception& failure) {
+    line.send(WorkerFailed{welcome.epoch, config.group, collective->rank(), failure.error()});
+    throw;
+  }
+}
+
+}  // namespace foretoken::worker

@@ -1,0 +1,166 @@
+#include "worker/sequence.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "common/check.h"
+
+namespace foretoken::worker {
+namespace {
+
+constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
+constexpr int kLocalBlocks = kLocalTokens / kBlockTokens + 1;  // a window that starts inside one
+
+// Lays arrays one behind the other in a buffer, each on a cache line.
+class Layout {
+ public:
+  template <typename T>
+  std::size_t add(std::size_t count) {
+    const std::size_t at = bytes_;
+    bytes_ += (count * sizeof(T) + 63) / 64 * 64;
+    return at;
+  }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::size_t bytes_ = 0;
+};
+
+struct TableLayout {
+  TableLayout(const kernels::KvShape& shape, int max_blocks, int num_slots) {
+    const auto maps = static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads);
+    const auto segments = static_cast<std::size_t>((max_blocks + kSegmentBlocks - 1) /
+                                                   kSegmentBlocks * shape.num_kv_heads);
+    block_to_slot = layout.add<std::int32_t>(maps * static_cast<std::size_t>(max_blocks));
+    slot_to_block = layout.add<std::int32_t>(maps * static_cast<std::size_t>(num_slots));
+    entries = layout.add<kernels::FetchEntry>(maps * static_cast<std::size_t>(num_slots));
+    counts = layout.add<std::int32_t>(maps);
+    slabs = layout.add<std::byte*>(segments);
+    length = layout.add<std::int32_t>(1);
+    sequence = layout.add<kernels::SequenceKv>(1);
+    fetches = layout.add<kernels::FetchList>(1);
+    history = layout.add<kernels::HistoryState>(1);
+    selection = layout.add<kernels::Selection>(1);
+  }
+  Layout layout;
+  std::size_t block_to_slot, slot_to_block, entries, counts, slabs, length;
+  std::size_t sequence, fetches, history, selection;  // the batch of one
+};
+
+std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
+  return static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads) *
+         static_cast<std::size_t>(num_slots) * shape.block_bytes();
+}
+
+}  // namespace
+
+int slots_for(const predictor::Policy& policy, int max_blocks) {
+  const std::optional<int> selected = policy.selected_per_head();
+  if (!selected) return max_blocks;
+  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + *selected);
+}
+
+std::size_t sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
+                           int max_tokens) {
+  const int max_blocks = blocks_for(max_tokens);
+  const int num_slots = slots_for(policy, max_blocks);
+  return slot_bytes(shape, num_slots) + TableLayout(shape, max_blocks, num_slots).layout.bytes() +
+         policy.state_bytes(max_tokens);
+}
+
+Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
+                   const kernels::KvShape& shape, predictor::Policy& policy,
+                   kernels::Device& device, kernels::Stream& stream)
+    : tokens(admit.prompt),
+      sampling(admit.sampling),
+      forced_ids(admit.forced_ids),
+      id_(admit.sequence),
+      prompt_length_(static_cast<int>(admit.prompt.size())),
+      device_(device),
+      reservation_(std::move(reservation)) {
+  const int max_tokens = static_cast<int>(admit.max_length);
+  FT_CHECK(max_tokens >= prompt_length_ && prompt_length_ > 0, max_tokens, prompt_length_);
+  tokens.reserve(static_cast<std::size_t>(max_tokens));
+  kv_.shape = shape;
+  kv_.max_blocks = blocks_for(max_tokens);
+  kv_.max_segments = reservation_.num_segments;
+  kv_.num_slots = slots_for(policy, kv_.max_blocks);
+  policy_state_ = policy.admit(max_tokens, stream);
+  try {
+    slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
+  } catch (const Exception&) {
+    if (policy.selected_per_head()) throw;
+    streams_all_ = true;  // dense attention over a context that doesn't fit the device
+    kv_.num_slots = std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks);
+    slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
+  }
+  allocate_tables(stream);
+  report.full_kv_bytes = static_cast<std::int64_t>(slot_bytes(shape, kv_.max_blocks));
+  report.device_bytes = device_bytes();
+}
+
+void Sequence::allocate_tables(kernels::Stream& stream) {
+  const TableLayout at(kv_.shape, kv_.max_blocks, kv_.num_slots);
+  tables_ = {device_, at.layout.bytes(), kernels::MemoryUse::kTables};
+  auto* base = tables_.as<std::byte>();
+  device_.fill_zero(base, tables_.bytes(), stream);
+  const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
+  const std::vector<std::int32_t> absent(
+      maps * static_cast<std::size_t>(std::max(kv_.max_blocks, kv_.num_slots)), kernels::kAbsent);
+  kv_.slots = slots_.as<std::byte>();
+  kv_.block_to_slot = reinterpret_cast<std::int32_t*>(base + at.block_to_slot);
+  kv_.slot_to_block = reinterpret_cast<std::int32_t*>(base + at.slot_to_block);
+  kv_.slabs = reinterpret_cast<std::byte* const*>(base + at.slabs);
+  kv_.length = reinterpret_cast<std::int32_t*>(base + at.length);
+  device_.copy_in(kv_.block_to_slot, absent.data(),
+                  maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
+  device_.copy_in(kv_.slot_to_block, absent.data(),
+                  maps * static_cast<std::size_t>(kv_.num_slots) * sizeof(std::int32_t), stream);
+  fetches_ = {reinterpret_cast<kernels::FetchEntry*>(base + at.entries),
+              reinterpret_cast<std::int32_t*>(base + at.counts), kv_.num_slots};
+  device_.copy_in(base + at.sequence, &kv_, sizeof kv_, stream);
+  device_.copy_in(base + at.fetches, &fetches_, sizeof fetches_, stream);
+  device_.copy_in(base + at.history, &policy_state_->history, sizeof policy_state_->history,
+                  stream);
+  device_.copy_in(base + at.selection, &policy_state_->selection, sizeof policy_state_->selection,
+                  stream);
+  alone_ = {.rows = 1,
+            .sequences = reinterpret_cast<kernels::SequenceKv*>(base + at.sequence),
+            .histories = reinterpret_cast<kernels::HistoryState*>(base + at.history),
+            .selections = reinterpret_cast<kernels::Selection*>(base + at.selection)};
+  fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
+  stream.synchronize();  // `absent` ends here
+}
+
+void Sequence::upload_slabs(kernels::Stream& stream) {
+  device_.copy_in(const_cast<std::byte**>(kv_.slabs), reservation_.slabs.data(),
+                  reservation_.slabs.size() * sizeof(std::byte*), stream);
+  stream.synchronize();
+}
+
+void Sequence::make_prompt_resident(kernels::Stream& stream) {
+  const int blocks = blocks_for(prompt_length_);
+  if (blocks > kv_.num_slots) return;
+  std::vector<std::int32_t> identity(static_cast<std::size_t>(blocks));
+  std::iota(identity.begin(), identity.end(), 0);
+  const std::size_t bytes = identity.size() * sizeof(std::int32_t);
+  for (int map = 0; map < kv_.shape.num_layers * kv_.shape.num_kv_heads; ++map) {
+    device_.copy_in(kv_.block_to_slot + static_cast<std::ptrdiff_t>(map) * kv_.max_blocks,
+                    identity.data(), bytes, stream);
+    device_.copy_in(kv_.slot_to_block + static_cast<std::ptrdiff_t>(map) * kv_.num_slots,
+                    identity.data(), bytes, stream);
+  }
+  stream.synchronize();
+}
+
+TokenId Sequence::next_forced() const {
+  const auto index = static_cast<std::size_t>(length() - prompt_length_);
+  return index < forced_ids.size() ? forced_ids[index] : -1;
+}
+
+std::int64_t Sequence::device_bytes() const {
+  return static_cast<std::int64_t>(slots_.bytes() + tables_.bytes() +
+                                   policy_state_->memory.bytes());
+}
+
+}  // namespace foretoken::worker

@@ -1,0 +1,116 @@
+// Model: this rank's part of the weights, and a transformer layer in pieces, written once for every
+// device and model family. What lies between the pieces, attention and the KV cache, differs
+// between prefill (worker/prefill.h) and decode (worker/decode.h).
+//
+// The residual stream is a pair: hidden, and a delta that is still to be added; each norm adds it
+// first. A forward starts with hidden = 0 and delta = the embedding.
+// Called by the step thread alone.
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "common/model_config.h"
+#include "common/result.h"
+#include "common/safetensors.h"
+#include "kernels/device.h"
+#include "worker/collective.h"
+#include "worker/partition.h"
+
+namespace foretoken::worker {
+
+// Where tensors come from: a model folder, or random ones of the config's shape.
+class WeightSource {
+ public:
+  virtual ~WeightSource() = default;
+  // The whole tensor [shape]; the view lives until three more tensors were asked for.
+  virtual Result<TensorView> tensor(const std::string& name,
+                                    std::span<const std::int64_t> shape) const = 0;
+};
+std::unique_ptr<WeightSource> make_folder_source(ModelWeights weights);
+// Normal-like values of a fixed seed and a variance that keeps activations finite; norms are one.
+std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& config);
+
+// Buffers that one chunk of rows passes through.
+struct Activations {
+  Activations(kernels::Device& device, const ModelConfig& config, const Partition& part,
+              int max_rows);
+  int max_rows;
+  kernels::DeviceBuffer tokens;   // [rows] TokenId
+  kernels::DeviceBuffer normed;   // [rows, hidden]
+  kernels::DeviceBuffer qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
+  kernels::DeviceBuffer q;        // [rows, heads, head_dim]
+  kernels::DeviceBuffer attn;     // [rows, heads, head_dim]
+  kernels::DeviceBuffer gate_up;  // [rows, 2 * intermediate]
+  kernels::DeviceBuffer mlp;      // [rows, intermediate]
+};
+
+// The residual stream of some rows.
+struct Residual {
+  void* hidden;  // [rows, hidden] activation
+  void* delta;   // [rows, hidden] activation
+};
+
+class Model {
+ public:
+  // Reads this rank's part of every tensor. Error: kModelFile. Throws Exception(kExhausted) when
+  // it doesn't fit the device.
+  static Result<std::unique_ptr<Model>> load(const ModelConfig& config, const WeightSource& weights,
+                                             const Partition& part, kernels::Device& device,
+                                             Collective& collective);
+  ~Model();
+
+  const ModelConfig& config() const { return config_; }
+  const Partition& partition() const { return part_; }
+  const kernels::KvShape& kv_shape() const { return kv_shape_; }
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  float attention_scale() const;
+  std::size_t residual_bytes(int rows) const;  // of one of a Residual's two
+
+  // delta = embedding of tokens (host), hidden = 0.
+  void embed(std::span<const TokenId> tokens, Activations& act, const Residual& x,
+             kernels::Stream& stream);
+  // act.qkv = W_qkv norm(hidden + delta); hidden takes up delta.
+  void project_qkv(int layer, int rows, Activations& act, const Residual& x,
+                   kernels::Stream& stream);
+  // What rope_prefill and rope_decode have in common.
+  kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
+  // delta = W_o act.attn, summed over ranks; then the MLP: delta = W_down swiglu(W_gate_up norm).
+  void finish_layer(int layer, int rows, Activations& act, const Residual& x,
+                    kernels::Stream& stream);
+  // logits[rows, vocab], of all ranks. x holds rows in order.
+  void logits(int rows, Activations& act, const Residual& x, float* logits,
+              kernels::Stream& stream);
+
+ private:
+  struct Layer {
+    kernels::DeviceBuffer attention_norm, mlp_norm;  // [hidden]
+    kernels::DeviceBuffer q_norm, k_norm;            // [head_dim], or empty
+    std::unique_ptr<kernels::Weight> qkv, o, gate_up, down;
+    kernels::DeviceBuffer qkv_bias, o_bias, gate_up_bias, down_bias;  // or empty
+  };
+  void norm(const kernels::DeviceBuffer& weight, int rows, Activations& act, const Residual& x,
+            kernels::Stream& stream);
+  Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
+        Collective& collective);
+
+  ModelConfig config_;
+  Partition part_;
+  kernels::Device& device_;
+  Collective& collective_;
+  kernels::KvShape kv_shape_;
+  std::vector<int> vocab_widths_;    // of every rank
+  kernels::DeviceBuffer embedding_;  // [vocab of this rank, hidden] of embedding_type_
+  kernels::DataType embedding_type_ = kernels::DataType::kFp16;
+  kernels::DeviceBuffer inv_freq_;
+  kernels::DeviceBuffer final_norm_;
+  kernels::DeviceBuffer logits_part_;  // [rows, vocab of this rank]; grows with rows
+  std::unique_ptr<kernels::Weight> lm_head_;
+  std::vector<Layer> layers_;
+
+  friend class ModelLoader;
+};
+
+}  // namespace foretoken::worker

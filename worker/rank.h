@@ -1,0 +1,22 @@
+// Rank: a worker process's life: finds its place by MPI, joins the coordinator, loads its part of
+// the model, runs plans until it is told to stop.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "common/result.h"
+
+namespace foretoken::worker {
+
+struct RankConfig {
+  std::string coordinator;         // ZeroMQ endpoint
+  std::filesystem::path key_file;  // empty: no CURVE (ipc)
+  int group = 0;
+};
+
+// Runs until Shutdown. Throws Exception for whatever ends it otherwise; the coordinator has been
+// told by then. REQUIRES: MPI is initialised.
+void run_rank(const RankConfig& config);
+
+}  // namespace foretoken::worker

@@ -1,0 +1,92 @@
+// Sequence: what a rank keeps of one request: its tokens, its KV (slots in device memory, slabs in
+// the store's arena), the tables between the two, and its policy's state. Allocated whole at
+// admission, for the greatest length it may reach; freed whole.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "common/messages.h"
+#include "kernels/device.h"
+#include "kvstore/kv_store.h"
+#include "predictor/policy.h"
+
+namespace foretoken::worker {
+
+// What a prompt needs until its last layer is done (worker/prefill.h).
+struct PrefillScratch {
+  kernels::DeviceBuffer hidden;  // [prompt - reused, hidden size]
+  kernels::DeviceBuffer delta;   // the same
+  kernels::DeviceBuffer k;       // [num_kv_heads, prompt, head_dim] of the layer in work
+  kernels::DeviceBuffer v;
+  kernels::DeviceBuffer tail_q;     // [kHistoryRows, heads, head_dim] of the last queries
+  kernels::DeviceBuffer tail_lse;   // [heads, kHistoryRows]
+  kernels::DeviceBuffer block_max;  // [heads, kHistoryRows, columns]
+  int layer = 0;                    // the next work item starts here
+  int token = 0;
+};
+
+class Sequence {
+ public:
+  // Throws Exception(kExhausted) when the device is full.
+  Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
+           const kernels::KvShape& shape, predictor::Policy& policy, kernels::Device& device,
+           kernels::Stream& stream);
+
+  SequenceId id() const { return id_; }
+  int length() const { return static_cast<int>(tokens.size()); }
+  int prompt_length() const { return prompt_length_; }
+  // Tokens of the sequence as a batch of one.
+  const predictor::DecodeBatch& alone() const { return alone_; }
+  const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
+  const kernels::SequenceKv& kv() const { return kv_; }
+  const kernels::FetchList& fetches() const { return fetches_; }
+  const predictor::PolicyState& policy_state() const { return *policy_state_; }
+  kvstore::Reservation& reservation() { return reservation_; }
+  // True where blocks are absent for lack of slots and the policy attends all of them: attention
+  // then streams them from the arena.
+  bool streams_all() const { return streams_all_; }
+
+  // Marks the prompt's blocks resident, block b in slot b, if there is a slot for each; prefill
+  // then writes them there.
+  void make_prompt_resident(kernels::Stream& stream);
+  // After use(): slab addresses to the device.
+  void upload_slabs(kernels::Stream& stream);
+  // The token that the request demands next; < 0 where it demands none.
+  TokenId next_forced() const;
+  // Device bytes: slots, tables, history.
+  std::int64_t device_bytes() const;
+
+  std::vector<TokenId> tokens;  // prompt, then output; the last one's KV is not stored yet
+  const SamplingParams sampling;
+  const std::vector<TokenId> forced_ids;
+  int reused_tokens = 0;
+  std::unique_ptr<PrefillScratch> prefill;  // while the prompt is in work
+  std::int64_t decode_steps = 0;
+  KvReport report;
+
+ private:
+  void allocate_tables(kernels::Stream& stream);
+
+  const SequenceId id_;
+  const int prompt_length_;
+  kernels::Device& device_;
+  kvstore::Reservation reservation_;
+  std::unique_ptr<predictor::PolicyState> policy_state_;
+  bool streams_all_ = false;
+  kernels::SequenceKv kv_{};
+  kernels::FetchList fetches_{};
+  predictor::DecodeBatch alone_;
+  const kernels::FetchList* fetches_alone_ = nullptr;
+  kernels::DeviceBuffer slots_;
+  kernels::DeviceBuffer tables_;
+};
+
+// Slots a KV head: sink, local window and the policy's choice, or every block there can be.
+int slots_for(const predictor::Policy& policy, int max_blocks);
+// Device bytes that a sequence of max_tokens takes.
+std::size_t sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
+                           int max_tokens);
+
+}  // namespace foretoken::worker
