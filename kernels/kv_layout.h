@@ -114,6 +114,7 @@ struct HistoryState {
   std::byte* stream;          // [num_layers, num_maps, predictor_state_bytes]
   std::int64_t* num_rows;     // [num_layers] rows appended so far; row r lies at r % kRingRows
   std::int32_t* num_columns;  // [num_layers] columns of the newest row
+  std::uint32_t* fallbacks;   // [1] maps without finite scores so far: they chose the latest blocks
   std::int32_t num_layers;
   std::int32_t num_kv_heads;
   std::int32_t maps_per_kv_head;  // 1, or the rank's query heads of a KV head

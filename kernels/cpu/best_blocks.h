@@ -1,0 +1,45 @@
+// Choosing blocks by score: the k best a map, united over the maps of a KV head.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels {
+
+inline constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
+
+// The first block of the local window of the step whose token is at `position`: every block that
+// touches the last kLocalTokens tokens, that one included, is resident anyway.
+inline int first_local_block(std::int64_t position) {
+  const std::int64_t first_token = position + 1 - kLocalTokens;
+  return first_token > 0 ? static_cast<int>(first_token / kBlockTokens) : 0;
+}
+
+// What the maps of one KV head want of the candidates, which are the columns from kSinkBlocks on.
+// One a thread: it keeps its memory from head to head.
+class HeadChoice {
+ public:
+  void start(int num_candidates);
+
+  // A map's k best; ties go to the lower column; with fewer than k candidates, all.
+  // False, and nothing is chosen, if a score is not finite.
+  bool add_best(std::span<const float> scores, int k);
+  // A map without usable scores: the k latest columns. They yield to scored ones in finish().
+  void add_latest(int k);
+
+  // Writes the union to (layer, kv_head) of the selection, sorted: at most `limit` blocks, those
+  // of the best scores of any map.
+  void finish(int layer, int num_kv_heads, int kv_head, int limit, const Selection& selection);
+
+ private:
+  void want(std::uint32_t candidate, float score);
+
+  std::vector<float> best_;            // by candidate; lowest() if only the latest, NaN if none
+  std::vector<std::uint32_t> wanted_;  // candidates of the union
+  std::vector<std::uint64_t> keys_;    // scratch
+};
+
+}  // namespace foretoken::kernels

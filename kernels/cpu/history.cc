@@ -1,0 +1,107 @@
+// CpuDevice::history_append.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "common/check.h"
+#include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/history_rows.h"
+
+namespace foretoken::kernels {
+namespace {
+
+constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that was not attended
+
+// Where a column of block_max belongs: itself, or the block that lies in that slot.
+class ColumnMap {
+ public:
+  // slot_to_block: null where block_max is by block already.
+  ColumnMap(const std::int32_t* slot_to_block, int count)
+      : slot_to_block_(slot_to_block), count_(count) {}
+  int count() const { return count_; }
+  int column(int i) const { return slot_to_block_ == nullptr ? i : slot_to_block_[i]; }
+
+ private:
+  const std::int32_t* slot_to_block_;
+  int count_;
+};
+
+ColumnMap column_map(const HistoryAppendArgs& args, int sequence, int kv_head, int columns) {
+  if (args.sequences == nullptr) return {nullptr, columns};
+  const SequenceKv& kv = args.sequences[sequence];
+  const std::ptrdiff_t head = args.layer * kv.shape.num_kv_heads + kv_head;
+  return {kv.slot_to_block + head * kv.num_slots, std::min(kv.num_slots, args.pitch)};
+}
+
+// values[c] = mean over the map's heads of exp(block_max - lse), or kNoValue.
+void row_values(const HistoryAppendArgs& args, int sequence, int first_head, int num_heads, int row,
+                const ColumnMap& map, std::vector<float>& values) {
+  std::fill(values.begin(), values.end(), kNoValue);
+  const float share = 1.0F / static_cast<float>(num_heads);
+  for (int h = first_head; h < first_head + num_heads; ++h) {
+    const std::ptrdiff_t at =
+        (static_cast<std::ptrdiff_t>(sequence) * args.num_heads + h) * args.rows + row;
+    const float* maxima = args.block_max + at * args.pitch;
+    const float lse = args.lse[at];
+    for (int i = 0; i < map.count(); ++i) {
+      const int column = map.column(i);
+      if (maxima[i] == -std::numeric_limits<float>::infinity()) continue;
+      if (column < 0 || column >= static_cast<int>(values.size())) continue;  // an empty slot
+      float& value = values[static_cast<std::size_t>(column)];
+      value = (value == kNoValue ? 0.0F : value) + share * std::exp(maxima[i] - lse);
+    }
+  }
+}
+
+// Appends the rows of one map. Columns beyond a row's own are stored as zeros, so that a later,
+// wider window reads zero there.
+void append_map(const HistoryAppendArgs& args, int sequence, int map) {
+  const HistoryState& state = args.states[sequence];
+  const int columns = args.num_columns[sequence];
+  const auto type = static_cast<HistoryType>(state.type);
+  const int heads_per_map = args.num_heads / num_maps(state);
+  const ColumnMap to_column = column_map(args, sequence, map / state.maps_per_kv_head, columns);
+  std::vector<float> values(static_cast<std::size_t>(columns));
+  std::vector<float> last(static_cast<std::size_t>(columns), 0.0F);
+  std::vector<float> stored(static_cast<std::size_t>(state.pitch), 0.0F);
+
+  std::int64_t r = state.num_rows[args.layer];
+  if (args.hold && r > 0) {
+    decode_history(type, history_row(state, args.layer, map, r - 1), 0, columns, last.data());
+  }
+  for (int row = 0; row < args.rows; ++row, ++r) {
+    row_values(args, sequence, map * heads_per_map, heads_per_map, row, to_column, values);
+    for (std::size_t c = 0; c < values.size(); ++c) {
+      if (values[c] == kNoValue) values[c] = args.hold ? last[c] : 0.0F;
+    }
+    std::copy(values.begin(), values.end(), stored.begin());
+    encode_history(type, stored.data(), state.pitch, history_row(state, args.layer, map, r));
+    last.swap(values);
+  }
+}
+
+}  // namespace
+
+void CpuDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
+  FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
+  enqueue(stream, [this, args] {
+    if (args.num_sequences == 0) return;
+    const int maps = num_maps(args.states[0]);
+    FT_CHECK(maps > 0 && args.num_heads % maps == 0, args.num_heads, maps);
+    for (int s = 0; s < args.num_sequences; ++s) {
+      const HistoryState& state = args.states[s];
+      FT_CHECK(num_maps(state) == maps && args.layer < state.num_layers, s, args.layer);
+      FT_CHECK(args.num_columns[s] <= state.max_columns, s, args.num_columns[s]);
+    }
+    pool_.parallel_for(args.num_sequences * maps,
+                       [&](int task, int) { append_map(args, task / maps, task % maps); });
+    for (int s = 0; s < args.num_sequences; ++s) {
+      args.states[s].num_rows[args.layer] += args.rows;
+      args.states[s].num_columns[args.layer] = args.num_columns[s];
+    }
+  });
+}
+
+}  // namespace foretoken::kernels
