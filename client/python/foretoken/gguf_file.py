@@ -18,7 +18,17 @@ _MAX_FIELDS = 100_000
 _MAX_ARRAY = 10_000_000
 _MAX_ELEMENTS = 1 << 40
 _SCALARS = {
-    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
 }
 _STRING, _ARRAY = 8, 9
 
@@ -50,7 +60,9 @@ class GgufFile:
             raise GgufError(f"{path}: not a GGUF file (it doesn't start with 'GGUF')")
         version = self._scalar("<I", "version")
         if version not in (2, 3):
-            raise GgufError(f"{path}: GGUF version {version} at offset 4; versions 2 and 3 are read")
+            raise GgufError(
+                f"{path}: GGUF version {version} at offset 4; versions 2 and 3 are read"
+            )
         num_tensors = self._count(_MAX_TENSORS, "tensor count")
         num_fields = self._count(_MAX_FIELDS, "field count")
         self.fields = {}

@@ -35,7 +35,10 @@ def _split(pattern):
 # tokenizer.ggml.pre: normalizer, pre-tokenizer, ignore_merges, adds a BOS token by default
 _RULES = {
     "smollm": (
-        None, _sequence({"type": "Digits", "individual_digits": True}, use_regex=True), False, False,
+        None,
+        _sequence({"type": "Digits", "individual_digits": True}, use_regex=True),
+        False,
+        False,
     ),
     "gpt-2": (None, _byte_level(use_regex=True), False, False),
     "llama-bpe": (None, _split(_LLAMA3_SPLIT), True, True),
@@ -91,7 +94,9 @@ def _vocabulary(fields):
         if not isinstance(value, list) or not value:
             raise GgufError(f"field tokenizer.ggml.{name} is missing or empty")
     if len(kinds) != len(tokens):
-        raise GgufError(f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens")
+        raise GgufError(
+            f"tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens"
+        )
     if len(set(tokens)) != len(tokens):
         raise GgufError("tokenizer.ggml.tokens holds a token twice")
     for index, merge in enumerate(merges):

@@ -236,7 +236,9 @@ def _unpermute(data, num_heads):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="foretoken model import", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="foretoken model import", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("gguf", help="the GGUF file")
     parser.add_argument("folder", help="the model folder to make")
     options = parser.parse_args(arguments)
