@@ -1,0 +1,150 @@
+#include "kvstore/internal/arena.h"
+
+#include <fcntl.h>
+#include <numa.h>
+#include <numaif.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+
+#include "common/log.h"
+#include "common/result.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr std::size_t kRoundBytes = std::size_t{1} << 30;
+constexpr int kMaxThreads = 16;  // page faults of one memfd stop scaling about there (guessed)
+constexpr int kTouchNice = 10;   // serving goes first
+
+[[noreturn]] void fail(const std::string& what, std::size_t bytes) {
+  throw Exception(ErrorCode::kIo, what + " failed for an arena of " + std::to_string(bytes) +
+                                      " bytes: " + std::strerror(errno));
+}
+
+FileDescriptor make_memory(std::size_t bytes) {
+  FileDescriptor memory(memfd_create("foretoken-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory) fail("memfd_create", bytes);
+  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) fail("ftruncate", bytes);
+  if (fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    fail("sealing", bytes);
+  }
+  return memory;
+}
+
+}  // namespace
+
+Arena::Arena(const ArenaLayout& layout, NumaPlacement placement)
+    : layout_(layout),
+      memory_(make_memory(layout.arena_bytes())),
+      progress_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  const std::size_t bytes = layout_.arena_bytes();
+  if (!progress_) fail("eventfd", bytes);
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_.get(), 0);
+  if (mapped == MAP_FAILED) fail("mmap", bytes);
+  base_ = static_cast<std::byte*>(mapped);
+  madvise(base_, bytes, MADV_HUGEPAGE);  // where shared memory has them; else no harm
+  if (placement == NumaPlacement::kSpread) bind_stripes();
+  plan_pieces();
+  start_touching();
+}
+
+Arena::~Arena() {
+  threads_.clear();  // stops and joins
+  munmap(base_, layout_.arena_bytes());
+}
+
+// Before anything is touched: a page lies where the policy says at its first touch. A node that
+// has no room lends from another, since the policy prefers and does not insist.
+void Arena::bind_stripes() const {
+  if (numa_available() < 0) return;
+  const int num_nodes = numa_max_node() + 1;
+  if (num_nodes < 2) return;
+  for (int head = 0; head < layout_.num_kv_heads; ++head) {
+    const int node = head * num_nodes / layout_.num_kv_heads;
+    bitmask* mask = numa_allocate_nodemask();
+    numa_bitmask_setbit(mask, static_cast<unsigned>(node));
+    if (mbind(base_ + layout_.stripe_offset(head), layout_.stripe_bytes(), MPOL_PREFERRED,
+              mask->maskp, mask->size, 0) != 0) {
+      log().warn("stripe {} could not be placed on NUMA node {}: {}", head, node,
+                 std::strerror(errno));
+    }
+    numa_free_nodemask(mask);
+  }
+}
+
+void Arena::plan_pieces() {
+  const std::size_t piece_bytes = kRoundBytes / static_cast<std::size_t>(layout_.num_kv_heads);
+  const auto piece_slabs =
+      static_cast<std::uint32_t>(std::max<std::size_t>(1, piece_bytes / layout_.slab_bytes));
+  for (std::uint32_t slab = 0; slab < layout_.slabs_per_head; slab += piece_slabs) {
+    for (int head = 0; head < layout_.num_kv_heads; ++head) {
+      pieces_.push_back({head, slab, std::min(slab + piece_slabs, layout_.slabs_per_head)});
+    }
+  }
+}
+
+void Arena::start_touching() {
+  const auto processors = static_cast<int>(std::thread::hardware_concurrency());
+  const int num_threads = std::clamp(processors / 2, 1, kMaxThreads);
+  for (int i = 0; i < num_threads; ++i) {
+    threads_.emplace_back([this](const std::stop_token& stop) { touch_pieces(stop); });
+  }
+}
+
+void Arena::touch_pieces(const std::stop_token& stop) {
+  setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kTouchNice);
+  while (!stop.stop_requested()) {
+    const std::size_t index = next_piece_.fetch_add(1);
+    if (index >= pieces_.size()) return;
+    if (!touch(pieces_[index])) {
+      log().error("the arena stays at {} of {} slabs a head: no memory: {}", num_ready(),
+                  layout_.slabs_per_head, std::strerror(errno));
+      next_piece_ = pieces_.size();  // for all threads
+      return;
+    }
+    note_touched(pieces_[index]);
+  }
+}
+
+// Makes the kernel back the piece with memory, without writing to it (a rank may be quicker).
+bool Arena::touch(const Piece& piece) const {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  std::byte* begin =
+      base_ + layout_.stripe_offset(piece.head) + layout_.slab_bytes * piece.first_slab;
+  const std::size_t bytes = layout_.slab_bytes * (piece.last_slab - piece.first_slab);
+  if (madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return true;
+  if (errno != EINVAL) return false;
+  for (std::size_t at = 0; at < bytes; at += page) {  // Linux before 5.14
+    std::atomic_ref<char>(*reinterpret_cast<char*>(begin + at)).fetch_or(0);
+  }
+  return true;
+}
+
+void Arena::note_touched(Piece& piece) {
+  const std::lock_guard lock(mutex_);
+  piece.touched = true;
+  while (first_untouched_ < pieces_.size() && pieces_[first_untouched_].touched) ++first_untouched_;
+  // A round counts when its last stripe is done: the first untouched piece bounds all heads.
+  const std::uint32_t ready = first_untouched_ == pieces_.size()
+                                  ? layout_.slabs_per_head
+                                  : pieces_[first_untouched_].first_slab;
+  if (ready == num_ready_) return;
+  num_ready_.store(ready, std::memory_order_release);
+  const std::uint64_t one = 1;
+  if (write(progress_.get(), &one, sizeof one) != sizeof one) log().warn("eventfd is full");
+}
+
+void Arena::clear_progress() {
+  std::uint64_t count = 0;
+  while (read(progress_.get(), &count, sizeof count) == sizeof count) {
+  }
+}
+
+}  // namespace foretoken::kvstore

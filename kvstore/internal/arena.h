@@ -1,0 +1,65 @@
+// Arena: the node's KV memory: a sealed memfd (it can neither shrink nor grow, so no rank's mapping
+// can be cut off), pre-faulted in the background, its stripes spread over the NUMA nodes.
+//
+// Owns the memory, its mapping and the pre-faulting threads. Pieces of all stripes are touched in
+// turn, 1 GiB a round, so that every head's slabs become ready at the same pace; admission follows
+// num_ready(). Thread-safe.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "kvstore/internal/arena_layout.h"
+#include "kvstore/internal/file_descriptor.h"
+
+namespace foretoken::kvstore {
+
+enum class NumaPlacement { kNone, kSpread };  // kSpread: stripe h of H on node h * nodes / H
+
+class Arena {
+ public:
+  // Throws Exception(kIo, kExhausted): what was wanted, what there is.
+  Arena(const ArenaLayout& layout, NumaPlacement placement);
+  ~Arena();  // waits for the piece that is being touched
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  const ArenaLayout& layout() const { return layout_; }
+  int memory_fd() const { return memory_.get(); }
+  // Readable (eventfd) when num_ready() has grown since clear_progress().
+  int progress_fd() const { return progress_.get(); }
+  void clear_progress();
+  // Slabs [0, num_ready()) of every stripe are backed by memory.
+  std::uint32_t num_ready() const { return num_ready_.load(std::memory_order_acquire); }
+
+ private:
+  struct Piece {
+    int head;
+    std::uint32_t first_slab;
+    std::uint32_t last_slab;  // one past
+    bool touched = false;     // guarded by mutex_
+  };
+  void bind_stripes() const;
+  void plan_pieces();
+  void start_touching();
+  void touch_pieces(const std::stop_token& stop);
+  bool touch(const Piece& piece) const;
+  void note_touched(Piece& piece);
+
+  ArenaLayout layout_;
+  FileDescriptor memory_;
+  FileDescriptor progress_;
+  std::byte* base_ = nullptr;
+  std::vector<Piece> pieces_;  // by round, then head
+  std::atomic<std::size_t> next_piece_{0};
+  std::mutex mutex_;
+  std::size_t first_untouched_ = 0;  // guarded by mutex_
+  std::atomic<std::uint32_t> num_ready_{0};
+  std::vector<std::jthread> threads_;  // last: they use all of the above
+};
+
+}  // namespace foretoken::kvstore

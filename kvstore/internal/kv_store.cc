@@ -1,0 +1,252 @@
+#include "kvstore/kv_store.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "common/check.h"
+#include "common/log.h"
+#include "kvstore/internal/arena_guard.h"
+#include "kvstore/internal/protocol.h"
+#include "kvstore/internal/seqpacket.h"
+#include "kvstore/internal/stripe_mapping.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+ModelIdentity identity_of(const StoreClientConfig& config) {
+  return {config.model_hash, config.total_kv_heads, config.shape.num_layers, config.shape.head_dim,
+          config.shape.kv_type};
+}
+
+Hello hello_of(const StoreClientConfig& config) {
+  Hello hello;
+  hello.owner = {config.group, config.rank, config.epoch, config.first_head,
+                 config.shape.num_kv_heads};
+  hello.model = identity_of(config);
+  return hello;
+}
+
+Error out_of_step(const char* why) {
+  return {ErrorCode::kUnavailable, std::string("the KV store ") + why};
+}
+
+}  // namespace
+
+// Requests over the socket. After a failure of the socket itself no answer can be told from a late
+// one, so all later requests fail too.
+class Connection {
+ public:
+  explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
+
+  struct Answer {
+    Reply reply;
+    FileDescriptor passed;
+  };
+  Result<Answer> ask(const Request& request) {
+    FT_RETURN_IF_ERROR(tell(request));
+    auto received = receive_message(socket_.get(), kMaxMessageBytes);
+    if (!received) return broken(received.error());
+    if (received->message.empty()) return broken(out_of_step("has closed the connection"));
+    auto reply = decode_reply(received->message);
+    if (!reply) return broken(reply.error());
+    if (auto* refusal = std::get_if<Error>(&*reply)) return std::move(*refusal);
+    return Answer{*std::move(reply), std::move(received->passed)};
+  }
+
+  template <typename Message>
+  Result<Message> ask_for(const Request& request) {
+    FT_ASSIGN_OR_RETURN(Answer answer, ask(request));
+    auto* message = std::get_if<Message>(&answer.reply);
+    if (message == nullptr) return broken(out_of_step("answered something else"));
+    return std::move(*message);
+  }
+
+  Status tell(const Request& request) {
+    if (!socket_) return out_of_step("connection has failed before");
+    auto sent = send_message(socket_.get(), encode(request));
+    if (!sent) return broken(sent.error());
+    return Ok{};
+  }
+
+ private:
+  Error broken(Error error) {
+    socket_.reset();
+    return error;
+  }
+  FileDescriptor socket_;
+};
+
+struct KvStore::Impl {
+  StoreClientConfig config;
+  kernels::Device& device;
+  Connection connection;
+  std::optional<StripeMapping> mapping;
+  std::optional<ArenaGuard> guard;
+  std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
+  kernels::DeviceBuffer mismatches;                      // uint32
+
+  Impl(const StoreClientConfig& client, kernels::Device& on, FileDescriptor socket)
+      : config(client), device(on), connection(std::move(socket)) {}
+
+  Status greet();
+  void prepare_device();
+  Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
+
+  std::uint32_t* mismatch_counter() const { return mismatches.as<std::uint32_t>(); }
+
+  // Runs an op that touches the arena. Under the guard the arena is open until the op is through.
+  template <typename Op>
+  void touch_arena(kernels::Stream& stream, const Op& op) {
+    if (!guard) return op();
+    const ArenaGuard::Scope open(*guard);
+    op();
+    stream.synchronize();
+  }
+};
+
+Status KvStore::Impl::greet() {
+  FT_ASSIGN_OR_RETURN(Connection::Answer answer, connection.ask(hello_of(config)));
+  const auto* welcome = std::get_if<Welcome>(&answer.reply);
+  if (welcome == nullptr || !answer.passed) return out_of_step("did not hand over its arena");
+  if (welcome->slab_bytes != config.shape.slab_bytes()) {
+    return Error{ErrorCode::kInvalidArgument, "the KV store lays slabs out otherwise"};
+  }
+  const ArenaLayout layout{config.total_kv_heads, welcome->slab_bytes, welcome->slabs_per_head};
+  try {
+    mapping.emplace(answer.passed.get(), layout, config.first_head, config.shape.num_kv_heads,
+                    device);
+  } catch (const Exception& failure) {
+    return failure.error();
+  }
+  if (config.guard_arena) guard.emplace(mapping->begin(), mapping->bytes());
+  return Ok{};
+}
+
+void KvStore::Impl::prepare_device() {
+  for (int layer = 0; layer < config.shape.num_layers; ++layer) {
+    fetched.push_back(device.make_event());
+  }
+  mismatches = kernels::DeviceBuffer(device, sizeof(std::uint32_t), kernels::MemoryUse::kTables);
+  const auto stream = device.make_stream(kernels::StreamKind::kCompute);
+  device.fill_zero(mismatches.data(), mismatches.bytes(), *stream);
+  stream->synchronize();
+}
+
+// Slab numbers to device addresses. The store is trusted no further than a peer.
+Result<Reservation> KvStore::Impl::translate(SequenceId sequence, const Grant& grant,
+                                             int num_segments) const {
+  const auto num_heads = static_cast<std::size_t>(config.shape.num_kv_heads);
+  const auto segments = static_cast<std::size_t>(num_segments);
+  const auto out_of_range = [&](int hits) { return hits < 0 || hits > num_segments; };
+  const auto no_slab = [&](SlabIndex slab) {
+    return raw(slab) >= mapping->layout().slabs_per_head;
+  };
+  if (grant.head_hits.size() != num_heads || grant.slabs.size() != num_heads * segments ||
+      std::ranges::any_of(grant.head_hits, out_of_range) ||
+      std::ranges::any_of(grant.slabs, no_slab)) {
+    return Error{ErrorCode::kCorrupt, "the KV store granted what was not asked for"};
+  }
+  Reservation kv;
+  kv.sequence = sequence;
+  kv.num_segments = num_segments;
+  kv.hit_segments = std::ranges::min(grant.head_hits);
+  kv.head_hits = grant.head_hits;
+  for (std::size_t i = 0; i < grant.slabs.size(); ++i) {
+    kv.slabs.push_back(mapping->slab(static_cast<int>(i / segments), grant.slabs[i]));
+  }
+  return kv;
+}
+
+// ---- requests ---------------------------------------------------------------------------------
+
+KvStore::KvStore(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+Result<std::unique_ptr<KvStore>> KvStore::connect(const StoreClientConfig& config,
+                                                  kernels::Device& device) {
+  FT_CHECK(config.shape.num_kv_heads > 0 && config.first_head >= 0, config.first_head,
+           config.shape.num_kv_heads);
+  FT_CHECK(config.first_head + config.shape.num_kv_heads <= config.total_kv_heads,
+           config.first_head, config.shape.num_kv_heads, config.total_kv_heads);
+  FT_ASSIGN_OR_RETURN(FileDescriptor socket, connect_to(config.socket_path, config.timeout));
+  auto impl = std::make_unique<Impl>(config, device, std::move(socket));
+  FT_RETURN_IF_ERROR(impl->greet());
+  impl->prepare_device();
+  return std::unique_ptr<KvStore>(new KvStore(std::move(impl)));
+}
+
+KvStore::~KvStore() {
+  impl_->guard.reset();
+  impl_->mapping.reset();  // before the goodbye: it says that this is done
+  if (auto told = impl_->connection.tell(Goodbye{}); !told) {
+    log().debug("goodbye to the KV store: {}", told.error().message);
+  }
+}
+
+Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const PrefixKey> keys,
+                                     int num_segments) {
+  FT_ASSIGN_OR_RETURN(const Grant grant, impl_->connection.ask_for<Grant>(Reserve{
+                                             sequence, num_segments, {keys.begin(), keys.end()}}));
+  return impl_->translate(sequence, grant, num_segments);
+}
+
+Status KvStore::use(Reservation& kv, int hit_segments) {
+  FT_CHECK(hit_segments >= 0 && hit_segments <= kv.hit_segments, hit_segments, kv.hit_segments);
+  kv.hit_segments = hit_segments;
+  if (std::ranges::max(kv.head_hits) == hit_segments) return Ok{};
+  FT_ASSIGN_OR_RETURN(const Grant grant,
+                      impl_->connection.ask_for<Grant>(Use{kv.sequence, hit_segments}));
+  FT_ASSIGN_OR_RETURN(kv, impl_->translate(kv.sequence, grant, kv.num_segments));
+  return Ok{};
+}
+
+Status KvStore::commit(SequenceId sequence, int segment, const PrefixKey& key) {
+  return impl_->connection.tell(Commit{sequence, segment, key});
+}
+
+Status KvStore::release(SequenceId sequence) { return impl_->connection.tell(Release{sequence}); }
+
+Result<StoreStat> KvStore::stat() { return impl_->connection.ask_for<StoreStat>(StatRequest{}); }
+
+std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->layout().slabs_per_head; }
+
+// ---- ops --------------------------------------------------------------------------------------
+
+void KvStore::fetch(int layer, const kernels::SequenceKv* sequences,
+                    const kernels::FetchList* fetches, int rows, kernels::Stream& stream) {
+  impl_->touch_arena(stream, [&] {
+    impl_->device.gather({sequences, fetches, rows, layer, impl_->mismatch_counter()}, stream);
+  });
+  impl_->fetched[static_cast<std::size_t>(layer)]->record(stream);
+}
+
+void KvStore::wait(int layer, kernels::Stream& stream) {
+  impl_->fetched[static_cast<std::size_t>(layer)]->wait(stream);
+}
+
+void KvStore::pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream) {
+  impl_->touch_arena(stream, [&] { impl_->device.pack_blocks(args, stream); });
+}
+
+void KvStore::unpack(kernels::UnpackBlocksArgs args, kernels::Stream& stream) {
+  args.mismatches = impl_->mismatch_counter();
+  impl_->touch_arena(stream, [&] { impl_->device.unpack_blocks(args, stream); });
+}
+
+void KvStore::streamed_attention(kernels::StreamedAttentionArgs args, kernels::Stream& stream) {
+  args.mismatches = impl_->mismatch_counter();
+  impl_->touch_arena(stream, [&] { impl_->device.streamed_attention(args, stream); });
+}
+
+void KvStore::write_through(const kernels::WriteThroughArgs& args, kernels::Stream& stream) {
+  impl_->touch_arena(stream, [&] { impl_->device.write_through(args, stream); });
+}
+
+std::uint32_t KvStore::checksum_failures(kernels::Stream& stream) {
+  std::uint32_t count = 0;
+  impl_->device.copy_out(&count, impl_->mismatch_counter(), sizeof count, stream);
+  stream.synchronize();
+  return count;
+}
+
+}  // namespace foretoken::kvstore

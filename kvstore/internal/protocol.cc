@@ -1,0 +1,352 @@
+#include "kvstore/internal/protocol.h"
+
+#include <cstring>
+#include <limits>
+#include <msgpack.hpp>
+
+#include "common/check.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+enum Kind : int {
+  kHello = 1,
+  kReserve = 2,
+  kUse = 3,
+  kCommit = 4,
+  kRelease = 5,
+  kStat = 6,
+  kGoodbye = 7,
+  kError = 64,
+  kWelcome = 65,
+  kGrant = 66,
+  kStatReply = 67,
+};
+
+constexpr auto kInt64Max = std::numeric_limits<std::int64_t>::max();
+constexpr std::size_t kMaxTextBytes = 1024;
+constexpr std::size_t kMaxModelHashBytes = 128;
+
+// ---- writing ----------------------------------------------------------------------------------
+
+class Writer {
+ public:
+  Writer(Kind kind, std::uint32_t num_fields) : packer_(buffer_) {
+    packer_.pack_array(num_fields + 1);
+    packer_.pack(static_cast<int>(kind));
+  }
+  Writer& integer(std::int64_t value) {
+    packer_.pack(value);
+    return *this;
+  }
+  Writer& id(std::uint64_t value) {
+    packer_.pack(value);
+    return *this;
+  }
+  Writer& text(std::string_view value) {
+    value = value.substr(0, kMaxTextBytes);
+    packer_.pack_str(static_cast<std::uint32_t>(value.size()));
+    packer_.pack_str_body(value.data(), static_cast<std::uint32_t>(value.size()));
+    return *this;
+  }
+  template <typename T>  // plain values, as they lie in memory (little-endian)
+  Writer& binary(const T* data, std::size_t count) {
+    const auto bytes = static_cast<std::uint32_t>(count * sizeof(T));
+    packer_.pack_bin(bytes);
+    packer_.pack_bin_body(reinterpret_cast<const char*>(data), bytes);
+    return *this;
+  }
+  std::string finish() const { return {buffer_.data(), buffer_.size()}; }
+
+ private:
+  msgpack::sbuffer buffer_;
+  msgpack::packer<msgpack::sbuffer> packer_;
+};
+
+struct RequestWriter {
+  std::string operator()(const Hello& hello) const {
+    const auto& [version, owner, model] = hello;
+    return Writer(kHello, 11)
+        .integer(version)
+        .integer(owner.group)
+        .integer(owner.rank)
+        .integer(raw(owner.epoch))
+        .integer(owner.first_head)
+        .integer(owner.num_heads)
+        .text(model.model_hash)
+        .integer(model.total_kv_heads)
+        .integer(model.num_layers)
+        .integer(model.head_dim)
+        .integer(static_cast<int>(model.kv_type))
+        .finish();
+  }
+  std::string operator()(const Reserve& reserve) const {
+    return Writer(kReserve, 3)
+        .id(raw(reserve.sequence))
+        .integer(reserve.num_segments)
+        .binary(reserve.keys.data(), reserve.keys.size())
+        .finish();
+  }
+  std::string operator()(const Use& use) const {
+    return Writer(kUse, 2).id(raw(use.sequence)).integer(use.hit_segments).finish();
+  }
+  std::string operator()(const Commit& commit) const {
+    return Writer(kCommit, 3)
+        .id(raw(commit.sequence))
+        .integer(commit.segment)
+        .binary(&commit.key, 1)
+        .finish();
+  }
+  std::string operator()(const Release& release) const {
+    return Writer(kRelease, 1).id(raw(release.sequence)).finish();
+  }
+  std::string operator()(const StatRequest&) const { return Writer(kStat, 0).finish(); }
+  std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
+};
+
+struct ReplyWriter {
+  std::string operator()(const Error& error) const {
+    return Writer(kError, 2).text(error_code_name(error.code)).text(error.message).finish();
+  }
+  std::string operator()(const Welcome& welcome) const {
+    return Writer(kWelcome, 2).id(welcome.slab_bytes).integer(welcome.slabs_per_head).finish();
+  }
+  std::string operator()(const Grant& grant) const {
+    return Writer(kGrant, 2)
+        .binary(grant.head_hits.data(), grant.head_hits.size())
+        .binary(grant.slabs.data(), grant.slabs.size())
+        .finish();
+  }
+  std::string operator()(const StoreStat& stat) const {
+    return Writer(kStatReply, 11)
+        .integer(stat.slabs_total)
+        .integer(stat.slabs_ready)
+        .integer(stat.slabs_free)
+        .integer(stat.slabs_used)
+        .integer(stat.slabs_cached)
+        .integer(stat.hits)
+        .integer(stat.misses)
+        .integer(stat.evictions)
+        .integer(stat.leases)
+        .integer(stat.sequences)
+        .integer(stat.bad_requests)
+        .finish();
+  }
+};
+
+// ---- reading ----------------------------------------------------------------------------------
+
+// Walks the fields of a message. The first thing wrong is kept, and all later reads give zeros.
+class Reader {
+ public:
+  explicit Reader(std::string_view bytes) { parse(bytes); }
+
+  std::int64_t integer(const char* field, std::int64_t least, std::int64_t most) {
+    const msgpack::object* object = next(field);
+    if (object == nullptr) return 0;
+    std::int64_t value = 0;
+    if (object->type == msgpack::type::NEGATIVE_INTEGER) {
+      value = object->via.i64;
+    } else if (object->type == msgpack::type::POSITIVE_INTEGER &&
+               object->via.u64 <= static_cast<std::uint64_t>(kInt64Max)) {
+      value = static_cast<std::int64_t>(object->via.u64);
+    } else {
+      return fail(field, "is no integer"), 0;
+    }
+    if (value < least || value > most) return fail(field, "is out of range"), 0;
+    return value;
+  }
+  int small(const char* field, int least, int most) {
+    return static_cast<int>(integer(field, least, most));
+  }
+  std::int64_t counter(const char* field) { return integer(field, 0, kInt64Max); }
+  std::uint64_t id(const char* field) {
+    const msgpack::object* object = next(field);
+    if (object == nullptr) return 0;
+    if (object->type != msgpack::type::POSITIVE_INTEGER) return fail(field, "is no id"), 0;
+    return object->via.u64;
+  }
+  std::string text(const char* field, std::size_t max_bytes) {
+    const msgpack::object* object = next(field);
+    if (object == nullptr) return {};
+    if (object->type != msgpack::type::STR) return fail(field, "is no text"), "";
+    if (object->via.str.size > max_bytes) return fail(field, "is too long"), "";
+    return {object->via.str.ptr, object->via.str.size};
+  }
+  template <typename T>
+  std::vector<T> binary(const char* field, std::size_t min_count, std::size_t max_count) {
+    const msgpack::object* object = next(field);
+    if (object == nullptr) return {};
+    if (object->type != msgpack::type::BIN) return fail(field, "is no binary"), std::vector<T>{};
+    const std::size_t bytes = object->via.bin.size;
+    const std::size_t count = bytes / sizeof(T);
+    if (bytes % sizeof(T) != 0 || count < min_count || count > max_count) {
+      return fail(field, "has the wrong size"), std::vector<T>{};
+    }
+    std::vector<T> values(count);
+    if (bytes > 0) std::memcpy(values.data(), object->via.bin.ptr, bytes);
+    return values;
+  }
+
+  // The message, if all of it was read and nothing was wrong.
+  template <typename Message>
+  Result<Message> finish(Message message) {
+    if (error_.empty() && next_ != handle_.get().via.array.size) fail("message", "has more fields");
+    if (!error_.empty()) return error();
+    return message;
+  }
+  template <typename Message>
+  Result<Message> unknown_kind() {
+    fail("kind", "is unknown");
+    return error();
+  }
+
+ private:
+  void parse(std::string_view bytes) {
+    if (bytes.size() > kMaxMessageBytes) return fail("message", "is too large");
+    try {
+      // Nesting: the array and its scalars. No maps, and no extension types.
+      const msgpack::unpack_limit limit(16, 0, kMaxTextBytes, kMaxMessageBytes, 0, 2);
+      std::size_t offset = 0;
+      handle_ = msgpack::unpack(
+          bytes.data(), bytes.size(), offset,
+          [](msgpack::type::object_type, std::size_t, void*) { return false; }, nullptr, limit);
+      if (offset != bytes.size()) return fail("message", "has bytes after its end");
+    } catch (const std::exception& error) {
+      return fail("message", error.what());
+    }
+    if (handle_.get().type != msgpack::type::ARRAY) return fail("message", "is no array");
+  }
+
+  const msgpack::object* next(const char* field) {
+    if (!error_.empty()) return nullptr;
+    const msgpack::object_array& array = handle_.get().via.array;
+    if (next_ >= array.size) return fail(field, "is missing"), nullptr;
+    return &array.ptr[next_++];
+  }
+  void fail(const char* field, const char* why) {
+    if (error_.empty()) error_ = std::string("store protocol: ") + field + " " + why;
+  }
+  Error error() const { return {ErrorCode::kCorrupt, error_}; }
+
+  msgpack::object_handle handle_;
+  std::uint32_t next_ = 0;
+  std::string error_;
+};
+
+Hello read_hello(Reader& reader) {
+  Hello hello;
+  hello.version = reader.small("version", 0, std::numeric_limits<int>::max());
+  LeaseOwner& owner = hello.owner;
+  owner.group = reader.small("group", 0, kMaxGroups - 1);
+  owner.rank = reader.small("rank", 0, kMaxRanks - 1);
+  owner.epoch = Epoch{static_cast<std::uint32_t>(
+      reader.integer("epoch", 0, std::numeric_limits<std::uint32_t>::max()))};
+  owner.first_head = reader.small("first_head", 0, kMaxHeads - 1);
+  owner.num_heads = reader.small("num_heads", 1, kMaxHeads);
+  ModelIdentity& model = hello.model;
+  model.model_hash = reader.text("model_hash", kMaxModelHashBytes);
+  model.total_kv_heads = reader.small("total_kv_heads", 1, kMaxHeads);
+  model.num_layers = reader.small("num_layers", 1, kMaxLayers);
+  model.head_dim = reader.small("head_dim", 1, kMaxHeadDim);
+  model.kv_type = static_cast<kernels::DataType>(
+      reader.small("kv_type", static_cast<int>(kernels::DataType::kFp16),
+                   static_cast<int>(kernels::DataType::kBf16)));
+  return hello;
+}
+
+Reserve read_reserve(Reader& reader) {
+  Reserve reserve;
+  reserve.sequence = SequenceId{reader.id("sequence")};
+  reserve.num_segments = reader.small("num_segments", 1, kMaxSegments);
+  reserve.keys = reader.binary<PrefixKey>("keys", 0, kMaxSegments);
+  return reserve;
+}
+
+Commit read_commit(Reader& reader) {
+  Commit commit;
+  commit.sequence = SequenceId{reader.id("sequence")};
+  commit.segment = reader.small("segment", 0, kMaxSegments - 1);
+  const auto key = reader.binary<PrefixKey>("key", 1, 1);
+  if (!key.empty()) commit.key = key.front();
+  return commit;
+}
+
+Error read_error(Reader& reader) {
+  const auto code = error_code_from_name(reader.text("code", kMaxTextBytes));
+  return {code.value_or(ErrorCode::kInternal), reader.text("message", kMaxTextBytes)};
+}
+
+Grant read_grant(Reader& reader) {
+  Grant grant;
+  grant.head_hits = reader.binary<int>("head_hits", 1, kMaxHeads);
+  grant.slabs = reader.binary<SlabIndex>("slabs", 1, kMaxGrantSlabs);
+  return grant;
+}
+
+StoreStat read_stat(Reader& reader) {
+  StoreStat stat;
+  stat.slabs_total = reader.counter("slabs_total");
+  stat.slabs_ready = reader.counter("slabs_ready");
+  stat.slabs_free = reader.counter("slabs_free");
+  stat.slabs_used = reader.counter("slabs_used");
+  stat.slabs_cached = reader.counter("slabs_cached");
+  stat.hits = reader.counter("hits");
+  stat.misses = reader.counter("misses");
+  stat.evictions = reader.counter("evictions");
+  stat.leases = reader.counter("leases");
+  stat.sequences = reader.counter("sequences");
+  stat.bad_requests = reader.counter("bad_requests");
+  return stat;
+}
+
+}  // namespace
+
+std::string encode(const Request& request) { return std::visit(RequestWriter{}, request); }
+std::string encode(const Reply& reply) { return std::visit(ReplyWriter{}, reply); }
+
+Result<Request> decode_request(std::string_view bytes) {
+  Reader reader(bytes);
+  switch (reader.small("kind", 0, 127)) {
+    case kHello:
+      return reader.finish<Request>(read_hello(reader));
+    case kReserve:
+      return reader.finish<Request>(read_reserve(reader));
+    case kUse: {
+      const SequenceId sequence{reader.id("sequence")};
+      return reader.finish<Request>(Use{sequence, reader.small("hit_segments", 0, kMaxSegments)});
+    }
+    case kCommit:
+      return reader.finish<Request>(read_commit(reader));
+    case kRelease:
+      return reader.finish<Request>(Release{SequenceId{reader.id("sequence")}});
+    case kStat:
+      return reader.finish<Request>(StatRequest{});
+    case kGoodbye:
+      return reader.finish<Request>(Goodbye{});
+    default:
+      return reader.unknown_kind<Request>();
+  }
+}
+
+Result<Reply> decode_reply(std::string_view bytes) {
+  Reader reader(bytes);
+  switch (reader.small("kind", 0, 127)) {
+    case kError:
+      return reader.finish<Reply>(read_error(reader));
+    case kWelcome: {
+      const std::uint64_t slab_bytes = reader.id("slab_bytes");
+      const auto slabs =
+          reader.integer("slabs_per_head", 1, std::numeric_limits<std::uint32_t>::max());
+      return reader.finish<Reply>(Welcome{slab_bytes, static_cast<std::uint32_t>(slabs)});
+    }
+    case kGrant:
+      return reader.finish<Reply>(read_grant(reader));
+    case kStatReply:
+      return reader.finish<Reply>(read_stat(reader));
+    default:
+      return reader.unknown_kind<Reply>();
+  }
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,89 @@
+// Protocol: what a rank and the store say to each other, one message a SEQPACKET datagram: a
+// msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
+// Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, each or Error. Commit,
+// Release and Goodbye are one-way.
+//
+// Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
+// Never throws. Error: kCorrupt, naming the field.
+// Example: tests/kvstore/protocol_test.cc; fuzzed by tests/fuzz/store_protocol_fuzz.cc
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/prefix_key.h"
+#include "common/result.h"
+#include "kernels/kv_layout.h"
+#include "kvstore/internal/store_book.h"
+#include "kvstore/kv_store.h"
+
+namespace foretoken::kvstore {
+
+inline constexpr int kProtocolVersion = 1;
+inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
+inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
+inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: heads x segments
+inline constexpr int kMaxHeads = 1'024;
+inline constexpr int kMaxLayers = 1'024;
+inline constexpr int kMaxHeadDim = 1'024;
+inline constexpr int kMaxGroups = 4'096;
+inline constexpr int kMaxRanks = 4'096;
+
+// Whose KV the arena holds. A second Hello with another identity is refused.
+struct ModelIdentity {
+  std::string model_hash;  // at most 128 bytes
+  int total_kv_heads = 0;
+  int num_layers = 0;
+  int head_dim = 0;
+  kernels::DataType kv_type = kernels::DataType::kFp16;
+  bool operator==(const ModelIdentity&) const = default;
+
+  std::size_t slab_bytes() const {
+    return kernels::KvShape{num_layers, 1, head_dim, kv_type}.slab_bytes();
+  }
+};
+
+struct Hello {
+  int version = kProtocolVersion;
+  LeaseOwner owner;
+  ModelIdentity model;
+};
+struct Reserve {
+  SequenceId sequence{};
+  int num_segments = 0;
+  std::vector<PrefixKey> keys;
+};
+struct Use {
+  SequenceId sequence{};
+  int hit_segments = 0;
+};
+struct Commit {
+  SequenceId sequence{};
+  int segment = 0;
+  PrefixKey key;
+};
+struct Release {
+  SequenceId sequence{};
+};
+struct StatRequest {};
+// The rank has unmapped the arena: its lease may end although its process lives.
+struct Goodbye {};
+using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye>;
+
+// Comes with the arena's file descriptor (SCM_RIGHTS).
+struct Welcome {
+  std::uint64_t slab_bytes = 0;
+  std::uint32_t slabs_per_head = 0;
+};
+using Reply = std::variant<Error, Welcome, Grant, StoreStat>;
+
+std::string encode(const Request& request);
+std::string encode(const Reply& reply);
+Result<Request> decode_request(std::string_view bytes);
+Result<Reply> decode_reply(std::string_view bytes);
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,170 @@
+#include "kvstore/internal/seqpacket.h"
+
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr int kBacklog = 128;
+
+Error system_error(ErrorCode code, const std::string& what) {
+  return {code, what + ": " + std::strerror(errno)};
+}
+
+Result<sockaddr_un> address_of(const std::filesystem::path& path) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string& name = path.native();
+  if (name.empty() || name.size() >= sizeof address.sun_path) {
+    return Error{ErrorCode::kConfig, "the socket path '" + name + "' is empty or longer than " +
+                                         std::to_string(sizeof address.sun_path - 1) + " bytes"};
+  }
+  std::memcpy(address.sun_path, name.data(), name.size());
+  return address;
+}
+
+// Only we may enter the folder: the socket file's own mode is not checked everywhere.
+void require_private_folder(const std::filesystem::path& path) {
+  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
+  if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
+    throw Exception(system_error(ErrorCode::kIo, "the folder " + folder.native()));
+  }
+  struct stat info {};
+  if (stat(folder.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+    throw Exception(ErrorCode::kConfig, folder.native() + " is no folder");
+  }
+  if (info.st_uid != geteuid() || (info.st_mode & 077) != 0) {
+    throw Exception(ErrorCode::kConfig,
+                    "the store's socket needs a folder that only its user can "
+                    "enter: chmod 700 " +
+                        folder.native());
+  }
+}
+
+FileDescriptor make_socket(int flags) {
+  FileDescriptor made(socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | flags, 0));
+  if (!made) throw Exception(system_error(ErrorCode::kIo, "a Unix socket"));
+  return made;
+}
+
+bool connects(int socket, const sockaddr_un& address) {
+  return ::connect(socket, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+}
+
+void set_timeout(int socket, std::chrono::milliseconds timeout) {
+  timeval value{};
+  value.tv_sec = timeout.count() / 1000;
+  value.tv_usec = timeout.count() % 1000 * 1000;
+  setsockopt(socket, SOL_SOCKET, SO_RCVTIMEO, &value, sizeof value);
+  setsockopt(socket, SOL_SOCKET, SO_SNDTIMEO, &value, sizeof value);
+}
+
+}  // namespace
+
+Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
+  const sockaddr_un address = address_of(path_).value_or_throw();
+  require_private_folder(path_);
+  if (std::filesystem::exists(path_)) {
+    if (connects(make_socket(0).get(), address)) {
+      throw Exception(ErrorCode::kPortInUse, "a store serves " + path_.native() + " already");
+    }
+    unlink(path_.c_str());
+  }
+  socket_ = make_socket(SOCK_NONBLOCK);
+  if (bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||
+      chmod(path_.c_str(), 0600) != 0 || listen(socket_.get(), kBacklog) != 0) {
+    throw Exception(system_error(ErrorCode::kIo, "listening on " + path_.native()));
+  }
+}
+
+Listener::~Listener() {
+  if (socket_) unlink(path_.c_str());
+}
+
+FileDescriptor Listener::accept() const {
+  return FileDescriptor(accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+}
+
+Result<FileDescriptor> connect_to(const std::filesystem::path& path,
+                                  std::chrono::milliseconds timeout) {
+  FT_ASSIGN_OR_RETURN(const sockaddr_un address, address_of(path));
+  FileDescriptor made = make_socket(0);
+  set_timeout(made.get(), timeout);
+  if (!connects(made.get(), address)) {
+    return system_error(ErrorCode::kUnavailable, "no KV store answers at " + path.native());
+  }
+  return made;
+}
+
+std::optional<PeerCredentials> credentials_of(int socket) {
+  ucred peer{};
+  socklen_t size = sizeof peer;
+  if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) != 0) return std::nullopt;
+  return PeerCredentials{peer.pid, peer.uid};
+}
+
+Status send_message(int socket, std::string_view message, std::optional<int> passed_fd) {
+  iovec part{const_cast<char*>(message.data()), message.size()};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  if (passed_fd) {
+    header.msg_control = control;
+    header.msg_controllen = sizeof control;
+    cmsghdr* rights = CMSG_FIRSTHDR(&header);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(rights), &*passed_fd, sizeof(int));
+  }
+  ssize_t sent = 0;
+  do {
+    sent = sendmsg(socket, &header, MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  if (sent >= 0) return Ok{};
+  const bool late = errno == EAGAIN || errno == EWOULDBLOCK;
+  return system_error(late ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
+                      "sending to the peer of the KV store's socket");
+}
+
+Result<Received> receive_message(int socket, std::size_t max_bytes) {
+  Received received;
+  received.message.resize(max_bytes);
+  iovec part{received.message.data(), max_bytes};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr header{};
+  header.msg_iov = &part;
+  header.msg_iovlen = 1;
+  header.msg_control = control;
+  header.msg_controllen = sizeof control;
+  ssize_t size = 0;
+  do {
+    size = recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
+  } while (size < 0 && errno == EINTR);
+  if (size < 0) {
+    const bool late = errno == EAGAIN || errno == EWOULDBLOCK;
+    return system_error(late ? ErrorCode::kTimeout : ErrorCode::kUnavailable,
+                        "receiving from the KV store's socket");
+  }
+  for (cmsghdr* rights = CMSG_FIRSTHDR(&header); rights != nullptr;
+       rights = CMSG_NXTHDR(&header, rights)) {
+    if (rights->cmsg_level != SOL_SOCKET || rights->cmsg_type != SCM_RIGHTS) continue;
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(rights), sizeof fd);
+    received.passed = FileDescriptor(fd);
+  }
+  if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
+    return Error{ErrorCode::kCorrupt, "a message is larger than " + std::to_string(max_bytes)};
+  }
+  received.message.resize(static_cast<std::size_t>(size));
+  return received;
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,292 @@
+#include "kvstore/internal/server.h"
+
+#include <poll.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "common/check.h"
+#include "common/log.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr std::size_t kMaxPeers = 1'024;
+
+// Tags of epoll events: below kFirstPeer fixed ones; a peer has two, for socket and process.
+enum Tag : std::uint64_t { kStop = 0, kListener = 1, kProgress = 2, kFirstPeer = 16 };
+std::uint64_t socket_tag(std::uint64_t peer) { return kFirstPeer + 2 * peer; }
+std::uint64_t process_tag(std::uint64_t peer) { return kFirstPeer + 2 * peer + 1; }
+
+Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
+
+bool hung_up(int socket) {
+  pollfd state{socket, 0, 0};
+  return poll(&state, 1, 0) > 0 && (state.revents & (POLLHUP | POLLERR)) != 0;
+}
+
+std::string describe(const ModelIdentity& model) {
+  return "model " + model.model_hash + " (" + std::to_string(model.num_layers) + " layers, " +
+         std::to_string(model.total_kv_heads) + " KV heads of " + std::to_string(model.head_dim) +
+         ", " + (model.kv_type == kernels::DataType::kFp16 ? "fp16" : "bf16") + ")";
+}
+
+}  // namespace
+
+Server::Server(const ServerConfig& config)
+    : config_(config), listener_(config.socket_path), epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+  if (!epoll_) throw Exception(ErrorCode::kIo, std::string("epoll: ") + std::strerror(errno));
+  watch(listener_.fd(), kListener);
+}
+
+Server::~Server() = default;
+
+void Server::watch(int fd, std::uint64_t tag) const {
+  epoll_event event{};
+  event.events = EPOLLIN;
+  event.data.u64 = tag;
+  if (epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+    throw Exception(ErrorCode::kIo, std::string("epoll_ctl: ") + std::strerror(errno));
+  }
+}
+
+Status Server::open_arena(const ModelIdentity& model) {
+  const auto layout =
+      ArenaLayout::fit(config_.arena_bytes, model.total_kv_heads, model.slab_bytes());
+  if (layout.slabs_per_head == 0) {
+    return Error{ErrorCode::kConfig,
+                 "an arena of " + std::to_string(config_.arena_bytes) + " bytes holds no slab of " +
+                     std::to_string(model.slab_bytes()) + " bytes for each of " +
+                     std::to_string(model.total_kv_heads) + " KV heads"};
+  }
+  try {
+    arena_ = std::make_unique<Arena>(layout, config_.placement);
+  } catch (const Exception& failure) {
+    return failure.error();
+  }
+  book_ = std::make_unique<StoreBook>(model.total_kv_heads, layout.slabs_per_head);
+  model_ = model;
+  watch(arena_->progress_fd(), kProgress);
+  log().info("arena of {} bytes: {} slabs of {} bytes for each of {} KV heads",
+             layout.arena_bytes(), layout.slabs_per_head, layout.slab_bytes, layout.num_kv_heads);
+  return Ok{};
+}
+
+void Server::run(int stop_fd) {
+  watch(stop_fd, kStop);
+  std::array<epoll_event, 64> events;
+  for (;;) {
+    const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), -1);
+    if (count < 0 && errno == EINTR) continue;
+    FT_CHECK(count >= 0, errno);
+    for (int i = 0; i < count; ++i) {
+      const std::uint64_t tag = events[static_cast<std::size_t>(i)].data.u64;
+      if (tag == kStop) return;
+      if (tag == kListener) {
+        accept_peers();
+      } else if (tag == kProgress) {
+        note_progress();
+      } else if ((tag - kFirstPeer) % 2 == 0) {
+        serve((tag - kFirstPeer) / 2);
+      } else {
+        end_lease((tag - kFirstPeer) / 2);
+      }
+    }
+  }
+}
+
+void Server::note_progress() {
+  arena_->clear_progress();
+  book_->set_ready(arena_->num_ready());
+  log().info("arena: {} of {} slabs a head are ready", arena_->num_ready(),
+             arena_->layout().slabs_per_head);
+}
+
+// ---- peers ------------------------------------------------------------------------------------
+
+void Server::accept_peers() {
+  while (FileDescriptor socket = listener_.accept()) {
+    if (peers_.size() >= kMaxPeers) {
+      log().warn("a connection is refused: {} are open", peers_.size());
+      continue;
+    }
+    admit(std::move(socket));
+  }
+}
+
+// Our own user's processes only. The pidfd is the peer's for sure if the socket, which only it
+// holds, is still open after the pidfd was.
+void Server::admit(FileDescriptor socket) {
+  const auto credentials = credentials_of(socket.get());
+  if (!credentials || (credentials->uid != geteuid() && credentials->uid != 0)) {
+    log().warn("a connection of another user is refused");
+    return;
+  }
+  FileDescriptor process(static_cast<int>(syscall(SYS_pidfd_open, credentials->pid, 0)));
+  if (!process || hung_up(socket.get())) return;
+  const PeerId id = next_peer_++;
+  watch(socket.get(), socket_tag(id));
+  peers_.emplace(id, Peer{std::move(socket), std::move(process), credentials->pid, {}, 0, {}});
+}
+
+void Server::serve(PeerId id) {
+  const auto found = peers_.find(id);
+  if (found == peers_.end() || !found->second.socket) return;
+  Peer& peer = found->second;
+  auto received = receive_message(peer.socket.get(), kMaxMessageBytes);
+  if (!received && received.error().code == ErrorCode::kTimeout) return;
+  if (!received || received->message.empty()) return drop(id);
+  const auto request = decode_request(received->message);
+  if (!request) {
+    ++bad_requests_;
+    log().warn("process {}: {}", peer.pid, request.error().message);
+    return drop(id);
+  }
+  if (!handle(id, peer, *request)) drop(id);
+}
+
+void Server::drop(PeerId id) {
+  Peer& peer = peers_.at(id);
+  peer.socket.reset();
+  peer.waiting.reset();
+  if (!peer.lease) {
+    peers_.erase(id);
+    return;
+  }
+  log().info("process {} has left; its KV is kept until its exit", peer.pid);
+  watch(peer.process.get(), process_tag(id));
+}
+
+void Server::end_lease(PeerId id) {
+  const auto found = peers_.find(id);
+  if (found == peers_.end()) return;
+  if (found->second.lease) book_->close_lease(*found->second.lease);
+  peers_.erase(found);
+  welcome_waiting();
+}
+
+// Hellos that waited are tried again; those that must wait on do so.
+void Server::welcome_waiting() {
+  std::vector<PeerId> waiting;
+  for (const auto& [id, peer] : peers_) {
+    if (peer.waiting) waiting.push_back(id);
+  }
+  for (const PeerId id : waiting) {
+    Peer& peer = peers_.at(id);
+    const Hello hello = *std::exchange(peer.waiting, std::nullopt);
+    if (!greet(peer, hello)) drop(id);
+  }
+}
+
+// ---- requests ---------------------------------------------------------------------------------
+
+bool Server::handle(PeerId id, Peer& peer, const Request& request) {
+  if (const auto* hello = std::get_if<Hello>(&request)) return greet(peer, *hello);
+  if (std::holds_alternative<StatRequest>(request)) return reply(peer, stat());
+  if (!peer.lease) {
+    ++bad_requests_;
+    return reply(peer, invalid("say hello first")), false;
+  }
+  if (const auto* reserve_request = std::get_if<Reserve>(&request)) {
+    return reply_grant(peer, reserve(peer, *reserve_request));
+  }
+  if (const auto* use = std::get_if<Use>(&request)) {
+    return reply_grant(peer, book_->use(*peer.lease, use->sequence, use->hit_segments));
+  }
+  if (const auto* commit = std::get_if<Commit>(&request)) {
+    note(peer, book_->commit(*peer.lease, commit->sequence, commit->segment, commit->key));
+  } else if (const auto* release = std::get_if<Release>(&request)) {
+    note(peer, book_->release(*peer.lease, release->sequence));
+  } else {  // Goodbye
+    end_lease(id);
+  }
+  return true;
+}
+
+// A one-way request that was wrong has nobody to tell.
+void Server::note(const Peer& peer, const Status& status) {
+  if (status) return;
+  ++bad_requests_;
+  log().warn("process {}: {}", peer.pid, status.error().message);
+}
+
+Result<Grant> Server::reserve(const Peer& peer, const Reserve& request) {
+  if (request.num_segments > kMaxGrantSlabs / peer.num_heads) {
+    return invalid(std::to_string(request.num_segments) + " segments of " +
+                   std::to_string(peer.num_heads) + " heads are more than one sequence may have");
+  }
+  return book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
+}
+
+bool Server::greet(Peer& peer, const Hello& hello) {
+  if (peer.lease || peer.waiting) {
+    ++bad_requests_;
+    return reply(peer, invalid("hello was said already")), false;
+  }
+  Status fits = check(hello);
+  if (fits) fits = adopt(hello.model);
+  if (!fits) return reply(peer, fits.error()), false;
+  if (const LeaseOwner* old = book_->find_lease(hello.owner.group, hello.owner.rank)) {
+    if (raw(hello.owner.epoch) <= raw(old->epoch)) {
+      return reply(peer, invalid("rank " + std::to_string(old->rank) + " of group " +
+                                 std::to_string(old->group) + " is held by epoch " +
+                                 std::to_string(raw(old->epoch)))),
+             false;
+    }
+    peer.waiting = hello;
+    return true;
+  }
+  peer.lease = book_->open_lease(hello.owner);
+  peer.num_heads = hello.owner.num_heads;
+  const ArenaLayout& layout = arena_->layout();
+  return reply(peer, Welcome{layout.slab_bytes, layout.slabs_per_head}, arena_->memory_fd());
+}
+
+Status Server::check(const Hello& hello) const {
+  if (hello.version != kProtocolVersion) {
+    return invalid("store protocol " + std::to_string(kProtocolVersion) + " is spoken here, not " +
+                   std::to_string(hello.version));
+  }
+  if (hello.owner.first_head + hello.owner.num_heads > hello.model.total_kv_heads) {
+    return invalid("heads past the model's " + std::to_string(hello.model.total_kv_heads));
+  }
+  return Ok{};
+}
+
+// The first model is the store's; all others must be it.
+Status Server::adopt(const ModelIdentity& model) {
+  if (!model_) return open_arena(model);
+  if (model_->model_hash.empty()) {
+    ModelIdentity named = *model_;
+    named.model_hash = model.model_hash;
+    if (named == model) model_ = named;
+  }
+  if (*model_ == model) return Ok{};
+  return invalid("the store holds the KV of " + describe(*model_) + ", not of " + describe(model) +
+                 "; start a store of its own for it");
+}
+
+bool Server::reply(const Peer& peer, const Reply& message, std::optional<int> passed_fd) const {
+  const auto sent = send_message(peer.socket.get(), encode(message), passed_fd);
+  if (!sent) log().warn("process {}: {}", peer.pid, sent.error().message);
+  return sent.has_value();
+}
+
+bool Server::reply_grant(const Peer& peer, Result<Grant> grant) const {
+  if (!grant) return reply(peer, grant.error());
+  return reply(peer, *std::move(grant));
+}
+
+StoreStat Server::stat() const {
+  StoreStat stat = book_ ? book_->stat() : StoreStat{};
+  stat.bad_requests = bad_requests_;
+  return stat;
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,78 @@
+// SlabPool: the slabs of one KV head: which are free, whose they are, and which prefix they hold.
+//
+//   free       empty; also every slab past the ready mark (not pre-faulted yet), which can't be had
+//   private    held by one sequence, which fills it
+//   published  holds the segment that its key names; shared by all who find it
+//   cached     published, and held by nobody: given up, least recently used first, when an empty
+//              slab is wanted and there is none
+//
+// Every slab is in exactly one of these. Not thread-safe. Example: tests/kvstore/store_book_test.cc
+#pragma once
+
+#include <cstdint>
+#include <list>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "common/prefix_key.h"
+
+namespace foretoken::kvstore {
+
+enum class SlabIndex : std::uint32_t {};  // within its head's stripe
+
+class SlabPool {
+ public:
+  explicit SlabPool(std::uint32_t num_slabs);
+
+  // Slabs [0, num_ready) may be handed out from now on. Only ever grows.
+  void set_ready(std::uint32_t num_ready);
+
+  // An empty slab, held once, private. nullopt: all are held. Forgets a cached prefix if it must.
+  std::optional<SlabIndex> acquire();
+
+  // The slab that holds `key`, held once more. nullopt: there is none.
+  std::optional<SlabIndex> find(const PrefixKey& key);
+
+  // Makes a private slab published. False, and nothing changes, where it is published already or
+  // another slab holds the key.
+  bool publish(SlabIndex slab, const PrefixKey& key);
+
+  // Makes a published slab private again if its only holder is the caller; else false.
+  bool unpublish(SlabIndex slab);
+
+  // Takes back one hold. The last one frees a private slab and caches a published one.
+  void release(SlabIndex slab);
+
+  std::uint32_t num_slabs() const { return static_cast<std::uint32_t>(slabs_.size()); }
+  std::uint32_t num_ready() const { return num_ready_; }
+  std::uint32_t num_free() const { return num_ready_ - num_used_ - num_cached(); }
+  std::uint32_t num_used() const { return num_used_; }  // private, or published and held
+  std::uint32_t num_cached() const { return static_cast<std::uint32_t>(cached_.size()); }
+  std::uint32_t num_available() const { return num_ready_ - num_used_; }  // to acquire()
+  std::uint64_t num_evictions() const { return num_evictions_; }
+
+  // Recounts everything; ends the process where a slab is in two states or in none. For tests.
+  void check() const;
+
+ private:
+  struct Slab {
+    std::uint32_t holds = 0;
+    bool published = false;
+    PrefixKey key;                                // if published
+    std::list<SlabIndex>::iterator cached_place;  // if cached
+  };
+  Slab& at(SlabIndex slab);
+  std::optional<SlabIndex> take_empty();
+
+  std::vector<Slab> slabs_;
+  std::uint32_t num_ready_ = 0;
+  std::uint32_t num_fresh_ = 0;     // slabs [0, num_fresh_) have been handed out at least once
+  std::vector<SlabIndex> emptied_;  // of those, the ones that are free again
+  std::list<SlabIndex> cached_;     // least recently used first
+  std::unordered_map<PrefixKey, SlabIndex> by_key_;
+  std::uint32_t num_used_ = 0;
+  std::uint64_t num_evictions_ = 0;
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,245 @@
+#include "kvstore/internal/store_book.h"
+
+#include <algorithm>
+#include <ranges>
+#include <string>
+
+#include "common/check.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
+
+std::string name_of(SequenceId sequence) { return "sequence " + std::to_string(raw(sequence)); }
+
+}  // namespace
+
+StoreBook::StoreBook(int num_heads, std::uint32_t slabs_per_head)
+    : pools_(static_cast<std::size_t>(num_heads), SlabPool(slabs_per_head)) {}
+
+void StoreBook::set_ready(std::uint32_t num_ready) {
+  for (SlabPool& pool : pools_) pool.set_ready(num_ready);
+}
+
+// ---- leases -----------------------------------------------------------------------------------
+
+LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
+  FT_CHECK(owner.first_head >= 0 && owner.num_heads > 0, owner.first_head, owner.num_heads);
+  FT_CHECK(static_cast<std::size_t>(owner.first_head + owner.num_heads) <= pools_.size());
+  const LeaseId id{next_lease_++};
+  leases_.emplace(id, Lease{owner, {}});
+  return id;
+}
+
+void StoreBook::close_lease(LeaseId id) {
+  const Lease& lease = at(id);
+  for (const SequenceId sequence : lease.sequences) {
+    drop_all(lease.owner, sequence, lease.owner.num_heads);
+  }
+  leases_.erase(id);
+}
+
+const LeaseOwner* StoreBook::find_lease(int group, int rank) const {
+  for (const auto& [id, lease] : leases_) {
+    if (lease.owner.group == group && lease.owner.rank == rank) return &lease.owner;
+  }
+  return nullptr;
+}
+
+StoreBook::Lease& StoreBook::at(LeaseId id) {
+  const auto found = leases_.find(id);
+  FT_CHECK(found != leases_.end(), raw(id));
+  return found->second;
+}
+
+// ---- sequences --------------------------------------------------------------------------------
+
+Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<const PrefixKey> keys,
+                                 int num_segments) {
+  Lease& lease = at(id);
+  const LeaseOwner& owner = lease.owner;
+  if (lease.sequences.contains(sequence)) {
+    return invalid(name_of(sequence) + " is reserved already");
+  }
+  if (num_segments < 1 || keys.size() > static_cast<std::size_t>(num_segments)) {
+    return invalid(std::to_string(keys.size()) + " keys for " + std::to_string(num_segments) +
+                   " segments");
+  }
+  if (static_cast<std::uint32_t>(num_segments) > pools_.front().num_slabs()) {
+    return invalid(std::to_string(num_segments) + " segments can never fit: the arena holds " +
+                   std::to_string(pools_.front().num_slabs()) +
+                   " slabs a head; give the store a larger arena");
+  }
+  for (int i = 0; i < owner.num_heads; ++i) {
+    if (auto held = hold(owner, sequence, owner.first_head + i, keys, num_segments); !held) {
+      drop_all(owner, sequence, i);
+      return held.error();
+    }
+  }
+  lease.sequences.insert(sequence);
+  return grant_of(owner, sequence);
+}
+
+// One more lease on the slabs of (sequence, head); the first one allocates them.
+Status StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
+                       std::span<const PrefixKey> keys, int num_segments) {
+  if (Allocation* shared = find(owner, sequence, head)) {
+    if (shared->slabs.size() != static_cast<std::size_t>(num_segments)) {
+      return invalid(name_of(sequence) + ": ranks that share head " + std::to_string(head) +
+                     " ask for different lengths");
+    }
+    ++shared->num_holders;
+    return Ok{};
+  }
+  Allocation allocation;
+  FT_RETURN_IF_ERROR(fill(allocation, head, keys, num_segments));
+  allocation.num_holders = 1;
+  num_hits_ += allocation.hits;
+  num_misses_ += static_cast<std::int64_t>(keys.size()) - allocation.hits;
+  allocations_.emplace(AllocationKey{owner.group, owner.epoch, sequence, head},
+                       std::move(allocation));
+  return Ok{};
+}
+
+// The longest run of keys that is there, then empty slabs. All or nothing.
+Status StoreBook::fill(Allocation& allocation, int head, std::span<const PrefixKey> keys,
+                       int num_segments) {
+  for (const PrefixKey& key : keys) {
+    const auto slab = pool(head).find(key);
+    if (!slab) break;
+    allocation.slabs.push_back(*slab);
+  }
+  allocation.hits = static_cast<int>(allocation.slabs.size());
+  const auto wanted = static_cast<std::uint32_t>(num_segments - allocation.hits);
+  if (pool(head).num_available() < wanted) {
+    for (const SlabIndex slab : allocation.slabs | std::views::reverse) pool(head).release(slab);
+    return Error{ErrorCode::kExhausted, "head " + std::to_string(head) + " has " +
+                                            std::to_string(pool(head).num_available()) +
+                                            " slabs to give of " +
+                                            std::to_string(pool(head).num_ready()) +
+                                            " ready ones, " + std::to_string(wanted) + " wanted"};
+  }
+  for (std::uint32_t i = 0; i < wanted; ++i) allocation.slabs.push_back(*pool(head).acquire());
+  return Ok{};
+}
+
+Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) {
+  Lease& lease = at(id);
+  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  if (hit_segments < 0) return invalid("hit_segments is negative");
+  for (int i = 0; i < lease.owner.num_heads; ++i) {
+    const int head = lease.owner.first_head + i;
+    FT_RETURN_IF_ERROR(trim(*find(lease.owner, sequence, head), head, hit_segments));
+  }
+  return grant_of(lease.owner, sequence);
+}
+
+// Swaps hits past hit_segments for private slabs, from the last one down: what is held is whole
+// after each swap, also when the pool runs out half way.
+Status StoreBook::trim(Allocation& allocation, int head, int hit_segments) {
+  while (allocation.hits > hit_segments) {
+    SlabIndex& slab = allocation.slabs[static_cast<std::size_t>(allocation.hits - 1)];
+    if (!pool(head).unpublish(slab)) {
+      const auto fresh = pool(head).acquire();
+      if (!fresh) {
+        return Error{ErrorCode::kExhausted,
+                     "head " + std::to_string(head) + " has no slab to swap a shared one for"};
+      }
+      pool(head).release(slab);
+      slab = *fresh;
+    }
+    --allocation.hits;
+  }
+  return Ok{};
+}
+
+Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const PrefixKey& key) {
+  Lease& lease = at(id);
+  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  for (int i = 0; i < lease.owner.num_heads; ++i) {
+    const int head = lease.owner.first_head + i;
+    const Allocation& allocation = *find(lease.owner, sequence, head);
+    if (segment < 0 || static_cast<std::size_t>(segment) >= allocation.slabs.size()) {
+      return invalid(name_of(sequence) + " has no segment " + std::to_string(segment));
+    }
+    pool(head).publish(allocation.slabs[static_cast<std::size_t>(segment)], key);
+  }
+  return Ok{};
+}
+
+Status StoreBook::release(LeaseId id, SequenceId sequence) {
+  Lease& lease = at(id);
+  if (lease.sequences.erase(sequence) == 0) return invalid(name_of(sequence) + " is not reserved");
+  drop_all(lease.owner, sequence, lease.owner.num_heads);
+  return Ok{};
+}
+
+void StoreBook::drop_all(const LeaseOwner& owner, SequenceId sequence, int num_heads) {
+  for (int i = 0; i < num_heads; ++i) drop(owner, sequence, owner.first_head + i);
+}
+
+// One lease less. Slabs go back from the last segment to the first, so that of a cached prefix the
+// tail is forgotten before what it builds on.
+void StoreBook::drop(const LeaseOwner& owner, SequenceId sequence, int head) {
+  const auto found = allocations_.find({owner.group, owner.epoch, sequence, head});
+  FT_CHECK(found != allocations_.end(), raw(sequence), head);
+  if (--found->second.num_holders > 0) return;
+  for (const SlabIndex slab : found->second.slabs | std::views::reverse) pool(head).release(slab);
+  allocations_.erase(found);
+}
+
+StoreBook::Allocation* StoreBook::find(const LeaseOwner& owner, SequenceId sequence, int head) {
+  const auto found = allocations_.find({owner.group, owner.epoch, sequence, head});
+  return found == allocations_.end() ? nullptr : &found->second;
+}
+
+Grant StoreBook::grant_of(const LeaseOwner& owner, SequenceId sequence) {
+  Grant grant;
+  for (int i = 0; i < owner.num_heads; ++i) {
+    const Allocation& allocation = *find(owner, sequence, owner.first_head + i);
+    grant.head_hits.push_back(allocation.hits);
+    grant.slabs.insert(grant.slabs.end(), allocation.slabs.begin(), allocation.slabs.end());
+  }
+  return grant;
+}
+
+// ---- what there is ----------------------------------------------------------------------------
+
+StoreStat StoreBook::stat() const {
+  const SlabPool& fullest = *std::ranges::min_element(pools_, {}, &SlabPool::num_available);
+  StoreStat stat;
+  stat.slabs_total = fullest.num_slabs();
+  stat.slabs_ready = fullest.num_ready();
+  stat.slabs_free = fullest.num_free();
+  stat.slabs_used = fullest.num_used();
+  stat.slabs_cached = fullest.num_cached();
+  stat.hits = num_hits_;
+  stat.misses = num_misses_;
+  for (const SlabPool& pool : pools_) {
+    stat.evictions += static_cast<std::int64_t>(pool.num_evictions());
+  }
+  stat.leases = static_cast<std::int64_t>(leases_.size());
+  for (const auto& [id, lease] : leases_) {
+    stat.sequences += static_cast<std::int64_t>(lease.sequences.size());
+  }
+  return stat;
+}
+
+void StoreBook::check() const {
+  for (const SlabPool& pool : pools_) pool.check();
+  std::map<AllocationKey, int> holders;
+  for (const auto& [id, lease] : leases_) {
+    for (const SequenceId sequence : lease.sequences) {
+      for (int i = 0; i < lease.owner.num_heads; ++i) {
+        ++holders[{lease.owner.group, lease.owner.epoch, sequence, lease.owner.first_head + i}];
+      }
+    }
+  }
+  FT_CHECK(holders.size() == allocations_.size(), holders.size(), allocations_.size());
+  for (const auto& [key, count] : holders) {
+    FT_CHECK(allocations_.at(key).num_holders == count, count);
+  }
+}
+
+}  // namespace foretoken::kvstore

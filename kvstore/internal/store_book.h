@@ -1,0 +1,97 @@
+// StoreBook: who holds which slab: the store's one source of truth. Leases (a connected rank, or a
+// dead one whose exit is not confirmed yet) hold sequences; a sequence holds, on each of the
+// lease's heads, one slab a segment. Ranks of a group that share a head share its slabs.
+//
+// No sockets, no memory of KV: pure bookkeeping, tested against a plain model.
+// Not thread-safe. Example: tests/kvstore/store_book_test.cc
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <set>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include "common/ids.h"
+#include "common/prefix_key.h"
+#include "common/result.h"
+#include "kvstore/internal/slab_pool.h"
+#include "kvstore/kv_store.h"
+
+namespace foretoken::kvstore {
+
+enum class LeaseId : std::uint64_t {};
+
+struct LeaseOwner {
+  int group = 0;
+  int rank = 0;
+  Epoch epoch{};
+  int first_head = 0;
+  int num_heads = 0;
+};
+
+// What a sequence holds, head by head of its lease.
+struct Grant {
+  std::vector<int> head_hits;    // [num_heads] leading segments that hold their prefix
+  std::vector<SlabIndex> slabs;  // [num_heads, num_segments]
+};
+
+class StoreBook {
+ public:
+  StoreBook(int num_heads, std::uint32_t slabs_per_head);
+
+  // Slabs [0, num_ready) of every head may be handed out.
+  void set_ready(std::uint32_t num_ready);
+
+  LeaseId open_lease(const LeaseOwner& owner);
+  // Releases all that the lease holds.
+  void close_lease(LeaseId lease);
+  // The open lease of (group, rank), if any.
+  const LeaseOwner* find_lease(int group, int rank) const;
+
+  // As KvStore's calls of the same names say. A failed reserve holds nothing; a failed use
+  // may have swapped some hits, and what is held stays whole.
+  Result<Grant> reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
+                        int num_segments);
+  Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
+  Status commit(LeaseId lease, SequenceId sequence, int segment, const PrefixKey& key);
+  Status release(LeaseId lease, SequenceId sequence);
+
+  StoreStat stat() const;  // bad_requests is the server's
+  // Ends the process where an invariant is broken. For tests; walks everything.
+  void check() const;
+
+ private:
+  // An epoch's sequences are its own: a restarted group never meets slabs of its last life.
+  using AllocationKey = std::tuple<int, Epoch, SequenceId, int>;  // group, epoch, sequence, head
+  struct Allocation {
+    std::vector<SlabIndex> slabs;
+    int hits = 0;
+    int num_holders = 0;  // leases
+  };
+  struct Lease {
+    LeaseOwner owner;
+    std::set<SequenceId> sequences;
+  };
+
+  Lease& at(LeaseId lease);
+  SlabPool& pool(int head) { return pools_[static_cast<std::size_t>(head)]; }
+  Allocation* find(const LeaseOwner& owner, SequenceId sequence, int head);
+  Status hold(const LeaseOwner& owner, SequenceId sequence, int head,
+              std::span<const PrefixKey> keys, int num_segments);
+  Status fill(Allocation& allocation, int head, std::span<const PrefixKey> keys, int num_segments);
+  void drop(const LeaseOwner& owner, SequenceId sequence, int head);
+  void drop_all(const LeaseOwner& owner, SequenceId sequence, int num_heads);
+  Status trim(Allocation& allocation, int head, int hit_segments);
+  Grant grant_of(const LeaseOwner& owner, SequenceId sequence);
+
+  std::vector<SlabPool> pools_;  // by head
+  std::map<LeaseId, Lease> leases_;
+  std::map<AllocationKey, Allocation> allocations_;
+  std::uint64_t next_lease_ = 1;
+  std::int64_t num_hits_ = 0;
+  std::int64_t num_misses_ = 0;
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,101 @@
+// foretoken-kvstore: the KV store process of a node (docs/architecture.md, "Processes").
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <csignal>
+#include <cstdio>
+#include <map>
+#include <string>
+
+#include "common/log.h"
+#include "common/result.h"
+#include "kvstore/internal/server.h"
+
+namespace {
+
+using foretoken::ErrorCode;
+using foretoken::Exception;
+using foretoken::kernels::DataType;
+using foretoken::kvstore::FileDescriptor;
+using foretoken::kvstore::ModelIdentity;
+using foretoken::kvstore::NumaPlacement;
+using foretoken::kvstore::Server;
+using foretoken::kvstore::ServerConfig;
+
+constexpr int kNice = 10;  // on a CPU node, ranks go first
+
+struct Options {
+  ServerConfig server;
+  ModelIdentity model;
+  bool die_with_parent = false;
+};
+
+void add_options(CLI::App& app, Options& options) {
+  app.add_option("--socket", options.server.socket_path, "Path of the socket, in a private folder")
+      ->required();
+  app.add_option("--arena-bytes", options.server.arena_bytes, "Host memory for KV (64GiB, 512MiB)")
+      ->required()
+      ->transform(CLI::AsSizeValue(false));
+  app.add_option("--numa", options.server.placement, "Spread stripes over NUMA nodes")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, NumaPlacement>{
+          {"none", NumaPlacement::kNone}, {"spread", NumaPlacement::kSpread}}));
+  app.add_flag("--die-with-parent", options.die_with_parent, "Exit when the parent process does");
+  auto* heads = app.add_option("--kv-heads", options.model.total_kv_heads,
+                               "Shape of the KV; without it, the first rank brings it");
+  auto* layers = app.add_option("--layers", options.model.num_layers, "Layers of the model");
+  auto* head_dim = app.add_option("--head-dim", options.model.head_dim, "Width of a head");
+  for (auto* option : {heads, layers, head_dim}) option->check(CLI::Range(1, 1024));
+  heads->needs(layers)->needs(head_dim);
+  layers->needs(heads);
+  head_dim->needs(heads);
+  app.add_option("--kv-type", options.model.kv_type, "fp16 or bf16")
+      ->transform(CLI::CheckedTransformer(
+          std::map<std::string, DataType>{{"fp16", DataType::kFp16}, {"bf16", DataType::kBf16}}));
+}
+
+// SIGTERM and SIGINT as a file descriptor. Blocked before any thread starts, so that all inherit
+// it.
+FileDescriptor stop_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  sigprocmask(SIG_BLOCK, &signals, nullptr);
+  return FileDescriptor(signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
+}
+
+void serve(const Options& options) {
+  const FileDescriptor stop = stop_signals();
+  if (options.die_with_parent) prctl(PR_SET_PDEATHSIG, SIGTERM);
+  setpriority(PRIO_PROCESS, 0, kNice);
+  Server server(options.server);
+  if (options.model.total_kv_heads > 0) {
+    if (auto opened = server.open_arena(options.model); !opened) throw Exception(opened.error());
+  }
+  server.run(stop.get());
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("The KV store of a node: its arena outlives the workers that fill it.",
+               "foretoken-kvstore");
+  Options options;
+  add_options(app, options);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : foretoken::exit_code(ErrorCode::kUsage);
+  }
+  foretoken::log_init("kvstore");
+  try {
+    serve(options);
+  } catch (const Exception& error) {
+    std::fprintf(stderr, "foretoken-kvstore: %s\n", error.what());
+    return foretoken::exit_code(error.error().code);
+  }
+  return 0;
+}
