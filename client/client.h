@@ -35,8 +35,8 @@ enum class StreamAction { kContinue, kCancel };
 using OnTokens = std::function<StreamAction(const TokenMessage&)>;
 
 struct ClientConfig {
-  std::string endpoint;            // tcp://HOST:PORT or ipc://PATH
-  std::optional<ClientKeys> keys;  // of a service that runs with keys: read_client_keys(FILE)
+  std::string endpoint = {};            // tcp://HOST:PORT or ipc://PATH
+  std::optional<ClientKeys> keys = {};  // of a service that runs with keys: read_client_keys(FILE)
   // How long the service may be silent before it counts as gone.
   std::chrono::milliseconds silence_timeout{10000};
   // How long one generate() may take in all.

@@ -55,9 +55,9 @@ struct RouterFrame {
 class RouterSocket {
  public:
   struct Config {
-    std::string endpoint;                      // tcp://127.0.0.1:0 picks a port; see endpoint()
-    std::optional<KeyPair> server_keys;        // CURVE if given
-    std::vector<std::string> allowed_clients;  // public keys; with CURVE only these connect
+    std::string endpoint = {};                // tcp://127.0.0.1:0 picks a port; see endpoint()
+    std::optional<KeyPair> server_keys = {};  // CURVE if given
+    std::vector<std::string> allowed_clients = {};  // public keys; with CURVE only these connect
     std::size_t max_frame_bytes = std::size_t{4} << 20;
   };
   // Error: kPortInUse, kConfig.
@@ -85,8 +85,8 @@ void wait_readable(std::span<RouterSocket* const> sockets, std::span<const int> 
 class DealerSocket {
  public:
   struct Config {
-    std::string endpoint;
-    std::optional<ClientKeys> keys;
+    std::string endpoint = {};
+    std::optional<ClientKeys> keys = {};
     std::size_t max_frame_bytes = std::size_t{256} << 20;
   };
   static Result<std::unique_ptr<DealerSocket>> connect(std::shared_ptr<SocketContext> context,
