@@ -3,11 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <initializer_list>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 namespace foretoken {
 namespace {
@@ -162,14 +163,29 @@ TEST(ModelConfig, RefusesSlidingWindowsThatWouldCut) {
   EXPECT_THAT(parse_model_config(object.dump()).error().message, HasSubstr("sliding_window"));
 }
 
+// What transformers 4.46.3 gives, in float32, for some pairs of dimensions.
+struct Frequency {
+  std::size_t pair;
+  double expected;
+};
+
+void expect_frequencies(const ModelConfig& config, std::initializer_list<Frequency> expected) {
+  const std::vector<double> frequencies = rope_inverse_frequencies(config);
+  ASSERT_EQ(frequencies.size(), 64u);
+  for (const auto& [pair, value] : expected) {
+    EXPECT_NEAR(frequencies[pair] / value, 1.0, 1e-6) << "pair " << pair;
+  }
+}
+
 TEST(ModelConfig, ScalesRopeAsLlama31Does) {
   const auto config = parse_model_config(llama31().dump());
-  const auto scaled = rope_inverse_frequencies(*config);
-  ASSERT_EQ(scaled.size(), 64u);
-  EXPECT_DOUBLE_EQ(scaled[0], 1.0);
-  // transformers' _compute_llama3_parameters gives these (float32).
-  EXPECT_NEAR(scaled[28] / 3.2176e-03, 1.0, 1e-3);
-  EXPECT_NEAR(scaled[63], std::pow(500000.0, -126.0 / 128) / 8, 1e-12);
+  ASSERT_TRUE(config) << config.error().message;
+  expect_frequencies(*config, {{0, 1.0},
+                               {20, 0.016560440883040428},
+                               {28, 0.0032114461064338684},
+                               {30, 0.0013718936825171113},
+                               {34, 0.0001785077911335975},
+                               {63, 3.068925877869333e-07}});
 }
 
 TEST(ModelConfig, StretchesTheContextWithYarn) {
@@ -181,10 +197,13 @@ TEST(ModelConfig, StretchesTheContextWithYarn) {
   const auto config = parse_model_config(object.dump());
   ASSERT_TRUE(config) << config.error().message;
   EXPECT_EQ(config->max_position, 131072);
-  EXPECT_NEAR(config->rope_scaling.attention_factor, 1.1386294361, 1e-9);
-  const auto scaled = rope_inverse_frequencies(*config);
-  EXPECT_DOUBLE_EQ(scaled[0], 1.0);
-  EXPECT_NEAR(scaled[63], std::pow(1e6, -126.0 / 128) / 4, 1e-12);
+  EXPECT_NEAR(config->rope_scaling.attention_factor, 1.138629436111989, 1e-12);
+  expect_frequencies(*config, {{0, 1.0},
+                               {20, 0.01333521492779255},
+                               {26, 0.0031684227287769318},
+                               {36, 0.0001798411540221423},
+                               {40, 4.4456985051510856e-05},
+                               {63, 3.102344408034696e-07}});
 }
 
 class ModelFolderTest : public testing::Test {

@@ -1,6 +1,6 @@
 """Golden data of the predictor (.npz) to the safetensors that the C++ tests read.
 
-    python3 tests/oracles/convert_golden.py predictor_golden.npz tests/predictor/data/golden.safetensors
+    python3 tests/oracles/convert_golden.py IN.npz tests/predictor/data/golden.safetensors
 
 Synthetic attention, published Llama-3.1 weights, evaluated in float64 with the reference's
 semantics (200 decode steps, context 2,995 to 3,195 tokens, budget 1,024 tokens, an exact row

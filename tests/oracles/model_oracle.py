@@ -3,9 +3,9 @@
     python3 tests/oracles/model_oracle.py smollm2 MODEL_FOLDER > tests/oracles/data/smollm2.json
     python3 tests/oracles/model_oracle.py families > tests/oracles/data/families.json
 
-Weights are the folder's, upcast to float32, so all arithmetic is float32. `smollm2` runs the prompts
-of prompts.py through the converted SmolLM2-135M-Instruct; `families` runs the small random models
-of make_test_model.py, one of each family and layout. A prompt's entry:
+Weights are the folder's, upcast to float32, so all arithmetic is float32. `smollm2` runs the
+prompts of prompts.py through the converted SmolLM2-135M-Instruct; `families` runs the small random
+models of make_test_model.py, one of each family and layout. A prompt's entry:
   ids       the prompt
   top       the 10 best first tokens, [[id, log-probability], ...]
   greedy    the tokens that follow when each is the best one, whatever they are (no stop at EOS)
@@ -67,7 +67,7 @@ def smollm2(folder):
         ids = tokenizer(text).input_ids[: prompts.LONG_TOKENS]
         logits, tokens, margins = greedy(model, ids, 32)
         best = torch.topk(torch.log_softmax(logits, -1), 10)
-        top = [[int(i), round(float(p), 5)] for i, p in zip(best.indices, best.values)]
+        top = [[int(i), round(float(p), 5)] for i, p in zip(best.indices, best.values, strict=True)]
         result[name] = {"ids": ids, "top": top, "greedy": tokens, "margins": margins}
         print(f"{name}: {len(ids)} tokens, {tokenizer.decode(tokens)!r}", file=sys.stderr)
     return result

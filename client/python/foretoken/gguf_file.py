@@ -90,7 +90,7 @@ class GgufFile:
             return dequantize(rows, tensor.kind).reshape(tensor.shape)
         except NotImplementedError:
             raise GgufError(
-                f"{self._path}: tensor {name!r} has type {tensor.kind.name}, which can't be dequantized"
+                f"{self._path}: tensor {name!r} is {tensor.kind.name}, which can't be dequantized"
             ) from None
 
     def _read_tensors(self, num_tensors):

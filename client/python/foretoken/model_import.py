@@ -48,7 +48,7 @@ _ROPE_FREQS = "rope_freqs.weight"
 
 
 def import_gguf(gguf_path, out_folder, progress=Progress):
-    """Converts one file. Raises GgufError when the file can't be converted, OSError for the disk."""
+    """Converts one file. Raises GgufError for a file that can't be converted, OSError."""
     source = GgufFile(gguf_path)
     config = model_config(source)
     plans = [_plan(source, name, config) for name in source.tensors if name != _ROPE_FREQS]
