@@ -57,7 +57,7 @@ struct GenerateRequest {
   std::optional<std::string> prompt;
   std::optional<std::vector<TokenId>> prompt_ids;
   bool add_special_tokens = true;  // of a text prompt: BOS, where the tokenizer has one
-  int max_tokens = 256;
+  std::optional<int> max_tokens;   // none: 256, or what the context leaves
   SamplingParams sampling;
   std::vector<std::string> stop;  // strings that end the output, not part of it
   std::vector<TokenId> stop_token_ids;
@@ -75,6 +75,7 @@ struct DrainRequest {};
 using ClientRequest =
     std::variant<GenerateRequest, CancelRequest, StatusRequest, ModelsRequest, DrainRequest>;
 
+// May be empty: the request lives, and its client is still there.
 struct TokenMessage {
   std::string request_id;
   std::vector<TokenInfo> tokens;
@@ -186,6 +187,8 @@ struct Ready {
 struct AdmitSequence {
   SequenceId sequence{};
   std::vector<TokenId> prompt;
+  // The last of `prompt` that were sampled before a restart: output, as penalties count it.
+  std::int64_t num_generated = 0;
   std::int64_t max_length = 0;  // prompt + max_tokens
   SamplingParams sampling;
   std::vector<TokenId> forced_ids;
@@ -231,7 +234,7 @@ struct AdmitResult {
 };
 struct SequenceToken {
   SequenceId sequence{};
-  std::int64_t position = 0;
+  std::int64_t position = 0;  // in the sequence: the first sampled one stands behind the prompt
   TokenInfo token;
 };
 // One rank's counters for one sequence, since it was admitted.

@@ -233,6 +233,7 @@ template <typename F>
 void visit_fields(F&& f, Is<AdmitSequence> auto& m) {
   f("sequence", m.sequence);
   f("prompt", m.prompt);
+  f("num_generated", m.num_generated);
   f("max_length", m.max_length);
   f("sampling", m.sampling);
   f("forced_ids", m.forced_ids);
