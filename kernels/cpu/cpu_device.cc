@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/result.h"
+#include "kernels/cpu/simd/targets.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -150,6 +151,7 @@ class CpuEvent final : public Event {
 
 CpuDevice::CpuDevice(const CpuDeviceConfig& config)
     : config_(config), pool_(config.num_threads > 0 ? config.num_threads : usable_threads()) {
+  simd::require_supported_cpu();
   if (config_.memory_bytes == 0) config_.memory_bytes = half_of_memory();
 }
 

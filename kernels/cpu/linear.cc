@@ -1,0 +1,102 @@
+// make_weight and linear of the CPU device: packs weights, and splits products among the pool.
+#include <algorithm>
+#include <vector>
+
+#include "common/check.h"
+#include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/simd/gemm.h"
+
+namespace foretoken::kernels {
+namespace {
+
+using simd::kPanelColumns;
+
+// Rows of a task: with 256 features (simd/gemm.cc) they stay in the second-level cache.
+constexpr int kMaxTaskRows = 192;
+// Tasks a thread, about, so that the last ones even out.
+constexpr int kTasksPerThread = 8;
+
+int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+class CpuWeight final : public Weight {
+ public:
+  CpuWeight(Device& device, DataType weight_type, int num_rows, int num_columns)
+      : type(weight_type),
+        num_panels(divide_up(num_rows, kPanelColumns)),
+        packed(device,
+               bytes_of(weight_type) * kPanelColumns * static_cast<std::size_t>(num_panels) *
+                   static_cast<std::size_t>(num_columns),
+               MemoryUse::kWeights) {
+    rows = num_rows;
+    columns = num_columns;
+  }
+
+  std::byte* panel(int i) const {
+    const std::size_t bytes = packed.bytes() / static_cast<std::size_t>(num_panels);
+    return packed.as<std::byte>() + static_cast<std::size_t>(i) * bytes;
+  }
+
+  DataType type;
+  int num_panels;
+  DeviceBuffer packed;  // see simd/gemm.h
+};
+
+std::vector<const std::byte*> rows_of(std::span<const WeightPart> parts) {
+  std::vector<const std::byte*> rows;
+  for (const WeightPart& part : parts) {
+    FT_CHECK(part.columns == parts[0].columns && part.type == parts[0].type, part.columns,
+             parts[0].columns);
+    for (int row = 0; row < part.rows; ++row) {
+      rows.push_back(part.data + static_cast<std::size_t>(row) * part.row_stride_bytes);
+    }
+  }
+  return rows;
+}
+
+}  // namespace
+
+std::unique_ptr<Weight> CpuDevice::make_weight(std::span<const WeightPart> parts) {
+  FT_CHECK(!parts.empty());
+  const std::vector<const std::byte*> rows = rows_of(parts);
+  auto weight = std::make_unique<CpuWeight>(*this, parts[0].type, static_cast<int>(rows.size()),
+                                            parts[0].columns);
+  pool_.parallel_for(weight->num_panels, [&](int panel, int) {
+    const auto first = static_cast<std::size_t>(panel) * kPanelColumns;
+    const std::size_t count = std::min<std::size_t>(kPanelColumns, rows.size() - first);
+    simd::pack_panel(std::span(rows).subspan(first, count), weight->type, weight->columns,
+                     weight->panel(panel));
+  });
+  return weight;
+}
+
+void CpuDevice::linear(const LinearArgs& args, Stream& stream) {
+  enqueue(stream, [this, args] {
+    if (args.rows == 0) return;
+    const auto& weight = static_cast<const CpuWeight&>(*args.weight);
+    const simd::MultiplyArgs multiply{static_cast<const float*>(args.x),
+                                      weight.packed.data(),
+                                      weight.type,
+                                      args.bias,
+                                      args.rows,
+                                      weight.columns,
+                                      weight.rows,
+                                      static_cast<float*>(args.out)};
+    const int row_tasks = divide_up(args.rows, kMaxTaskRows);
+    const int panel_tasks =
+        std::min(weight.num_panels, divide_up(kTasksPerThread * pool_.num_threads(), row_tasks));
+    // Task t of n takes [total * t / n, total * (t + 1) / n): sizes differ by one at most.
+    pool_.parallel_for(row_tasks * panel_tasks, [&](int task, int) {
+      const auto cut = [](int total, int t, int n) {
+        return static_cast<int>(static_cast<std::int64_t>(total) * t / n);
+      };
+      const int row_task = task / panel_tasks;
+      const int panel_task = task % panel_tasks;
+      const int row = cut(args.rows, row_task, row_tasks);
+      const int panel = cut(weight.num_panels, panel_task, panel_tasks);
+      simd::multiply(multiply, {row, cut(args.rows, row_task + 1, row_tasks) - row, panel,
+                                cut(weight.num_panels, panel_task + 1, panel_tasks) - panel});
+    });
+  });
+}
+
+}  // namespace foretoken::kernels

@@ -1,0 +1,111 @@
+// linear against the sum that it promises: every element in input order, with fused
+// multiply-add, equal to the bit whatever the rows, threads and parts.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/kernels/reference.h"
+#include "tests/kernels/test_device.h"
+
+namespace foretoken::kernels {
+namespace {
+
+struct Case {
+  int rows;
+  int in;
+  int out;
+  DataType type;
+};
+
+class Linear : public testing::TestWithParam<Case> {};
+
+std::vector<float> expected(const Case& c, const std::vector<float>& x,
+                            const std::vector<std::byte>& weights, const std::vector<float>& bias) {
+  std::vector<float> out;
+  for (int row = 0; row < c.rows; ++row) {
+    for (int o = 0; o < c.out; ++o) {
+      float sum = bias.empty() ? 0 : bias[static_cast<std::size_t>(o)];
+      for (int i = 0; i < c.in; ++i) {
+        const double weight =
+            reference::decode_at(weights.data(), c.type, static_cast<std::size_t>(o * c.in + i));
+        sum =
+            std::fma(x[static_cast<std::size_t>(row * c.in + i)], static_cast<float>(weight), sum);
+      }
+      out.push_back(sum);
+    }
+  }
+  return out;
+}
+
+// The weights in two parts, the second with a gap between its rows.
+std::unique_ptr<Weight> in_parts(TestDevice& test, const Case& c,
+                                 const std::vector<std::byte>& weights) {
+  const std::size_t row_bytes = bytes_of(c.type) * static_cast<std::size_t>(c.in);
+  const int first = c.out / 3;
+  std::vector<std::byte> spaced(static_cast<std::size_t>(c.out - first) * (row_bytes + 6));
+  for (int row = first; row < c.out; ++row) {
+    std::copy_n(weights.data() + static_cast<std::size_t>(row) * row_bytes, row_bytes,
+                spaced.data() + static_cast<std::size_t>(row - first) * (row_bytes + 6));
+  }
+  const WeightPart parts[] = {{weights.data(), c.type, first, c.in, row_bytes},
+                              {spaced.data(), c.type, c.out - first, c.in, row_bytes + 6}};
+  return test.device->make_weight(parts);
+}
+
+TEST_P(Linear, EqualsTheSumInOrder) {
+  const Case c = GetParam();
+  const auto x = random_floats(static_cast<std::size_t>(c.rows * c.in), 1);
+  const auto values = random_floats(static_cast<std::size_t>(c.out * c.in), 2, 0.1F);
+  const auto bias = random_floats(static_cast<std::size_t>(c.out), 3);
+  const auto weights = reference::encode(values, c.type);
+  for (const int threads : {1, 3}) {
+    TestDevice test(threads);
+    const auto weight = in_parts(test, c, weights);
+    EXPECT_EQ(weight->rows, c.out);
+    EXPECT_EQ(weight->columns, c.in);
+    for (const bool with_bias : {false, true}) {
+      std::vector<float> out(static_cast<std::size_t>(c.rows * c.out) + 1, 7.5F);
+      test.run(&Device::linear, LinearArgs{x.data(), weight.get(),
+                                           with_bias ? bias.data() : nullptr, c.rows, out.data()});
+      EXPECT_EQ(out.back(), 7.5F);  // nothing is written past the end
+      out.pop_back();
+      EXPECT_EQ(out, expected(c, x, weights, with_bias ? bias : std::vector<float>{}));
+    }
+  }
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const DataType type : {DataType::kFp32, DataType::kFp16, DataType::kBf16}) {
+    for (const int rows : {0, 1, 2, 3, 5, 6, 7, 8, 12, 13, 31, 200}) {
+      all.push_back({rows, 64, 96, type});
+      all.push_back({rows, 33, 50, type});
+    }
+    all.push_back({1, 576, 960, type});
+    all.push_back({1, 1, 1, type});
+    all.push_back({20, 1, 1, type});
+    all.push_back({40, 700, 70, type});   // more features than are converted at a time
+    all.push_back({385, 257, 33, type});  // three tasks of rows, a panel of one column
+  }
+  return all;
+}
+std::string case_name(const testing::TestParamInfo<Case>& param) {
+  const Case& c = param.param;
+  return std::string(name_of(c.type)) + "_" + std::to_string(c.rows) + "x" + std::to_string(c.in) +
+         "x" + std::to_string(c.out);
+}
+INSTANTIATE_TEST_SUITE_P(Shapes, Linear, testing::ValuesIn(cases()), case_name);
+
+TEST(LinearMemory, IsAccountedAsWeights) {
+  TestDevice test;
+  const std::vector<float> values(32 * 10, 1);
+  const WeightPart part{reinterpret_cast<const std::byte*>(values.data()), DataType::kFp32, 32, 10,
+                        40};
+  auto weight = test.device->make_weight({&part, 1});
+  EXPECT_EQ(test.device->memory_in_use(MemoryUse::kWeights), 32U * 10 * 4);
+  weight.reset();
+  EXPECT_EQ(test.device->memory_in_use(MemoryUse::kWeights), 0U);
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
