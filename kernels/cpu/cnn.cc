@@ -132,14 +132,17 @@ HWY_INLINE void add_block(const CnnFilters& filters, int block, Products<kOutput
   }
 }
 
-HWY_INLINE void store_fixed(const float* s, std::int32_t* out) {
+HWY_INLINE void store_fixed(Vec s, std::int32_t* out) {
   const D tag;
   const hn::RebindToSigned<D> signed_tag;
   const Vec scale = hn::Set(tag, static_cast<float>(1 << kFixedBits));
+  const Vec value = hn::Clamp(s, hn::Set(tag, -kSaturation), hn::Set(tag, kSaturation));
+  hn::StoreU(hn::NearestInt(hn::Mul(value, scale)), signed_tag, out);
+}
+
+HWY_INLINE void store_segments(const float* s, std::int32_t* out) {
   for (std::size_t c = 0; c < kSegmentColumns; ++c) {
-    const Vec value = hn::Clamp(hn::Load(tag, s + c * kLanes), hn::Set(tag, -kSaturation),
-                                hn::Set(tag, kSaturation));
-    hn::Store(hn::NearestInt(hn::Mul(value, scale)), signed_tag, out + c * kLanes);
+    store_fixed(hn::Load(D(), s + c * kLanes), out + c * kLanes);
   }
 }
 
@@ -151,27 +154,34 @@ HWY_INLINE void store_sum(const float* a, const float* b, float* out) {
   }
 }
 
-// One point of one block; each output sums tap rows 1 and 2 over the channels, then tap row 0.
+// One point of two blocks; each output sums tap rows 1 and 2 over the channels, then tap row 0.
 void interior_products(const CnnFilters& f, const Hidden<3>& h, int block, int point,
-                       Products<1>* out) {
+                       Products<1>* first, Products<1>* second) {
+  constexpr int kBoth = 2 * kBlock;  // 8 sums in flight hide the latency of a multiply-add
   const D tag;
-  Vec entering[kBlock];
+  Vec entering[kBoth];
   for (Vec& v : entering) v = hn::Zero(tag);
   for (int i = 0; i < kChannels1; ++i) {
     const Vec h61 = hn::Load(tag, h.at(point, i, 1));
     const Vec h62 = hn::Load(tag, h.at(point, i, 2));
-    for (int o = 0; o < kBlock; ++o) {
-      entering[o] = hn::MulAdd(hn::Set(tag, f.below[block][point][i][0][o]), h61, entering[o]);
-      entering[o] = hn::MulAdd(hn::Set(tag, f.below[block][point][i][1][o]), h62, entering[o]);
+#pragma GCC unroll 8
+    for (int o = 0; o < kBoth; ++o) {
+      const auto& taps = f.below[block + o / kBlock][point][i];
+      entering[o] = hn::MulAdd(hn::Set(tag, taps[0][o % kBlock]), h61, entering[o]);
+      entering[o] = hn::MulAdd(hn::Set(tag, taps[1][o % kBlock]), h62, entering[o]);
     }
   }
   for (int i = 0; i < kChannels1; ++i) {
     const Vec h60 = hn::Load(tag, h.at(point, i, 0));
-    for (int o = 0; o < kBlock; ++o) {
-      entering[o] = hn::MulAdd(hn::Set(tag, f.above[block][point][i][o]), h60, entering[o]);
+#pragma GCC unroll 8
+    for (int o = 0; o < kBoth; ++o) {
+      const float tap = f.above[block + o / kBlock][point][i][o % kBlock];
+      entering[o] = hn::MulAdd(hn::Set(tag, tap), h60, entering[o]);
     }
   }
-  for (int o = 0; o < kBlock; ++o) hn::Store(entering[o], tag, out->at(0, o, point));
+  for (int o = 0; o < kBoth; ++o) {
+    hn::Store(entering[o], tag, (o < kBlock ? first : second)->at(0, o % kBlock, point));
+  }
 }
 
 void bottom_products(const CnnFilters& f, const Hidden<4>& h, int block, int point,
@@ -256,14 +266,16 @@ void interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out) 
     hidden_row(filters, tile, row, row + 1, row + 2, row, &hidden);
   }
   alignas(64) float s[kSegmentColumns * kLanes] = {};
-  Products<1> products;
-  for (int block = 0; block < CnnFilters::kBlocks; ++block) {
+  Products<1> first;
+  Products<1> second;
+  for (int block = 0; block < CnnFilters::kBlocks; block += 2) {
     for (int point = 0; point < kPoints; ++point) {
-      interior_products(filters, hidden, block, point, &products);
+      interior_products(filters, hidden, block, point, &first, &second);
     }
-    add_block(filters, block, products, s);
+    add_block(filters, block, first, s);
+    add_block(filters, block + 1, second, s);
   }
-  store_fixed(s, out->fixed);
+  store_segments(s, out->fixed);
 }
 
 // What bottom and top share: s of three rows, of which the first is interior.
@@ -279,7 +291,7 @@ HWY_INLINE void edge(const CnnFilters& filters, const Hidden<4>& hidden,
     add_block(filters, block, products, s);
   }
   const std::size_t row = kSegmentColumns * kLanes;
-  store_fixed(s, out->interior.fixed);
+  store_segments(s, out->interior.fixed);
   store_sum(s + row, s + 2 * row, out->boundary);
 }
 
@@ -301,6 +313,30 @@ void top(const CnnFilters& filters, const CnnTile& tile, CnnEdge* out) {
   edge(filters, hidden, top_products, out);
 }
 
+void affine(const CnnAffine& map, const float* rows, int stride, int columns, std::int32_t* fixed,
+            float* boundary, float* greatest) {
+  const D tag;
+  constexpr int kStep = static_cast<int>(kLanes);
+  for (int c = 0; c < columns; c += kStep) {
+    Vec inner = hn::Set(tag, map.interior_at_zero);
+    Vec outer = hn::Set(tag, map.boundary_at_zero);
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int x = 0; x < 5; ++x) {
+        const Vec value = hn::LoadU(tag, rows + r * stride + c + x);
+        inner = hn::MulAdd(hn::Set(tag, map.interior[r * 5 + x]), value, inner);
+        outer = hn::MulAdd(hn::Set(tag, map.boundary[r * 5 + x]), value, outer);
+      }
+    }
+    store_fixed(inner, fixed + c);
+    hn::StoreU(outer, tag, boundary + c);
+  }
+  for (int c = 0; c < columns + kTileColumns - kSegmentColumns; c += kStep) {
+    Vec most = hn::LoadU(tag, rows + c);
+    for (int r = 1; r < kTileRows; ++r) most = hn::Max(most, hn::LoadU(tag, rows + r * stride + c));
+    hn::StoreU(most, tag, greatest + c);
+  }
+}
+
 int num_lanes() { return static_cast<int>(kLanes); }
 
 }  // namespace
@@ -313,55 +349,20 @@ namespace foretoken::kernels {
 namespace {
 
 HWY_EXPORT(num_lanes);
+HWY_EXPORT(affine);
 HWY_EXPORT(interior);
 HWY_EXPORT(bottom);
 HWY_EXPORT(top);
 
-// G of F(4, 3).
-constexpr double kFilterTransform[6][3] = {
-    {1.0 / 4, 0, 0},
-    {-1.0 / 6, -1.0 / 6, -1.0 / 6},
-    {-1.0 / 6, 1.0 / 6, -1.0 / 6},
-    {1.0 / 24, 1.0 / 12, 1.0 / 6},
-    {1.0 / 24, -1.0 / 12, 1.0 / 6},
-    {0, 0, 1},
-};
-
 }  // namespace
-
-CnnFilters::CnnFilters(const PredictorWeights& weights) : bias3(weights.conv3_bias) {
-  for (int i = 0; i < kChannels1; ++i) {
-    for (int k = 0; k < 9; ++k)
-      conv1[i][k] = weights.conv1_weight[static_cast<std::size_t>(i * 9 + k)];
-    bias1[i] = weights.conv1_bias[static_cast<std::size_t>(i)];
-  }
-  for (int o = 0; o < kChannels2; ++o) {
-    bias2[o] = weights.conv2_bias[static_cast<std::size_t>(o)];
-    conv3[o] = weights.conv3_weight[static_cast<std::size_t>(o)];
-  }
-  const auto transformed = [&](int o, int i, int ky, int point) {
-    double sum = 0;
-    for (int kx = 0; kx < 3; ++kx) {
-      const int at = ((o * kChannels1 + i) * 3 + ky) * 3 + kx;
-      sum += kFilterTransform[point][kx] *
-             static_cast<double>(weights.conv2_weight[static_cast<std::size_t>(at)]);
-    }
-    return static_cast<float>(sum);
-  };
-  for (int o = 0; o < kChannels2; ++o) {
-    for (int point = 0; point < kPoints; ++point) {
-      for (int i = 0; i < kChannels1; ++i) {
-        above[o / kBlock][point][i][o % kBlock] = transformed(o, i, 0, point);
-        below[o / kBlock][point][i][0][o % kBlock] = transformed(o, i, 1, point);
-        below[o / kBlock][point][i][1][o % kBlock] = transformed(o, i, 2, point);
-      }
-    }
-  }
-}
 
 int cnn_lanes() {
   static const int lanes = HWY_DYNAMIC_DISPATCH(num_lanes)();
   return lanes;
+}
+void cnn_affine(const CnnAffine& map, const float* rows, int stride, int columns,
+                std::int32_t* fixed, float* boundary, float* greatest) {
+  HWY_DYNAMIC_DISPATCH(affine)(map, rows, stride, columns, fixed, boundary, greatest);
 }
 void cnn_interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out) {
   HWY_DYNAMIC_DISPATCH(interior)(filters, tile, out);

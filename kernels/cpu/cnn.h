@@ -26,7 +26,16 @@ inline constexpr int kFixedBits = 22;  // s is summed over rows as int32 of 2^-2
 inline constexpr int kChannels1 = 16;
 inline constexpr int kChannels2 = 32;
 
-// Weights as the kernels read them. points: G g of F(4, 3), by blocks of 4 output channels.
+// While every history value that a segment sees stays below tau, no relu changes sign: s is an
+// affine map of those 5 x 5 values, and a stencil gives it at a hundredth of the work.
+struct CnnAffine {
+  float interior[kTileRows * 5];  // of the tile's middle row
+  float boundary[kTileRows * 5];  // of the two rows at the window's edge, summed
+  float interior_at_zero;
+  float boundary_at_zero;
+};
+
+// Weights as the kernels read them. above, below: G g of F(4, 3), by blocks of 4 output channels.
 struct CnnFilters {
   explicit CnnFilters(const PredictorWeights& weights);
 
@@ -40,6 +49,9 @@ struct CnnFilters {
   float bias2[kChannels2];
   float conv3[kChannels2];
   float bias3;
+  float tau;  // negative: nothing is affine
+  CnnAffine bottom;
+  CnnAffine top;
 };
 
 // As many segments as the processor has lanes; [..., lane] with cnn_lanes() lanes, not kMaxLanes.
@@ -61,6 +73,12 @@ struct CnnEdge {
 };
 
 int cnn_lanes();
+
+// The affine map of every column of 5 rows, sensible or not: out[c] sees rows[r * stride + c +
+// 0..4]. Writes `columns` of fixed and boundary, and the greatest value of each of columns + 4 in
+// the rows; all rounded up to kMaxLanes, and so much is read.
+void cnn_affine(const CnnAffine& map, const float* rows, int stride, int columns,
+                std::int32_t* fixed, float* boundary, float* greatest);
 
 // s of the tile's middle row, all 5 rows being inside the window.
 void cnn_interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out);

@@ -1,7 +1,6 @@
 #include "kernels/cpu/map_stream.h"
 
 #include <algorithm>
-#include <array>
 
 #include "kernels/cpu/best_blocks.h"
 #include "kernels/cpu/history_rows.h"
@@ -13,6 +12,8 @@ constexpr int kLocalBlocks = kLocalTokens / kBlockTokens;
 constexpr int kHalo = 2;           // columns that a segment sees on each side
 constexpr int kFirstInterior = 2;  // window rows 2 .. 61 see no edge of the window
 constexpr int kLastInterior = kHistoryRows - 3;
+
+int padded(int columns) { return (columns + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
 
 // Block maxima of a softmax lie in [0, 1]; rounding may pass 1 by a little.
 bool is_probability(float value) { return value >= 0.0F && value <= 2.0F; }
@@ -34,37 +35,58 @@ bool MapStream::update(const CnnFilters& filters, const HistoryState& state, int
   num_rows_ = state.num_rows[layer];
   columns_ = num_candidates(state.num_columns[layer]);
   segments_ = (columns_ + kSegmentColumns - 1) / kSegmentColumns;
-  stride_ = segments_ * kSegmentColumns + 2 * kHalo;
+  stride_ = padded(columns_) + 2 * kMaxLanes;  // kernels work on whole vectors, and see kHalo more
   std::byte* memory = state.stream + static_cast<std::size_t>(layer * num_maps(state) + map) *
                                          map_stream_bytes(state.max_columns);
   header_ = reinterpret_cast<MapStreamHeader*>(memory);
   sums_ = reinterpret_cast<std::int32_t*>(memory + kMapStreamHeaderBytes);
-  rows_.assign(static_cast<std::size_t>(kHistoryRows * stride_), 0.0F);
-  boundary_.resize(static_cast<std::size_t>(segments_ * kSegmentColumns));
-
-  // A new column changes the two columns before it in all rows, since the edge that pads with
-  // zeros moves: their segments are summed anew.
-  const bool known = header_->num_rows > 0 && header_->columns <= columns_;
-  const bool slide = known && header_->num_rows + 1 == num_rows_;
-  int first_rebuilt = 0;
-  if (slide || (known && header_->num_rows == num_rows_)) {
-    first_rebuilt = header_->columns == columns_
-                        ? segments_
-                        : std::max(0, header_->columns - kHalo) / kSegmentColumns;
+  greatest_.resize(static_cast<std::size_t>(stride_));
+  for (Edge* edge : {&bottom_, &top_, &rebuilt_}) {
+    edge->interior.resize(static_cast<std::size_t>(stride_));
+    edge->boundary.resize(static_cast<std::size_t>(stride_));
   }
+
+  rows_.resize(static_cast<std::size_t>(2 * kTileRows * stride_));
+  for (int r = 0; r < kTileRows; ++r) {
+    load_window_row(kHistoryRows - kTileRows + r, row(r));
+    load_window_row(r - 1, row(kTileRows + r));
+  }
+  evaluate_edge(filters.bottom, cnn_bottom, row(0), &bottom_);
+  evaluate_edge(filters.top, cnn_top, row(kTileRows), &top_);
+
+  const int first_rebuilt = slide_sums();
   if (first_rebuilt < segments_) rebuild(first_rebuilt);
-  step(slide, first_rebuilt);
   header_->num_rows = num_rows_;
   header_->columns = columns_;
   make_scores();
   return num_rows_ >= header_->clean_from;
 }
 
-// A row's candidates with zeros for what is no probability, so that sums stay exact; false if
-// there was such a value. Rows before the first are zeros.
-bool MapStream::load_row(std::int64_t r, float* out) const {
+// Moves the sums by the row that enters and the row that leaves. The first segment that must be
+// summed anew instead: a new column changes the two columns before it in all rows, since the edge
+// that pads with zeros moves.
+int MapStream::slide_sums() {
+  const bool known = header_->num_rows > 0 && header_->columns <= columns_;
+  const bool slide = known && header_->num_rows + 1 == num_rows_;
+  if (!slide && !(known && header_->num_rows == num_rows_)) return 0;
+  int first_rebuilt = segments_;
+  if (header_->columns < columns_) {
+    first_rebuilt = std::max(0, header_->columns - kHalo) / kSegmentColumns;
+  }
+  const int kept = std::min(columns_, first_rebuilt * kSegmentColumns);
+  for (int c = 0; slide && c < kept; ++c) {
+    const auto at = static_cast<std::size_t>(c);
+    sums_[c] += bottom_.interior[at] - top_.interior[at];
+  }
+  return first_rebuilt;
+}
+
+// A row's candidates; zeros for rows before the first, and for what is no probability, so that
+// sums stay exact: scores are then not to be used until the row has left the window.
+void MapStream::load_window_row(int window_row, float* out) {
+  const std::int64_t r = num_rows_ - kHistoryRows + window_row;
   std::fill_n(out, stride_, 0.0F);
-  if (r < 0) return true;
+  if (r < 0) return;
   float* values = out + kHalo;
   decode_history(static_cast<HistoryType>(state_->type), history_row(*state_, layer_, map_, r),
                  kSinkBlocks, columns_, values);
@@ -74,7 +96,48 @@ bool MapStream::load_row(std::int64_t r, float* out) const {
     wrong += good ? 0 : 1;
     values[c] = good ? values[c] : 0.0F;
   }
-  return wrong == 0;
+  if (wrong > 0) header_->clean_from = std::max(header_->clean_from, r + kHistoryRows + 1);
+}
+
+// The affine map of all columns from first_segment on, and what decides where it holds.
+void MapStream::find_affine(const CnnAffine& map, const float* rows, int first_segment, Edge* out) {
+  const int first = first_segment * kSegmentColumns;
+  cnn_affine(map, rows + first, stride_, columns_ - first, out->interior.data() + first,
+             out->boundary.data() + first, greatest_.data() + first);
+}
+
+// Whether a segment of the last find_affine() needs the whole network. The decision depends on its
+// 5 rows alone, so that a row leaves as it entered.
+bool MapStream::is_hot(int segment) const {
+  const int first = segment * kSegmentColumns;
+  if (segment == 0 || first + kSegmentColumns >= columns_)
+    return true;  // the padding is not affine
+  const float* greatest = greatest_.data() + first;
+  return *std::max_element(greatest, greatest + kTileColumns) > filters_->tau;
+}
+
+void MapStream::evaluate_edge(const CnnAffine& map, EdgeKernel kernel, const float* rows,
+                              Edge* out) {
+  find_affine(map, rows, 0, out);
+  hot_.clear();
+  for (int s = 0; s < segments_; ++s) {
+    if (is_hot(s)) hot_.push_back({rows, s});
+  }
+  const auto lanes = static_cast<std::size_t>(cnn_lanes());
+  CnnTile tile;
+  CnnEdge result;
+  for (std::size_t first = 0; first < hot_.size(); first += lanes) {
+    const auto items = std::span(hot_).subspan(first, std::min(lanes, hot_.size() - first));
+    fill_tile(items, &tile);
+    kernel(*filters_, tile, &result);
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const auto column = static_cast<std::size_t>(items[i].segment * kSegmentColumns);
+      for (std::size_t c = 0; c < kSegmentColumns; ++c) {
+        out->interior[column + c] = result.interior.fixed[c * lanes + i];
+        out->boundary[column + c] = result.boundary[c * lanes + i];
+      }
+    }
+  }
 }
 
 void MapStream::fill_tile(std::span<const Item> items, CnnTile* tile) const {
@@ -101,73 +164,43 @@ void MapStream::fill_tile(std::span<const Item> items, CnnTile* tile) const {
   }
 }
 
-// The rows that change with every step: 61 enters, 1 leaves, and the four at the window's edges.
-// Sums slide in segments below first_rebuilt; the others are new already.
-void MapStream::step(bool slide, int first_rebuilt) {
-  const std::int64_t first_row = num_rows_ - kHistoryRows;
-  float* bottom_rows = rows_.data();
-  float* top_rows = bottom_rows + kTileRows * stride_;
-  for (int r = 0; r < kTileRows; ++r) {
-    const bool good = load_row(num_rows_ - kTileRows + r, bottom_rows + r * stride_);
-    if (!good)
-      header_->clean_from =
-          std::max(header_->clean_from, num_rows_ - kTileRows + r + kHistoryRows + 1);
-    load_row(first_row - 1 + r, top_rows + r * stride_);
-  }
-  const int lanes = cnn_lanes();
-  CnnTile tile;
-  CnnEdge bottom;
-  CnnEdge top;
-  std::array<Item, kMaxLanes> items;
-  for (int first = 0; first < segments_; first += lanes) {
-    const int count = std::min(lanes, segments_ - first);
-    const std::span<const Item> used(items.data(), static_cast<std::size_t>(count));
-    for (int i = 0; i < count; ++i) items[static_cast<std::size_t>(i)] = {bottom_rows, first + i};
-    fill_tile(used, &tile);
-    cnn_bottom(*filters_, tile, &bottom);
-    for (int i = 0; i < count; ++i) items[static_cast<std::size_t>(i)] = {top_rows, first + i};
-    fill_tile(used, &tile);
-    cnn_top(*filters_, tile, &top);
-    for (int i = 0; i < count; ++i) {
-      for (int c = 0; c < kSegmentColumns; ++c) {
-        const int column = (first + i) * kSegmentColumns + c;
-        if (column >= columns_) break;
-        const int at = c * lanes + i;
-        if (slide && first + i < first_rebuilt) {
-          sums_[column] += bottom.interior.fixed[at] - top.interior.fixed[at];
-        }
-        boundary_[static_cast<std::size_t>(column)] = bottom.boundary[at] + top.boundary[at];
+// Sums all interior rows in the segments from first_segment on.
+void MapStream::rebuild(int first_segment) {
+  rows_.resize(static_cast<std::size_t>(kHistoryRows * stride_));
+  for (int r = 0; r < kHistoryRows; ++r) load_window_row(r, row(r));
+  const int first = first_segment * kSegmentColumns;
+  std::fill(sums_ + first, sums_ + columns_, 0);
+  hot_.clear();
+  for (int r = kFirstInterior; r <= kLastInterior; ++r) {
+    const float* rows = row(r - kHalo);
+    find_affine(filters_->bottom, rows, first_segment, &rebuilt_);
+    for (int s = first_segment; s < segments_; ++s) {
+      if (is_hot(s)) {
+        hot_.push_back({rows, s});
+        continue;
+      }
+      for (int c = s * kSegmentColumns; c < (s + 1) * kSegmentColumns; ++c) {
+        sums_[c] += rebuilt_.interior[static_cast<std::size_t>(c)];
       }
     }
   }
+  add_hot_rows();
 }
 
-// Sums all interior rows in the segments from first_segment on.
-void MapStream::rebuild(int first_segment) {
-  const std::int64_t first_row = num_rows_ - kHistoryRows;
-  for (int r = 0; r < kHistoryRows; ++r) {
-    if (load_row(first_row + r, rows_.data() + r * stride_)) continue;
-    header_->clean_from = std::max(header_->clean_from, first_row + r + kHistoryRows + 1);
-  }
-  std::fill(sums_ + first_segment * kSegmentColumns, sums_ + columns_, 0);
-  const int lanes = cnn_lanes();
+// Adds the interior rows of hot_, a lane each, to the sums.
+void MapStream::add_hot_rows() {
+  const auto lanes = static_cast<std::size_t>(cnn_lanes());
   CnnTile tile;
-  CnnInterior out;
-  std::vector<Item> items;
-  for (int r = kFirstInterior; r <= kLastInterior; ++r) {
-    for (int s = first_segment; s < segments_; ++s) {
-      items.push_back({rows_.data() + (r - kHalo) * stride_, s});
-    }
-  }
-  for (std::size_t first = 0; first < items.size(); first += static_cast<std::size_t>(lanes)) {
-    const std::span<const Item> used = std::span(items).subspan(
-        first, std::min(static_cast<std::size_t>(lanes), items.size() - first));
-    fill_tile(used, &tile);
-    cnn_interior(*filters_, tile, &out);
-    for (std::size_t i = 0; i < used.size(); ++i) {
-      for (int c = 0; c < kSegmentColumns; ++c) {
-        const int column = used[i].segment * kSegmentColumns + c;
-        if (column < columns_) sums_[column] += out.fixed[c * lanes + static_cast<int>(i)];
+  CnnInterior result;
+  for (std::size_t first = 0; first < hot_.size(); first += lanes) {
+    const auto items = std::span(hot_).subspan(first, std::min(lanes, hot_.size() - first));
+    fill_tile(items, &tile);
+    cnn_interior(*filters_, tile, &result);
+    for (std::size_t i = 0; i < items.size(); ++i) {
+      const int column = items[i].segment * kSegmentColumns;
+      const int count = std::min(kSegmentColumns, columns_ - column);
+      for (int c = 0; c < count; ++c) {
+        sums_[column + c] += result.fixed[static_cast<std::size_t>(c) * lanes + i];
       }
     }
   }
@@ -178,7 +211,7 @@ void MapStream::make_scores() {
   constexpr float kShare = 1.0F / static_cast<float>(kHistoryRows);
   scores_.resize(static_cast<std::size_t>(columns_));
   for (std::size_t c = 0; c < scores_.size(); ++c) {
-    const float sum = static_cast<float>(sums_[c]) * kUnit + boundary_[c];
+    const float sum = static_cast<float>(sums_[c]) * kUnit + bottom_.boundary[c] + top_.boundary[c];
     scores_[c] = filters_->bias3 + sum * kShare;
   }
 }

@@ -40,10 +40,21 @@ class MapStream {
     const float* rows;
     int segment;
   };
+  // s of the rows at one edge of the window, by candidate column.
+  struct Edge {
+    std::vector<std::int32_t> interior;  // the row that enters or leaves
+    std::vector<float> boundary;         // the two rows at the edge, summed
+  };
+  using EdgeKernel = void (*)(const CnnFilters&, const CnnTile&, CnnEdge*);
 
-  bool load_row(std::int64_t r, float* out) const;
-  void step(bool slide, int first_rebuilt);
+  float* row(int i) { return rows_.data() + i * stride_; }
+  void load_window_row(int window_row, float* out);
+  void find_affine(const CnnAffine& map, const float* rows, int first_segment, Edge* out);
+  bool is_hot(int segment) const;
+  void evaluate_edge(const CnnAffine& map, EdgeKernel kernel, const float* rows, Edge* out);
+  int slide_sums();
   void rebuild(int first_segment);
+  void add_hot_rows();
   void fill_tile(std::span<const Item> items, CnnTile* tile) const;
   void make_scores();
 
@@ -58,8 +69,12 @@ class MapStream {
   int segments_ = 0;
   int stride_ = 0;  // of rows_
 
-  std::vector<float> rows_;      // [row, 2 + columns + padding]; zero outside the candidates
-  std::vector<float> boundary_;  // sum of s over window rows 0, 1, 62, 63
+  std::vector<float> rows_;  // [row, 2 + columns + padding]; zero outside the candidates
+  std::vector<float> greatest_;
+  std::vector<Item> hot_;
+  Edge bottom_;
+  Edge top_;
+  Edge rebuilt_;
   std::vector<float> scores_;
 };
 

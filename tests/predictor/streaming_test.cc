@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <random>
 
 #include "kernels/cpu/map_stream.h"
@@ -80,6 +81,198 @@ TEST(Streaming, AgreesWithGoldenDataInFp32) {
   const Agreement a = run_golden(HistoryType::kFp32);
   EXPECT_LE(a.max_error, 2e-6);
   EXPECT_GE(a.overlap, 0.999);
+}
+
+// bf16 keeps 8 bits of a value, e5m3 four; the largest errors sit on the few hottest columns, whose
+// scores stand far above the rest.
+TEST(Streaming, AgreesWithGoldenDataInBf16) {
+  const Agreement a = run_golden(HistoryType::kBf16);
+  EXPECT_LE(a.max_error, 1e-3);
+  EXPECT_GE(a.overlap, 0.999);
+}
+
+TEST(Streaming, AgreesWithGoldenDataInE5m3) {
+  const Agreement a = run_golden(HistoryType::kE5m3);
+  EXPECT_LE(a.max_error, 1e-2);
+  EXPECT_GE(a.overlap, 0.985);
+}
+
+constexpr unsigned kSeed = 20261122;
+
+// A row of maps x columns block maxima: heavy-tailed, and every other dozen of columns is idle, so
+// that hot and affine segments both occur.
+std::vector<float> random_rows(int maps, int columns, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<std::size_t>(maps * columns));
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const bool idle = i % static_cast<std::size_t>(columns) / 12 % 2 == 1;
+    const float value = std::min(1.0F, std::exp(2.0F * normal(random) - 6.0F));
+    rows[i] = idle ? 1e-4F * value : value;
+  }
+  return rows;
+}
+
+// The window's candidate columns, as the reference wants them.
+reference::Image window_of(const TestHistory& history, int map) {
+  const kernels::HistoryState& state = history.state();
+  const int columns = kernels::num_candidates(*state.num_columns);
+  reference::Image window(kernels::kHistoryRows, columns);
+  std::vector<float> row(static_cast<std::size_t>(columns));
+  for (int r = 0; r < window.rows; ++r) {
+    const std::int64_t absolute = history.num_rows() - window.rows + r;
+    if (absolute < 0) continue;
+    kernels::decode_history(static_cast<HistoryType>(state.type),
+                            kernels::history_row(state, 0, map, absolute), kSink, columns,
+                            row.data());
+    for (int c = 0; c < columns; ++c) window.at(r, c) = row[static_cast<std::size_t>(c)];
+  }
+  return window;
+}
+
+double max_difference(std::span<const float> ours, const std::vector<double>& expected) {
+  EXPECT_EQ(ours.size(), expected.size());
+  double most = 0;
+  for (std::size_t c = 0; c < ours.size(); ++c) {
+    const double difference = std::abs(static_cast<double>(ours[c]) - expected[c]);
+    EXPECT_FALSE(std::isnan(difference)) << "column " << c;
+    most = std::max(most, difference);
+  }
+  return most;
+}
+
+class StreamingTypes : public testing::TestWithParam<HistoryType> {};
+
+TEST_P(StreamingTypes, SumsStayBitEqualToARebuildWhileColumnsEnter) {
+  const kernels::CnnFilters filters(weights());
+  std::mt19937 random(kSeed);
+  constexpr int kMaps = 2;
+  constexpr int kFirstColumns = 70;
+  constexpr int kSteps = 200;
+  const int last_columns = kFirstColumns + (kSteps + 64) / 16;
+  TestHistory history(kMaps, last_columns, GetParam());
+  kernels::MapStream stream;
+  int comparisons = 0;
+  for (int step = 0; step < 64 + kSteps; ++step) {
+    const int columns = kFirstColumns + step / 16;
+    history.append(random_rows(kMaps, last_columns, random), static_cast<std::size_t>(last_columns),
+                   columns);
+    if (step < 63) continue;
+    for (int m = 0; m < kMaps; ++m) ASSERT_TRUE(stream.update(filters, history.state(), 0, m));
+    if (step % 8 != 7 && step % 16 != 0) continue;
+    std::vector<std::vector<std::int32_t>> slid;
+    for (int m = 0; m < kMaps; ++m) slid.push_back(history.sums(m));
+    history.forget_sums();
+    for (int m = 0; m < kMaps; ++m) {
+      ASSERT_TRUE(stream.update(filters, history.state(), 0, m));
+      ASSERT_EQ(history.sums(m), slid[static_cast<std::size_t>(m)]) << "step " << step;
+    }
+    ++comparisons;
+  }
+  EXPECT_GT(comparisons, 25);
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, StreamingTypes,
+                         testing::Values(HistoryType::kFp32, HistoryType::kBf16,
+                                         HistoryType::kE5m3));
+
+// The golden data never has so few columns or rows.
+TEST(Streaming, AgreesWithTheReferenceAtSmallSizes) {
+  const kernels::CnnFilters filters(weights());
+  std::mt19937 random(kSeed);
+  for (const int candidates : {1, 2, 3, 4, 5, 7, 8, 9, 33}) {
+    for (const int rows : {1, 2, 3, 5, 63, 64, 65, 70}) {
+      const int columns = candidates + 8;
+      TestHistory history(1, columns, HistoryType::kFp32);
+      kernels::MapStream stream;
+      for (int r = 0; r < rows; ++r) {
+        history.append(random_rows(1, columns, random), static_cast<std::size_t>(columns), columns);
+        // Every other run slides from the first row on; the rest rebuild at the end.
+        if (rows % 2 == 1 || r + 1 == rows) stream.update(filters, history.state(), 0, 0);
+      }
+      const auto expected = reference::scores(weights(), window_of(history, 0));
+      EXPECT_LE(max_difference(stream.scores(), expected), 1e-6)
+          << candidates << " candidates, " << rows << " rows";
+    }
+  }
+}
+
+TEST(Streaming, SurvivesSkippedRowsRepeatedCallsAndManyNewColumns) {
+  const kernels::CnnFilters filters(weights());
+  std::mt19937 random(kSeed);
+  constexpr int kMost = 60;
+  TestHistory history(1, kMost, HistoryType::kBf16);
+  kernels::MapStream stream;
+  const auto append = [&](int columns) {
+    history.append(random_rows(1, kMost, random), kMost, columns);
+  };
+  const auto check = [&](const char* what) {
+    EXPECT_TRUE(stream.update(filters, history.state(), 0, 0));
+    const auto expected = reference::scores(weights(), window_of(history, 0));
+    EXPECT_LE(max_difference(stream.scores(), expected), 1e-6) << what;
+  };
+  for (int i = 0; i < 64; ++i) append(20);
+  check("first");
+  check("repeated");
+  append(20);
+  check("slid");
+  append(20);
+  append(20);
+  check("one row skipped");
+  for (int i = 0; i < 80; ++i) append(20);
+  check("more than a window skipped");
+  append(21);
+  check("one new column");
+  append(40);
+  check("many new columns");
+  history.append(random_rows(1, kMost, random), kMost, kMost);
+  check("the greatest length");
+}
+
+// The affine regime is exact: the same scores as the whole network everywhere.
+TEST(Streaming, AffineSegmentsEqualTheWholeNetwork) {
+  kernels::CnnFilters filters(weights());
+  kernels::CnnFilters dense(weights());
+  EXPECT_NEAR(filters.tau, 6.19e-4, 0.02e-4);  // measured of the published weights
+  dense.tau = -1;
+  std::mt19937 random(kSeed);
+  constexpr int kColumns = 300;
+  TestHistory history(1, kColumns, HistoryType::kFp32);
+  for (int i = 0; i < 66; ++i) history.append(random_rows(1, kColumns, random), kColumns, kColumns);
+  kernels::MapStream stream;
+  ASSERT_TRUE(stream.update(filters, history.state(), 0, 0));
+  const std::vector<float> fast(stream.scores().begin(), stream.scores().end());
+  const auto fast_sums = history.sums(0);
+  history.forget_sums();
+  ASSERT_TRUE(stream.update(dense, history.state(), 0, 0));
+  EXPECT_NE(history.sums(0), fast_sums) << "no segment was affine, so nothing was compared";
+  for (std::size_t c = 0; c < fast.size(); ++c) EXPECT_NEAR(fast[c], stream.scores()[c], 2e-7);
+}
+
+// A value that is no probability makes scores unusable until its row has left, and no longer.
+TEST(Streaming, DistrustsAWindowWithAValueThatIsNone) {
+  const kernels::CnnFilters filters(weights());
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(),
+                          std::numeric_limits<float>::infinity(), -1.0F, 3.0F}) {
+    for (const HistoryType type : {HistoryType::kFp32, HistoryType::kBf16, HistoryType::kE5m3}) {
+      const bool stored = type != HistoryType::kE5m3 || !(bad < 0);  // e5m3 has no sign
+      std::mt19937 random(kSeed);
+      constexpr int kColumns = 40;
+      TestHistory history(1, kColumns, type);
+      kernels::MapStream stream;
+      const auto step = [&](std::optional<float> value) {
+        auto row = random_rows(1, kColumns, random);
+        if (value) row[20] = *value;
+        history.append(row, kColumns, kColumns);
+        return stream.update(filters, history.state(), 0, 0);
+      };
+      for (int i = 0; i < 64; ++i) EXPECT_TRUE(step(std::nullopt));
+      EXPECT_EQ(step(bad), !stored);
+      for (int i = 0; i < 63; ++i) EXPECT_EQ(step(std::nullopt), !stored) << bad << " row " << i;
+      EXPECT_TRUE(step(std::nullopt)) << bad;
+      const auto expected = reference::scores(weights(), window_of(history, 0));
+      EXPECT_LE(max_difference(stream.scores(), expected), 1e-6) << bad;
+    }
+  }
 }
 
 }  // namespace
