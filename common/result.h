@@ -115,7 +115,7 @@ using Status = Result<Ok>;
 #define FT_ASSIGN_OR_RETURN(decl, expr)                                                 \
   auto FT_CONCAT(ft_result_, __LINE__) = (expr);                                        \
   if (!FT_CONCAT(ft_result_, __LINE__)) return FT_CONCAT(ft_result_, __LINE__).error(); \
-  decl = *std::move(FT_CONCAT(ft_result_, __LINE__))
+  decl = *std::move(FT_CONCAT(ft_result_, __LINE__))  // NOLINT(bugprone-macro-parentheses)
 #define FT_RETURN_IF_ERROR(expr)                                       \
   do {                                                                 \
     if (auto ft_status = (expr); !ft_status) return ft_status.error(); \

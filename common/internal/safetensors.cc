@@ -158,6 +158,11 @@ Result<TensorView> SafetensorsFile::tensor(std::string_view name) const {
 
 namespace {
 
+Error misplaced(const fs::path& index, const std::string& tensor, const std::string& shard) {
+  return model_error(index.string() + ": weight_map puts '" + tensor + "' in " + shard +
+                     ", which doesn't hold it");
+}
+
 // Tensor name to shard name, from the index file.
 Result<std::map<std::string, std::string>> read_index(const fs::path& path) {
   FT_ASSIGN_OR_RETURN(const std::string text, internal::read_text(path, kMaxIndexBytes));
@@ -206,8 +211,7 @@ Result<ModelWeights> ModelWeights::open(const fs::path& folder) {
       weights.files_.push_back(std::move(file));
     }
     if (!weights.files_[at->second].contains(tensor)) {
-      return model_error(index_path.string() + ": weight_map puts '" + tensor + "' in " + shard +
-                         ", which doesn't hold it");
+      return misplaced(index_path, tensor, shard);
     }
     weights.entries_.push_back({tensor, at->second});
   }
