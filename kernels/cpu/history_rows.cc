@@ -43,7 +43,7 @@ std::uint8_t e5m3_from_float(float value) {
   if (std::isnan(value)) return kNan;
   const float scaled = value * kE5m3Scale;
   if (!(scaled > 0)) return 0;
-  if (scaled >= 61440.0F) return kInfinity;            // above the largest finite code
+  if (scaled >= 63488.0F) return kInfinity;            // rounds past 61440, the largest finite code
   constexpr float kSmallestNormal = 6.103515625e-05F;  // 2^-14
   if (scaled < kSmallestNormal) {
     return static_cast<std::uint8_t>(std::floor(std::ldexp(scaled, 14 + 3) + 0.5F));
