@@ -224,6 +224,10 @@ void KvStore::wait(int layer, kernels::Stream& stream) {
   impl_->fetched[static_cast<std::size_t>(layer)]->wait(stream);
 }
 
+bool KvStore::fetched(int layer) const {
+  return impl_->fetched[static_cast<std::size_t>(layer)]->done();
+}
+
 void KvStore::pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] { impl_->device.pack_blocks(args, stream); });
 }

@@ -53,6 +53,17 @@ std::optional<SlabIndex> SlabPool::find(const PrefixKey& key) {
   return found->second;
 }
 
+SlabPool::Run SlabPool::longest_run(std::span<const PrefixKey> keys) const {
+  Run run;
+  for (const PrefixKey& key : keys) {
+    const auto found = by_key_.find(key);
+    if (found == by_key_.end()) break;
+    ++run.length;
+    if (slabs_[raw(found->second)].holds == 0) ++run.cached;
+  }
+  return run;
+}
+
 bool SlabPool::publish(SlabIndex index, const PrefixKey& key) {
   Slab& slab = at(index);
   FT_CHECK(slab.holds > 0, raw(index));
@@ -62,14 +73,14 @@ bool SlabPool::publish(SlabIndex index, const PrefixKey& key) {
   return true;
 }
 
-bool SlabPool::unpublish(SlabIndex index) {
+void SlabPool::unpublish(SlabIndex index) {
   Slab& slab = at(index);
-  FT_CHECK(slab.holds > 0 && slab.published, raw(index), slab.holds);
-  if (slab.holds > 1) return false;
+  FT_CHECK(slab.holds == 1 && slab.published, raw(index), slab.holds);
   by_key_.erase(slab.key);
   slab.published = false;
-  return true;
 }
+
+bool SlabPool::is_shared(SlabIndex slab) const { return slabs_[raw(slab)].holds > 1; }
 
 void SlabPool::release(SlabIndex index) {
   Slab& slab = at(index);

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <list>
 #include <optional>
+#include <span>
 #include <unordered_map>
 #include <vector>
 
@@ -34,12 +35,22 @@ class SlabPool {
   // The slab that holds `key`, held once more. nullopt: there is none.
   std::optional<SlabIndex> find(const PrefixKey& key);
 
+  // How many of the leading keys are there; nothing is held. `cached` counts those nobody holds
+  // now.
+  struct Run {
+    std::uint32_t length = 0;
+    std::uint32_t cached = 0;
+  };
+  Run longest_run(std::span<const PrefixKey> keys) const;
+
   // Makes a private slab published. False, and nothing changes, where it is published already or
   // another slab holds the key.
   bool publish(SlabIndex slab, const PrefixKey& key);
 
-  // Makes a published slab private again if its only holder is the caller; else false.
-  bool unpublish(SlabIndex slab);
+  // Makes a published slab private again. REQUIRES: !is_shared(slab).
+  void unpublish(SlabIndex slab);
+  // Whether the slab has more holders than one.
+  bool is_shared(SlabIndex slab) const;
 
   // Takes back one hold. The last one frees a private slab and caches a published one.
   void release(SlabIndex slab);

@@ -34,9 +34,7 @@ LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
 
 void StoreBook::close_lease(LeaseId id) {
   const Lease& lease = at(id);
-  for (const SequenceId sequence : lease.sequences) {
-    drop_all(lease.owner, sequence, lease.owner.num_heads);
-  }
+  for (const SequenceId sequence : lease.sequences) drop_all(lease.owner, sequence);
   leases_.erase(id);
 }
 
@@ -72,86 +70,98 @@ Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<cons
                    " slabs a head; give the store a larger arena");
   }
   for (int i = 0; i < owner.num_heads; ++i) {
-    if (auto held = hold(owner, sequence, owner.first_head + i, keys, num_segments); !held) {
-      drop_all(owner, sequence, i);
-      return held.error();
-    }
+    FT_RETURN_IF_ERROR(check_room(owner, sequence, owner.first_head + i, keys, num_segments));
+  }
+  for (int i = 0; i < owner.num_heads; ++i) {
+    hold(owner, sequence, owner.first_head + i, keys, num_segments);
   }
   lease.sequences.insert(sequence);
   return grant_of(owner, sequence);
 }
 
-// One more lease on the slabs of (sequence, head); the first one allocates them.
-Status StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
-                       std::span<const PrefixKey> keys, int num_segments) {
-  if (Allocation* shared = find(owner, sequence, head)) {
-    if (shared->slabs.size() != static_cast<std::size_t>(num_segments)) {
-      return invalid(name_of(sequence) + ": ranks that share head " + std::to_string(head) +
-                     " ask for different lengths");
-    }
-    ++shared->num_holders;
-    return Ok{};
+// Whether hold() will find its slabs. Hits that nobody holds are not to be counted as empty ones.
+Status StoreBook::check_room(const LeaseOwner& owner, SequenceId sequence, int head,
+                             std::span<const PrefixKey> keys, int num_segments) {
+  if (const Allocation* shared = find(owner, sequence, head)) {
+    if (shared->slabs.size() == static_cast<std::size_t>(num_segments)) return Ok{};
+    return invalid(name_of(sequence) + ": ranks that share head " + std::to_string(head) +
+                   " ask for different lengths");
   }
-  Allocation allocation;
-  FT_RETURN_IF_ERROR(fill(allocation, head, keys, num_segments));
-  allocation.num_holders = 1;
-  num_hits_ += allocation.hits;
-  num_misses_ += static_cast<std::int64_t>(keys.size()) - allocation.hits;
-  allocations_.emplace(AllocationKey{owner.group, owner.epoch, sequence, head},
-                       std::move(allocation));
-  return Ok{};
+  const SlabPool::Run run = pool(head).longest_run(keys);
+  const std::uint32_t wanted = static_cast<std::uint32_t>(num_segments) - run.length;
+  const std::uint32_t available = pool(head).num_available() - run.cached;
+  if (wanted <= available) return Ok{};
+  return Error{ErrorCode::kExhausted, "head " + std::to_string(head) + " has " +
+                                          std::to_string(available) + " slabs to give of " +
+                                          std::to_string(pool(head).num_ready()) + " ready ones, " +
+                                          std::to_string(wanted) + " wanted"};
 }
 
-// The longest run of keys that is there, then empty slabs. All or nothing.
-Status StoreBook::fill(Allocation& allocation, int head, std::span<const PrefixKey> keys,
-                       int num_segments) {
+// One more lease on the slabs of (sequence, head); the first one allocates them: the longest run of
+// keys that is there, then empty slabs.
+void StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
+                     std::span<const PrefixKey> keys, int num_segments) {
+  Allocation& allocation = allocations_[{owner.group, owner.epoch, sequence, head}];
+  if (allocation.num_holders++ > 0) return;
   for (const PrefixKey& key : keys) {
     const auto slab = pool(head).find(key);
     if (!slab) break;
     allocation.slabs.push_back(*slab);
   }
   allocation.hits = static_cast<int>(allocation.slabs.size());
-  const auto wanted = static_cast<std::uint32_t>(num_segments - allocation.hits);
-  if (pool(head).num_available() < wanted) {
-    for (const SlabIndex slab : allocation.slabs | std::views::reverse) pool(head).release(slab);
-    return Error{ErrorCode::kExhausted, "head " + std::to_string(head) + " has " +
-                                            std::to_string(pool(head).num_available()) +
-                                            " slabs to give of " +
-                                            std::to_string(pool(head).num_ready()) +
-                                            " ready ones, " + std::to_string(wanted) + " wanted"};
+  for (int i = allocation.hits; i < num_segments; ++i) {
+    const auto slab = pool(head).acquire();
+    FT_CHECK(slab.has_value(), head, num_segments, allocation.hits);  // check_room's promise
+    allocation.slabs.push_back(*slab);
   }
-  for (std::uint32_t i = 0; i < wanted; ++i) allocation.slabs.push_back(*pool(head).acquire());
-  return Ok{};
+  num_hits_ += allocation.hits;
+  num_misses_ += static_cast<std::int64_t>(keys.size()) - allocation.hits;
 }
 
 Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) {
   Lease& lease = at(id);
   if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
   if (hit_segments < 0) return invalid("hit_segments is negative");
-  for (int i = 0; i < lease.owner.num_heads; ++i) {
-    const int head = lease.owner.first_head + i;
-    FT_RETURN_IF_ERROR(trim(*find(lease.owner, sequence, head), head, hit_segments));
+  const auto each_head = [&](auto&& act) {
+    for (int i = 0; i < lease.owner.num_heads; ++i) {
+      const int head = lease.owner.first_head + i;
+      act(*find(lease.owner, sequence, head), head);
+    }
+  };
+  bool room = true;
+  each_head([&](const Allocation& allocation, int head) {
+    room = room && num_to_swap(allocation, head, hit_segments) <= pool(head).num_available();
+  });
+  if (!room) {
+    return Error{ErrorCode::kExhausted,
+                 "no empty slabs to swap shared ones of " + name_of(sequence) + " for"};
   }
+  each_head([&](Allocation& allocation, int head) { trim(allocation, head, hit_segments); });
   return grant_of(lease.owner, sequence);
 }
 
-// Swaps hits past hit_segments for private slabs, from the last one down: what is held is whole
-// after each swap, also when the pool runs out half way.
-Status StoreBook::trim(Allocation& allocation, int head, int hit_segments) {
-  while (allocation.hits > hit_segments) {
-    SlabIndex& slab = allocation.slabs[static_cast<std::size_t>(allocation.hits - 1)];
-    if (!pool(head).unpublish(slab)) {
-      const auto fresh = pool(head).acquire();
-      if (!fresh) {
-        return Error{ErrorCode::kExhausted,
-                     "head " + std::to_string(head) + " has no slab to swap a shared one for"};
-      }
-      pool(head).release(slab);
-      slab = *fresh;
-    }
-    --allocation.hits;
+// Hits past hit_segments that others read too, so that they can't just be taken over.
+std::uint32_t StoreBook::num_to_swap(const Allocation& allocation, int head, int hit_segments) {
+  std::uint32_t count = 0;
+  for (int i = hit_segments; i < allocation.hits; ++i) {
+    if (pool(head).is_shared(allocation.slabs[static_cast<std::size_t>(i)])) ++count;
   }
-  return Ok{};
+  return count;
+}
+
+// Makes hits past hit_segments private: taken over where nobody else reads them, else swapped.
+void StoreBook::trim(Allocation& allocation, int head, int hit_segments) {
+  for (; allocation.hits > hit_segments; --allocation.hits) {
+    SlabIndex& slab = allocation.slabs[static_cast<std::size_t>(allocation.hits - 1)];
+    if (!pool(head).is_shared(slab)) {
+      pool(head).unpublish(slab);
+      continue;
+    }
+    const auto fresh = pool(head).acquire();
+    FT_CHECK(fresh.has_value(), head, allocation.hits);
+    pool(head).release(slab);
+    slab = *fresh;
+  }
 }
 
 Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const PrefixKey& key) {
@@ -171,12 +181,12 @@ Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const Pre
 Status StoreBook::release(LeaseId id, SequenceId sequence) {
   Lease& lease = at(id);
   if (lease.sequences.erase(sequence) == 0) return invalid(name_of(sequence) + " is not reserved");
-  drop_all(lease.owner, sequence, lease.owner.num_heads);
+  drop_all(lease.owner, sequence);
   return Ok{};
 }
 
-void StoreBook::drop_all(const LeaseOwner& owner, SequenceId sequence, int num_heads) {
-  for (int i = 0; i < num_heads; ++i) drop(owner, sequence, owner.first_head + i);
+void StoreBook::drop_all(const LeaseOwner& owner, SequenceId sequence) {
+  for (int i = 0; i < owner.num_heads; ++i) drop(owner, sequence, owner.first_head + i);
 }
 
 // One lease less. Slabs go back from the last segment to the first, so that of a cached prefix the

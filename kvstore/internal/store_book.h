@@ -50,8 +50,7 @@ class StoreBook {
   // The open lease of (group, rank), if any.
   const LeaseOwner* find_lease(int group, int rank) const;
 
-  // As KvStore's calls of the same names say. A failed reserve holds nothing; a failed use
-  // may have swapped some hits, and what is held stays whole.
+  // As KvStore's calls of the same names say. A call that fails changes nothing.
   Result<Grant> reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
                         int num_segments);
   Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
@@ -78,12 +77,14 @@ class StoreBook {
   Lease& at(LeaseId lease);
   SlabPool& pool(int head) { return pools_[static_cast<std::size_t>(head)]; }
   Allocation* find(const LeaseOwner& owner, SequenceId sequence, int head);
-  Status hold(const LeaseOwner& owner, SequenceId sequence, int head,
-              std::span<const PrefixKey> keys, int num_segments);
-  Status fill(Allocation& allocation, int head, std::span<const PrefixKey> keys, int num_segments);
+  Status check_room(const LeaseOwner& owner, SequenceId sequence, int head,
+                    std::span<const PrefixKey> keys, int num_segments);
+  void hold(const LeaseOwner& owner, SequenceId sequence, int head, std::span<const PrefixKey> keys,
+            int num_segments);
   void drop(const LeaseOwner& owner, SequenceId sequence, int head);
-  void drop_all(const LeaseOwner& owner, SequenceId sequence, int num_heads);
-  Status trim(Allocation& allocation, int head, int hit_segments);
+  void drop_all(const LeaseOwner& owner, SequenceId sequence);
+  std::uint32_t num_to_swap(const Allocation& allocation, int head, int hit_segments);
+  void trim(Allocation& allocation, int head, int hit_segments);
   Grant grant_of(const LeaseOwner& owner, SequenceId sequence);
 
   std::vector<SlabPool> pools_;  // by head

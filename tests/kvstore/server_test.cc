@@ -1,0 +1,203 @@
+// The store as its peers meet it: leases of dead, stopped and replaced ranks, and peers that lie.
+#include "kvstore/internal/server.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+
+#include <cerrno>
+#include <random>
+
+#include "tests/kvstore/running_server.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr unsigned kSeed = 20261122;
+constexpr std::size_t kArenaBytes = 32 << 20;
+
+// The lease_holder program, until it is killed.
+class Holder {
+ public:
+  Holder(const std::string& socket, int rank, int epoch) {
+    int pipe_ends[2] = {};
+    if (pipe2(pipe_ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe2");
+    const FileDescriptor in(pipe_ends[0]);
+    FileDescriptor out(pipe_ends[1]);
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, out.get(), STDOUT_FILENO);
+    std::string words[] = {LEASE_HOLDER, socket, std::to_string(rank), std::to_string(epoch)};
+    char* argv[] = {words[0].data(), words[1].data(), words[2].data(), words[3].data(), nullptr};
+    if (posix_spawn(&pid_, LEASE_HOLDER, &actions, nullptr, argv, environ) != 0) {
+      throw std::runtime_error("posix_spawn");
+    }
+    posix_spawn_file_actions_destroy(&actions);
+    out.reset();
+    char said[16] = {};
+    EXPECT_GT(read(in.get(), said, sizeof said), 0) << "the holder failed";
+  }
+  ~Holder() { kill_and_wait(); }
+  Holder(const Holder&) = delete;
+  Holder& operator=(const Holder&) = delete;
+
+  void stop() const { kill(pid_, SIGSTOP); }
+  void kill_and_wait() {
+    if (pid_ == 0) return;
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+    pid_ = 0;
+  }
+
+ private:
+  pid_t pid_ = 0;
+};
+
+class ServerTest : public testing::Test {
+ protected:
+  ServerTest() : server(kArenaBytes), device(kernels::make_cpu_device({1, 1 << 20})) {}
+
+  Result<std::unique_ptr<KvStore>> connect(
+      int rank, int epoch, std::chrono::milliseconds timeout = std::chrono::seconds(20)) {
+    StoreClientConfig config = test_client(server.socket(), rank, epoch);
+    config.timeout = timeout;
+    return KvStore::connect(config, *device);
+  }
+  FileDescriptor raw_peer() {
+    return connect_to(server.socket(), std::chrono::seconds(20)).value_or_throw();
+  }
+  static Hello hello(int rank) {
+    const StoreClientConfig config = test_client("", rank);
+    Hello hello;
+    hello.owner = {0, rank, Epoch{1}, rank, 2};
+    hello.model = {config.model_hash, 3, 3, 64, kernels::DataType::kFp16};
+    return hello;
+  }
+  static Received ask(const FileDescriptor& peer, const Request& request) {
+    EXPECT_TRUE(send_message(peer.get(), encode(request)));
+    return receive_message(peer.get(), kMaxMessageBytes).value_or_throw();
+  }
+  static bool closed(const FileDescriptor& peer) {
+    const auto received = receive_message(peer.get(), kMaxMessageBytes);
+    return !received || received->message.empty();
+  }
+
+  RunningServer server;
+  std::unique_ptr<kernels::Device> device;
+};
+
+TEST_F(ServerTest, AKilledRanksMemoryComesBack) {
+  const auto watcher = connect(1, 1).value_or_throw();
+  ASSERT_TRUE(ready(*watcher));
+  Holder holder(server.socket(), 0, 1);
+  EXPECT_EQ(watcher->stat()->sequences, 3);
+  EXPECT_EQ(watcher->stat()->slabs_used, 6);
+  holder.kill_and_wait();
+  EXPECT_TRUE(eventually(*watcher, [](const StoreStat& stat) {
+    return stat.leases == 1 && stat.sequences == 0 && stat.slabs_used == 0;
+  }));
+}
+
+// A stopped rank may wake up and write: its slabs are nobody else's until it is dead.
+TEST_F(ServerTest, ANewEpochWaitsForTheOldOnesExit) {
+  Holder holder(server.socket(), 0, 1);
+  holder.stop();
+  const auto early = connect(0, 2, std::chrono::milliseconds(200));
+  ASSERT_FALSE(early);
+  EXPECT_EQ(early.error().code, ErrorCode::kTimeout);
+  holder.kill_and_wait();
+  const auto late = connect(0, 2);
+  ASSERT_TRUE(late) << late.error().message;
+  EXPECT_EQ((*late)->stat()->slabs_used, 0);
+}
+
+TEST_F(ServerTest, AClosedSocketIsNoExit) {
+  const auto watcher = connect(1, 1).value_or_throw();
+  ASSERT_TRUE(ready(*watcher));
+  {
+    const FileDescriptor peer = raw_peer();
+    ASSERT_TRUE(decode_reply(ask(peer, hello(0)).message));
+    ASSERT_TRUE(std::holds_alternative<Grant>(
+        *decode_reply(ask(peer, Reserve{SequenceId{1}, 2, {}}).message)));
+  }  // closed; this process lives on and could still write
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(watcher->stat()->slabs_used, 2);
+  EXPECT_EQ(watcher->stat()->leases, 2);
+}
+
+TEST_F(ServerTest, TheArenaIsSealed) {
+  const FileDescriptor peer = raw_peer();
+  const Received welcome = ask(peer, hello(0));
+  ASSERT_TRUE(welcome.passed);
+  const int seals = fcntl(welcome.passed.get(), F_GET_SEALS);
+  EXPECT_EQ(seals, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+  EXPECT_NE(ftruncate(welcome.passed.get(), 0), 0);
+  EXPECT_EQ(errno, EPERM);
+}
+
+TEST_F(ServerTest, TheSocketIsPrivate) {
+  struct stat info {};
+  ASSERT_EQ(stat(server.socket().c_str(), &info), 0);
+  EXPECT_EQ(info.st_mode & 0777U, 0600U);
+  const std::string open_folder = testing::TempDir() + "/store-open-folder";
+  mkdir(open_folder.c_str(), 0755);
+  EXPECT_THROW(Listener(open_folder + "/store"), Exception);
+  rmdir(open_folder.c_str());
+}
+
+TEST_F(ServerTest, OneStoreAPath) {
+  try {
+    const Listener second(server.socket());
+    FAIL() << "two stores on one path";
+  } catch (const Exception& refused) {
+    EXPECT_EQ(refused.error().code, ErrorCode::kPortInUse);
+  }
+  EXPECT_TRUE(connect(0, 1)) << "the first one still serves";
+}
+
+TEST_F(ServerTest, APeerThatTalksNonsenseIsDroppedAlone) {
+  const auto good = connect(1, 1).value_or_throw();
+  const FileDescriptor peer = raw_peer();
+  ASSERT_TRUE(send_message(peer.get(), "nonsense"));
+  EXPECT_TRUE(closed(peer));
+  const FileDescriptor hasty = raw_peer();
+  const auto refused = decode_reply(ask(hasty, Release{SequenceId{1}}).message);
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(std::get<Error>(*refused).code, ErrorCode::kInvalidArgument);
+  EXPECT_TRUE(closed(hasty));
+  const FileDescriptor twice = raw_peer();
+  ask(twice, hello(0));
+  EXPECT_TRUE(std::holds_alternative<Error>(*decode_reply(ask(twice, hello(0)).message)));
+  EXPECT_TRUE(closed(twice));
+  EXPECT_EQ(good->stat()->bad_requests, 3);
+}
+
+TEST_F(ServerTest, SpeaksOneVersion) {
+  Hello future = hello(0);
+  future.version = kProtocolVersion + 1;
+  const auto refused = decode_reply(ask(raw_peer(), future).message);
+  ASSERT_TRUE(refused);
+  EXPECT_EQ(std::get<Error>(*refused).code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(ServerTest, StandsHostileFrames) {
+  const auto good = connect(1, 1).value_or_throw();
+  std::mt19937 random(kSeed);
+  const std::string real = encode(Request{hello(0)});
+  for (int i = 0; i < 2'000; ++i) {
+    std::string frame = real;
+    for (unsigned flips = random() % 8; flips > 0; --flips) {
+      frame[random() % frame.size()] = static_cast<char>(random());
+    }
+    frame.resize(1 + random() % frame.size());
+    const FileDescriptor peer = raw_peer();
+    ASSERT_TRUE(send_message(peer.get(), frame));
+  }
+  EXPECT_TRUE(good->reserve(SequenceId{1}, {}, 1));
+}
+
+}  // namespace
+}  // namespace foretoken::kvstore
