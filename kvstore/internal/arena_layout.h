@@ -4,6 +4,7 @@
 //   stripe   [slabs_per_head] slabs of slab_bytes (kernels/kv_layout.h says what is in one)
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -20,7 +21,8 @@ struct ArenaLayout {
   static ArenaLayout fit(std::size_t arena_bytes, int num_kv_heads, std::size_t slab_bytes) {
     const std::size_t stripe =
         arena_bytes / static_cast<std::size_t>(num_kv_heads) / kStripeAlignment * kStripeAlignment;
-    return {num_kv_heads, slab_bytes, static_cast<std::uint32_t>(stripe / slab_bytes)};
+    const std::size_t slabs = std::min<std::size_t>(stripe / slab_bytes, UINT32_MAX);
+    return {num_kv_heads, slab_bytes, static_cast<std::uint32_t>(slabs)};
   }
 
   std::size_t stripe_bytes() const {

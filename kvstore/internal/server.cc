@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/log.h"
+#include "kvstore/internal/host_memory.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -64,6 +65,12 @@ Status Server::open_arena(const ModelIdentity& model) {
                  "an arena of " + std::to_string(config_.arena_bytes) + " bytes holds no slab of " +
                      std::to_string(model.slab_bytes()) + " bytes for each of " +
                      std::to_string(model.total_kv_heads) + " KV heads"};
+  }
+  if (const std::uint64_t available = available_host_memory(); layout.arena_bytes() > available) {
+    return Error{ErrorCode::kConfig, "an arena of " + std::to_string(layout.arena_bytes()) +
+                                         " bytes is asked for, and the machine has " +
+                                         std::to_string(available) +
+                                         " to give; ask for a smaller one"};
   }
   try {
     arena_ = std::make_unique<Arena>(layout, config_.placement);

@@ -258,5 +258,13 @@ TEST(KvStoreConnect, RefusesAnArenaThatHoldsNothing) {
   EXPECT_EQ(store.error().code, ErrorCode::kConfig);
 }
 
+TEST(KvStoreConnect, RefusesAnArenaThatTheMachineDoesNotHave) {
+  const RunningServer server(std::size_t{1} << 50);
+  const auto device = kernels::make_cpu_device({1, 1 << 20});
+  const auto store = KvStore::connect(test_client(server.socket(), 0), *device);
+  ASSERT_FALSE(store);
+  EXPECT_EQ(store.error().code, ErrorCode::kConfig);
+}
+
 }  // namespace
 }  // namespace foretoken::kvstore
