@@ -1,0 +1,287 @@
+#include "coordinator/scheduler.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+// Admitted sequences that wait for their prefill hold memory; these are enough to hide the time
+// that an admission takes.
+constexpr int kMaxBeforePrefill = 4;
+
+Error broken(const std::string& why) {
+  return {ErrorCode::kInternal, "the ranks of a group disagree: " + why};
+}
+std::string name(SequenceId id) { return "sequence " + std::to_string(raw(id)); }
+
+void add_to(KvReport& sum, const KvReport& part) {
+  sum.recall_sum += part.recall_sum;
+  sum.recall_count += part.recall_count;
+  sum.kl_sum += part.kl_sum;
+  sum.kl_count += part.kl_count;
+  sum.blocks_predicted += part.blocks_predicted;
+  sum.blocks_fetched += part.blocks_fetched;
+  sum.bytes_host += part.bytes_host;
+  sum.bytes_nvme += part.bytes_nvme;
+  sum.late += part.late;
+  sum.device_bytes += part.device_bytes;
+  sum.full_kv_bytes += part.full_kv_bytes;
+}
+
+std::int64_t prompt_length(const NewSequence& sequence) {
+  return static_cast<std::int64_t>(sequence.admit.prompt.size());
+}
+
+}  // namespace
+
+// ---- sequences come and go -------------------------------------------------------------------
+
+bool Scheduler::has_room(const std::vector<PrefixKey>& segment_keys) const {
+  int present = 0;
+  int before_prefill = 0;
+  for (const auto& [id, sequence] : sequences_) {
+    if (sequence.release_planned) continue;
+    ++present;
+    if (sequence.releasing) continue;
+    before_prefill += sequence.phase < Phase::kPrefilling;
+    const auto& theirs = sequence.given.segment_keys;
+    if (!sequence.prompt_done && !theirs.empty() && !segment_keys.empty() &&
+        theirs.front() == segment_keys.front()) {
+      return false;
+    }
+  }
+  return present < config_.max_num_seqs && before_prefill < kMaxBeforePrefill;
+}
+
+void Scheduler::add(NewSequence sequence) {
+  const auto id = sequence.admit.sequence;
+  FT_CHECK(sequences_.empty() || sequences_.rbegin()->first < id, raw(id));
+  FT_CHECK(!sequence.admit.prompt.empty() && sequence.max_new_tokens > 0, raw(id));
+  // The last 64 queries are always computed: they are the history that prediction starts from.
+  const auto reusable =
+      std::max<std::int64_t>(0, prompt_length(sequence) - kLocalTokens) / kSegmentTokens;
+  const auto& keys = sequence.segment_keys;
+  const auto count = std::min(static_cast<std::size_t>(reusable), keys.size());
+  sequence.admit.prefix_keys.assign(keys.begin(),
+                                    keys.begin() + static_cast<std::ptrdiff_t>(count));
+  sequences_[id].given = std::move(sequence);
+}
+
+void Scheduler::publish(const PublishSegment& segment) {
+  const auto found = sequences_.find(segment.sequence);
+  FT_CHECK(found != sequences_.end(), raw(segment.sequence));
+  if (!found->second.releasing) found->second.publishes.push_back(segment);
+}
+
+bool Scheduler::release(SequenceId id) {
+  const auto found = sequences_.find(id);
+  FT_CHECK(found != sequences_.end() && !found->second.releasing, raw(id));
+  if (found->second.phase == Phase::kNew) {
+    sequences_.erase(found);
+    return false;
+  }
+  found->second.releasing = true;
+  return true;
+}
+
+// ---- plans -----------------------------------------------------------------------------------
+
+std::optional<StepPlan> Scheduler::next_plan() {
+  if (in_flight_.size() >= kMaxInFlight) return std::nullopt;
+  StepPlan plan;
+  InFlight step;
+  plan_publishes_and_releases(plan, step);
+  plan_admissions(plan, step);
+  plan_decodes(plan, step);
+  plan_prefills(plan, step);
+  if (plan.releases.empty() && plan.publishes.empty() && plan.admits.empty() &&
+      plan.starts.empty() && plan.prefills.empty() && plan.decodes.empty()) {
+    return std::nullopt;
+  }
+  plan.epoch = config_.epoch;
+  plan.step = step.step = StepNumber{++last_step_};
+  in_flight_.push_back(std::move(step));
+  return plan;
+}
+
+// A plan's releases come before its publishes, so a sequence with both is released a plan later.
+void Scheduler::plan_publishes_and_releases(StepPlan& plan, InFlight& step) {
+  for (auto& [id, sequence] : sequences_) {
+    if (!sequence.publishes.empty()) {
+      plan.publishes.insert(plan.publishes.end(), sequence.publishes.begin(),
+                            sequence.publishes.end());
+      sequence.publishes.clear();
+    } else if (sequence.releasing && !sequence.release_planned) {
+      sequence.release_planned = true;
+      plan.releases.push_back(id);
+    }
+  }
+  step.releases = plan.releases;
+}
+
+void Scheduler::plan_admissions(StepPlan& plan, InFlight& step) {
+  for (auto& [id, sequence] : sequences_) {
+    if (sequence.releasing) continue;
+    if (sequence.phase == Phase::kNew) {
+      plan.admits.push_back(sequence.given.admit);
+      step.admits.push_back(id);
+      sequence.phase = Phase::kAdmitting;
+    } else if (sequence.phase == Phase::kAdmitted) {
+      plan.starts.push_back({id, sequence.reused});
+      sequence.phase = Phase::kPrefilling;
+      sequence.token = sequence.reused;
+    }
+  }
+}
+
+void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
+  for (auto& [id, sequence] : sequences_) {
+    if (sequence.phase != Phase::kDecoding || sequence.releasing ||
+        sequence.planned >= sequence.given.max_new_tokens) {
+      continue;
+    }
+    ++sequence.planned;
+    plan.decodes.push_back(id);
+    step.sampling.push_back(id);
+  }
+}
+
+void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
+  std::int64_t budget = std::int64_t{config_.max_batched_tokens} * config_.num_layers;
+  for (auto& [id, sequence] : sequences_) {
+    if (sequence.phase != Phase::kPrefilling || sequence.releasing) continue;
+    while (budget > 0 && sequence.layer < config_.num_layers) {
+      const auto item = cut_prefill(sequence, budget);
+      budget -= (item.layer_end - item.layer_begin) * (item.token_end - item.token_begin);
+      plan.prefills.push_back(item);
+    }
+    if (sequence.layer < config_.num_layers) return;
+    sequence.phase = Phase::kDecoding;
+    sequence.planned = 1;
+    step.prefilled.push_back(id);
+    step.sampling.push_back(id);
+  }
+}
+
+PrefillItem Scheduler::cut_prefill(Sequence& sequence, std::int64_t budget) const {
+  const auto length = prompt_length(sequence.given);
+  PrefillItem item{sequence.given.admit.sequence, sequence.layer, sequence.layer + 1,
+                   sequence.token, length};
+  const auto left = length - sequence.token;
+  const bool whole_layers = sequence.token == sequence.reused && left <= budget;
+  if (whole_layers) {
+    item.layer_end = static_cast<int>(
+        std::min<std::int64_t>(config_.num_layers, sequence.layer + budget / left));
+  } else if (left > budget) {
+    const std::int64_t unit = budget >= kSegmentTokens ? kSegmentTokens
+                              : budget >= kBlockTokens ? kBlockTokens
+                                                       : 1;
+    item.token_end = sequence.token + budget / unit * unit;
+  }
+  const bool layer_done = item.token_end == length;
+  sequence.layer = layer_done ? item.layer_end : item.layer_begin;
+  sequence.token = layer_done ? sequence.reused : item.token_end;
+  return item;
+}
+
+// ---- results ---------------------------------------------------------------------------------
+
+Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResult>& ranks) {
+  FT_CHECK(!ranks.empty());
+  if (in_flight_.empty() || ranks.front().step != in_flight_.front().step) {
+    return broken("a result of step " + std::to_string(raw(ranks.front().step)) +
+                  " that is not the next one");
+  }
+  const InFlight step = std::move(in_flight_.front());
+  in_flight_.pop_front();
+  for (const auto& rank : ranks) {
+    if (rank.token_digest != ranks.front().token_digest) {
+      return broken("rank " + std::to_string(rank.rank) + " drew other tokens in step " +
+                    std::to_string(raw(step.step)));
+    }
+  }
+  std::vector<StepEvent> events;
+  FT_RETURN_IF_ERROR(on_admits(step, ranks, events));
+  FT_RETURN_IF_ERROR(on_tokens(step, ranks.front(), events));
+  on_prefilled(step);
+  on_releases(step, ranks, events);
+  return events;
+}
+
+Status Scheduler::on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
+                            std::vector<StepEvent>& events) {
+  for (const auto id : step.admits) {
+    auto& sequence = sequences_.at(id);
+    auto reusable =
+        static_cast<std::int64_t>(sequence.given.admit.prefix_keys.size()) * kSegmentTokens;
+    std::optional<Error> error;
+    for (const auto& rank : ranks) {
+      const auto answer = std::find_if(rank.admits.begin(), rank.admits.end(),
+                                       [id](const auto& a) { return a.sequence == id; });
+      if (answer == rank.admits.end()) return broken("no answer to the admission of " + name(id));
+      // Room may come; what is wrong stays wrong, so it is the one that counts.
+      if (answer->error && (!error || error->code == ErrorCode::kExhausted)) error = answer->error;
+      reusable = std::min(reusable, answer->reusable_tokens / kSegmentTokens * kSegmentTokens);
+    }
+    if (sequence.releasing) continue;
+    if (error) {
+      sequence.releasing = true;
+      sequence.wanted = false;
+      events.push_back(NotAdmitted{id, *error});
+      continue;
+    }
+    sequence.reused = std::max<std::int64_t>(0, reusable);
+    sequence.phase = Phase::kAdmitted;
+    events.push_back(Admitted{id, sequence.reused});
+  }
+  return Ok{};
+}
+
+Status Scheduler::on_tokens(const InFlight& step, const StepResult& rank0,
+                            std::vector<StepEvent>& events) {
+  if (rank0.tokens.size() != step.sampling.size()) {
+    return broken("step " + std::to_string(raw(step.step)) + " drew " +
+                  std::to_string(rank0.tokens.size()) + " tokens, planned were " +
+                  std::to_string(step.sampling.size()));
+  }
+  for (const auto id : step.sampling) {
+    const auto token = std::find_if(rank0.tokens.begin(), rank0.tokens.end(),
+                                    [id](const auto& t) { return t.sequence == id; });
+    if (token == rank0.tokens.end()) return broken("no token of " + name(id));
+    const auto& sequence = sequences_.at(id);
+    if (!sequence.releasing) events.push_back(Sampled{id, token->position, token->token});
+  }
+  return Ok{};
+}
+
+void Scheduler::on_prefilled(const InFlight& step) {
+  for (const auto id : step.prefilled) {
+    auto& sequence = sequences_.at(id);
+    sequence.prompt_done = true;
+    if (sequence.release_planned) continue;
+    const auto& keys = sequence.given.segment_keys;
+    for (auto i = static_cast<std::size_t>(sequence.reused / kSegmentTokens); i < keys.size();
+         ++i) {
+      sequence.publishes.push_back({id, static_cast<int>(i), keys[i]});
+    }
+  }
+}
+
+void Scheduler::on_releases(const InFlight& step, const std::vector<StepResult>& ranks,
+                            std::vector<StepEvent>& events) {
+  for (const auto id : step.releases) {
+    Released released{id, {}};
+    for (const auto& rank : ranks) {
+      for (const auto& stats : rank.stats) {
+        if (stats.sequence == id) add_to(released.kv, stats.kv);
+      }
+    }
+    const auto found = sequences_.find(id);
+    if (found->second.wanted) events.push_back(std::move(released));
+    sequences_.erase(found);
+  }
+}
+
+}  // namespace foretoken::coordinator

@@ -1,0 +1,178 @@
+#include "coordinator/server.h"
+
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "common/log.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr milliseconds kIdleTick{200};  // nothing to deliver, only heartbeats to look after
+constexpr milliseconds kLinger{1000};   // for last messages
+constexpr int kFramesATurn = 256;       // of a socket, before the other has its turn
+constexpr std::size_t kWorkerFrameBytes = std::size_t{256} << 20;
+
+bool is_tcp(const std::string& endpoint) { return endpoint.starts_with("tcp:"); }
+
+std::string client_endpoint(const ServiceConfig& config) {
+  if (!config.zmq_endpoint.empty()) return config.zmq_endpoint;
+  return "tcp://" + config.host + ":" + std::to_string(config.port);
+}
+
+int open_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  return signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
+}
+
+void make_private_folder(const std::filesystem::path& folder) {
+  std::error_code error;
+  std::filesystem::create_directories(folder, error);
+  struct stat info {};
+  if (error || ::stat(folder.c_str(), &info) != 0) {
+    throw Exception(ErrorCode::kIo, "can't create --runtime-dir " + folder.string());
+  }
+  if (info.st_uid != ::geteuid() || ::chmod(folder.c_str(), 0700) != 0) {
+    throw Exception(ErrorCode::kConfig,
+                    "--runtime-dir " + folder.string() + " belongs to another user");
+  }
+}
+
+}  // namespace
+
+Server::Server(ServerConfig config) : config_(std::move(config)), signal_fd_(open_signals()) {
+  FT_CHECK(signal_fd_ >= 0);
+  make_private_folder(config_.runtime_dir);
+  const auto& service = config_.service;
+  const bool has_keys = is_tcp(client_endpoint(service)) || is_tcp(config_.worker_endpoint);
+  std::optional<ServiceKeys> keys;
+  if (has_keys) keys = open_key_folder(config_.runtime_dir).value_or_throw();
+  bind(keys);
+
+  auto model = read_served_model(service).value_or_throw();
+  metrics_ = std::make_unique<Metrics>(model.name);
+  if (service.metrics_port != 0) metrics_->serve(service.metrics_port);
+  TokenizeLater later;
+  if (model.tokenizer) {
+    tokenizer_ = std::make_unique<TokenizeThread>(*model.tokenizer);
+    later = [this](RequestId id, std::string text, EncodeOptions options) {
+      tokenizer_->submit(id, std::move(text), options);
+    };
+  }
+  const bool guarded = keys && is_tcp(client_endpoint(service)) && !service.insecure_bind;
+  service_ = std::make_unique<Service>(
+      Service::Parts{service, std::move(model), config_.store_socket,
+                     keys ? keys->server.secret_key : "",
+                     guarded ? keys->client.own.public_key : "", std::move(later)},
+      *this, *metrics_, steady_clock::now());
+}
+
+Server::~Server() { close(signal_fd_); }
+
+void Server::bind(const std::optional<ServiceKeys>& keys) {
+  const auto& service = config_.service;
+  context_ = make_socket_context();
+  RouterSocket::Config clients{.endpoint = client_endpoint(service), .linger = kLinger};
+  if (is_tcp(clients.endpoint)) {
+    if (service.insecure_bind) {
+      log().warn("--insecure-bind: whoever reaches {} can use this service", clients.endpoint);
+    } else {
+      clients.server_keys = keys->server;
+      clients.allowed_clients = keys->authorized;
+      clients.allowed_clients.push_back(keys->client.own.public_key);
+    }
+  }
+  RouterSocket::Config workers{
+      .endpoint = config_.worker_endpoint, .max_frame_bytes = kWorkerFrameBytes, .linger = kLinger};
+  if (workers.endpoint.empty()) {
+    workers.endpoint = "ipc://" + (config_.runtime_dir / "worker.sock").string();
+  }
+  if (is_tcp(workers.endpoint)) {
+    workers.server_keys = keys->server;
+    workers.allowed_clients = {keys->worker.own.public_key};
+  }
+  clients_ = RouterSocket::bind(context_, clients).value_or_throw();
+  workers_ = RouterSocket::bind(context_, workers).value_or_throw();
+}
+
+void Server::run() {
+  log().info("listening at {}, for ranks at {}", clients_->endpoint(), workers_->endpoint());
+  to_parent(nlohmann::json{{"event", "listening"},
+                           {"endpoint", clients_->endpoint()},
+                           {"worker_endpoint", workers_->endpoint()}}
+                .dump());
+  const std::array<RouterSocket*, 2> sockets = {clients_.get(), workers_.get()};
+  std::vector<int> fds = {signal_fd_};
+  if (tokenizer_) fds.push_back(tokenizer_->fd());
+  auto next_tick = steady_clock::now();
+  while (!service_->is_finished() && signals_ < 2) {
+    const bool more = read_sockets();
+    if (tokenizer_) {
+      for (auto& answer : tokenizer_->take()) {
+        service_->on_tokenized(answer.id, std::move(answer.ids), steady_clock::now());
+      }
+    }
+    read_signals();
+    const auto now = steady_clock::now();
+    if (now >= next_tick) {
+      service_->on_time(now);
+      next_tick = now + (service_->num_requests() == 0 ? kIdleTick : Service::kTick);
+    }
+    if (more) continue;
+    const auto left = std::chrono::ceil<milliseconds>(next_tick - steady_clock::now());
+    wait_readable(sockets, fds, std::max(left, milliseconds(0)));
+  }
+  log().info("ended");
+}
+
+// True when a socket may have more.
+bool Server::read_sockets() {
+  bool more = false;
+  for (int i = 0; i < kFramesATurn; ++i) {
+    const auto frame = workers_->receive();
+    if (!frame) break;
+    service_->on_worker_frame(*frame, steady_clock::now());
+    more = i + 1 == kFramesATurn;
+  }
+  for (int i = 0; i < kFramesATurn; ++i) {
+    const auto frame = clients_->receive();
+    if (!frame) break;
+    service_->on_client_frame(*frame, steady_clock::now());
+    more = more || i + 1 == kFramesATurn;
+  }
+  return more;
+}
+
+void Server::read_signals() {
+  signalfd_siginfo info{};
+  while (read(signal_fd_, &info, sizeof info) == sizeof info) {
+    ++signals_;
+    log().info("signal {}: {}", info.ssi_signo, signals_ == 1 ? "draining" : "ending now");
+    service_->drain(steady_clock::now());
+  }
+}
+
+Status Server::to_client(const std::string& peer, std::string_view frame) {
+  return clients_->send(peer, frame);
+}
+Status Server::to_worker(const std::string& peer, std::string_view frame) {
+  return workers_->send(peer, frame);
+}
+void Server::to_parent(const std::string& line) {
+  std::fputs((line + "\n").c_str(), stdout);
+  std::fflush(stdout);
+}
+
+}  // namespace foretoken::coordinator

@@ -1,0 +1,299 @@
+// Service, its groups' side: ranks' messages come in, plans go out.
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "common/log.h"
+#include "common/wire.h"
+#include "coordinator/service.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+constexpr std::chrono::seconds kRetryFull{1};        // a group that had no room
+constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
+constexpr int kMaxDeaths = 3;    // of groups under a request, before it counts as their cause
+constexpr int kMaxRefusals = 3;  // of a request that has a group to itself
+
+double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
+
+}  // namespace
+
+// ---- what ranks say --------------------------------------------------------------------------
+
+void Service::on_worker_frame(const RouterFrame& frame, TimePoint now) {
+  const auto message = decode_worker_message(frame.body);
+  if (!message) return log().error("a rank sent what can't be read: {}", message.error().message);
+  std::visit([&](const auto& m) { on_message(frame.peer, m, now); }, *message);
+  pump(now);
+}
+
+Service::Group* Service::find_group(int number) {
+  if (number >= 0 && number < static_cast<int>(groups_.size())) {
+    return groups_[static_cast<std::size_t>(number)].get();
+  }
+  log().error("a rank speaks of group {}; there are {}", number, groups_.size());
+  return nullptr;
+}
+
+void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
+  auto* group = find_group(hello.group);
+  if (group == nullptr) return;
+  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  group->kill_at.reset();
+}
+
+void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {
+  if (auto* group = find_group(ready.group)) {
+    on_events(*group, group->ranks.on_ready(peer, ready, now), now);
+  }
+}
+void Service::on_message(const std::string& peer, const StepResult& result, TimePoint now) {
+  if (auto* group = find_group(result.group)) {
+    on_events(*group, group->ranks.on_result(peer, result, now), now);
+  }
+}
+void Service::on_message(const std::string&, const Heartbeat& heartbeat, TimePoint now) {
+  if (auto* group = find_group(heartbeat.group)) {
+    on_events(*group, group->ranks.on_heartbeat(heartbeat, now), now);
+  }
+}
+void Service::on_message(const std::string& peer, const WorkerFailed& failed, TimePoint now) {
+  if (auto* group = find_group(failed.group)) {
+    on_events(*group, group->ranks.on_failed(peer, failed), now);
+  }
+}
+
+void Service::on_events(Group& group, std::vector<GroupEvent> events, TimePoint now) {
+  const auto epoch = group.ranks.epoch();
+  for (const auto& event : events) {
+    if (group.ranks.epoch() != epoch) return;  // it died over an earlier one
+    std::visit([&](const auto& e) { on_event(group, e, now); }, event);
+  }
+}
+
+// ---- a group's life --------------------------------------------------------------------------
+
+void Service::on_event(Group& group, const SendWelcome& event, TimePoint now) {
+  const Welcome welcome{group.ranks.epoch(), to_json(parts_.config), parts_.store_socket};
+  const auto sent = outbox_.to_worker(event.peer, encode(CoordinatorMessage(welcome)));
+  if (sent || !group.ranks.is_ready()) return;
+  on_event(group, GroupDead{{ErrorCode::kUnavailable, "a rank's connection is closed"}, false},
+           now);
+}
+
+void Service::on_event(Group& group, const GroupReady&, TimePoint) {
+  group.was_ready = true;
+  group.last_death.clear();
+  group.full_until.reset();
+  group.scheduler = std::make_unique<Scheduler>(
+      SchedulerConfig{group.ranks.epoch(), parts_.model.num_layers, parts_.config.max_num_seqs,
+                      parts_.config.max_batched_tokens});
+  const auto& ready = group.ranks.capacity();
+  log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
+             raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);
+}
+
+void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
+  log().error("group {} is dead in epoch {}: {}", group.ranks.group(), raw(group.ranks.epoch()),
+              event.error.message);
+  group.last_death = event.error.message;
+  group.ranks.begin_epoch(Epoch{raw(group.ranks.epoch()) + 1});
+  ++restarts_;
+  metrics_.on_restart();
+  requeue(group, now);
+  group.scheduler.reset();
+  group.kill_at = now + kRestartPatience;
+  if (event.must_be_killed) ask_for_restart(group);
+}
+
+void Service::ask_for_restart(Group& group) {
+  group.kill_at.reset();
+  outbox_.to_parent(nlohmann::json{{"event", "restart_group"},
+                                   {"group", group.ranks.group()},
+                                   {"epoch", raw(group.ranks.epoch())},
+                                   {"reason", group.last_death}}
+                        .dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+}
+
+// Its requests go on elsewhere or later, before those that wait: they were here first.
+void Service::requeue(Group& group, TimePoint now) {
+  std::vector<Request*> affected;
+  for (auto& [id, request] : requests_) {
+    const bool known = request->state() == RequestState::kRunning ||
+                       (request->state() == RequestState::kFinishing && !request->report);
+    if (known && request->group() == group.ranks.group()) affected.push_back(request.get());
+  }
+  std::for_each(affected.rbegin(), affected.rend(), [&](Request* request) {
+    by_sequence_.erase(request->sequence());
+    if (request->state() == RequestState::kFinishing) return complete(*request, {}, now);
+    request->wait_again();
+    if (++request->deaths >= kMaxDeaths) {
+      return fail(*request,
+                  {ErrorCode::kInternal, "its worker group died " + std::to_string(kMaxDeaths) +
+                                             " times while it ran; last: " + group.last_death},
+                  now);
+    }
+    waiting_.push_front(request->origin().id);
+  });
+}
+
+// ---- a step's results ------------------------------------------------------------------------
+
+void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
+  auto events = group.scheduler->on_results(done.ranks);
+  if (!events) return on_event(group, GroupDead{events.error(), /*must_be_killed=*/true}, now);
+  std::int64_t slowest_us = 0;
+  for (const auto& rank : done.ranks) slowest_us = std::max(slowest_us, rank.step_us);
+  metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
+  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, group.ranks.kv_slabs_free(),
+                  group.ranks.kv_slabs_cached());
+  const auto epoch = group.ranks.epoch();
+  for (const auto& event : *events) {
+    std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);
+    if (group.ranks.epoch() != epoch) return;
+  }
+}
+
+void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
+  const auto found = by_sequence_.find(event.sequence);
+  if (found == by_sequence_.end()) return;
+  auto& request = *find(found->second);
+  request.refusals = 0;
+  request.on_admitted(event.reused_tokens, now);
+}
+
+void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint now) {
+  const auto found = by_sequence_.find(event.sequence);
+  if (found == by_sequence_.end()) return;
+  auto& request = *find(found->second);
+  by_sequence_.erase(found);
+  request.wait_again();
+  if (by_sequence_.empty()) ++request.refusals;  // nothing else runs that could make room
+  if (event.error.code != ErrorCode::kExhausted || request.refusals >= kMaxRefusals) {
+    return fail(request, event.error, now);
+  }
+  waiting_.push_front(request.origin().id);
+  group.full_until = now + kRetryFull;
+}
+
+void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
+  const auto found = by_sequence_.find(event.sequence);
+  if (found == by_sequence_.end()) return;
+  auto& request = *find(found->second);
+  // A request that finished over an earlier token of this very step has no further one.
+  const auto last = request.last_token_at();
+  if (!request.accept(event.position, event.token, parts_.model.eos_ids, now)) {
+    const Error error{ErrorCode::kInternal, "a rank sent position " +
+                                                std::to_string(event.position) + ", due was " +
+                                                std::to_string(request.length())};
+    return on_event(group, GroupDead{error, /*must_be_killed=*/true}, now);
+  }
+  if (last) {
+    metrics_.on_next_token(seconds(now - *last));
+  } else {
+    metrics_.on_first_token(seconds(now - request.origin().arrival));
+  }
+  publish_generated(group, request);
+  deliver(request, now);
+  if (request.state() == RequestState::kFinishing) settle(request, now);
+}
+
+void Service::on_step_event(Group& group, const Released& event, TimePoint now) {
+  group.full_until.reset();
+  const auto found = by_sequence_.find(event.sequence);
+  if (found == by_sequence_.end()) return;
+  auto& request = *find(found->second);
+  by_sequence_.erase(found);
+  complete(request, event.kv, now);
+}
+
+// ---- prefixes --------------------------------------------------------------------------------
+
+// The compute tag "dense" holds for prompts under every policy, and for all tokens under `full`.
+void Service::extend_keys(const Group& group, Request& request, std::size_t num_segments) const {
+  auto& keys = request.segment_keys;
+  if (keys.size() >= num_segments) return;
+  const auto ids = request.sequence_tokens();
+  auto parent = keys.empty() ? root_key(parts_.tenant_secret + "\n" + request.origin().tenant,
+                                        group.ranks.capacity().model_hash, parts_.model.kv_type)
+                             : keys.back();
+  while (keys.size() < num_segments) {
+    parent = prefix_key(parent, "dense",
+                        std::span(ids).subspan(keys.size() * kSegmentTokens, kSegmentTokens));
+    keys.push_back(parent);
+  }
+}
+
+// The KV of a segment is complete when the token after it was sampled.
+void Service::publish_generated(Group& group, Request& request) {
+  const auto before = request.length() - 1;
+  if (parts_.config.kv_policy != "full" || before % kSegmentTokens != 0) return;
+  const auto segments = static_cast<std::size_t>(before / kSegmentTokens);
+  if (segments <= request.segments_given) return;
+  extend_keys(group, request, segments);
+  group.scheduler->publish(
+      {request.sequence(), static_cast<int>(segments) - 1, request.segment_keys[segments - 1]});
+}
+
+// ---- plans -----------------------------------------------------------------------------------
+
+Service::Group* Service::pick_group(const Request& request, TimePoint now) {
+  Group* best = nullptr;
+  for (auto& group : groups_) {
+    if (!group->scheduler || (group->full_until && now < *group->full_until)) continue;
+    if (best != nullptr && group->scheduler->num_sequences() >= best->scheduler->num_sequences()) {
+      continue;
+    }
+    if (group->scheduler->has_room(request.segment_keys)) best = group.get();
+  }
+  return best;
+}
+
+void Service::start_waiting(TimePoint now) {
+  while (!waiting_.empty()) {
+    auto& request = *find(waiting_.front());
+    const auto segments = static_cast<std::size_t>(request.length() / kSegmentTokens);
+    for (const auto& group : groups_) {
+      if (group->scheduler) extend_keys(*group, request, segments);
+    }
+    auto* group = pick_group(request, now);
+    if (group == nullptr) return;
+    waiting_.pop_front();
+    const auto sequence = SequenceId{++last_sequence_};
+    request.run_as(group->ranks.group(), sequence);
+    request.segments_given = segments;
+    by_sequence_[sequence] = request.origin().id;
+    group->scheduler->add(
+        {request.admission(sequence), request.tokens_left(), request.segment_keys});
+  }
+}
+
+void Service::pump(TimePoint now) {
+  start_waiting(now);
+  for (auto& group : groups_) {
+    while (group->scheduler) {
+      const auto plan = group->scheduler->next_plan();
+      if (!plan || !send_plan(*group, *plan, now)) break;
+      start_waiting(now);
+    }
+  }
+}
+
+bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
+  group.ranks.on_plan_sent(plan.step, now);
+  const auto frame = encode(CoordinatorMessage(plan));
+  for (const auto& peer : group.ranks.peers()) {
+    const auto sent = outbox_.to_worker(peer, frame);
+    if (sent) continue;
+    on_event(group,
+             GroupDead{{ErrorCode::kUnavailable,
+                        "a rank's connection is closed: " + sent.error().message},
+                       /*must_be_killed=*/false},
+             now);
+    return false;
+  }
+  return true;
+}
+
+}  // namespace foretoken::coordinator

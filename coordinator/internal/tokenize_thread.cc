@@ -1,0 +1,58 @@
+#include "coordinator/tokenize_thread.h"
+
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "common/check.h"
+
+namespace foretoken::coordinator {
+
+TokenizeThread::TokenizeThread(Tokenizer tokenizer)
+    : tokenizer_(std::move(tokenizer)), event_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  FT_CHECK(event_fd_ >= 0);
+  thread_ = std::thread([this] { run(); });
+}
+
+TokenizeThread::~TokenizeThread() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_one();
+  thread_.join();
+  close(event_fd_);
+}
+
+void TokenizeThread::submit(RequestId id, std::string text, EncodeOptions options) {
+  {
+    const std::lock_guard lock(mutex_);
+    jobs_.push_back({id, std::move(text), options});
+  }
+  wake_.notify_one();
+}
+
+std::vector<TokenizeThread::Answer> TokenizeThread::take() {
+  eventfd_t count = 0;
+  eventfd_read(event_fd_, &count);
+  const std::lock_guard lock(mutex_);
+  return std::exchange(answers_, {});
+}
+
+void TokenizeThread::run() {
+  pthread_setname_np(pthread_self(), "tokenize");
+  std::unique_lock lock(mutex_);
+  while (true) {
+    wake_.wait(lock, [this] { return stop_ || !jobs_.empty(); });
+    if (stop_) return;
+    const Job job = std::move(jobs_.front());
+    jobs_.pop_front();
+    lock.unlock();
+    auto ids = tokenizer_.encode(job.text, job.options);
+    lock.lock();
+    answers_.push_back({job.id, std::move(ids)});
+    eventfd_write(event_fd_, 1);
+  }
+}
+
+}  // namespace foretoken::coordinator

@@ -1,0 +1,178 @@
+#include "coordinator/worker_group.h"
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "common/log.h"
+
+namespace foretoken::coordinator {
+
+using Events = std::vector<GroupEvent>;
+
+void WorkerGroup::begin_epoch(Epoch epoch) {
+  epoch_ = epoch;
+  ready_ = false;
+  due_.clear();
+  std::fill(ranks_.begin(), ranks_.end(), Rank{});
+}
+
+WorkerGroup::Rank* WorkerGroup::find(const std::string& peer, Epoch epoch, int rank) {
+  if (epoch != epoch_ || rank < 0 || rank >= static_cast<int>(ranks_.size())) return nullptr;
+  auto& found = ranks_[static_cast<std::size_t>(rank)];
+  return found.hello && found.peer == peer ? &found : nullptr;
+}
+
+GroupDead WorkerGroup::dead(ErrorCode code, int rank, const std::string& why,
+                            bool must_be_killed) const {
+  std::string who = "rank " + std::to_string(rank);
+  if (rank >= 0 && rank < static_cast<int>(ranks_.size())) {
+    if (const auto& hello = ranks_[static_cast<std::size_t>(rank)].hello) {
+      who += " (pid " + std::to_string(hello->pid) + " on " + hello->host + ")";
+    }
+  }
+  return {{code, who + " of group " + std::to_string(group_) + " " + why}, must_be_killed};
+}
+
+Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
+  if (hello.world_size != static_cast<int>(ranks_.size()) || hello.rank < 0 ||
+      hello.rank >= hello.world_size) {
+    log().error("rank {} of {} said hello to group {}, which has {} ranks: not welcome", hello.rank,
+                hello.world_size, group_, ranks_.size());
+    return {};
+  }
+  if (ready_) {
+    // Its parent has started the group anew: the one we knew is no more.
+    return {dead(ErrorCode::kUnavailable, hello.rank, "was started again",
+                 /*must_be_killed=*/false)};
+  }
+  auto& rank = ranks_[static_cast<std::size_t>(hello.rank)];
+  rank = Rank{};
+  rank.peer = peer;
+  rank.hello = hello;
+  return {SendWelcome{peer}};
+}
+
+Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready, TimePoint now) {
+  auto* rank = find(peer, ready.epoch, ready.rank);
+  if (rank == nullptr || rank->ready) return {};
+  rank->ready = ready;
+  rank->heard = now;
+  kv_slabs_free_ = ready.kv_slabs_total;
+  if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
+  for (const auto& other : ranks_) {
+    if (other.ready->model_hash != capacity().model_hash) {
+      return {dead(ErrorCode::kModelFile, other.ready->rank, "has another model than rank 0",
+                   /*must_be_killed=*/true)};
+    }
+  }
+  ready_ = true;
+  return {GroupReady{}};
+}
+
+Events WorkerGroup::on_result(const std::string& peer, StepResult result, TimePoint now) {
+  auto* rank = find(peer, result.epoch, result.rank);
+  if (rank == nullptr) return {};
+  rank->heard = now;
+  if (result.kv_slabs_free > 0 || result.kv_slabs_cached > 0) {
+    kv_slabs_free_ = result.kv_slabs_free;
+    kv_slabs_cached_ = result.kv_slabs_cached;
+  }
+  const auto due = due_.find(result.step);
+  if (due == due_.end() || due->second.results.contains(result.rank)) {
+    return {dead(ErrorCode::kInternal, result.rank,
+                 "answered step " + std::to_string(raw(result.step)) + ", which is not due",
+                 /*must_be_killed=*/true)};
+  }
+  auto& results = due->second.results;
+  results.emplace(result.rank, std::move(result));
+  Events events;
+  while (!due_.empty() && due_.begin()->second.results.size() == ranks_.size()) {
+    StepDone done;
+    for (auto& [number, part] : due_.begin()->second.results) done.ranks.push_back(std::move(part));
+    due_.erase(due_.begin());
+    events.push_back(std::move(done));
+  }
+  return events;
+}
+
+Events WorkerGroup::on_heartbeat(const Heartbeat& heartbeat, TimePoint now) {
+  // Heartbeats have a connection of their own, so the peer is not the one that said hello.
+  if (heartbeat.epoch != epoch_ || heartbeat.rank < 0 ||
+      heartbeat.rank >= static_cast<int>(ranks_.size())) {
+    return {};
+  }
+  auto& rank = ranks_[static_cast<std::size_t>(heartbeat.rank)];
+  if (!rank.hello) return {};
+  if (rank.suspected) log().info("rank {} of group {} is heard again", heartbeat.rank, group_);
+  rank.suspected = false;
+  rank.heard = now;
+  return {};
+}
+
+Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& failed) {
+  if (find(peer, failed.epoch, failed.rank) == nullptr) return {};
+  return {dead(failed.error.code, failed.rank, "failed: " + failed.error.message,
+               /*must_be_killed=*/false)};
+}
+
+Events WorkerGroup::on_time(TimePoint now) {
+  // If it was us who slept, nobody else is to blame for the silence.
+  const auto slept = last_time_ ? now - *last_time_ : TimePoint::duration{};
+  last_time_ = now;
+  if (slept > kSuspectAfter) {
+    for (auto& rank : ranks_) {
+      if (rank.heard) *rank.heard += slept;
+    }
+    for (auto& [step, due] : due_) due.sent += slept;
+  }
+  Events events;
+  for (std::size_t i = 0; i < ranks_.size(); ++i) {
+    auto& rank = ranks_[i];
+    if (!rank.heard) continue;
+    const auto silence = now - *rank.heard;
+    if (silence >= kFenceAfter) {
+      return {dead(ErrorCode::kUnavailable, static_cast<int>(i), "was silent for 3 s",
+                   /*must_be_killed=*/true)};
+    }
+    if (silence >= kSuspectAfter) {
+      if (!rank.suspected) log().warn("rank {} of group {} is silent for 1 s", i, group_);
+      rank.suspected = true;
+      events.push_back(SendWelcome{rank.peer});
+    }
+  }
+  if (!due_.empty() && now - due_.begin()->second.sent >= kStepTimeout) {
+    return {GroupDead{{ErrorCode::kTimeout,
+                       "group " + std::to_string(group_) + " took more than 120 s for a step"},
+                      /*must_be_killed=*/true}};
+  }
+  return events;
+}
+
+std::vector<std::string> WorkerGroup::peers() const {
+  std::vector<std::string> peers;
+  for (const auto& rank : ranks_) {
+    if (rank.hello) peers.push_back(rank.peer);
+  }
+  return peers;
+}
+
+std::int64_t WorkerGroup::context() const {
+  FT_CHECK(ready_);
+  const auto least = std::min_element(
+      ranks_.begin(), ranks_.end(),
+      [](const Rank& a, const Rank& b) { return a.ready->max_model_len < b.ready->max_model_len; });
+  return least->ready->max_model_len;
+}
+
+std::string WorkerGroup::describe() const {
+  const auto count = [this](auto has) {
+    return std::to_string(std::count_if(ranks_.begin(), ranks_.end(), has));
+  };
+  const auto total = std::to_string(ranks_.size());
+  const auto hellos = count([](const Rank& rank) { return rank.hello.has_value(); });
+  if (hellos != total) return hellos + " of " + total + " ranks have joined";
+  return count([](const Rank& rank) { return rank.ready.has_value(); }) + " of " + total +
+         " ranks have loaded the model";
+}
+
+}  // namespace foretoken::coordinator

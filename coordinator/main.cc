@@ -1,0 +1,84 @@
+// foretoken-coordinator: one a service. Takes clients' requests, plans every step of the worker
+// groups, and streams the tokens back. Started by `foretoken serve`, or by hand:
+//   foretoken-coordinator --config FILE --runtime-dir DIR --store-socket PATH
+#include <signal.h>
+#include <sys/resource.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "common/log.h"
+#include "coordinator/server.h"
+
+namespace {
+
+using foretoken::ErrorCode;
+using foretoken::Exception;
+using foretoken::coordinator::Server;
+using foretoken::coordinator::ServerConfig;
+
+constexpr int kNice = 10;  // on a CPU node, ranks go first
+
+foretoken::ServiceConfig read_config(const std::string& path) {
+  std::ifstream file(path);
+  std::stringstream text;
+  text << file.rdbuf();
+  if (!file) throw Exception(ErrorCode::kConfig, "can't read --config " + path);
+  auto config = foretoken::service_config_from_json(text.str()).value_or_throw();
+  static_cast<void>(foretoken::validate(config).value_or_throw());
+  return config;
+}
+
+// Before any thread starts, so that all inherit it.
+void block_signals() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  sigaddset(&signals, SIGINT);
+  sigprocmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+}
+
+void serve(ServerConfig config, const std::string& config_path) {
+  config.service = read_config(config_path);
+  const bool has_gpu = std::filesystem::exists("/dev/nvidiactl");
+  if (config.service.device == "cpu" || (config.service.device == "auto" && !has_gpu)) {
+    setpriority(PRIO_PROCESS, 0, kNice);
+  }
+  block_signals();
+  Server(std::move(config)).run();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app{"Takes clients' requests and plans every step of the worker groups",
+               "foretoken-coordinator"};
+  ServerConfig config;
+  std::string config_path;
+  app.add_option("--config", config_path, "The service's configuration: a JSON file")->required();
+  app.add_option("--runtime-dir", config.runtime_dir, "Folder of keys and sockets")->required();
+  app.add_option("--store-socket", config.store_socket, "Socket of the node's KV store")
+      ->required();
+  app.add_option("--worker-endpoint", config.worker_endpoint,
+                 "Where ranks connect; ipc://RUNTIME_DIR/worker.sock by default");
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    return app.exit(error) == 0 ? 0 : foretoken::exit_code(ErrorCode::kUsage);
+  }
+  foretoken::log_init("coordinator");
+  try {
+    serve(std::move(config), config_path);
+    return 0;
+  } catch (const Exception& failure) {
+    std::fprintf(stderr, "foretoken-coordinator: %s\n", failure.what());
+    return foretoken::exit_code(failure.error().code);
+  } catch (const std::exception& failure) {
+    std::fprintf(stderr, "foretoken-coordinator: %s\n", failure.what());
+    return 1;
+  }
+}

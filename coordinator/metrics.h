@@ -1,0 +1,41 @@
+// Metrics: what the service counts, in prometheus-cpp's registry. Names: docs/operations.md.
+// Numbers only: no prompt, key, path or client name goes into a label.
+//
+// Thread-safe as prometheus-cpp is: the exposer reads from its own threads.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "common/messages.h"
+
+namespace foretoken::coordinator {
+
+class Metrics {
+ public:
+  explicit Metrics(const std::string& model_name);
+  ~Metrics();
+  Metrics(const Metrics&) = delete;
+  Metrics& operator=(const Metrics&) = delete;
+
+  // Serves them over HTTP at 127.0.0.1:port/metrics. Throws Exception(kPortInUse).
+  void serve(int port);
+  // The text that would be served.
+  std::string text() const;
+
+  void on_rejected(ErrorCode why);
+  void on_first_token(double seconds_since_arrival);
+  void on_next_token(double seconds_since_last);
+  void on_done(const DoneMessage& done);
+  void on_failed(ErrorCode why);
+  void on_restart();
+  void on_step(double seconds);
+  void set_requests(std::size_t running, std::size_t waiting);
+  void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace foretoken::coordinator

@@ -1,0 +1,105 @@
+// Request: one request from its arrival to its terminal message. Its token list is the truth: KV
+// and worker groups may be lost, and the request goes on from its prompt and the tokens it has.
+//
+//   kTokenizing -> kWaiting -> kRunning -> kFinishing -> kDone
+//                     ^            |
+//                     +------------+  no room, or the group died
+//
+// kRunning: a sequence of a group stands for it (in admission, prefill or decode: Scheduler).
+// kFinishing: its tokens are final; the KV report of its release is awaited.
+// Any state may end in kDone by an error or because the client is gone.
+//
+// For one thread. Example: tests/coordinator/request_test.cc
+#pragma once
+
+#include <chrono>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/messages.h"
+#include "coordinator/output_text.h"
+#include "coordinator/worker_group.h"
+
+namespace foretoken::coordinator {
+
+enum class RequestState { kTokenizing, kWaiting, kRunning, kFinishing, kDone };
+
+class Request {
+ public:
+  struct Origin {
+    RequestId id{};
+    std::string peer;    // the client's connection
+    std::string tenant;  // its key; empty without keys
+    TimePoint arrival;
+  };
+  Request(Origin origin, GenerateRequest wish);
+
+  // ---- life ----
+  RequestState state() const { return state_; }
+  // The prompt is known: kTokenizing -> kWaiting. max_tokens is final now, and at least 1.
+  void set_prompt(std::vector<TokenId> ids, int max_tokens,
+                  const std::optional<Tokenizer>& tokenizer);
+  // A group takes it: kWaiting -> kRunning.
+  void run_as(int group, SequenceId sequence);
+  void on_admitted(std::int64_t reused_tokens, TimePoint now);
+  // Its sequence is gone: kRunning -> kWaiting.
+  void wait_again();
+  // Takes the next token. False when it is not the next one. May finish the request's tokens.
+  bool accept(std::int64_t position, const TokenInfo& token, const std::vector<TokenId>& eos_ids,
+              TimePoint now);
+  // No more tokens: kRunning -> kFinishing, or from any earlier state when cancelled.
+  void finish(const std::string& reason, TimePoint now);
+  void end() { state_ = RequestState::kDone; }
+
+  // ---- what a sequence that stands for it is given ----
+  std::vector<TokenId> sequence_tokens() const;  // prompt, then what was sampled
+  std::int64_t tokens_left() const;
+  AdmitSequence admission(SequenceId sequence) const;
+
+  // ---- what its client is given ----
+  bool has_news() const;
+  TokenMessage take_news();
+  DoneMessage make_done(KvReport kv) const;
+
+  const Origin& origin() const { return origin_; }
+  const GenerateRequest& wish() const { return wish_; }
+  const std::vector<TokenId>& prompt() const { return prompt_; }
+  const std::vector<TokenInfo>& tokens() const { return tokens_; }
+  std::int64_t length() const;
+  const std::string& finish_reason() const { return finish_reason_; }
+  int group() const { return group_; }
+  SequenceId sequence() const { return sequence_; }
+  std::optional<TimePoint> first_token_at() const { return first_token_at_; }
+  std::optional<TimePoint> last_token_at() const { return last_token_at_; }
+
+  // Kept here for the service.
+  std::vector<PrefixKey> segment_keys;  // of sequence_tokens(), as far as they were needed
+  std::size_t segments_given = 0;       // of them, with its sequence's prompt
+  std::optional<KvReport> report;       // kFinishing: nothing is awaited but the client's queue
+  int deaths = 0;                       // of groups that it ran on
+  int refusals = 0;                     // admissions that failed though nothing else ran
+
+ private:
+  std::optional<std::string> end_reason(const TokenInfo& token,
+                                        const std::vector<TokenId>& eos_ids);
+
+  const Origin origin_;
+  GenerateRequest wish_;
+  RequestState state_ = RequestState::kTokenizing;
+  std::vector<TokenId> prompt_;
+  std::int64_t max_tokens_ = 0;
+  std::vector<TokenInfo> tokens_;
+  std::size_t told_ = 0;  // tokens that the client was told of
+  std::optional<OutputText> text_;
+  std::string finish_reason_;
+  int group_ = 0;
+  SequenceId sequence_{};
+  std::int64_t cached_tokens_ = 0;
+  std::optional<TimePoint> admitted_at_;
+  std::optional<TimePoint> first_token_at_;
+  std::optional<TimePoint> last_token_at_;
+  std::optional<TimePoint> finished_at_;
+};
+
+}  // namespace foretoken::coordinator

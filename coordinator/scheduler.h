@@ -1,0 +1,131 @@
+// Scheduler: decides what one worker group does in each step. A pure function of what it was told:
+// no clock, no I/O, so the same calls give the same plans.
+//
+// A sequence is added, admitted by all ranks, started with the prefix that all of them have,
+// prefilled layer by layer, decoded until it is released. At most kMaxInFlight plans are out at a
+// time: the second is made before the first one's tokens are back, so a rank never waits for us.
+// Tokens of a sequence that was released meanwhile are dropped.
+//
+// Prefill is layer-major (docs/architecture.md): a step has a budget of max_batched_tokens *
+// num_layers token-layers. Where a layer of the whole prompt fits the budget, an item takes as many
+// whole layers as fit; else a layer is cut into token ranges. One sequence is in prefill at a time,
+// first come first served; all others decode in the same steps.
+//
+// For one thread. Example: tests/coordinator/scheduler_test.cc
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "common/messages.h"
+
+namespace foretoken::coordinator {
+
+struct SchedulerConfig {
+  Epoch epoch{};
+  int num_layers = 1;
+  int max_num_seqs = 8;
+  int max_batched_tokens = 512;
+};
+
+struct NewSequence {
+  AdmitSequence admit;  // prefix_keys are left empty: they are the first of segment_keys
+  std::int64_t max_new_tokens = 0;
+  std::vector<PrefixKey> segment_keys;  // of each whole segment of the prompt
+};
+
+// What came of a step, in order.
+struct Admitted {
+  SequenceId sequence{};
+  std::int64_t reused_tokens = 0;
+};
+// A rank had no room, or refused. The sequence is gone.
+struct NotAdmitted {
+  SequenceId sequence{};
+  Error error;
+};
+struct Sampled {
+  SequenceId sequence{};
+  std::int64_t position = 0;
+  TokenInfo token;
+};
+// All ranks have let go of it. Only for sequences that release() was called for.
+struct Released {
+  SequenceId sequence{};
+  KvReport kv;
+};
+using StepEvent = std::variant<Admitted, NotAdmitted, Sampled, Released>;
+
+class Scheduler {
+ public:
+  static constexpr std::size_t kMaxInFlight = 2;
+
+  explicit Scheduler(const SchedulerConfig& config) : config_(config) {}
+
+  // Whether a sequence may be added now. A prompt whose first segment another one is about to
+  // publish waits for that, so that it can be reused.
+  bool has_room(const std::vector<PrefixKey>& segment_keys) const;
+  // REQUIRES: has_room(); ids rise.
+  void add(NewSequence sequence);
+  // A segment of generated tokens is complete, and its last token has been fed back.
+  void publish(const PublishSegment& segment);
+  // Ends a sequence, wherever it stands. False: no rank ever heard of it, so no Released follows.
+  bool release(SequenceId sequence);
+
+  // The next plan; nullopt while kMaxInFlight are out or when there is nothing to do.
+  std::optional<StepPlan> next_plan();
+
+  // Takes the results of all ranks, in rank order, of the oldest plan that is out.
+  // Error: kInternal when the ranks contradict each other or the plan: the group is broken.
+  Result<std::vector<StepEvent>> on_results(const std::vector<StepResult>& ranks);
+
+  std::size_t num_sequences() const { return sequences_.size(); }
+  std::size_t num_in_flight() const { return in_flight_.size(); }
+
+ private:
+  enum class Phase { kNew, kAdmitting, kAdmitted, kPrefilling, kDecoding };
+  struct Sequence {
+    NewSequence given;
+    Phase phase = Phase::kNew;
+    std::int64_t reused = 0;
+    int layer = 0;                 // prefill stands here ...
+    std::int64_t token = 0;        // ... and here
+    std::int64_t planned = 0;      // tokens sampled or planned to be
+    bool prompt_done = false;      // the results of its prefill are back
+    bool releasing = false;        // nothing more is planned but its release
+    bool release_planned = false;  // and that is out
+    bool wanted = true;            // somebody waits for Released
+    std::vector<PublishSegment> publishes;
+  };
+  struct InFlight {
+    StepNumber step{};
+    std::vector<SequenceId> admits;
+    std::vector<SequenceId> prefilled;  // whose last item it holds
+    std::vector<SequenceId> sampling;   // that draw a token
+    std::vector<SequenceId> releases;
+  };
+
+  void plan_publishes_and_releases(StepPlan& plan, InFlight& step);
+  void plan_admissions(StepPlan& plan, InFlight& step);
+  void plan_decodes(StepPlan& plan, InFlight& step);
+  void plan_prefills(StepPlan& plan, InFlight& step);
+  PrefillItem cut_prefill(Sequence& sequence, std::int64_t budget) const;
+
+  Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
+                   std::vector<StepEvent>& events);
+  Status on_tokens(const InFlight& step, const StepResult& rank0, std::vector<StepEvent>& events);
+  void on_prefilled(const InFlight& step);
+  void on_releases(const InFlight& step, const std::vector<StepResult>& ranks,
+                   std::vector<StepEvent>& events);
+
+  const SchedulerConfig config_;
+  std::uint64_t last_step_ = 0;
+  std::map<SequenceId, Sequence> sequences_;  // in the order they were added
+  std::deque<InFlight> in_flight_;
+};
+
+}  // namespace foretoken::coordinator

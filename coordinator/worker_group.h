@@ -1,0 +1,100 @@
+// WorkerGroup: the ranks of one model replica as the coordinator sees them: who has said hello, who
+// is ready, when each was last heard of, and which results of a step are still missing.
+//
+// A group lives in epochs. It is assembled from Hellos (each answered by a Welcome), loads, is
+// ready once every rank is, and dies as a whole; then the next epoch begins. Messages of another
+// epoch are dropped. Death is noticed
+//   at once       when a rank says WorkerFailed, or its socket is closed while something is sent
+//   after 1 s     without a heartbeat: it is suspected, and probed (a closed socket shows then)
+//   after 3 s     without a heartbeat, or 120 s without the result of a plan: it is fenced
+//
+// No I/O: what must be sent comes back as events. For one thread.
+// Example: tests/coordinator/worker_group_test.cc
+#pragma once
+
+#include <chrono>
+#include <map>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "common/messages.h"
+
+namespace foretoken::coordinator {
+
+using TimePoint = std::chrono::steady_clock::time_point;
+
+// To answer a Hello, or to probe a rank that is silent.
+struct SendWelcome {
+  std::string peer;
+};
+struct GroupReady {};
+struct StepDone {
+  std::vector<StepResult> ranks;  // in rank order
+};
+struct GroupDead {
+  Error error;
+  // The processes may still be there: silent, or at odds with each other.
+  bool must_be_killed = false;
+};
+using GroupEvent = std::variant<SendWelcome, GroupReady, StepDone, GroupDead>;
+
+class WorkerGroup {
+ public:
+  static constexpr std::chrono::milliseconds kSuspectAfter{1000};
+  static constexpr std::chrono::milliseconds kFenceAfter{3000};
+  static constexpr std::chrono::seconds kStepTimeout{120};
+
+  WorkerGroup(int group, int world_size) : group_(group), ranks_(size_t(world_size)) {}
+
+  // REQUIRES: message.group is this group. A Hello to a ready group is its death: the caller begins
+  // the next epoch and hands in the Hello again.
+  std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
+  std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready, TimePoint now);
+  std::vector<GroupEvent> on_result(const std::string& peer, StepResult result, TimePoint now);
+  std::vector<GroupEvent> on_heartbeat(const Heartbeat& heartbeat, TimePoint now);
+  std::vector<GroupEvent> on_failed(const std::string& peer, const WorkerFailed& failed);
+  std::vector<GroupEvent> on_time(TimePoint now);
+
+  // A plan was sent to all ranks: its results are due.
+  void on_plan_sent(StepNumber step, TimePoint now) { due_.emplace(step, Due{now, {}}); }
+  // The next life begins: nobody has said hello yet.
+  void begin_epoch(Epoch epoch);
+
+  bool is_ready() const { return ready_; }
+  Epoch epoch() const { return epoch_; }
+  int group() const { return group_; }
+  std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
+  const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
+  std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
+  std::string describe() const;  // "1 of 2 ranks ready"
+  std::int64_t kv_slabs_free() const { return kv_slabs_free_; }
+  std::int64_t kv_slabs_cached() const { return kv_slabs_cached_; }
+
+ private:
+  struct Rank {
+    std::string peer;
+    std::optional<Hello> hello;
+    std::optional<Ready> ready;
+    std::optional<TimePoint> heard;  // since its first heartbeat
+    bool suspected = false;
+  };
+  struct Due {
+    TimePoint sent;
+    std::map<int, StepResult> results;  // by rank
+  };
+  Rank* find(const std::string& peer, Epoch epoch, int rank);
+  GroupDead dead(ErrorCode code, int rank, const std::string& why, bool must_be_killed) const;
+
+  const int group_;
+  std::vector<Rank> ranks_;
+  Epoch epoch_{1};
+  bool ready_ = false;
+  std::map<StepNumber, Due> due_;
+  std::optional<TimePoint> last_time_;
+  std::int64_t kv_slabs_free_ = 0;
+  std::int64_t kv_slabs_cached_ = 0;
+};
+
+}  // namespace foretoken::coordinator
