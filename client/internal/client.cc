@@ -1,0 +1,211 @@
+#include "client/client.h"
+
+#include <algorithm>
+#include <deque>
+#include <random>
+#include <set>
+
+#include "common/wire.h"
+
+namespace foretoken::client {
+namespace {
+
+using std::chrono::milliseconds;
+using Clock = std::chrono::steady_clock;
+
+constexpr milliseconds kPingEvery{1000};
+
+Error error_of(const ErrorMessage& message) {
+  return {error_code_from_name(message.code).value_or(ErrorCode::kInternal), message.message};
+}
+
+// Connections are apart anyway; the random part keeps a log of several clients readable.
+std::string name_prefix() {
+  std::random_device device;
+  char text[16];
+  std::snprintf(text, sizeof text, "c%08x-", device());
+  return text;
+}
+
+}  // namespace
+
+struct Client::Impl {
+  ClientConfig config;
+  std::unique_ptr<DealerSocket> socket;
+  const std::string prefix = name_prefix();
+  std::uint64_t last_name = 0;
+  std::set<std::string> open;          // requests whose last message has not come
+  std::set<std::string> open_at_ping;  // the same, when a status was asked for last
+  std::deque<ServerMessage> messages;  // of requests, not yet handed out
+  Clock::time_point heard = Clock::now();
+  Clock::time_point pinged = Clock::now();
+
+  Error gone() const {
+    return {ErrorCode::kUnavailable, "no answer from " + config.endpoint + " within " +
+                                         std::to_string(config.silence_timeout.count()) +
+                                         " ms; is the service running, and does it know this key?"};
+  }
+
+  Status send(const ClientRequest& request) { return socket->send(encode(request)); }
+
+  // The next message of any kind; nullopt at `end`.
+  Result<std::optional<ServerMessage>> next(Clock::time_point end) {
+    const auto left = std::chrono::ceil<milliseconds>(end - Clock::now());
+    const auto frame = socket->receive(std::max(left, milliseconds(0)));
+    if (!frame) return std::optional<ServerMessage>();
+    heard = Clock::now();
+    FT_ASSIGN_OR_RETURN(auto message, decode_server_message(*frame));
+    return std::optional<ServerMessage>(std::move(message));
+  }
+
+  // Asks once a second whether the service is there, while requests are open.
+  Status stay_in_touch() {
+    const auto now = Clock::now();
+    if (now - heard >= config.silence_timeout) return gone();
+    if (now - heard < kPingEvery || now - pinged < kPingEvery) return Ok{};
+    pinged = now;
+    open_at_ping = open;
+    return send(StatusRequest{});
+  }
+
+  // Keeps a message of a request for receive(). Those of requests that are over are dropped: a
+  // cancelled one's may still be on their way.
+  void keep(ServerMessage message) {
+    auto name = std::visit(
+        [](const auto& m) -> std::string {
+          if constexpr (requires { m.request_id; }) return m.request_id;
+          return "";
+        },
+        message);
+    auto* error = std::get_if<ErrorMessage>(&message);
+    if (error != nullptr && name.empty() && open.size() == 1) {
+      error->request_id = name = *open.begin();  // it was no message to the service at all
+    }
+    if (!open.contains(name)) return;
+    if (const auto* token = std::get_if<TokenMessage>(&message)) {
+      if (token->tokens.empty() && token->text.empty()) return;  // it lives, nothing more
+    } else {
+      open.erase(name);
+    }
+    messages.push_back(std::move(message));
+  }
+
+  // A status reply comes behind all that was sent before it: requests that were open when it was
+  // asked for, still are here, and are unknown there, were lost with the service that took them.
+  Status check_known(const StatusReply& status) {
+    const auto still = std::count_if(open_at_ping.begin(), open_at_ping.end(),
+                                     [this](const auto& name) { return open.contains(name); });
+    if (still <= status.requests_of_client) return Ok{};
+    open.clear();
+    return Error{ErrorCode::kUnavailable,
+                 "the service at " + config.endpoint + " was restarted and lost the request"};
+  }
+
+  // Waits for the one answer to a question that is no request.
+  template <typename Reply>
+  Result<Reply> ask(const ClientRequest& question) {
+    FT_RETURN_IF_ERROR(send(question));
+    const auto end = Clock::now() + config.silence_timeout;
+    while (true) {
+      FT_ASSIGN_OR_RETURN(auto message, next(end));
+      if (!message) return gone();
+      if (auto* reply = std::get_if<Reply>(&*message)) return std::move(*reply);
+      const auto* error = std::get_if<ErrorMessage>(&*message);
+      if (error != nullptr && error->request_id.empty()) return error_of(*error);
+      keep(*std::move(message));
+    }
+  }
+};
+
+Client::Client(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Client::~Client() = default;
+
+Result<std::unique_ptr<Client>> Client::connect(const ClientConfig& config) {
+  auto impl = std::make_unique<Impl>();
+  impl->config = config;
+  FT_ASSIGN_OR_RETURN(impl->socket,
+                      DealerSocket::connect(make_socket_context(),
+                                            {.endpoint = config.endpoint, .keys = config.keys}));
+  return std::unique_ptr<Client>(new Client(std::move(impl)));
+}
+
+Result<std::string> Client::submit(GenerateRequest request) {
+  if (request.request_id.empty()) {
+    request.request_id = impl_->prefix + std::to_string(++impl_->last_name);
+  }
+  auto name = request.request_id;
+  if (impl_->open.contains(name)) {
+    return Error{ErrorCode::kInvalidArgument, "request_id " + name + " is in use"};
+  }
+  const auto frame = encode(ClientRequest(std::move(request)));
+  if (frame.size() > kMaxFrameBytes) {
+    return Error{ErrorCode::kInvalidArgument, "the request has " + std::to_string(frame.size()) +
+                                                  " bytes; the service takes " +
+                                                  std::to_string(kMaxFrameBytes)};
+  }
+  // The service owes an answer from now on, not from when this client last spoke with it.
+  if (impl_->open.empty()) impl_->heard = impl_->pinged = Clock::now();
+  FT_RETURN_IF_ERROR(impl_->socket->send(frame));
+  impl_->open.insert(name);
+  return name;
+}
+
+Result<ServerMessage> Client::receive(milliseconds timeout) {
+  const auto end = Clock::now() + timeout;
+  while (true) {
+    if (!impl_->messages.empty()) {
+      auto message = std::move(impl_->messages.front());
+      impl_->messages.pop_front();
+      return message;
+    }
+    FT_ASSIGN_OR_RETURN(auto message, impl_->next(std::min(end, Clock::now() + kPingEvery)));
+    if (message) {
+      if (const auto* status = std::get_if<StatusReply>(&*message)) {
+        FT_RETURN_IF_ERROR(impl_->check_known(*status));
+      } else {
+        impl_->keep(*std::move(message));
+      }
+    } else if (Clock::now() >= end) {
+      return Error{ErrorCode::kTimeout, "no message within the time given"};
+    } else if (!impl_->open.empty()) {
+      FT_RETURN_IF_ERROR(impl_->stay_in_touch());
+    }
+  }
+}
+
+Result<DoneMessage> Client::generate(GenerateRequest request, const OnTokens& on_tokens) {
+  const auto end = Clock::now() + impl_->config.request_timeout;
+  FT_ASSIGN_OR_RETURN(const auto name, submit(std::move(request)));
+  while (true) {
+    const auto left = std::chrono::ceil<milliseconds>(end - Clock::now());
+    auto message = receive(std::max(left, milliseconds(0)));
+    if (!message) {
+      static_cast<void>(cancel(name));
+      impl_->open.erase(name);
+      return message.error();
+    }
+    if (auto* done = std::get_if<DoneMessage>(&*message); done && done->request_id == name) {
+      return std::move(*done);
+    }
+    const auto* error = std::get_if<ErrorMessage>(&*message);
+    if (error != nullptr && error->request_id == name) return error_of(*error);
+    const auto* token = std::get_if<TokenMessage>(&*message);
+    if (token == nullptr || token->request_id != name || !on_tokens) continue;
+    if (on_tokens(*token) == StreamAction::kCancel) FT_RETURN_IF_ERROR(cancel(name));
+  }
+}
+
+Status Client::cancel(const std::string& request_id) {
+  return impl_->send(CancelRequest{request_id});
+}
+
+Result<StatusReply> Client::status() { return impl_->ask<StatusReply>(StatusRequest{}); }
+Result<ModelsReply> Client::models() { return impl_->ask<ModelsReply>(ModelsRequest{}); }
+
+Status Client::drain() {
+  FT_ASSIGN_OR_RETURN(const auto reply, impl_->ask<DrainReply>(DrainRequest{}));
+  static_cast<void>(reply);
+  return Ok{};
+}
+
+}  // namespace foretoken::client
