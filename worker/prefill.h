@@ -1,7 +1,12 @@
 // Prefill: a prompt's tokens through the model, layer by layer. One layer's KV is on the device at
 // a time, in a scratch; before it is dropped it goes to the arena (and to slots, where the prompt
 // fits them), and its last queries' attention starts the policy's history.
+//
+// The scratch is one, made at the start for the longest prompt, so that a prompt that was admitted
+// can't run out of memory: one sequence is in prefill at a time.
 #pragma once
+
+#include <optional>
 
 #include "worker/model.h"
 #include "worker/sequence.h"
@@ -10,28 +15,30 @@ namespace foretoken::worker {
 
 class Prefill {
  public:
-  // max_rows: tokens that pass through a layer at once.
+  // max_rows: tokens that pass through a layer at once; max_tokens: the longest prompt.
   Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store, predictor::Policy& policy,
-          int max_rows);
+          int max_rows, int max_tokens);
 
-  // Sets up the scratch; the first reused_tokens of the prompt come from the store.
-  void start(Sequence& sequence, int reused_tokens, kernels::Stream& stream);
-
-  // Runs one work item. Items come in the order of PrefillItem's comment; a broken order is the
-  // coordinator's fault: Exception(kInternal).
+  // Runs one work item; the first reused_tokens of the prompt come from the store. Items come in
+  // the order of PrefillItem's comment, a sequence's first item ends what was in work before; a
+  // broken order is the coordinator's fault: Exception(kInternal).
   // True when the prompt is done: then last_token() holds the residual of its last token.
   bool run(Sequence& sequence, const PrefillItem& item, kernels::Stream& stream);
 
-  // Of the prompt that run() just finished; valid until the next start().
-  Residual last_token(Sequence& sequence) const;
+  // Of the prompt that run() just finished; valid until the next run().
+  Residual last_token(const Sequence& sequence) const;
   Activations& activations() { return act_; }
 
  private:
+  void begin(Sequence& sequence, kernels::Stream& stream);
+  void check_order(const Sequence& sequence, const PrefillItem& item) const;
   void run_layer(Sequence& sequence, int layer, int begin, int end, kernels::Stream& stream);
   void run_chunk(Sequence& sequence, int layer, int begin, int rows, kernels::Stream& stream);
   void keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream& stream);
   void load_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
-  void finish_layer(Sequence& sequence, int layer, kernels::Stream& stream);
+  void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
+  void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
+  Residual residual(const Sequence& sequence, int token) const;
 
   Model& model_;
   kernels::Device& device_;
@@ -40,6 +47,18 @@ class Prefill {
   Activations act_;
   kernels::DeviceBuffer lse_;          // [heads, max_rows] of the chunk
   kernels::DeviceBuffer num_columns_;  // [1]
+
+  // The scratch, and who has it.
+  kernels::DeviceBuffer hidden_;  // [prompt - reused, hidden size]
+  kernels::DeviceBuffer delta_;   // the same
+  kernels::DeviceBuffer k_;       // [num_kv_heads, prompt, head_dim] of the layer in work
+  kernels::DeviceBuffer v_;
+  kernels::DeviceBuffer tail_q_;     // [kHistoryRows, heads, head_dim] of the last queries
+  kernels::DeviceBuffer tail_lse_;   // [heads, rows of the tail]
+  kernels::DeviceBuffer block_max_;  // [heads, rows of the tail, columns]
+  std::optional<SequenceId> current_;
+  int next_layer_ = 0;
+  int next_token_ = 0;
 };
 
 }  // namespace foretoken::worker

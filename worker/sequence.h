@@ -14,19 +14,6 @@
 
 namespace foretoken::worker {
 
-// What a prompt needs until its last layer is done (worker/prefill.h).
-struct PrefillScratch {
-  kernels::DeviceBuffer hidden;  // [prompt - reused, hidden size]
-  kernels::DeviceBuffer delta;   // the same
-  kernels::DeviceBuffer k;       // [num_kv_heads, prompt, head_dim] of the layer in work
-  kernels::DeviceBuffer v;
-  kernels::DeviceBuffer tail_q;     // [kHistoryRows, heads, head_dim] of the last queries
-  kernels::DeviceBuffer tail_lse;   // [heads, kHistoryRows]
-  kernels::DeviceBuffer block_max;  // [heads, kHistoryRows, columns]
-  int layer = 0;                    // the next work item starts here
-  int token = 0;
-};
-
 class Sequence {
  public:
   // Throws Exception(kExhausted) when the device is full.
@@ -62,7 +49,6 @@ class Sequence {
   const SamplingParams sampling;
   const std::vector<TokenId> forced_ids;
   int reused_tokens = 0;
-  std::unique_ptr<PrefillScratch> prefill;  // while the prompt is in work
   std::int64_t decode_steps = 0;
   KvReport report;
 

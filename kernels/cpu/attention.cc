@@ -132,12 +132,16 @@ class DecodeAttention {
                          args_.num_kv_heads;
     const int first = first_part_[static_cast<std::size_t>(row)] + head / group_ * per_head;
     simd::DecodePartResult parts = result(first);
-    parts.out += static_cast<std::size_t>(head % group_) * static_cast<std::size_t>(args_.head_dim);
+    float* out = nullptr;
+    if (args_.out != nullptr) {
+      out = static_cast<float*>(args_.out) + offset(row, head, args_.head_dim);
+      parts.out +=
+          static_cast<std::size_t>(head % group_) * static_cast<std::size_t>(args_.head_dim);
+    }
     parts.maximum += head % group_;
     parts.sum += head % group_;
     args_.lse[offset(row, head, 1)] = simd::merge_parts(
-        parts, static_cast<std::size_t>(group_) * head_floats(), per_head, args_.head_dim,
-        static_cast<float*>(args_.out) + offset(row, head, args_.head_dim));
+        parts, static_cast<std::size_t>(group_) * head_floats(), per_head, args_.head_dim, out);
     const int used = columns_.count(args_.sequences[row]);
     float* block_max = args_.block_max + offset(row, head, args_.pitch);
     std::fill(block_max + used, block_max + args_.pitch, kMinusInfinity);
@@ -166,7 +170,8 @@ class DecodeAttention {
     const auto group = static_cast<std::size_t>(group_);
     float* at = const_cast<float*>(results_.data()) +
                 static_cast<std::size_t>(part) * group * head_floats();
-    return {at, at + group * (head_floats() - 2), at + group * (head_floats() - 1)};
+    return {args_.out == nullptr ? nullptr : at, at + group * (head_floats() - 2),
+            at + group * (head_floats() - 1)};
   }
 
   const DecodeAttentionArgs& args_;

@@ -52,8 +52,8 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
       policy_(parts.policy),
       model_(parts.model),
       compute_(device_.make_stream(kernels::StreamKind::kCompute)),
-      prefill_(model_, device_, store_, policy_,
-               std::min(config.max_batched_tokens, max_model_len)),
+      prefill_(model_, device_, store_, policy_, std::min(config.max_batched_tokens, max_model_len),
+               max_model_len),
       decode_(decode_config(config, max_model_len), model_, device_, store_, policy_),
       sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size),
                max_model_len),
@@ -147,7 +147,7 @@ void Engine::start(const StartSequence& start) {
     throw Exception(status.error());
   }
   sequence.upload_slabs(*compute_);
-  prefill_.start(sequence, segments * kSegmentTokens, *compute_);
+  sequence.reused_tokens = segments * kSegmentTokens;
 }
 
 void Engine::prefill(const PrefillItem& item, StepResult& result) {
@@ -159,7 +159,6 @@ void Engine::prefill(const PrefillItem& item, StepResult& result) {
   Sequence* row = &sequence;
   const auto tokens = sampler_.sample(first_logits_.as<float>(), std::span(&row, 1), *compute_);
   result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
-  sequence.prefill.reset();
 }
 
 void Engine::decode(const std::vector<SequenceId>& ids, StepResult& result) {

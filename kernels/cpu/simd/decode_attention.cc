@@ -97,8 +97,6 @@ class PartHeads {
 
   void run() {
     score();
-    float* out = result_.out + head_ * args_.head_dim;
-    std::fill_n(out, kHeads * args_.head_dim, 0.0F);
     for (int h = 0; h < kHeads; ++h) {
       const int used = static_cast<int>(blocks_.size()) * kBlockTokens;
       const float highest = max_of_row(scores_ + h * kPartTokens, used);
@@ -106,6 +104,9 @@ class PartHeads {
       result_.sum[head_ + h] =
           used == 0 ? 0.0F : exp2_row(scores_ + h * kPartTokens, used, highest);
     }
+    if (result_.out == nullptr) return;
+    float* out = result_.out + head_ * args_.head_dim;
+    std::fill_n(out, kHeads * args_.head_dim, 0.0F);
     for (std::size_t b = 0; b < blocks_.size(); ++b) add_block(b, out);
   }
 
@@ -183,16 +184,17 @@ float merge_parts(const DecodePartResult& first, std::size_t stride, int count, 
   const auto parts = static_cast<std::size_t>(count);
   float highest = kNone;
   for (std::size_t p = 0; p < parts; ++p) highest = std::max(highest, first.maximum[p * stride]);
-  std::fill_n(out, head_dim, 0.0F);
+  const int columns = out == nullptr ? 0 : head_dim;
+  std::fill_n(out, columns, 0.0F);
   if (highest == kNone) return kNone;
   float sum = 0;
   for (std::size_t p = 0; p < parts; ++p) {
     const float weight = std::exp2(first.maximum[p * stride] - highest);
     sum += weight * first.sum[p * stride];
-    for (int i = 0; i < head_dim; ++i)
+    for (int i = 0; i < columns; ++i)
       out[i] += weight * first.out[p * stride + static_cast<std::size_t>(i)];
   }
-  for (int i = 0; i < head_dim; ++i) out[i] /= sum;
+  for (int i = 0; i < columns; ++i) out[i] /= sum;
   return (highest + std::log2(sum)) * 0.69314718055994530942F;
 }
 

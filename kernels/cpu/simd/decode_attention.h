@@ -30,7 +30,8 @@ struct DecodePartArgs {
 };
 
 // The softmax of a part to base 2, not yet normalised: out [group, head_dim] = sum of 2^(score -
-// maximum) * value, and [group] maxima (-inf without blocks) and sums of weights.
+// maximum) * value, and [group] maxima (-inf without blocks) and sums of weights. With out null,
+// values are not read.
 struct DecodePartResult {
   float* out;
   float* maximum;
@@ -42,7 +43,7 @@ void attend_part(const DecodePartArgs& args, std::span<const KvBlock> blocks,
                  const DecodePartResult& result);
 
 // out [head_dim] = the merge of `count` parts of one query head, whose values lie `stride` floats
-// apart; returns the natural log-sum-exp. Without any block: zeros and -inf.
+// apart; returns the natural log-sum-exp. Without any block: zeros and -inf. out may be null.
 float merge_parts(const DecodePartResult& first, std::size_t stride, int count, int head_dim,
                   float* out);
 

@@ -1,0 +1,228 @@
+// The rank's engine over a real store process: every path that keeps KV somewhere else must give
+// the tokens of dense attention, wherever the two best logits are not all but equal.
+#include "worker/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "tests/worker/local_group.h"
+
+namespace foretoken::worker {
+namespace {
+
+constexpr std::int64_t kArenaBytes = std::int64_t{64} << 20;
+
+ModelConfig small_model() {
+  ModelConfig config;
+  config.hidden_size = 128;
+  config.num_layers = 3;
+  config.num_heads = 6;
+  config.num_kv_heads = 2;
+  config.head_dim = 64;
+  config.intermediate_size = 256;
+  config.vocab_size = 512;
+  config.max_position = 2048;
+  config.rms_norm_eps = 1e-5;
+  config.rope_theta = 10000;
+  config.tie_word_embeddings = false;
+  config.dtype = ModelDtype::kBf16;
+  return config;
+}
+
+ServiceConfig service(const std::string& policy, int budget = 1024) {
+  ServiceConfig config;
+  config.kv_policy = policy;
+  config.kv_budget = budget;
+  config.threads_per_rank = 2;
+  config.device_memory_gib = 0.5;
+  config.max_batched_tokens = 128;
+  config.max_num_seqs = 4;
+  return config;
+}
+
+std::vector<TokenId> random_prompt(int length, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<TokenId> prompt(static_cast<std::size_t>(length));
+  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 512);
+  return prompt;
+}
+
+// Equal up to the first place where the better answer was a close call.
+void expect_same(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.infos.size(), actual.infos.size());
+  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
+    const auto& top = expected.infos[i].top;
+    if (top[0].logprob - top[1].logprob < 0.05F) return;
+    ASSERT_EQ(expected.tokens[i], actual.tokens[i]) << "token " << i;
+    ASSERT_NEAR(expected.infos[i].logprob, actual.infos[i].logprob, 0.05) << "token " << i;
+  }
+}
+
+class EngineTest : public ::testing::Test {
+ protected:
+  Answer answer(const ServiceConfig& config, const std::vector<TokenId>& prompt,
+                const LocalGroup::Options& options) {
+    return LocalGroup(config, small_model(), store_).generate(prompt, options);
+  }
+  // Device memory for `bytes` beside what a group takes before its first request.
+  ServiceConfig with_room(const std::string& policy, std::size_t bytes) {
+    ServiceConfig config = service(policy);
+    LocalGroup group(config, small_model(), store_);
+    for (int use = 0; use < static_cast<int>(kernels::MemoryUse::kCount); ++use) {
+      bytes += group.device().memory_in_use(static_cast<kernels::MemoryUse>(use));
+    }
+    config.device_memory_gib = static_cast<double>(bytes) / (1 << 30);
+    return config;
+  }
+  StoreProcess store_{kArenaBytes};
+};
+
+TEST_F(EngineTest, BudgetAsLargeAsTheContextIsDense) {
+  const auto prompt = random_prompt(700, 1);
+  const LocalGroup::Options options{.max_tokens = 40};
+  const Answer dense = answer(service("full"), prompt, options);
+  for (const char* per : {"kv-head", "query-head"}) {
+    ServiceConfig config = service("attention-predictor", 2048);
+    config.predict_per = per;
+    expect_same(dense, answer(config, prompt, options));
+  }
+}
+
+TEST_F(EngineTest, DenseThatDoesNotFitTheDeviceIsStreamed) {
+  const auto prompt = random_prompt(1500, 2);
+  const LocalGroup::Options options{.max_tokens = 40};
+  const Answer dense = answer(service("full"), prompt, options);
+  // Room for the least slots and the tables, but not for the 2.3 MiB of all blocks.
+  const Answer streamed = answer(with_room("full", 1 << 20), prompt, options);
+  EXPECT_LT(streamed.report.device_bytes, dense.report.device_bytes / 2);
+  expect_same(dense, streamed);
+}
+
+TEST_F(EngineTest, PrefillInPiecesIsThePrefill) {
+  const auto prompt = random_prompt(700, 3);
+  const Answer whole = answer(service("full"), prompt, {.max_tokens = 20});
+  for (const int tokens : {700, 256, 100, 37}) {
+    expect_same(whole,
+                answer(service("full"), prompt, {.max_tokens = 20, .tokens_per_item = tokens}));
+  }
+}
+
+TEST_F(EngineTest, AReusedPrefixGivesTheSameTokens) {
+  const auto prompt = random_prompt(900, 4);
+  for (const char* policy : {"full", "attention-predictor"}) {
+    const StoreProcess store(kArenaBytes);
+    LocalGroup group(service(policy, 512), small_model(), store);
+    const Answer first = group.generate(prompt, {.max_tokens = 30, .publish = true});
+    EXPECT_EQ(first.reused_tokens, 0);
+    const Answer second = group.generate(prompt, {.max_tokens = 30});
+    EXPECT_EQ(second.reused_tokens, 768);
+    expect_same(first, second);
+    EXPECT_EQ(group.store_stat().slabs_used, 0);
+  }
+}
+
+TEST_F(EngineTest, BatchedSequencesGetTheTokensTheyGetAlone) {
+  std::vector<std::vector<TokenId>> prompts;
+  for (unsigned i = 0; i < 4; ++i) prompts.push_back(random_prompt(200 + 333 * i, 10 + i));
+  for (const char* policy : {"full", "streaming-llm"}) {
+    LocalGroup group(service(policy, 512), small_model(), store_);
+    const auto together = group.generate_batch(prompts, {.max_tokens = 24});
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      expect_same(group.generate(prompts[i], {.max_tokens = 24}), together[i]);
+    }
+  }
+}
+
+// A random model's attention is flat, so rounding (a batch's products are summed in another order
+// than one row's) may swap blocks that are all but equal: forced tokens, and what they are worth.
+TEST_F(EngineTest, BatchedChoicesAreWorthTheSame) {
+  std::vector<std::vector<TokenId>> prompts;
+  for (unsigned i = 0; i < 3; ++i) prompts.push_back(random_prompt(500 + 333 * i, 20 + i));
+  const LocalGroup::Options options{.max_tokens = 24, .forced_ids = random_prompt(24, 23)};
+  for (const char* policy : {"attention-predictor", "oracle"}) {
+    LocalGroup group(service(policy, 512), small_model(), store_);
+    const auto together = group.generate_batch(prompts, options);
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      const Answer alone = group.generate(prompts[i], options);
+      double difference = 0;
+      for (std::size_t t = 0; t < 24; ++t) {
+        difference += std::abs(alone.infos[t].logprob - together[i].infos[t].logprob) / 24;
+      }
+      EXPECT_LT(difference, 0.1) << policy;
+    }
+  }
+}
+
+TEST_F(EngineTest, DecodesWithTheArenaUnmappedOutsideGatherAndWrite) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.calibrate_with = "none";
+  const auto prompt = random_prompt(1000, 5);
+  const Answer plain = answer(config, prompt, {.max_tokens = 200});
+  config.guard_arena = true;
+  const Answer guarded = answer(config, prompt, {.max_tokens = 200});
+  EXPECT_EQ(plain.tokens, guarded.tokens);
+  EXPECT_GT(guarded.report.blocks_fetched, 0);
+}
+
+TEST_F(EngineTest, AuditOfDenseAttentionFindsNothingLost) {
+  ServiceConfig config = service("full");
+  config.audit_every = 3;
+  const Answer dense = answer(config, random_prompt(400, 6), {.max_tokens = 20});
+  ASSERT_GT(dense.report.recall_count, 0);
+  EXPECT_NEAR(dense.report.recall_sum / static_cast<double>(dense.report.recall_count), 1, 1e-4);
+  EXPECT_NEAR(dense.report.kl_sum / static_cast<double>(dense.report.kl_count), 0, 1e-4);
+}
+
+TEST_F(EngineTest, AuditDoesNotChangeTheAnswer) {
+  ServiceConfig config = service("attention-predictor", 256);
+  const auto prompt = random_prompt(1200, 7);
+  const Answer plain = answer(config, prompt, {.max_tokens = 40});
+  config.audit_every = 2;
+  const Answer audited = answer(config, prompt, {.max_tokens = 40});
+  EXPECT_EQ(plain.tokens, audited.tokens);
+  const double recall =
+      audited.report.recall_sum / static_cast<double>(audited.report.recall_count);
+  EXPECT_GT(recall, 0.05);
+  EXPECT_LT(recall, 1.0);
+}
+
+// The oracle keeps the most attention there is to keep, block for block; a sliding window less.
+TEST_F(EngineTest, RecallOrdersThePolicies) {
+  const auto prompt = random_prompt(1500, 8);
+  const auto recall = [&](const char* policy) {
+    ServiceConfig config = service(policy, 384);
+    config.audit_every = 1;
+    config.calibrate_every = 5;
+    const Answer full = answer(config, prompt, {.max_tokens = 40});
+    return full.report.recall_sum / static_cast<double>(full.report.recall_count);
+  };
+  const double oracle = recall("oracle");
+  const double window = recall("streaming-llm");
+  EXPECT_GT(oracle, window);
+}
+
+TEST_F(EngineTest, ForcedTokensAreTakenAndScored) {
+  const auto forced = random_prompt(10, 9);
+  const Answer forced_answer =
+      answer(service("full"), random_prompt(100, 10), {.max_tokens = 10, .forced_ids = forced});
+  EXPECT_EQ(forced_answer.tokens, forced);
+  EXPECT_LT(forced_answer.infos[0].logprob, 0);
+}
+
+TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {
+  LocalGroup group(with_room("attention-predictor", 1 << 19), small_model(), store_);
+  const std::size_t before = group.device().memory_in_use(kernels::MemoryUse::kKvSlots);
+  try {
+    group.generate(random_prompt(1900, 11), {.max_tokens = 10});
+    FAIL() << "it fitted";
+  } catch (const Exception& failure) {
+    EXPECT_EQ(failure.error().code, ErrorCode::kExhausted) << failure.what();
+  }
+  EXPECT_EQ(group.device().memory_in_use(kernels::MemoryUse::kKvSlots), before);
+  EXPECT_EQ(group.store_stat().slabs_used, 0);
+}
+
+}  // namespace
+}  // namespace foretoken::worker

@@ -1,0 +1,190 @@
+#include "tests/worker/local_group.h"
+
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+
+#include "common/check.h"
+
+extern char** environ;
+
+namespace foretoken::worker {
+namespace {
+
+constexpr Epoch kEpoch{1};
+
+predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::HistoryType history) {
+  return {.kind = *predictor::policy_from_name(config.kv_policy),
+          .budget_tokens = config.kv_budget,
+          .predict_per = config.predict_per == "query-head" ? predictor::PredictPer::kQueryHead
+                                                            : predictor::PredictPer::kKvHead,
+          .budget_per = config.kv_budget_per == "query-head" ? predictor::BudgetPer::kQueryHead
+                                                             : predictor::BudgetPer::kKvHead,
+          .history_type = history,
+          .history_fill = predictor::HistoryFill::kZero,
+          .weights = config.predictor_weights};
+}
+
+}  // namespace
+
+StoreProcess::StoreProcess(std::int64_t arena_bytes) {
+  std::string pattern = (std::filesystem::temp_directory_path() / "foretoken-test-XXXXXX").string();
+  FT_CHECK(mkdtemp(pattern.data()) != nullptr, pattern);
+  folder_ = pattern;
+  const std::string path = socket();
+  std::string bytes = std::to_string(arena_bytes);
+  std::vector<std::string> words{FORETOKEN_KVSTORE, "--socket", path,
+                                 "--arena-bytes",   bytes,      "--die-with-parent"};
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  const int status = posix_spawn(&pid_, argv[0], nullptr, nullptr, argv.data(), environ);
+  FT_CHECK(status == 0, argv[0], status);
+  for (int i = 0; i < 1000 && !std::filesystem::exists(path); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+}
+
+StoreProcess::~StoreProcess() {
+  kill(pid_, SIGTERM);
+  waitpid(pid_, nullptr, 0);
+  std::error_code ignored;
+  std::filesystem::remove_all(folder_, ignored);
+}
+
+LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
+                       const StoreProcess& store, kernels::HistoryType history)
+    : model_config_(model),
+      device_(kernels::make_cpu_device(
+          {.num_threads = config.threads_per_rank,
+           .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30))})),
+      collective_(make_single_collective()) {
+  const Partition part = make_partition(model, 0, 1).value_or_throw();
+  const auto weights = make_dummy_source(model);
+  model_ = Model::load(model, *weights, part, *device_, *collective_).value_or_throw();
+  policy_ =
+      predictor::make_policy(policy_config(config, history),
+                             {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
+          .value_or_throw();
+  store_ = kvstore::KvStore::connect({.socket_path = store.socket(),
+                                      .group = 0,
+                                      .rank = 0,
+                                      .epoch = kEpoch,
+                                      .model_hash = "random",
+                                      .total_kv_heads = static_cast<int>(model.num_kv_heads),
+                                      .first_head = 0,
+                                      .shape = model_->kv_shape(),
+                                      .guard_arena = config.guard_arena},
+                                     *device_)
+               .value_or_throw();
+  while (store_stat().slabs_ready < store_stat().slabs_total) {  // pre-faulted in the background
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  }
+  engine_ = std::make_unique<Engine>(config, static_cast<int>(model.max_position),
+                                     Engine::Parts{*device_, *store_, *policy_, *model_});
+}
+
+LocalGroup::~LocalGroup() = default;
+
+std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt) {
+  std::vector<PrefixKey> keys;
+  PrefixKey parent = root_key("", "random", "bf16");
+  const std::size_t segments = prompt.size() < 64 ? 0 : (prompt.size() - 64) / kSegmentTokens;
+  for (std::size_t i = 0; i < segments; ++i) {
+    parent =
+        prefix_key(parent, "dense", std::span(prompt).subspan(i * kSegmentTokens, kSegmentTokens));
+    keys.push_back(parent);
+  }
+  return keys;
+}
+
+StepResult LocalGroup::run(StepPlan plan) {
+  plan.epoch = kEpoch;
+  plan.step = StepNumber{next_step_++};
+  return engine_->run(plan);
+}
+
+std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,
+                               const Options& options) {
+  AdmitSequence admit{.sequence = id,
+                      .prompt = prompt,
+                      .max_length = static_cast<std::int64_t>(prompt.size()) + options.max_tokens,
+                      .sampling = {},
+                      .forced_ids = options.forced_ids,
+                      .prefix_keys = dense_keys(prompt)};
+  admit.sampling.temperature = 0;
+  admit.sampling.num_logprobs = 2;
+  StepPlan plan;
+  plan.admits = {admit};
+  const StepResult result = run(plan);
+  if (result.admits.at(0).error) throw Exception(*result.admits[0].error);
+  StepPlan start;
+  start.starts = {{id, result.admits[0].reusable_tokens}};
+  run(start);
+  return result.admits[0].reusable_tokens;
+}
+
+TokenInfo LocalGroup::prefill(SequenceId id, int length, std::int64_t reused,
+                              const Options& options) {
+  const int layers = model_->num_layers();
+  StepPlan plan;
+  if (options.tokens_per_item == 0) {
+    plan.prefills = {{id, 0, layers, reused, length}};
+    return run(plan).tokens.at(0).token;
+  }
+  StepResult result;
+  for (int layer = 0; layer < layers; ++layer) {
+    for (std::int64_t begin = reused; begin < length; begin += options.tokens_per_item) {
+      plan.prefills = {{id, layer, layer + 1, begin,
+                        std::min<std::int64_t>(length, begin + options.tokens_per_item)}};
+      result = run(plan);
+    }
+  }
+  return result.tokens.at(0).token;
+}
+
+Answer LocalGroup::generate(const std::vector<TokenId>& prompt, const Options& options) {
+  return generate_batch({prompt}, options).at(0);
+}
+
+std::vector<Answer> LocalGroup::generate_batch(const std::vector<std::vector<TokenId>>& prompts,
+                                               const Options& options) {
+  std::vector<Answer> answers(prompts.size());
+  std::vector<SequenceId> ids;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    ids.push_back(SequenceId{next_sequence_++});
+    answers[i].reused_tokens = admit(ids[i], prompts[i], options);
+    answers[i].infos.push_back(
+        prefill(ids[i], static_cast<int>(prompts[i].size()), answers[i].reused_tokens, options));
+  }
+  for (int step = 1; step < options.max_tokens; ++step) {
+    StepPlan plan;
+    plan.decodes = ids;
+    const StepResult result = run(plan);
+    for (std::size_t i = 0; i < ids.size(); ++i) answers[i].infos.push_back(result.tokens[i].token);
+  }
+  StepPlan end;
+  if (options.publish) {
+    StepPlan publish;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const auto keys = dense_keys(prompts[i]);
+      for (std::size_t s = 0; s < keys.size(); ++s) {
+        publish.publishes.push_back({ids[i], static_cast<int>(s), keys[s]});
+      }
+    }
+    run(publish);
+  }
+  end.releases = ids;
+  const StepResult released = run(end);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    answers[i].report = released.stats[i].kv;
+    for (const TokenInfo& info : answers[i].infos) answers[i].tokens.push_back(info.id);
+  }
+  return answers;
+}
+
+}  // namespace foretoken::worker

@@ -1,0 +1,76 @@
+// LocalGroup: a worker group of one rank, with a real store process, run by a test instead of a
+// coordinator. Plans are made the way the coordinator makes them.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/prefix_key.h"
+#include "worker/engine.h"
+
+namespace foretoken::worker {
+
+// A store process in a folder of its own; both end with this.
+class StoreProcess {
+ public:
+  explicit StoreProcess(std::int64_t arena_bytes);
+  ~StoreProcess();
+  StoreProcess(const StoreProcess&) = delete;
+  StoreProcess& operator=(const StoreProcess&) = delete;
+  std::string socket() const { return (folder_ / "store.sock").string(); }
+
+ private:
+  std::filesystem::path folder_;
+  int pid_ = 0;
+};
+
+struct Answer {
+  std::vector<TokenId> tokens;
+  std::vector<TokenInfo> infos;
+  std::int64_t reused_tokens = 0;
+  KvReport report;
+};
+
+class LocalGroup {
+ public:
+  // A model of the config's shape with random weights.
+  LocalGroup(const ServiceConfig& config, const ModelConfig& model, const StoreProcess& store,
+             kernels::HistoryType history = kernels::HistoryType::kBf16);
+  ~LocalGroup();
+
+  struct Options {
+    int max_tokens = 16;
+    bool publish = false;     // make the prompt's segments reusable at the end
+    int tokens_per_item = 0;  // prefill in pieces of a layer; 0: whole layers at once
+    std::vector<TokenId> forced_ids = {};
+  };
+  Answer generate(const std::vector<TokenId>& prompt, const Options& options);
+  // Several at once, decoding in one batch.
+  std::vector<Answer> generate_batch(const std::vector<std::vector<TokenId>>& prompts,
+                                     const Options& options);
+  kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
+  kernels::Device& device() { return *device_; }
+
+ private:
+  StepResult run(StepPlan plan);
+  std::int64_t admit(SequenceId id, const std::vector<TokenId>& prompt, const Options& options);
+  TokenInfo prefill(SequenceId id, int length, std::int64_t reused, const Options& options);
+
+  ModelConfig model_config_;
+  std::unique_ptr<kernels::Device> device_;
+  std::unique_ptr<Collective> collective_;
+  std::unique_ptr<Model> model_;
+  std::unique_ptr<predictor::Policy> policy_;
+  std::unique_ptr<kvstore::KvStore> store_;
+  std::unique_ptr<Engine> engine_;
+  std::uint64_t next_step_ = 1;
+  std::uint64_t next_sequence_ = 1;
+};
+
+// Keys of the segments of a prompt that may be reused.
+std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt);
+
+}  // namespace foretoken::worker
