@@ -43,12 +43,11 @@ stage_tidy() {
 stage_asan() { build asan && run_ctest asan unit "$cores"; }
 stage_tsan() { build tsan && run_ctest tsan unit "$cores"; }
 stage_fuzz() {
-  build fuzz || return 1
-  local target
-  for target in build/fuzz/bin/*_fuzz; do
-    echo "== $target"
-    "$target" -max_total_time=5 -rss_limit_mb=2048 -verbosity=0 || return 1
-  done
+  local targets
+  targets="$(cd tests/fuzz && basename -s .cc -- *_fuzz.cc)"
+  # shellcheck disable=SC2086
+  cmake --preset fuzz && cmake --build --preset fuzz -j "$cores" --target $targets &&
+    run_ctest fuzz fuzz "$cores"
 }
 
 # Adds a log's test counts: ctest's and pytest's closing lines; else the stage counts as one.

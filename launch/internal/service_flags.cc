@@ -1,0 +1,98 @@
+#include "launch/internal/service_flags.h"
+
+#include <algorithm>
+#include <array>
+#include <cctype>
+
+namespace foretoken::launch {
+namespace {
+
+constexpr std::string_view kModel = "Model";
+constexpr std::string_view kDevices = "Devices";
+constexpr std::string_view kPolicy = "KV policy";
+constexpr std::string_view kStore = "KV store";
+constexpr std::string_view kLimits = "Scheduling and limits";
+constexpr std::string_view kEndpoints = "Endpoints";
+
+constexpr std::array kFlags = {
+    ServiceFlag{"served_model_name", kModel, "NAME",
+                "What clients see as the model's name (default: the folder's name)"},
+    ServiceFlag{"load_format", kModel, "auto|dummy",
+                "auto: the folder's weights; dummy: random weights of its config, for benchmarks"},
+    ServiceFlag{"max_model_len", kModel, "N",
+                "Longest prompt plus output, in tokens (0: the model's context)"},
+
+    ServiceFlag{"device", kDevices, "auto|cuda|cpu", "Where the model runs (auto: GPU if any)"},
+    ServiceFlag{"tensor_parallel_size", kDevices, "N",
+                "Ranks that share one replica of the model; at most its query heads"},
+    ServiceFlag{"num_groups", kDevices, "N", "Replicas of the model (data parallel)"},
+    ServiceFlag{"threads_per_rank", kDevices, "N",
+                "CPU threads of a rank (0: the machine's cores divided by the ranks)"},
+    ServiceFlag{"gpu_memory_utilization", kDevices, "F", "Share of the device memory to use"},
+    ServiceFlag{"device_memory_gib", kDevices, "X",
+                "CPU device: what counts as its device memory (0: half of the machine's)"},
+
+    ServiceFlag{"kv_policy", kPolicy, "full|streaming-llm|attention-predictor|oracle",
+                "Which KV blocks a decode step attends"},
+    ServiceFlag{"kv_budget", kPolicy, "TOKENS",
+                "Tokens a step attends: sink (64), local window (64) and critical blocks"},
+    ServiceFlag{"kv_budget_per", kPolicy, "query-head|kv-head",
+                "What the budget counts when maps are a query head's"},
+    ServiceFlag{
+        "predict_per", kPolicy, "kv-head|query-head",
+        "One attention map a KV head, or one a query head (the paper's) with the choices of "
+        "a group united"},
+    ServiceFlag{"history_type", kPolicy, "bf16|e5m3|fp32", "Type of the attention history"},
+    ServiceFlag{
+        "history_fill", kPolicy, "zero|hold",
+        "What a block that was not attended leaves in the history: nothing, or its last value"},
+    ServiceFlag{"calibrate_every", kPolicy, "M", "Steps from one calibration to the next"},
+    ServiceFlag{"calibrate_with", kPolicy, "exact|none",
+                "exact: full attention in the calibrating steps; none: never"},
+    ServiceFlag{"audit_every", kPolicy, "N",
+                "Measure recall and KL against dense attention every N steps (0: never; costs a "
+                "dense forward)"},
+    ServiceFlag{"predictor_weights", kPolicy, "FILE",
+                "Predictor weights as safetensors (default: the published ones)"},
+
+    ServiceFlag{"kv_host_gib", kStore, "X",
+                "Host memory of the node's KV store (0: a quarter of the machine's, at most 64)"},
+    ServiceFlag{"on_late", kStore, "wait|skip",
+                "What a step does about a block that is not there in time"},
+    ServiceFlag{"guard_arena", kStore, "",
+                "Test aid: the store's memory is unmapped but while blocks are copied"},
+
+    ServiceFlag{"max_num_seqs", kLimits, "N", "Sequences that decode in one step"},
+    ServiceFlag{"max_batched_tokens", kLimits, "N", "Prefill tokens of one step"},
+    ServiceFlag{"max_waiting", kLimits, "N", "Requests that may wait; more are turned away"},
+    ServiceFlag{"max_requests_per_client", kLimits, "N", "Requests of one client at a time"},
+    ServiceFlag{"request_timeout_s", kLimits, "S", "Longest life of a request"},
+    ServiceFlag{"drain_timeout_s", kLimits, "S", "How long running requests may take at shutdown"},
+
+    ServiceFlag{"host", kEndpoints, "ADDRESS", "Address that clients connect to"},
+    ServiceFlag{"port", kEndpoints, "N", "Port that clients connect to (0: any free one)"},
+    ServiceFlag{"zmq_endpoint", kEndpoints, "E",
+                "tcp://HOST:PORT or ipc://PATH, in place of --host and --port"},
+    ServiceFlag{"metrics_port", kEndpoints, "N", "Prometheus metrics on loopback (0: off)"},
+    ServiceFlag{"insecure_bind", kEndpoints, "",
+                "Serve without keys: anyone who reaches the endpoint may use it"},
+};
+
+}  // namespace
+
+std::span<const ServiceFlag> service_flags() { return kFlags; }
+
+std::string flag_name(std::string_view field) {
+  std::string name = "--" + std::string(field);
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
+}
+
+std::string environment_name(std::string_view field) {
+  std::string name = "FORETOKEN_" + std::string(field);
+  std::transform(name.begin(), name.end(), name.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::toupper(c)); });
+  return name;
+}
+
+}  // namespace foretoken::launch

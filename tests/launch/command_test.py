@@ -1,0 +1,144 @@
+"""The `foretoken` command without a service: flags, exit codes, model folders, tokens."""
+
+import json
+import os
+import shutil
+
+import pytest
+from service_helper import FORETOKEN, SMALL, make_model, run
+
+COMMANDS = ["serve", "generate", "tokenize", "detokenize", "bench", "model", "doctor", "config"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_help_goes_to_stdout():
+    for command in [[], *([name] for name in COMMANDS)]:
+        done = run(*command, "--help")
+        assert done.returncode == 0
+        assert "--help" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "words, near",
+    [
+        (["serve", "m", "--kv-bugdet", "512"], "--kv-budget"),
+        (["serve", "m", "--kv-bugdet=512"], "--kv-budget"),
+        (["generate", "--model", "m", "--promt", "x"], "--prompt"),
+        (["bench", "decode", "--contxt", "5"], "--context"),
+        (["srve"], "serve"),
+    ],
+)
+def test_unknown_words_are_usage_with_a_did_you_mean(words, near):
+    done = run(*words)
+    assert done.returncode == 2
+    assert f"did you mean {near}?" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["generate", "--prompt", "x"],
+        ["generate", "--model", "m"],
+        ["generate", "--model", "m", "--connect", "e", "--prompt", "x"],
+        ["generate", "--model", "m", "--prompt", "x", "--prompt-file", "y"],
+        ["tokenize", "m"],
+        ["serve", "m", "--kv-budget", "many"],
+        ["bench", "decode", "--model", "m", "--tokens", "0"],
+    ],
+)
+def test_wrong_usage_exits_with_2(words):
+    assert run(*words).returncode == 2
+
+
+def test_a_missing_model_exits_with_4(tmp_path):
+    for words in (["serve", tmp_path / "absent"], ["generate", "--model", "absent", "--prompt", "x"]):
+        done = run(*words, env={**os.environ, "FORETOKEN_MODELS": str(tmp_path)})
+        assert done.returncode == 4
+        assert "absent" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_the_configuration_refuses_exits_with_3(model):
+    for flags in (
+        ["--kv-budget=64"],
+        ["--tensor-parallel-size=4"],
+        ["--kv-policy=magic"],
+        ["--config=/nowhere.toml"],
+    ):
+        done = run("serve", model, *SMALL, *flags)
+        assert done.returncode == 3, flags
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_broken_model_folder_exits_with_4_and_names_the_file(model, tmp_path):
+    cases = {
+        "config.json": lambda path: path.write_text("{"),
+        "tokenizer.json": lambda path: path.write_text("[]"),
+        "model.safetensors": lambda path: os.truncate(path, path.stat().st_size - 1),
+    }
+    for name, harm in cases.items():
+        broken = tmp_path / name.split(".")[0]
+        shutil.copytree(model, broken)
+        harm(broken / name)
+        done = run("model", "verify", broken)
+        assert done.returncode == 4, name
+        assert name in done.stderr
+
+
+def test_an_unknown_architecture_exits_with_4(model, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    config["architectures"] = ["MambaForCausalLM"]
+    (other / "config.json").write_text(json.dumps(config))
+    done = run("serve", other, *SMALL)
+    assert done.returncode == 4
+    assert "MambaForCausalLM" in done.stderr
+
+
+def test_tokens_come_back_as_the_text(model, tmp_path):
+    text = "Grüße, 世界! \U0001f600 \n\ttab"
+    (tmp_path / "text").write_text(text, encoding="utf-8")
+    ids = run("tokenize", model, "--file", tmp_path / "text", "--no-special").stdout
+    assert all(isinstance(token, int) for token in json.loads(ids))
+    (tmp_path / "ids.json").write_text(ids)
+    assert run("detokenize", model, "--ids", tmp_path / "ids.json").stdout == text
+    assert run("detokenize", model, "--ids", "-", input=ids).stdout == text
+
+
+def test_config_show_says_where_a_value_comes_from(tmp_path):
+    (tmp_path / "f.toml").write_text("max-waiting = 7\n")
+    done = run(
+        "config", "show", "--origin", "--config", tmp_path / "f.toml", "--kv-budget", "512",
+        env={**os.environ, "FORETOKEN_PORT": "9000"},
+    )  # fmt: skip
+    origins = dict(line.split("#") for line in done.stdout.splitlines())
+    origins = {key.split("=")[0].strip(): value.strip() for key, value in origins.items()}
+    assert origins["kv_budget"] == "flag"
+    assert origins["port"] == "environment"
+    assert origins["max_waiting"].startswith("file")
+    assert origins["kv_policy"] == "default"
+
+
+def test_doctor_has_a_fix_for_all_that_is_not_well():
+    done = run("doctor", "--json")
+    findings = json.loads(done.stdout)
+    assert {finding["health"] for finding in findings} <= {"ok", "warn", "fail"}
+    for finding in findings:
+        assert bool(finding["fix"]) == (finding["health"] != "ok")
+
+
+def test_model_list_and_show(model):
+    environment = {**os.environ, "FORETOKEN_MODELS": str(model.parent)}
+    assert run("model", "list", env=environment).stdout.split("\t")[0] == "tiny"
+    shown = json.loads(run("model", "show", "tiny", env=environment).stdout)
+    assert shown["num_heads"] == 3
+
+
+def test_it_is_built():
+    assert FORETOKEN.exists()

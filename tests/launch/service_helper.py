@@ -1,0 +1,122 @@
+"""What the tests of the command and the service share."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BIN = pathlib.Path(os.environ.get("FORETOKEN_BIN", ROOT / "build" / "release" / "bin"))
+FORETOKEN = BIN / "foretoken"
+SMALL = ("--device=cpu", "--kv-host-gib=0.25", "--device-memory-gib=1")
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def make_model(folder, name="llama"):
+    """A random model of tests/make_test_model.py; context 512."""
+    subprocess.run(
+        [sys.executable, ROOT / "tests" / "make_test_model.py", name, folder],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    return pathlib.Path(folder)
+
+
+def run(*words, **options):
+    """Runs `foretoken WORDS`; the result has returncode, stdout and stderr."""
+    command = [str(word) for word in (FORETOKEN, *words)]
+    options.setdefault("timeout", 120)
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def wait_until(condition, timeout=60.0, what="the condition"):
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        result = condition()
+        if result:
+            return result
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not come true within {timeout} s")
+
+
+def processes_of(folder):
+    """Ids of the processes whose command line names this folder."""
+    found = []
+    for entry in pathlib.Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(folder).encode() in words and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+class Service:
+    """`foretoken serve` on a free port, in a folder of its own."""
+
+    def __init__(self, model, *flags, ready=True):
+        self._temporary = tempfile.TemporaryDirectory(prefix="ft-test-")
+        self.folder = pathlib.Path(self._temporary.name)
+        self.endpoint_file = self.folder / "endpoint.json"
+        self.log = self.folder / "log"
+        words = [FORETOKEN, "serve", model, "--port=0", f"--runtime-dir={self.folder}/run"]
+        words += [f"--endpoint-file={self.endpoint_file}", *SMALL, *flags]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [str(word) for word in words], stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        if ready:
+            wait_until(self._is_ready, what="readiness")
+
+    def _is_ready(self):
+        code = self.process.poll()
+        assert code is None, f"serve exited with {code}:\n{self.log.read_text()}"
+        return self.endpoint_file.exists()
+
+    @property
+    def endpoint(self):
+        return json.loads(self.endpoint_file.read_text())["endpoint"]
+
+    @property
+    def key_file(self):
+        return json.loads(self.endpoint_file.read_text())["key_file"]
+
+    @property
+    def connect(self):
+        return ("--connect", self.endpoint, "--key-file", self.key_file)
+
+    def pids(self, program):
+        """Ids of the service's processes that run this program."""
+        pids = processes_of(self.folder)
+        return [pid for pid in pids if _program(pid) == program]
+
+    def stop(self):
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        wait_until(lambda: not processes_of(self.folder), what="the end of all children")
+        self._temporary.cleanup()
+
+
+def _program(pid):
+    try:
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return None

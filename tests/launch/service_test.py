@@ -1,0 +1,202 @@
+"""The whole service, as a user meets it, on a random model: processes, clients, faults."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from foretoken.client import Client, ServiceError
+from service_helper import SMALL, Service, make_model, run, wait_until
+
+FULL = "--kv-policy=full"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def service(model):
+    with Service(model, FULL, "--tensor-parallel-size=2") as running:
+        yield running
+
+
+@pytest.fixture
+def client(service):
+    with Client(service.endpoint, service.key_file) as connected:
+        yield connected
+
+
+def generate(model, *flags):
+    done = run("generate", "--model", model, *SMALL, "--json", "--temperature=0", "--ignore-eos", *flags)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_generate_prints_the_fields_of_the_contract(model):
+    answer = generate(model, FULL, "--prompt=Once upon a time", "--max-tokens=5", "--logprobs=3")
+    assert len(answer["token_ids"]) == 5
+    assert answer["finish_reason"] == "length"
+    assert len(answer["logprobs"]) == 5 and len(answer["logprobs"][0]["top"]) == 3
+    assert answer["usage"]["prompt_tokens"] == len(answer["prompt_ids"])
+    assert answer["kv"]["policy"] == "full"
+    assert {"recall", "kl", "blocks_fetched", "bytes_host", "bytes_nvme", "late"} <= set(answer["kv"])
+    assert answer["timing_ms"]["total"] > 0
+
+
+def test_ranks_agree_with_one_rank(model):
+    """Margins of this random model are wide: rounding doesn't turn a token."""
+    flags = (FULL, "--prompt=Once upon a time", "--max-tokens=24")
+    one = generate(model, *flags)["token_ids"]
+    assert generate(model, *flags, "--tensor-parallel-size=2")["token_ids"] == one
+
+
+def test_a_budget_as_large_as_the_context_is_full_attention(model):
+    flags = ("--prompt=" + "abc " * 60, "--max-tokens=24", "--kv-budget=512")
+    full = generate(model, FULL, *flags)["token_ids"]
+    assert generate(model, "--kv-policy=attention-predictor", *flags)["token_ids"] == full
+
+
+def test_stream_and_whole_answer_are_the_same(client):
+    pieces = client.stream("Once upon a time", max_tokens=20, temperature=0, ignore_eos=True)
+    ids, text = [], ""
+    for piece in pieces:
+        ids += piece.ids
+        text += piece.text
+    whole = client.generate("Once upon a time", max_tokens=20, temperature=0, ignore_eos=True)
+    assert whole.ids == ids
+    assert whole.text.startswith(text)  # the stream holds back what may begin a character
+
+
+def test_the_command_connects_to_a_running_service(service, client):
+    done = run("generate", *service.connect, "--prompt=Hello", "--max-tokens=8", "--temperature=0",
+               "--ignore-eos", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = client.generate("Hello", max_tokens=8, temperature=0, ignore_eos=True)
+    assert json.loads(done.stdout)["token_ids"] == answer.ids
+
+
+def test_status_and_models(service, client, model):
+    assert client.status()["state"] == "ready"
+    assert client.status()["tensor_parallel_size"] == 2
+    assert client.models() == [model.name]
+    assert json.loads(run("status", *service.connect, "--json").stdout)["state"] == "ready"
+
+
+@pytest.mark.parametrize(
+    "prompt, options",
+    [
+        ("", {}),
+        ([], {}),
+        ([1] * 600, {}),
+        ([100000], {}),
+        ("x", {"max_tokens": 0}),
+        ("x", {"temperature": -1.0}),
+        ("x", {"num_logprobs": 1000}),
+    ],
+)
+def test_a_bad_request_fails_alone(client, prompt, options):
+    with pytest.raises(ServiceError) as error:
+        client.generate(prompt, **options)
+    assert error.value.code == "invalid_argument"
+    assert client.generate("x", max_tokens=2).usage["completion_tokens"] == 2
+
+
+def test_a_cancelled_request_frees_its_kv(client):
+    before = client.status()["kv_slabs_used"]
+    stream = client.stream("Once upon a time", max_tokens=400, ignore_eos=True)
+    next(stream)
+    stream.close()
+    wait_until(lambda: client.status()["requests_running"] == 0, 5)
+    wait_until(lambda: client.status()["kv_slabs_used"] == before, 5)
+
+
+def test_clients_at_once_get_what_they_get_alone(service, client):
+    prompts = [f"{number} " * (10 * number + 1) for number in range(8)]
+    options = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+    alone = [client.generate(prompt, **options).ids for prompt in prompts]
+    together = [None] * len(prompts)
+
+    def ask(index):
+        with Client(service.endpoint, service.key_file) as mine:
+            together[index] = mine.generate(prompts[index], **options).ids
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_a_port_in_use_exits_with_6(model):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = run("serve", model, *SMALL, f"--port={taken.getsockname()[1]}")
+    assert done.returncode == 6
+    assert "in use" in done.stderr
+
+
+def test_a_client_without_the_key_gets_nothing(service):
+    with Client(service.endpoint, None, silence_timeout=1.0) as stranger:
+        with pytest.raises(ServiceError) as error:
+            stranger.status()
+    assert error.value.code == "unavailable"
+
+
+def test_sigterm_drains_and_exits_with_0(model):
+    with Service(model, FULL) as running:
+        with Client(running.endpoint, running.key_file) as client:
+            stream = client.stream("Once", max_tokens=300, ignore_eos=True)
+            ids = list(next(stream).ids)
+            running.process.send_signal(signal.SIGTERM)
+            for piece in stream:
+                ids += piece.ids
+        assert len(ids) == 300
+        assert running.process.wait(30) == 0
+
+
+def test_everything_dies_with_a_killed_serve(model):
+    with Service(model, FULL, "--tensor-parallel-size=2") as running:
+        assert len(running.pids("foretoken-worker")) == 2
+        running.process.kill()
+        running.process.wait()
+        wait_until(lambda: not running.pids("foretoken-worker"), 10)
+        wait_until(lambda: not running.pids("foretoken-coordinator"), 10)
+        wait_until(lambda: not running.pids("foretoken-kvstore"), 10)
+
+
+def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
+    with Service(model, FULL, "--tensor-parallel-size=2") as running:
+        with Client(running.endpoint, running.key_file) as client:
+            options = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
+            undisturbed = client.generate("Once upon a time", **options).ids
+            stream = client.stream("Once upon a time", **options)
+            ids = list(next(stream).ids)
+            os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+            for piece in stream:
+                ids += piece.ids
+            assert ids == undisturbed
+            assert client.status()["worker_restarts"] == 1
+
+
+def test_a_lost_store_ends_the_service_with_its_reason(model):
+    with Service(model, FULL) as running:
+        os.kill(running.pids("foretoken-kvstore")[0], signal.SIGKILL)
+        assert running.process.wait(30) == 1
+        assert "KV store was ended by signal 9" in running.log.read_text()
+
+
+def test_a_rank_that_stands_still_is_replaced(model):
+    with Service(model, FULL, "--tensor-parallel-size=2") as running:
+        os.kill(running.pids("foretoken-worker")[0], signal.SIGSTOP)
+        with Client(running.endpoint, running.key_file, silence_timeout=60) as client:
+            time.sleep(4)
+            wait_until(lambda: client.status()["state"] == "ready", 60)
+            assert client.generate("x", max_tokens=3, ignore_eos=True).usage["completion_tokens"] == 3
+            assert client.status()["worker_restarts"] == 1
