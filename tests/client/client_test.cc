@@ -1,0 +1,250 @@
+// The C++ client against a real coordinator process with fake ranks.
+#include "client/client.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "tests/coordinator/fake_worker.h"
+#include "tests/coordinator/test_service.h"
+#include "tests/coordinator/tiny_model.h"
+
+namespace foretoken::client {
+namespace {
+
+using coordinator::FakeRankConfig;
+using coordinator::reference_tokens;
+using coordinator::TestService;
+using ::testing::HasSubstr;
+using namespace std::chrono_literals;
+
+ServiceConfig config_of(int tensor_parallel_size) {
+  ServiceConfig config;
+  config.port = 0;
+  config.tensor_parallel_size = tensor_parallel_size;
+  return config;
+}
+
+std::vector<TokenId> bytes_of(const std::string& text) {
+  std::vector<TokenId> ids;
+  for (const char c : text) ids.push_back(static_cast<unsigned char>(c));
+  return ids;
+}
+
+std::vector<TokenId> ids_of(const std::vector<TokenInfo>& tokens) {
+  std::vector<TokenId> ids;
+  for (const auto& token : tokens) ids.push_back(token.id);
+  return ids;
+}
+
+GenerateRequest wish(const std::string& prompt, int max_tokens) {
+  GenerateRequest request;
+  request.prompt = prompt;
+  request.max_tokens = max_tokens;
+  return request;
+}
+
+TEST(Client, StreamsARequestAndAsksAboutTheService) {
+  TestService service(config_of(2));
+  service.start_ranks();
+  const auto client = service.connect();
+  service.wait_until_ready(*client);
+
+  std::string streamed;
+  std::vector<TokenId> ids;
+  const auto done = client->generate(wish("Once upon a time", 40), [&](const TokenMessage& m) {
+    streamed += m.text;
+    for (const auto& token : m.tokens) ids.push_back(token.id);
+    return StreamAction::kContinue;
+  });
+  ASSERT_TRUE(done) << done.error().message;
+  const auto expected = reference_tokens(bytes_of("Once upon a time"), 0, 40, {});
+  EXPECT_EQ(ids_of(done->tokens), expected);
+  EXPECT_EQ(ids, expected);
+  EXPECT_EQ(streamed, done->text);
+  EXPECT_EQ(done->prompt_ids, bytes_of("Once upon a time"));
+  EXPECT_EQ(done->usage.completion_tokens, static_cast<std::int64_t>(expected.size()));
+  EXPECT_EQ(done->kv.policy, "attention-predictor");
+  EXPECT_GT(done->kv.blocks_fetched, 0);
+  EXPECT_GT(done->timing.total_ms, 0);
+
+  const auto models = client->models();
+  ASSERT_TRUE(models);
+  EXPECT_EQ(models->models, std::vector<std::string>{"tiny"});
+  EXPECT_EQ(models->max_model_len, coordinator::kTinyContext);
+  const auto status = client->status();
+  ASSERT_TRUE(status);
+  EXPECT_EQ(status->requests_running, 0);
+  EXPECT_EQ(status->kv_slabs_used, 0);
+}
+
+TEST(Client, ManyRequestsAtOnceGetTheirOwnTokens) {
+  TestService service(config_of(2));
+  service.start_ranks();
+  const auto client = service.connect();
+  std::map<std::string, std::vector<TokenId>> expected;
+  for (int i = 0; i < 40; ++i) {
+    const std::string prompt(static_cast<std::size_t>(1 + i * 37), static_cast<char>('a' + i % 26));
+    const auto name = client->submit(wish(prompt, 1 + i));
+    ASSERT_TRUE(name);
+    expected[*name] = reference_tokens(bytes_of(prompt), 0, 1 + i, {});
+  }
+  while (!expected.empty()) {
+    const auto message = client->receive(20s);
+    ASSERT_TRUE(message) << message.error().message;
+    const auto* error = std::get_if<ErrorMessage>(&*message);
+    ASSERT_EQ(error, nullptr) << error->message;
+    if (const auto* done = std::get_if<DoneMessage>(&*message)) {
+      ASSERT_EQ(ids_of(done->tokens), expected.at(done->request_id));
+      expected.erase(done->request_id);
+    }
+  }
+}
+
+TEST(Client, CancelsFromTheCallback) {
+  TestService service(config_of(1));
+  service.start_ranks(/*step_ms=*/5);
+  const auto client = service.connect();
+  auto request = wish("endless", 4000);
+  request.ignore_eos = true;
+  int calls = 0;
+  const auto done = client->generate(request, [&](const TokenMessage&) {
+    return ++calls < 3 ? StreamAction::kContinue : StreamAction::kCancel;
+  });
+  ASSERT_TRUE(done) << done.error().message;
+  EXPECT_EQ(done->finish_reason, "cancelled");
+  EXPECT_GE(done->tokens.size(), 3U);
+  EXPECT_LT(done->tokens.size(), 4000U);
+  const auto again = client->generate(wish("next", 3));
+  EXPECT_TRUE(again);
+  EXPECT_EQ(client->status()->kv_slabs_used, 0);
+}
+
+TEST(Client, ErrorsSayWhatIsWrong) {
+  TestService service(config_of(1));
+  service.start_ranks();
+  const auto client = service.connect();
+  const auto too_long = client->generate(wish(std::string(5000, 'x'), 10));
+  ASSERT_FALSE(too_long);
+  EXPECT_EQ(too_long.error().code, ErrorCode::kInvalidArgument);
+  EXPECT_THAT(too_long.error().message, HasSubstr("--max-model-len"));
+  EXPECT_EQ(client->generate(wish("", 10)).error().code, ErrorCode::kInvalidArgument);
+  auto stops = wish("x", 10);
+  stops.stop.assign(2000, "a");
+  EXPECT_EQ(client->generate(stops).error().code, ErrorCode::kCorrupt);
+  EXPECT_EQ(client->generate(wish(std::string(5 << 20, 'x'), 10)).error().code,
+            ErrorCode::kInvalidArgument);
+  EXPECT_TRUE(client->generate(wish("fine", 2)));
+}
+
+TEST(Client, NoticesThatNobodyIsThere) {
+  const auto client =
+      Client::connect({.endpoint = "ipc:///tmp/foretoken-nobody", .silence_timeout = 300ms});
+  ASSERT_TRUE(client);
+  EXPECT_EQ((*client)->status().error().code, ErrorCode::kUnavailable);
+  EXPECT_EQ((*client)->generate(wish("x", 1)).error().code, ErrorCode::kUnavailable);
+  EXPECT_FALSE(Client::connect({.endpoint = "nonsense"}));
+}
+
+TEST(Client, NeedsAKnownKey) {
+  TestService service(config_of(1));
+  const auto good = read_client_keys(service.folder() / "client.key").value_or_throw();
+  const ClientKeys stranger{good.server_public_key, make_key_pair()};
+  for (const std::optional<ClientKeys>& keys : {std::optional<ClientKeys>(), {stranger}}) {
+    const auto client =
+        Client::connect({.endpoint = service.endpoint(), .keys = keys, .silence_timeout = 500ms});
+    EXPECT_EQ((*client)->status().error().code, ErrorCode::kUnavailable);
+  }
+  EXPECT_TRUE(service.connect(good)->status());
+}
+
+TEST(Client, DrainLetsWhatRunsFinish) {
+  TestService service(config_of(1));
+  service.start_ranks(/*step_ms=*/5);
+  const auto client = service.connect();
+  service.wait_until_ready(*client);
+  auto request = wish("goes on", 30);
+  request.ignore_eos = true;
+  ASSERT_TRUE(client->submit(request));
+  ASSERT_TRUE(client->drain());
+  const auto other = service.connect();
+  EXPECT_EQ(other->generate(wish("late", 1)).error().code, ErrorCode::kUnavailable);
+  while (true) {
+    const auto message = client->receive(20s);
+    ASSERT_TRUE(message) << message.error().message;
+    const auto* done = std::get_if<DoneMessage>(&*message);
+    if (done == nullptr) continue;
+    EXPECT_EQ(done->tokens.size(), 30U);
+    break;
+  }
+  EXPECT_EQ(service.coordinator().wait(), 0);
+  for (auto& rank : service.ranks()) EXPECT_EQ(rank->wait(), 0);
+}
+
+TEST(Client, SigtermDrainsAndASecondOneEndsAtOnce) {
+  TestService service(config_of(1));
+  service.start_ranks(/*step_ms=*/20);
+  const auto client = service.connect();
+  auto request = wish("goes on", 4000);
+  request.ignore_eos = true;
+  ASSERT_TRUE(client->submit(request));
+  ASSERT_TRUE(client->receive(20s));
+  service.coordinator().signal(SIGTERM);
+  while (client->status()->state != "draining") std::this_thread::sleep_for(5ms);
+  service.coordinator().signal(SIGTERM);
+  EXPECT_EQ(service.coordinator().wait(), 0);
+}
+
+// A rank is killed while it decodes; its group comes back as a new epoch; no token is lost or
+// doubled. The ranks are restarted as `foretoken serve` would.
+TEST(Client, SurvivesTheDeathOfARank) {
+  TestService service(config_of(2));
+  service.start_ranks(/*step_ms=*/5);
+  const auto client = service.connect();
+  service.wait_until_ready(*client);
+  auto request = wish("a long story", 300);
+  request.ignore_eos = true;
+  std::vector<TokenId> ids;
+  bool killed = false;
+  const auto done = client->generate(request, [&](const TokenMessage& message) {
+    for (const auto& token : message.tokens) ids.push_back(token.id);
+    if (ids.size() > 50 && !killed) {
+      killed = true;
+      service.ranks()[1]->signal(SIGKILL);
+      service.start_ranks();
+    }
+    return StreamAction::kContinue;
+  });
+  ASSERT_TRUE(done) << done.error().message;
+  FakeRankConfig no_end;
+  auto expected = std::vector<TokenId>();
+  auto all = bytes_of("a long story");
+  while (expected.size() < 300) {
+    expected.push_back(coordinator::next_token(all, 0, no_end));
+    all.push_back(expected.back());
+  }
+  EXPECT_EQ(ids, expected);
+  EXPECT_EQ(ids_of(done->tokens), expected);
+  EXPECT_GE(client->status()->worker_restarts, 1);
+}
+
+TEST(Client, LearnsThatARestartedServiceForgotItsRequest) {
+  auto config = config_of(1);
+  config.zmq_endpoint = "ipc:///tmp/foretoken_test_restart_" + std::to_string(getpid());
+  auto service = std::make_unique<TestService>(config);
+  const auto client = service->connect();
+  ASSERT_TRUE(client->submit(wish("waits for ever", 10)));
+  ASSERT_TRUE(client->status());
+  service.reset();
+  service = std::make_unique<TestService>(config);
+  const auto message = client->receive(20s);
+  ASSERT_FALSE(message);
+  EXPECT_EQ(message.error().code, ErrorCode::kUnavailable);
+  EXPECT_THAT(message.error().message, HasSubstr("lost the request"));
+}
+
+}  // namespace
+}  // namespace foretoken::client
