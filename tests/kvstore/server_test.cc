@@ -185,17 +185,21 @@ TEST_F(ServerTest, SpeaksOneVersion) {
 
 TEST_F(ServerTest, StandsHostileFrames) {
   const auto good = connect(1, 1).value_or_throw();
+  ASSERT_TRUE(ready(*good));
   std::mt19937 random(kSeed);
-  const std::string real = encode(Request{hello(0)});
+  const std::string real = encode(Request{Reserve{SequenceId{1}, 3, {PrefixKey{}}}});
   for (int i = 0; i < 2'000; ++i) {
     std::string frame = real;
     for (unsigned flips = random() % 8; flips > 0; --flips) {
       frame[random() % frame.size()] = static_cast<char>(random());
     }
-    frame.resize(1 + random() % frame.size());
+    if (random() % 2 == 0) frame.resize(1 + random() % frame.size());
     const FileDescriptor peer = raw_peer();
     ASSERT_TRUE(send_message(peer.get(), frame));
+    while (!closed(peer)) {
+    }
   }
+  EXPECT_EQ(good->stat()->bad_requests, 2'000);
   EXPECT_TRUE(good->reserve(SequenceId{1}, {}, 1));
 }
 
