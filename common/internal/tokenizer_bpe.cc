@@ -11,10 +11,6 @@ namespace foretoken::internal {
 namespace {
 
 constexpr std::uint64_t kNoPair = ~std::uint64_t{0};
-constexpr std::uint32_t kNoRank = ~std::uint32_t{0};
-
-// Up to this many bytes a scan for the best pair beats a heap (docs/measurements.md, "Tokenizer").
-constexpr std::size_t kMaxScanBytes = 48;
 
 constexpr std::size_t kMaxCachedWords = 1 << 13;
 constexpr std::size_t kMaxCachedBytes = 64;
@@ -74,64 +70,39 @@ void WordEncoder::encode_uncached(std::string_view word, std::vector<TokenId>& o
       return;
     }
   }
-  if (word.size() <= kMaxScanBytes) {
-    merge_by_scan(word, out);
-  } else {
-    merge_by_heap(word, out);
+  start_symbols(word);
+  merge_symbols();
+  for (std::int32_t i = symbols_.empty() ? -1 : 0; i >= 0; i = symbols_[i].next) {
+    out.push_back(symbols_[i].id);
   }
 }
 
-// One symbol a byte, into ids_.
+// One symbol a byte.
 void WordEncoder::start_symbols(std::string_view word) {
-  ids_.clear();
+  FT_CHECK(word.size() < static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()));
+  symbols_.clear();
+  const auto add = [this](TokenId id) {
+    const auto index = static_cast<std::int32_t>(symbols_.size());
+    if (index > 0) symbols_.back().next = index;
+    symbols_.push_back({id, index - 1, -1, false});
+  };
   bool after_unknown = false;
   for (const char byte : word) {
     const auto& id = bpe_.byte_ids[static_cast<std::uint8_t>(byte)];
     if (id) {
-      ids_.push_back(*id);
+      add(*id);
     } else if (bpe_.unknown && !(after_unknown && bpe_.fuse_unknown)) {
-      ids_.push_back(*bpe_.unknown);
+      add(*bpe_.unknown);
     }
     after_unknown = !id;
   }
 }
 
-// O(n^2) with a small constant: keeps each neighbour pair's rank beside its left symbol.
-void WordEncoder::merge_by_scan(std::string_view word, std::vector<TokenId>& out) {
-  start_symbols(word);
-  const auto rank_at = [this](std::size_t left) {
-    if (left + 1 >= ids_.size()) return kNoRank;
-    const Merge* merge = bpe_.merges.find(ids_[left], ids_[left + 1]);
-    return merge != nullptr ? merge->rank : kNoRank;
-  };
-  ranks_.clear();
-  for (std::size_t i = 0; i < ids_.size(); ++i) ranks_.push_back(rank_at(i));
-
-  while (!ids_.empty()) {
-    const auto best = std::min_element(ranks_.begin(), ranks_.end());  // the leftmost of equals
-    if (*best == kNoRank) break;
-    const auto left = static_cast<std::size_t>(best - ranks_.begin());
-    ids_[left] = bpe_.merges.find(ids_[left], ids_[left + 1])->result;
-    ids_.erase(ids_.begin() + static_cast<std::ptrdiff_t>(left) + 1);
-    ranks_.erase(ranks_.begin() + static_cast<std::ptrdiff_t>(left) + 1);
-    ranks_[left] = rank_at(left);
-    if (left > 0) ranks_[left - 1] = rank_at(left - 1);
-  }
-  out.insert(out.end(), ids_.begin(), ids_.end());
-}
-
 // O(n log n): a heap of candidate merges over a linked list of symbols. A candidate whose symbols
 // have changed since is recognized when it comes up, and skipped.
-void WordEncoder::merge_by_heap(std::string_view word, std::vector<TokenId>& out) {
-  start_symbols(word);
-  FT_CHECK(ids_.size() < static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()));
-  const auto num_symbols = static_cast<std::int32_t>(ids_.size());
-  symbols_.clear();
-  for (std::int32_t i = 0; i < num_symbols; ++i) {
-    symbols_.push_back({ids_[i], i - 1, i + 1 < num_symbols ? i + 1 : -1, false});
-  }
+void WordEncoder::merge_symbols() {
   heap_.clear();
-  for (std::int32_t i = 0; i < num_symbols; ++i) push_candidate(i);
+  for (std::size_t i = 0; i < symbols_.size(); ++i) push_candidate(static_cast<std::int32_t>(i));
 
   const auto later = [](const Candidate& a, const Candidate& b) {
     return a.rank != b.rank ? a.rank > b.rank : a.left > b.left;
@@ -156,9 +127,6 @@ void WordEncoder::merge_by_heap(std::string_view word, std::vector<TokenId>& out
       if (i >= 0) push_candidate(i);
       if (heap_.size() > num_before) std::push_heap(heap_.begin(), heap_.end(), later);
     }
-  }
-  for (std::int32_t i = num_symbols > 0 ? 0 : -1; i >= 0; i = symbols_[i].next) {
-    out.push_back(symbols_[i].id);
   }
 }
 

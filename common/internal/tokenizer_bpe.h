@@ -63,10 +63,6 @@ class WordEncoder {
   // earlier words are still there: the cache refers to both.
   void encode(std::string_view word, std::vector<TokenId>& out);
 
-  // The merge loop alone, on either of its two ways. For tests.
-  void merge_by_scan(std::string_view word, std::vector<TokenId>& out);
-  void merge_by_heap(std::string_view word, std::vector<TokenId>& out);
-
  private:
   struct CachedWord {
     std::string_view word;
@@ -87,14 +83,13 @@ class WordEncoder {
 
   void encode_uncached(std::string_view word, std::vector<TokenId>& out);
   void start_symbols(std::string_view word);
+  void merge_symbols();
   void push_candidate(std::int32_t left);
 
   const Bpe& bpe_;
   const Vocabulary& vocabulary_;
   std::vector<CachedWord> cache_;  // by the word's hash; a new word takes the place of an old one
-  std::vector<TokenId> ids_;
-  std::vector<std::uint32_t> ranks_;
-  std::vector<Symbol> symbols_;
+  std::vector<Symbol> symbols_;    // of the word at hand, linked from the first on
   std::vector<Candidate> heap_;
 };
 

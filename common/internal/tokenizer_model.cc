@@ -65,14 +65,16 @@ MergeTable read_merges(const JsonField& merges, const Vocabulary& vocabulary) {
   MergeTable table(num_merges);
   for (std::size_t i = 0; i < num_merges; ++i) {
     const auto [left, right] = merge_parts(merges, i);
-    const auto id = [&, i = i](const std::string& text) {
-      const auto found = vocabulary.find_text(text);
-      if (!found) merges[i].fail("'" + text + "' isn't in the vocabulary");
-      return *found;
-    };
-    const TokenId result = id(std::string(left) + std::string(right));
-    table.set(id(std::string(left)), id(std::string(right)),
-              {static_cast<std::uint32_t>(i), result});
+    const auto left_bytes = from_byte_alphabet(left);
+    const auto right_bytes = from_byte_alphabet(right);
+    if (!left_bytes || !right_bytes) merges[i].fail("it isn't of the byte-level alphabet");
+    const auto left_id = vocabulary.find_word(*left_bytes);
+    const auto right_id = vocabulary.find_word(*right_bytes);
+    const auto result = vocabulary.find_word(*left_bytes + *right_bytes);
+    if (!left_id || !right_id || !result) {
+      merges[i].fail("one of its tokens, or what they merge to, isn't in the vocabulary");
+    }
+    table.set(*left_id, *right_id, {static_cast<std::uint32_t>(i), *result});
   }
   return table;
 }

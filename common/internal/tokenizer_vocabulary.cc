@@ -56,6 +56,7 @@ std::optional<std::string> from_byte_alphabet(std::string_view text) {
 Vocabulary::Vocabulary(TokenId max_id) {
   FT_CHECK(max_id >= 0 && max_id <= kMaxId, max_id);
   tokens_.resize(static_cast<std::size_t>(max_id) + 1);
+  words_.reserve(tokens_.size());
 }
 
 bool Vocabulary::add(TokenId id, std::string_view text) {
