@@ -54,37 +54,40 @@ struct Hidden {
   }
 };
 
-constexpr int kOutside = -1;  // a history row outside the window: zeros
-
-// Hidden row `slot`, from the tile's rows above, middle, below (or kOutside).
-template <int kRows>
-HWY_NOINLINE void hidden_row(const CnnFilters& filters, const CnnTile& tile, int above, int middle,
-                             int below, int slot, Hidden<kRows>* out) {
+// relu(conv1) of one channel: columns [kHiddenColumns] of a hidden row.
+HWY_INLINE void hidden_values(const float (&conv1)[9], float bias, const CnnTile& tile,
+                              const CnnSide::Hidden& hidden, Vec (&out)[kHiddenColumns]) {
   const D tag;
-  const int rows[3] = {above, middle, below};
+  const int rows[3] = {hidden.above, hidden.middle, hidden.below};
+  for (Vec& v : out) v = hn::Set(tag, bias);
+  for (int ky = 0; ky < 3; ++ky) {
+    if (rows[ky] == CnnSide::kOutside) continue;
+    const float* row = tile.values + static_cast<std::size_t>(rows[ky] * kTileColumns) * kLanes;
+    for (int kx = 0; kx < 3; ++kx) {
+      const Vec weight = hn::Set(tag, conv1[ky * 3 + kx]);
+      for (int c = 0; c < kHiddenColumns; ++c) {
+        const Vec value = hn::Load(tag, row + static_cast<std::size_t>(c + kx) * kLanes);
+        out[c] = hn::MulAdd(weight, value, out[c]);
+      }
+    }
+  }
+  for (int c = 0; c < kHiddenColumns; ++c) {
+    out[c] = hn::Max(out[c], hn::Zero(tag));
+    if (tile.at_edge) {
+      out[c] = hn::Mul(out[c], hn::Load(tag, tile.inside + static_cast<std::size_t>(c) * kLanes));
+    }
+  }
+}
+
+// Hidden row `slot`, transformed.
+template <int kRows>
+HWY_NOINLINE void hidden_row(const CnnFilters& filters, const CnnTile& tile,
+                             const CnnSide::Hidden& hidden, int slot, Hidden<kRows>* out) {
   const std::size_t point_stride = static_cast<std::size_t>(kChannels1 * kRows) * kLanes;
   for (int channel = 0; channel < kChannels1; ++channel) {
-    Vec sum[kHiddenColumns];
-    for (Vec& s : sum) s = hn::Set(tag, filters.bias1[channel]);
-    for (int ky = 0; ky < 3; ++ky) {
-      if (rows[ky] == kOutside) continue;
-      const float* row = tile.values + static_cast<std::size_t>(rows[ky] * kTileColumns) * kLanes;
-      for (int kx = 0; kx < 3; ++kx) {
-        const Vec weight = hn::Set(tag, filters.conv1[channel][ky * 3 + kx]);
-        for (int c = 0; c < kHiddenColumns; ++c) {
-          const Vec value = hn::Load(tag, row + static_cast<std::size_t>(c + kx) * kLanes);
-          sum[c] = hn::MulAdd(weight, value, sum[c]);
-        }
-      }
-    }
-    for (int c = 0; c < kHiddenColumns; ++c) {
-      sum[c] = hn::Max(sum[c], hn::Zero(tag));
-      if (tile.at_edge) {
-        const float* inside = tile.inside + static_cast<std::size_t>(c) * kLanes;
-        sum[c] = hn::Mul(sum[c], hn::Load(tag, inside));
-      }
-    }
-    transform_input(sum, point_stride, out->at(0, channel, slot));
+    Vec values[kHiddenColumns];
+    hidden_values(filters.conv1[channel], filters.bias1[channel], tile, hidden, values);
+    transform_input(values, point_stride, out->at(0, channel, slot));
   }
 }
 
@@ -263,7 +266,7 @@ void top_products(const CnnFilters& f, const Hidden<4>& h, int block, int point,
 void interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out) {
   Hidden<3> hidden;
   for (int row = 0; row < 3; ++row) {
-    hidden_row(filters, tile, row, row + 1, row + 2, row, &hidden);
+    hidden_row(filters, tile, kBottomSide.hidden[row], row, &hidden);
   }
   alignas(64) float s[kSegmentColumns * kLanes] = {};
   Products<1> first;
@@ -280,8 +283,10 @@ void interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out) 
 
 // What bottom and top share: s of three rows, of which the first is interior.
 template <typename MakeProducts>
-HWY_INLINE void edge(const CnnFilters& filters, const Hidden<4>& hidden,
+HWY_INLINE void edge(const CnnFilters& filters, const CnnSide& side, const CnnTile& tile,
                      const MakeProducts& make_products, CnnEdge* out) {
+  Hidden<4> hidden;
+  for (int row = 0; row < 4; ++row) hidden_row(filters, tile, side.hidden[row], row, &hidden);
   alignas(64) float s[3 * kSegmentColumns * kLanes] = {};
   Products<3> products;
   for (int block = 0; block < CnnFilters::kBlocks; ++block) {
@@ -296,35 +301,88 @@ HWY_INLINE void edge(const CnnFilters& filters, const Hidden<4>& hidden,
 }
 
 void bottom(const CnnFilters& filters, const CnnTile& tile, CnnEdge* out) {
-  Hidden<4> hidden;
-  hidden_row(filters, tile, 0, 1, 2, 0, &hidden);
-  hidden_row(filters, tile, 1, 2, 3, 1, &hidden);
-  hidden_row(filters, tile, 2, 3, 4, 2, &hidden);
-  hidden_row(filters, tile, 3, 4, kOutside, 3, &hidden);
-  edge(filters, hidden, bottom_products, out);
+  edge(filters, kBottomSide, tile, bottom_products, out);
 }
 
 void top(const CnnFilters& filters, const CnnTile& tile, CnnEdge* out) {
-  Hidden<4> hidden;
-  hidden_row(filters, tile, 0, 1, 2, 0, &hidden);
-  hidden_row(filters, tile, kOutside, 1, 2, 1, &hidden);
-  hidden_row(filters, tile, 1, 2, 3, 2, &hidden);
-  hidden_row(filters, tile, 2, 3, 4, 3, &hidden);
-  edge(filters, hidden, top_products, out);
+  edge(filters, kTopSide, tile, top_products, out);
 }
 
-void affine(const CnnAffine& map, const float* rows, int stride, int columns, std::int32_t* fixed,
-            float* boundary, float* greatest) {
+// The few hidden channels of a tile: [channel, hidden row, column, lane].
+struct FewHidden {
+  alignas(64) float values[CnnFolded::kFew * CnnFolded::kHiddenRows * kHiddenColumns * kLanes];
+  float* at(int channel, int row, int column) {
+    const int index = (channel * CnnFolded::kHiddenRows + row) * kHiddenColumns + column;
+    return values + static_cast<std::size_t>(index) * kLanes;
+  }
+};
+
+// One output of a folded network, added to s [kSegmentColumns, lane].
+HWY_INLINE void add_output(const CnnFolded& folded, const CnnFolded::Output& output,
+                           const CnnTile& tile, FewHidden& hidden, float* s) {
   const D tag;
+  Vec sum[kSegmentColumns];
+  for (Vec& v : sum) v = hn::Set(tag, output.at_zero);
+  for (int r = 0; r < kTileRows; ++r) {
+    const float* row = tile.values + static_cast<std::size_t>(r * kTileColumns) * kLanes;
+    for (std::size_t x = 0; x < 5; ++x) {
+      const Vec tap = hn::Set(tag, output.history[static_cast<std::size_t>(r) * 5 + x]);
+      for (std::size_t c = 0; c < kSegmentColumns; ++c) {
+        sum[c] = hn::MulAdd(tap, hn::Load(tag, row + (c + x) * kLanes), sum[c]);
+      }
+    }
+  }
+  for (int i = 0; i < folded.num_hidden; ++i) {
+    for (int r = 0; r < CnnFolded::kHiddenRows; ++r) {
+      const float* row = hidden.at(i, r, 0);
+      for (std::size_t x = 0; x < 3; ++x) {
+        const Vec tap = hn::Set(tag, output.hidden[i][r][x]);
+        for (std::size_t c = 0; c < kSegmentColumns; ++c) {
+          sum[c] = hn::MulAdd(tap, hn::Load(tag, row + (c + x) * kLanes), sum[c]);
+        }
+      }
+    }
+  }
+  const Vec weight = hn::Set(tag, output.weight);
+  for (std::size_t c = 0; c < kSegmentColumns; ++c) {
+    const Vec value = output.relu ? hn::Max(sum[c], hn::Zero(tag)) : sum[c];
+    hn::Store(hn::MulAdd(weight, value, hn::Load(tag, s + c * kLanes)), tag, s + c * kLanes);
+  }
+}
+
+void warm(const CnnFolded& folded, const CnnSide& side, const CnnTile& tile, CnnEdge* out) {
+  FewHidden hidden;
+  for (int i = 0; i < folded.num_hidden; ++i) {
+    for (int r = 0; r < CnnFolded::kHiddenRows; ++r) {
+      Vec values[kHiddenColumns];
+      hidden_values(folded.conv1[i], folded.bias1[i], tile, side.hidden[r], values);
+      for (int c = 0; c < kHiddenColumns; ++c) hn::Store(values[c], D(), hidden.at(i, r, c));
+    }
+  }
+  alignas(64) float interior_s[kSegmentColumns * kLanes] = {};
+  alignas(64) float boundary_s[kSegmentColumns * kLanes] = {};
+  for (int o = 0; o < folded.num_outputs; ++o) {
+    const CnnFolded::Output& output = folded.outputs[o];
+    add_output(folded, output, tile, hidden, output.interior ? interior_s : boundary_s);
+  }
+  store_segments(interior_s, out->interior.fixed);
+  for (std::size_t i = 0; i < kSegmentColumns * kLanes; ++i) out->boundary[i] = boundary_s[i];
+}
+
+void cold(const CnnFolded& folded, const float* rows, int stride, int columns, std::int32_t* fixed,
+          float* boundary, float* greatest) {
+  const D tag;
+  const CnnFolded::Output& interior_map = folded.outputs[0];
+  const CnnFolded::Output& boundary_map = folded.outputs[1];
   constexpr int kStep = static_cast<int>(kLanes);
   for (int c = 0; c < columns; c += kStep) {
-    Vec inner = hn::Set(tag, map.interior_at_zero);
-    Vec outer = hn::Set(tag, map.boundary_at_zero);
+    Vec inner = hn::Set(tag, interior_map.at_zero);
+    Vec outer = hn::Set(tag, boundary_map.at_zero);
     for (int r = 0; r < kTileRows; ++r) {
       for (int x = 0; x < 5; ++x) {
         const Vec value = hn::LoadU(tag, rows + r * stride + c + x);
-        inner = hn::MulAdd(hn::Set(tag, map.interior[r * 5 + x]), value, inner);
-        outer = hn::MulAdd(hn::Set(tag, map.boundary[r * 5 + x]), value, outer);
+        inner = hn::MulAdd(hn::Set(tag, interior_map.history[r * 5 + x]), value, inner);
+        outer = hn::MulAdd(hn::Set(tag, boundary_map.history[r * 5 + x]), value, outer);
       }
     }
     store_fixed(inner, fixed + c);
@@ -349,7 +407,8 @@ namespace foretoken::kernels {
 namespace {
 
 HWY_EXPORT(num_lanes);
-HWY_EXPORT(affine);
+HWY_EXPORT(cold);
+HWY_EXPORT(warm);
 HWY_EXPORT(interior);
 HWY_EXPORT(bottom);
 HWY_EXPORT(top);
@@ -360,9 +419,12 @@ int cnn_lanes() {
   static const int lanes = HWY_DYNAMIC_DISPATCH(num_lanes)();
   return lanes;
 }
-void cnn_affine(const CnnAffine& map, const float* rows, int stride, int columns,
-                std::int32_t* fixed, float* boundary, float* greatest) {
-  HWY_DYNAMIC_DISPATCH(affine)(map, rows, stride, columns, fixed, boundary, greatest);
+void cnn_cold(const CnnFolded& cold_map, const float* rows, int stride, int columns,
+              std::int32_t* fixed, float* boundary, float* greatest) {
+  HWY_DYNAMIC_DISPATCH(cold)(cold_map, rows, stride, columns, fixed, boundary, greatest);
+}
+void cnn_warm(const CnnFolded& warm_map, const CnnSide& side, const CnnTile& tile, CnnEdge* out) {
+  HWY_DYNAMIC_DISPATCH(warm)(warm_map, side, tile, out);
 }
 void cnn_interior(const CnnFilters& filters, const CnnTile& tile, CnnInterior* out) {
   HWY_DYNAMIC_DISPATCH(interior)(filters, tile, out);

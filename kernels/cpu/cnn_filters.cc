@@ -1,8 +1,8 @@
-// What the CNN's kernels need of the weights: transformed filters, and the affine regime.
+// What the CNN's kernels need of the weights: transformed filters, and where relus cannot act.
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <limits>
+#include <vector>
 
 #include "kernels/cpu/cnn.h"
 
@@ -19,134 +19,269 @@ constexpr double kFilterTransform[CnnFilters::kPoints][3] = {
     {0, 0, 1},
 };
 
-double tap1(const PredictorWeights& w, int i, int y, int x) {
-  return static_cast<double>(w.conv1_weight[static_cast<std::size_t>(i * 9 + y * 3 + x)]);
-}
-double tap2(const PredictorWeights& w, int o, int i, int y, int x) {
-  return static_cast<double>(
-      w.conv2_weight[static_cast<std::size_t>(((o * kChannels1 + i) * 3 + y) * 3 + x)]);
-}
+// The weights as doubles, by index.
+class Taps {
+ public:
+  explicit Taps(const PredictorWeights& weights) : w_(weights) {}
+  double conv1(int i, int y, int x) const { return w_.conv1_weight[at(i * 9 + y * 3 + x)]; }
+  double bias1(int i) const { return w_.conv1_bias[at(i)]; }
+  double conv2(int o, int i, int y, int x) const {
+    return w_.conv2_weight[at(((o * kChannels1 + i) * 3 + y) * 3 + x)];
+  }
+  double bias2(int o) const { return w_.conv2_bias[at(o)]; }
+  double conv3(int o) const { return w_.conv3_weight[at(o)]; }
 
-// 5 x 5 taps of history around an output, and the output's value at zero history.
-struct Affine {
-  std::array<double, 25> taps{};
+ private:
+  static std::size_t at(int i) { return static_cast<std::size_t>(i); }
+  const PredictorWeights& w_;
+};
+
+// An affine map of a tile's history, and of the hidden channels that are kept.
+struct Stencil {
+  std::array<double, kTileRows * 5> history{};
+  std::array<std::array<std::array<double, 3>, CnnFolded::kHiddenRows>, kChannels1> hidden{};
   double at_zero = 0;
 };
 
-// A term that could change the sign of `at_zero` by values in [0, limit]: the least such limit.
-double sign_limit(double at_zero, double positive, double negative) {
-  const double against = at_zero > 0 ? negative : positive;
-  if (against == 0) return std::numeric_limits<double>::infinity();
-  return std::abs(at_zero) / against;
+using Channels = std::vector<int>;
+bool contains(const Channels& channels, int channel) {
+  return std::find(channels.begin(), channels.end(), channel) != channels.end();
 }
 
-// Which taps see the window: an output row at its edge has fewer.
-struct Taps {
-  int first_row2 = 0;  // conv2's tap rows [first_row2, last_row2]
-  int last_row2 = 2;
-  int cut_row2 = -1;  // at this tap row of conv2, conv1 lacks its tap row cut_row1
-  int cut_row1 = -1;
-};
-
-// Derives the map of an output row, and lowers tau to where it stops to be affine.
-class AffineRegime {
- public:
-  explicit AffineRegime(const PredictorWeights& weights) : w_(weights) {
-    for (int i = 0; i < kChannels1; ++i) {
-      double positive = 0;
-      double negative = 0;
-      for (int k = 0; k < 9; ++k) add_signed(tap1(w_, i, k / 3, k % 3), &positive, &negative);
-      tau_ = std::min(tau_, sign_limit(bias1(i), positive, negative));
+// conv2's channel o before its relu, of one row of outputs. Channels of conv1 that are `kept` stay
+// as they are; of the others the relu counts as passing, where it passes at zero history, or as
+// zero.
+Stencil conv2_channel(const Taps& w, int o, const CnnSide& side, const CnnSide::Row& row,
+                      const Channels& kept) {
+  Stencil out;
+  out.at_zero = w.bias2(o);
+  for (int k = 0; k < kChannels1 * 9; ++k) {
+    const int i = k / 9;
+    const int y2 = k / 3 % 3;
+    const int x2 = k % 3;
+    const int hidden = row.hidden[y2];
+    if (hidden == CnnSide::kOutside) continue;
+    const double weight = w.conv2(o, i, y2, x2);
+    if (contains(kept, i)) {
+      out.hidden[static_cast<std::size_t>(i)][static_cast<std::size_t>(hidden)]
+                [static_cast<std::size_t>(x2)] += weight;
+      continue;
     }
-  }
-
-  Affine map(const Taps& taps) {
-    Affine sum;
-    for (int o = 0; o < kChannels2; ++o) {
-      const Affine hidden = hidden_map(o, taps);
-      double positive = 0;
-      double negative = 0;
-      for (const double tap : hidden.taps) add_signed(tap, &positive, &negative);
-      tau_ = std::min(tau_, sign_limit(hidden.at_zero, positive, negative));
-      if (hidden.at_zero <= 0) continue;  // relu is 0
-      const auto weight = static_cast<double>(w_.conv3_weight[static_cast<std::size_t>(o)]);
-      sum.at_zero += weight * hidden.at_zero;
-      for (std::size_t k = 0; k < 25; ++k) sum.taps[k] += weight * hidden.taps[k];
-    }
-    return sum;
-  }
-
-  double tau() const { return tau_; }
-
- private:
-  double bias1(int i) const {
-    return static_cast<double>(w_.conv1_bias[static_cast<std::size_t>(i)]);
-  }
-  static void add_signed(double value, double* positive, double* negative) {
-    (value > 0 ? *positive : *negative) += std::abs(value);
-  }
-
-  // conv2's channel o over the channels of conv1 that are positive at zero history.
-  Affine hidden_map(int o, const Taps& taps) const {
-    Affine out;
-    out.at_zero = static_cast<double>(w_.conv2_bias[static_cast<std::size_t>(o)]);
-    for (int y2 = taps.first_row2; y2 <= taps.last_row2; ++y2) {
-      for (int x2 = 0; x2 < 3; ++x2) {
-        for (int i = 0; i < kChannels1; ++i) {
-          if (bias1(i) <= 0) continue;
-          const double weight = tap2(w_, o, i, y2, x2);
-          out.at_zero += weight * bias1(i);
-          for (int k = 0; k < 9; ++k) {
-            if (y2 == taps.cut_row2 && k / 3 == taps.cut_row1) continue;
-            const int at = (y2 + k / 3) * 5 + x2 + k % 3;
-            out.taps[static_cast<std::size_t>(at)] += weight * tap1(w_, i, k / 3, k % 3);
-          }
-        }
+    if (w.bias1(i) <= 0) continue;
+    out.at_zero += weight * w.bias1(i);
+    const CnnSide::Hidden& from = side.hidden[hidden];
+    const int rows[3] = {from.above, from.middle, from.below};
+    for (int y1 = 0; y1 < 3; ++y1) {
+      if (rows[y1] == CnnSide::kOutside) continue;
+      for (int x1 = 0; x1 < 3; ++x1) {
+        out.history[static_cast<std::size_t>(rows[y1] * 5 + x2 + x1)] +=
+            weight * w.conv1(i, y1, x1);
       }
-    }
-    return out;
-  }
-
-  const PredictorWeights& w_;
-  double tau_ = std::numeric_limits<double>::infinity();
-};
-
-// The two rows at an edge of the window see the tile's rows at these offsets of their 5 rows.
-CnnAffine join(const Affine& interior, const Affine& a, int offset_a, const Affine& b,
-               int offset_b) {
-  CnnAffine out{};
-  out.interior_at_zero = static_cast<float>(interior.at_zero);
-  out.boundary_at_zero = static_cast<float>(a.at_zero + b.at_zero);
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int x = 0; x < 5; ++x) {
-      const auto tap = [&](const Affine& map, int offset) {
-        const int row = r + offset;
-        return row < 0 || row >= 5 ? 0.0 : map.taps[static_cast<std::size_t>(row * 5 + x)];
-      };
-      out.interior[r * 5 + x] = static_cast<float>(tap(interior, 0));
-      out.boundary[r * 5 + x] = static_cast<float>(tap(a, offset_a) + tap(b, offset_b));
     }
   }
   return out;
 }
 
+// Sums of the positive and of the negative terms, both without sign.
+struct Reach {
+  double up = 0;
+  double down = 0;
+  void add(double term) { (term > 0 ? up : down) += std::abs(term); }
+};
+
+// Which relus can act while all history values lie in [0, a].
+class SignAnalysis {
+ public:
+  explicit SignAnalysis(const Taps& w) {
+    for (int i = 0; i < kChannels1; ++i) {
+      Reach reach;
+      for (int k = 0; k < 9; ++k) reach.add(w.conv1(i, k / 3, k % 3));
+      channels1_.push_back({w.bias1(i), reach});
+    }
+    for (int o = 0; o < kChannels2; ++o) {
+      for (const CnnSide* side : {&kBottomSide, &kTopSide}) {
+        for (const CnnSide::Row& row : side->rows) add_channel2(w, o, *side, row);
+      }
+    }
+  }
+
+  // Channels of conv1 whose relu may leave the state that it has at zero history. Rows at the
+  // window's edge have fewer taps, so they reach less far.
+  Channels acting1(double a) const {
+    Channels out;
+    for (int i = 0; i < kChannels1; ++i) {
+      if (deviation(i, a) > 0) out.push_back(i);
+    }
+    return out;
+  }
+
+  Channels acting2(double a) const {
+    std::array<double, kChannels1> deviations{};
+    for (int i = 0; i < kChannels1; ++i) deviations[static_cast<std::size_t>(i)] = deviation(i, a);
+    Channels out;
+    for (const Channel2& c : channels2_) {
+      double up = c.at_zero + a * c.history.up;
+      double down = c.at_zero - a * c.history.down;
+      for (std::size_t i = 0; i < kChannels1; ++i) {
+        up += deviations[i] * c.hidden[i].up;
+        down -= deviations[i] * c.hidden[i].down;
+      }
+      const bool acts = c.at_zero > 0 ? down < 0 : up > 0;
+      if (acts && !contains(out, c.channel)) out.push_back(c.channel);
+    }
+    return out;
+  }
+
+  // The greatest a at which at most `few` relus can act, in each of conv1 and conv2.
+  double limit(std::size_t few) const {
+    double low = 0;
+    double high = 2;  // more than any probability
+    for (int i = 0; i < 60; ++i) {
+      const double middle = (low + high) / 2;
+      const bool holds = acting1(middle).size() <= few && acting2(middle).size() <= few;
+      (holds ? low : high) = middle;
+    }
+    return low;
+  }
+
+ private:
+  struct Channel1 {
+    double bias;
+    Reach reach;
+  };
+  struct Channel2 {
+    int channel;
+    double at_zero;
+    Reach history;
+    std::array<Reach, kChannels1> hidden;
+  };
+
+  // Greatest difference between a hidden value and its affine (or zero) stand-in; never negative.
+  double deviation(int i, double a) const {
+    const Channel1& c = channels1_[static_cast<std::size_t>(i)];
+    const double against = c.bias > 0 ? c.reach.down : c.reach.up;
+    return std::max(0.0, a * against - std::abs(c.bias));
+  }
+
+  void add_channel2(const Taps& w, int o, const CnnSide& side, const CnnSide::Row& row) {
+    const Stencil stencil = conv2_channel(w, o, side, row, {});
+    Channel2 c{o, stencil.at_zero, {}, {}};
+    for (const double tap : stencil.history) c.history.add(tap);
+    for (int i = 0; i < kChannels1; ++i) {
+      for (int k = 0; k < 9; ++k) {
+        if (row.hidden[k / 3] == CnnSide::kOutside) continue;
+        c.hidden[static_cast<std::size_t>(i)].add(w.conv2(o, i, k / 3, k % 3));
+      }
+    }
+    channels2_.push_back(c);
+  }
+
+  std::vector<Channel1> channels1_;
+  std::vector<Channel2> channels2_;
+};
+
+// Folds conv2 and conv3 of one side around the relus of `kept1` and `kept2`.
+class Folding {
+ public:
+  Folding(const Taps& w, const CnnSide& side, const Channels& kept1, const Channels& kept2)
+      : w_(w), side_(side), kept1_(kept1), kept2_(kept2) {}
+
+  CnnFolded fold(double limit) {
+    constexpr double kMargin = 0.999;  // of rounding
+    out_.limit = static_cast<float>(kMargin * limit);
+    out_.num_hidden = static_cast<int>(kept1_.size());
+    for (std::size_t i = 0; i < kept1_.size(); ++i) {
+      for (int k = 0; k < 9; ++k) {
+        out_.conv1[i][k] = static_cast<float>(w_.conv1(kept1_[i], k / 3, k % 3));
+      }
+      out_.bias1[i] = static_cast<float>(w_.bias1(kept1_[i]));
+    }
+    add_rest({side_.rows[0]}, true);
+    add_rest({side_.rows[1], side_.rows[2]}, false);
+    for (std::size_t r = 0; r < 3; ++r) {
+      for (const int o : kept2_) {
+        add(conv2_channel(w_, o, side_, side_.rows[r], kept1_), w_.conv3(o), true, r == 0);
+      }
+    }
+    return out_;
+  }
+
+ private:
+  // The channels whose relu passes throughout, summed.
+  void add_rest(const std::vector<CnnSide::Row>& rows, bool interior) {
+    Stencil sum;
+    for (const CnnSide::Row& row : rows) {
+      for (int o = 0; o < kChannels2; ++o) {
+        if (contains(kept2_, o)) continue;
+        if (conv2_channel(w_, o, side_, row, {}).at_zero > 0) {
+          add_scaled(conv2_channel(w_, o, side_, row, kept1_), w_.conv3(o), &sum);
+        }
+      }
+    }
+    add(sum, 1.0, false, interior);
+  }
+
+  static void add_scaled(const Stencil& from, double weight, Stencil* to) {
+    to->at_zero += weight * from.at_zero;
+    for (std::size_t k = 0; k < from.history.size(); ++k) {
+      to->history[k] += weight * from.history[k];
+    }
+    for (std::size_t i = 0; i < from.hidden.size(); ++i) {
+      for (std::size_t r = 0; r < CnnFolded::kHiddenRows; ++r) {
+        for (std::size_t x = 0; x < 3; ++x) to->hidden[i][r][x] += weight * from.hidden[i][r][x];
+      }
+    }
+  }
+
+  void add(const Stencil& stencil, double weight, bool relu, bool interior) {
+    CnnFolded::Output& output = out_.outputs[out_.num_outputs++];
+    for (std::size_t k = 0; k < stencil.history.size(); ++k) {
+      output.history[k] = static_cast<float>(stencil.history[k]);
+    }
+    for (std::size_t i = 0; i < kept1_.size(); ++i) {
+      for (std::size_t r = 0; r < CnnFolded::kHiddenRows; ++r) {
+        for (std::size_t x = 0; x < 3; ++x) {
+          output.hidden[i][r][x] =
+              static_cast<float>(stencil.hidden[static_cast<std::size_t>(kept1_[i])][r][x]);
+        }
+      }
+    }
+    output.at_zero = static_cast<float>(stencil.at_zero);
+    output.weight = static_cast<float>(weight);
+    output.relu = relu;
+    output.interior = interior;
+  }
+
+  const Taps& w_;
+  const CnnSide& side_;
+  Channels kept1_;
+  Channels kept2_;
+  CnnFolded out_{};
+};
+
+CnnFilters::Folded fold(const Taps& w, const SignAnalysis& signs, const CnnSide& side) {
+  const double cold = signs.limit(0);
+  const double warm = signs.limit(CnnFolded::kFew);
+  return {Folding(w, side, {}, {}).fold(cold),
+          Folding(w, side, signs.acting1(warm), signs.acting2(warm)).fold(warm)};
+}
+
 }  // namespace
 
 CnnFilters::CnnFilters(const PredictorWeights& weights) : bias3(weights.conv3_bias) {
+  const Taps w(weights);
   for (int i = 0; i < kChannels1; ++i) {
-    for (int k = 0; k < 9; ++k) {
-      conv1[i][k] = weights.conv1_weight[static_cast<std::size_t>(i * 9 + k)];
-    }
-    bias1[i] = weights.conv1_bias[static_cast<std::size_t>(i)];
+    for (int k = 0; k < 9; ++k) conv1[i][k] = static_cast<float>(w.conv1(i, k / 3, k % 3));
+    bias1[i] = static_cast<float>(w.bias1(i));
   }
   const auto transformed = [&](int o, int i, int y, int point) {
     double sum = 0;
-    for (int x = 0; x < 3; ++x) sum += kFilterTransform[point][x] * tap2(weights, o, i, y, x);
+    for (int x = 0; x < 3; ++x) sum += kFilterTransform[point][x] * w.conv2(o, i, y, x);
     return static_cast<float>(sum);
   };
   for (int o = 0; o < kChannels2; ++o) {
-    bias2[o] = weights.conv2_bias[static_cast<std::size_t>(o)];
-    conv3[o] = weights.conv3_weight[static_cast<std::size_t>(o)];
+    bias2[o] = static_cast<float>(w.bias2(o));
+    conv3[o] = static_cast<float>(w.conv3(o));
     for (int point = 0; point < kPoints; ++point) {
       for (int i = 0; i < kChannels1; ++i) {
         above[o / kBlock][point][i][o % kBlock] = transformed(o, i, 0, point);
@@ -155,17 +290,9 @@ CnnFilters::CnnFilters(const PredictorWeights& weights) : bias3(weights.conv3_bi
       }
     }
   }
-  AffineRegime regime(weights);
-  const Affine interior = regime.map({});
-  const Affine row0 = regime.map({.first_row2 = 1, .cut_row2 = 1, .cut_row1 = 0});
-  const Affine row1 = regime.map({.cut_row2 = 0, .cut_row1 = 0});
-  const Affine row62 = regime.map({.cut_row2 = 2, .cut_row1 = 2});
-  const Affine row63 = regime.map({.last_row2 = 1, .cut_row2 = 1, .cut_row1 = 2});
-  // A bottom tile starts at row 59, where row 62's five rows start at 60; a top tile at row -1.
-  bottom = join(interior, row62, -1, row63, -2);
-  top = join(interior, row0, 1, row1, 0);
-  constexpr double kMargin = 0.999;  // of float rounding
-  tau = static_cast<float>(kMargin * regime.tau());
+  const SignAnalysis signs(w);
+  bottom = fold(w, signs, kBottomSide);
+  top = fold(w, signs, kTopSide);
 }
 
 }  // namespace foretoken::kernels

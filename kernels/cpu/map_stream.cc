@@ -51,8 +51,8 @@ bool MapStream::update(const CnnFilters& filters, const HistoryState& state, int
     load_window_row(kHistoryRows - kTileRows + r, row(r));
     load_window_row(r - 1, row(kTileRows + r));
   }
-  evaluate_edge(filters.bottom, cnn_bottom, row(0), &bottom_);
-  evaluate_edge(filters.top, cnn_top, row(kTileRows), &top_);
+  evaluate_edge(filters.bottom, kBottomSide, cnn_bottom, row(0), &bottom_);
+  evaluate_edge(filters.top, kTopSide, cnn_top, row(kTileRows), &top_);
 
   const int first_rebuilt = slide_sums();
   if (first_rebuilt < segments_) rebuild(first_rebuilt);
@@ -99,45 +99,62 @@ void MapStream::load_window_row(int window_row, float* out) {
   if (wrong > 0) header_->clean_from = std::max(header_->clean_from, r + kHistoryRows + 1);
 }
 
-// The affine map of all columns from first_segment on, and what decides where it holds.
-void MapStream::find_affine(const CnnAffine& map, const float* rows, int first_segment, Edge* out) {
-  const int first = first_segment * kSegmentColumns;
-  cnn_affine(map, rows + first, stride_, columns_ - first, out->interior.data() + first,
-             out->boundary.data() + first, greatest_.data() + first);
-}
-
-// Whether a segment of the last find_affine() needs the whole network. The decision depends on its
-// 5 rows alone, so that a row leaves as it entered.
-bool MapStream::is_hot(int segment) const {
+// What a segment of the last cnn_cold() needs. The answer depends on its 5 rows alone, so that a
+// row leaves as it entered.
+MapStream::Regime MapStream::regime(int segment) const {
   const int first = segment * kSegmentColumns;
-  if (segment == 0 || first + kSegmentColumns >= columns_)
-    return true;  // the padding is not affine
-  const float* greatest = greatest_.data() + first;
-  return *std::max_element(greatest, greatest + kTileColumns) > filters_->tau;
+  // Where conv2 pads with zeros, hidden values are not affine.
+  if (segment == 0 || first + kSegmentColumns >= columns_) return Regime::kHot;
+  const float* values = greatest_.data() + first;
+  const float greatest = *std::max_element(values, values + kTileColumns);
+  if (greatest < filters_->bottom.cold.limit) return Regime::kCold;
+  return greatest < filters_->bottom.warm.limit ? Regime::kWarm : Regime::kHot;
 }
 
-void MapStream::evaluate_edge(const CnnAffine& map, EdgeKernel kernel, const float* rows,
-                              Edge* out) {
-  find_affine(map, rows, 0, out);
-  hot_.clear();
-  for (int s = 0; s < segments_; ++s) {
-    if (is_hot(s)) hot_.push_back({rows, s});
+// Evaluates 5 rows as if all segments from first_segment on were cold, and lists those that aren't.
+void MapStream::classify(const CnnFolded& cold, const float* rows, int first_segment, Edge* out) {
+  const int first = first_segment * kSegmentColumns;
+  cnn_cold(cold, rows + first, stride_, columns_ - first, out->interior.data() + first,
+           out->boundary.data() + first, greatest_.data() + first);
+  for (int s = first_segment; s < segments_; ++s) {
+    const Regime needed = regime(s);
+    if (needed == Regime::kWarm) warm_.push_back({rows, s});
+    if (needed == Regime::kHot) hot_.push_back({rows, s});
   }
+}
+
+// kernel(tile) for as many items as there are lanes; then store(item, lane) of each.
+template <typename Kernel, typename Store>
+void MapStream::run(std::span<const Item> items, const Kernel& kernel, const Store& store) const {
   const auto lanes = static_cast<std::size_t>(cnn_lanes());
   CnnTile tile;
-  CnnEdge result;
-  for (std::size_t first = 0; first < hot_.size(); first += lanes) {
-    const auto items = std::span(hot_).subspan(first, std::min(lanes, hot_.size() - first));
+  for (; !items.empty(); items = items.subspan(std::min(lanes, items.size()))) {
     fill_tile(items, &tile);
-    kernel(*filters_, tile, &result);
-    for (std::size_t i = 0; i < items.size(); ++i) {
-      const auto column = static_cast<std::size_t>(items[i].segment * kSegmentColumns);
-      for (std::size_t c = 0; c < kSegmentColumns; ++c) {
-        out->interior[column + c] = result.interior.fixed[c * lanes + i];
-        out->boundary[column + c] = result.boundary[c * lanes + i];
-      }
+    kernel(tile);
+    for (std::size_t lane = 0; lane < std::min(lanes, items.size()); ++lane) {
+      store(items[lane], lane);
     }
   }
+}
+
+void MapStream::evaluate_edge(const CnnFilters::Folded& folded, const CnnSide& side, HotKernel hot,
+                              const float* rows, Edge* out) {
+  warm_.clear();
+  hot_.clear();
+  classify(folded.cold, rows, 0, out);
+  CnnEdge result;
+  const auto lanes = static_cast<std::size_t>(cnn_lanes());
+  const auto store = [&](const Item& item, std::size_t lane) {
+    const auto column = static_cast<std::size_t>(item.segment * kSegmentColumns);
+    for (std::size_t c = 0; c < kSegmentColumns; ++c) {
+      out->interior[column + c] = result.interior.fixed[c * lanes + lane];
+      out->boundary[column + c] = result.boundary[c * lanes + lane];
+    }
+  };
+  run(
+      warm_, [&](const CnnTile& t) { cnn_warm(folded.warm, side, t, &result); }, store);
+  run(
+      hot_, [&](const CnnTile& t) { hot(*filters_, t, &result); }, store);
 }
 
 void MapStream::fill_tile(std::span<const Item> items, CnnTile* tile) const {
@@ -170,40 +187,31 @@ void MapStream::rebuild(int first_segment) {
   for (int r = 0; r < kHistoryRows; ++r) load_window_row(r, row(r));
   const int first = first_segment * kSegmentColumns;
   std::fill(sums_ + first, sums_ + columns_, 0);
+  warm_.clear();
   hot_.clear();
   for (int r = kFirstInterior; r <= kLastInterior; ++r) {
-    const float* rows = row(r - kHalo);
-    find_affine(filters_->bottom, rows, first_segment, &rebuilt_);
+    classify(filters_->bottom.cold, row(r - kHalo), first_segment, &rebuilt_);
     for (int s = first_segment; s < segments_; ++s) {
-      if (is_hot(s)) {
-        hot_.push_back({rows, s});
-        continue;
-      }
+      if (regime(s) != Regime::kCold) continue;
       for (int c = s * kSegmentColumns; c < (s + 1) * kSegmentColumns; ++c) {
         sums_[c] += rebuilt_.interior[static_cast<std::size_t>(c)];
       }
     }
   }
-  add_hot_rows();
-}
-
-// Adds the interior rows of hot_, a lane each, to the sums.
-void MapStream::add_hot_rows() {
+  CnnEdge result;
   const auto lanes = static_cast<std::size_t>(cnn_lanes());
-  CnnTile tile;
-  CnnInterior result;
-  for (std::size_t first = 0; first < hot_.size(); first += lanes) {
-    const auto items = std::span(hot_).subspan(first, std::min(lanes, hot_.size() - first));
-    fill_tile(items, &tile);
-    cnn_interior(*filters_, tile, &result);
-    for (std::size_t i = 0; i < items.size(); ++i) {
-      const int column = items[i].segment * kSegmentColumns;
-      const int count = std::min(kSegmentColumns, columns_ - column);
-      for (int c = 0; c < count; ++c) {
-        sums_[column + c] += result.fixed[static_cast<std::size_t>(c) * lanes + i];
-      }
+  const auto add = [&](const Item& item, std::size_t lane) {
+    const int column = item.segment * kSegmentColumns;
+    const int count = std::min(kSegmentColumns, columns_ - column);
+    for (int c = 0; c < count; ++c) {
+      sums_[column + c] += result.interior.fixed[static_cast<std::size_t>(c) * lanes + lane];
     }
-  }
+  };
+  run(
+      warm_, [&](const CnnTile& t) { cnn_warm(filters_->bottom.warm, kBottomSide, t, &result); },
+      add);
+  run(
+      hot_, [&](const CnnTile& t) { cnn_interior(*filters_, t, &result.interior); }, add);
 }
 
 void MapStream::make_scores() {

@@ -45,16 +45,19 @@ class MapStream {
     std::vector<std::int32_t> interior;  // the row that enters or leaves
     std::vector<float> boundary;         // the two rows at the edge, summed
   };
-  using EdgeKernel = void (*)(const CnnFilters&, const CnnTile&, CnnEdge*);
+  enum class Regime { kCold, kWarm, kHot };
+  using HotKernel = void (*)(const CnnFilters&, const CnnTile&, CnnEdge*);
 
   float* row(int i) { return rows_.data() + i * stride_; }
   void load_window_row(int window_row, float* out);
-  void find_affine(const CnnAffine& map, const float* rows, int first_segment, Edge* out);
-  bool is_hot(int segment) const;
-  void evaluate_edge(const CnnAffine& map, EdgeKernel kernel, const float* rows, Edge* out);
+  Regime regime(int segment) const;
+  void classify(const CnnFolded& cold, const float* rows, int first_segment, Edge* out);
+  template <typename Kernel, typename Store>
+  void run(std::span<const Item> items, const Kernel& kernel, const Store& store) const;
+  void evaluate_edge(const CnnFilters::Folded& folded, const CnnSide& side, HotKernel hot,
+                     const float* rows, Edge* out);
   int slide_sums();
   void rebuild(int first_segment);
-  void add_hot_rows();
   void fill_tile(std::span<const Item> items, CnnTile* tile) const;
   void make_scores();
 
@@ -71,6 +74,7 @@ class MapStream {
 
   std::vector<float> rows_;  // [row, 2 + columns + padding]; zero outside the candidates
   std::vector<float> greatest_;
+  std::vector<Item> warm_;
   std::vector<Item> hot_;
   Edge bottom_;
   Edge top_;

@@ -228,24 +228,56 @@ TEST(Streaming, SurvivesSkippedRowsRepeatedCallsAndManyNewColumns) {
   check("the greatest length");
 }
 
-// The affine regime is exact: the same scores as the whole network everywhere.
-TEST(Streaming, AffineSegmentsEqualTheWholeNetwork) {
-  kernels::CnnFilters filters(weights());
-  kernels::CnnFilters dense(weights());
-  EXPECT_NEAR(filters.tau, 6.19e-4, 0.02e-4);  // measured of the published weights
-  dense.tau = -1;
+// Cold and warm segments drop only relus that cannot act: the whole network gives the same scores.
+TEST(Streaming, FoldedSegmentsEqualTheWholeNetwork) {
+  const kernels::CnnFilters filters(weights());
+  EXPECT_NEAR(filters.bottom.cold.limit, 6.19e-4, 0.02e-4);  // of the published weights
+  EXPECT_GT(filters.bottom.warm.limit, 3e-3);
+  kernels::CnnFilters whole(weights());
+  kernels::CnnFilters warm_too(weights());
+  whole.bottom.cold.limit = whole.bottom.warm.limit = 0;
+  warm_too.bottom.cold.limit = 0;
   std::mt19937 random(kSeed);
   constexpr int kColumns = 300;
   TestHistory history(1, kColumns, HistoryType::kFp32);
   for (int i = 0; i < 66; ++i) history.append(random_rows(1, kColumns, random), kColumns, kColumns);
-  kernels::MapStream stream;
-  ASSERT_TRUE(stream.update(filters, history.state(), 0, 0));
-  const std::vector<float> fast(stream.scores().begin(), stream.scores().end());
-  const auto fast_sums = history.sums(0);
-  history.forget_sums();
-  ASSERT_TRUE(stream.update(dense, history.state(), 0, 0));
-  EXPECT_NE(history.sums(0), fast_sums) << "no segment was affine, so nothing was compared";
-  for (std::size_t c = 0; c < fast.size(); ++c) EXPECT_NEAR(fast[c], stream.scores()[c], 2e-7);
+  const auto scores = [&](const kernels::CnnFilters& with) {
+    kernels::MapStream stream;
+    history.forget_sums();
+    EXPECT_TRUE(stream.update(with, history.state(), 0, 0));
+    return std::vector<float>(stream.scores().begin(), stream.scores().end());
+  };
+  const auto expected = scores(whole);
+  const auto whole_sums = history.sums(0);
+  const auto without_cold = scores(warm_too);
+  EXPECT_NE(history.sums(0), whole_sums) << "no segment was warm, so nothing was compared";
+  const auto warm_sums = history.sums(0);
+  const auto all = scores(filters);
+  EXPECT_NE(history.sums(0), warm_sums) << "no segment was cold, so nothing was compared";
+  for (std::size_t c = 0; c < all.size(); ++c) {
+    EXPECT_NEAR(without_cold[c], expected[c], 2e-7) << c;
+    EXPECT_NEAR(all[c], expected[c], 2e-7) << c;
+  }
+}
+
+// At the very limits of cold and warm, where a relu is about to act.
+TEST(Streaming, LimitsAreOnTheSafeSide) {
+  const kernels::CnnFilters filters(weights());
+  std::mt19937 random(kSeed);
+  constexpr int kColumns = 60;
+  for (const float limit : {filters.bottom.cold.limit, filters.bottom.warm.limit}) {
+    TestHistory history(1, kColumns, HistoryType::kFp32);
+    kernels::MapStream stream;
+    std::bernoulli_distribution coin(0.5);
+    for (int i = 0; i < 66; ++i) {
+      std::vector<float> row(kColumns);
+      for (float& value : row) value = coin(random) ? std::nextafter(limit, 0.0F) : 0.0F;
+      history.append(row, kColumns, kColumns);
+      stream.update(filters, history.state(), 0, 0);
+    }
+    const auto expected = reference::scores(weights(), window_of(history, 0));
+    EXPECT_LE(max_difference(stream.scores(), expected), 1e-6) << limit;
+  }
 }
 
 // A value that is no probability makes scores unusable until its row has left, and no longer.
