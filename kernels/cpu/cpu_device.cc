@@ -19,7 +19,6 @@
 namespace foretoken::kernels {
 namespace {
 
-constexpr std::size_t kAlignment = 4096;
 constexpr int kCopyNice = 10;  // gathers give way to compute (build notes: 6.1 ms against 13.9)
 
 int usable_threads() {
@@ -171,12 +170,12 @@ void* CpuDevice::allocate(std::size_t bytes, MemoryUse use) {
                         std::to_string(config_.memory_bytes) + " free");
   }
   in_use_[static_cast<std::size_t>(use)] += bytes;
-  return ::operator new (bytes, std::align_val_t{kAlignment});
+  return use == MemoryUse::kWeights ? weights_.allocate(bytes) : allocate_host(bytes);
 }
 
 void CpuDevice::release(void* data, std::size_t bytes, MemoryUse use) {
   if (data == nullptr) return;
-  ::operator delete (data, std::align_val_t{kAlignment});
+  use == MemoryUse::kWeights ? weights_.release(data) : release_host(data, bytes);
   in_use_[static_cast<std::size_t>(use)] -= bytes;
   total_in_use_ -= bytes;
 }

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 
+#include "kernels/cpu/host_memory.h"
 #include "kernels/cpu/thread_pool.h"
 #include "kernels/device.h"
 
@@ -72,6 +73,7 @@ class CpuDevice final : public Device {
   static void enqueue(Stream& stream, std::function<void()> op);
 
   CpuDeviceConfig config_;
+  WeightArena weights_;
   ThreadPool pool_;  // compute ops only: one stream of kCompute at a time
   std::array<std::atomic<std::size_t>, static_cast<std::size_t>(MemoryUse::kCount)> in_use_{};
   std::atomic<std::size_t> total_in_use_{0};

@@ -11,6 +11,8 @@ namespace {
 // far shorter than the gap between two steps. Guessed.
 constexpr auto kSpin = std::chrono::microseconds(50);
 
+constexpr int kSpinsBeforeYield = 2000;  // about as long
+
 void pause() { __builtin_ia32_pause(); }
 
 }  // namespace
@@ -48,7 +50,10 @@ void ThreadPool::parallel_for(int n, const std::function<void(int, int)>& body) 
   wake_.notify_all();
   take_tasks(0);
   // Acquire: what the workers wrote is visible to the caller after this.
-  while (busy_workers_.load(std::memory_order_acquire) > 0) pause();
+  for (int spins = 0; busy_workers_.load(std::memory_order_acquire) > 0; ++spins) {
+    // A worker that has lost its core to another process needs ours more than we do.
+    spins < kSpinsBeforeYield ? pause() : std::this_thread::yield();
+  }
 }
 
 void ThreadPool::take_tasks(int thread) {

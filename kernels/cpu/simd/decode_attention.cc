@@ -15,7 +15,7 @@ namespace foretoken::kernels::simd::HWY_NAMESPACE {
 
 // Query heads that share a loaded vector: with 4 sums each they fill the register file.
 constexpr int kMaxHeads = HWY_TARGET == HWY_AVX2 ? 3 : 6;
-constexpr int kPartTokens = kPartBlocks * kBlockTokens;
+constexpr std::size_t kBlocksAhead = 1;  // asked for while one is computed
 
 // The sums of four vectors, as four lanes.
 using FourTag = hn::FixedTag<float, 4>;
@@ -39,16 +39,23 @@ HWY_INLINE hn::Vec<FourTag> sum_four(const FloatVec* value) {
   return hn::Add(hn::ConcatLowerLower(d, high, low), hn::ConcatUpperUpper(d, high, low));
 }
 
-// scores[h, 0..16) = factor * q[h] . k, for one block; scores are kPartTokens apart.
+// Asks for what comes next while this is computed: the hardware's own prefetch stops at each page.
+template <typename T>
+HWY_INLINE void prefetch_row(const T* row, int head_dim) {
+  for (int dim = 0; dim < head_dim; dim += 32) __builtin_prefetch(row + dim);
+}
+
+// scores[h, 0..16) = factor * q[h] . k, for one block.
 template <int kHeads, typename T>
-HWY_INLINE void score_block(const float* q, int head_dim, const T* keys, float factor,
-                            float* scores) {
+HWY_INLINE void score_block(const float* q, int head_dim, const T* keys, const T* next,
+                            float factor, float* scores) {
   const FloatTag d;
   for (int token = 0; token < kBlockTokens; token += 4) {
     FloatVec sum[kHeads][4];
     for (int h = 0; h < kHeads; ++h) {
       for (int t = 0; t < 4; ++t) sum[h][t] = hn::Zero(d);
     }
+    for (int t = token; t < token + 4; ++t) prefetch_row(next + t * head_dim, head_dim);
     const T* key = keys + token * head_dim;
     for (int dim = 0; dim < head_dim; dim += kLanes) {
       FloatVec query[kHeads];
@@ -60,23 +67,24 @@ HWY_INLINE void score_block(const float* q, int head_dim, const T* keys, float f
     }
     for (int h = 0; h < kHeads; ++h) {
       hn::StoreU(hn::Mul(sum_four(sum[h]), hn::Set(FourTag(), factor)), FourTag(),
-                 scores + h * kPartTokens + token);
+                 scores + h * kBlockTokens + token);
     }
   }
 }
 
 // out[h, :] += sum over tokens of weights[h, token] * value, for kVecs vectors of columns.
 template <int kHeads, int kVecs, typename T>
-HWY_INLINE void add_values(const float* weights, const T* values, int tokens, int head_dim,
-                           float* out) {
+HWY_INLINE void add_values(const float* weights, const T* values, const T* next, int tokens,
+                           int head_dim, float* out) {
   const FloatTag d;
   FloatVec sum[kHeads][kVecs];
   for (int h = 0; h < kHeads; ++h) {
     for (int v = 0; v < kVecs; ++v) sum[h][v] = hn::LoadU(d, out + h * head_dim + v * kLanes);
   }
   for (int token = 0; token < tokens; ++token) {
+    prefetch_row(next + token * head_dim, kVecs * kLanes);
     FloatVec weight[kHeads];
-    for (int h = 0; h < kHeads; ++h) weight[h] = hn::Set(d, weights[h * kPartTokens + token]);
+    for (int h = 0; h < kHeads; ++h) weight[h] = hn::Set(d, weights[h * kBlockTokens + token]);
     for (int v = 0; v < kVecs; ++v) {
       const auto value = load_float(d, values + token * head_dim + v * kLanes);
       for (int h = 0; h < kHeads; ++h) sum[h][v] = hn::MulAdd(weight[h], value, sum[h][v]);
@@ -87,83 +95,76 @@ HWY_INLINE void add_values(const float* weights, const T* values, int tokens, in
   }
 }
 
-// kHeads query heads from `head` on, over all blocks of the part.
+// Turns one head's scores into weights 2^(score - maximum); rescales what was summed before.
+HWY_INLINE void weigh_block(float* scores, float highest, int head_dim, int head,
+                            const DecodePartResult& result) {
+  if (highest > result.maximum[head]) {
+    const float shrink = std::exp2(result.maximum[head] - highest);
+    result.sum[head] *= shrink;
+    scale_row(result.out + head * head_dim, head_dim, shrink);
+    result.maximum[head] = highest;
+  }
+  result.sum[head] += exp2_row(scores, kBlockTokens, result.maximum[head]);
+}
+
+// Query heads [head, head + kHeads) over one block; `next` is the block to ask for meanwhile.
 template <int kHeads, typename T>
-class PartHeads {
- public:
-  PartHeads(const DecodePartArgs& args, int head, std::span<const KvBlock> blocks,
-            const DecodePartResult& result)
-      : args_(args), head_(head), blocks_(blocks), result_(result) {}
-
-  void run() {
-    score();
-    for (int h = 0; h < kHeads; ++h) {
-      const int used = static_cast<int>(blocks_.size()) * kBlockTokens;
-      const float highest = max_of_row(scores_ + h * kPartTokens, used);
-      result_.maximum[head_ + h] = highest;
-      result_.sum[head_ + h] =
-          used == 0 ? 0.0F : exp2_row(scores_ + h * kPartTokens, used, highest);
-    }
-    if (result_.out == nullptr) return;
-    float* out = result_.out + head_ * args_.head_dim;
-    std::fill_n(out, kHeads * args_.head_dim, 0.0F);
-    for (std::size_t b = 0; b < blocks_.size(); ++b) add_block(b, out);
+void attend_block(const DecodePartArgs& args, int head, const KvBlock& block, const T* next,
+                  const DecodePartResult& result) {
+  const int dim = args.head_dim;
+  const int values = kBlockTokens * dim;
+  const T* keys = reinterpret_cast<const T*>(block.data);
+  float scores[kHeads * kBlockTokens];
+  score_block<kHeads>(args.q + head * dim, dim, keys, next, args.scale * kLog2E, scores);
+  for (int h = 0; h < kHeads; ++h) {
+    float* row = scores + h * kBlockTokens;
+    std::fill(row + block.tokens, row + kBlockTokens, kMinusInfinity);
+    const float highest = max_of_row(row, kBlockTokens);
+    args.block_max[static_cast<std::ptrdiff_t>(head + h) * args.pitch + block.column] =
+        highest * kLn2;
+    weigh_block(row, highest, dim, head + h, result);
   }
-
- private:
-  const T* keys(std::size_t b) const { return reinterpret_cast<const T*>(blocks_[b].data); }
-
-  void score() {
-    const float* q = args_.q + head_ * args_.head_dim;
-    for (std::size_t b = 0; b < blocks_.size(); ++b) {
-      float* scores = scores_ + b * kBlockTokens;
-      score_block<kHeads>(q, args_.head_dim, keys(b), args_.scale * kLog2E, scores);
-      for (int h = 0; h < kHeads; ++h) {
-        float* row = scores + h * kPartTokens;
-        std::fill(row + blocks_[b].tokens, row + kBlockTokens, kMinusInfinity);
-        args_.block_max[static_cast<std::ptrdiff_t>(head_ + h) * args_.pitch + blocks_[b].column] =
-            max_of_row(row, kBlockTokens) * kLn2;
-      }
-    }
+  float* out = result.out + head * dim;
+  int column = 0;
+  for (; column + 4 * kLanes <= dim; column += 4 * kLanes) {
+    add_values<kHeads, 4>(scores, keys + values + column, next + values + column, block.tokens, dim,
+                          out + column);
   }
-
-  void add_block(std::size_t b, float* out) const {
-    const int dim = args_.head_dim;
-    const T* values = keys(b) + kBlockTokens * dim;
-    const float* weights = scores_ + b * kBlockTokens;
-    int column = 0;
-    for (; column + 4 * kLanes <= dim; column += 4 * kLanes) {
-      add_values<kHeads, 4>(weights, values + column, blocks_[b].tokens, dim, out + column);
-    }
-    for (; column < dim; column += 2 * kLanes) {
-      add_values<kHeads, 2>(weights, values + column, blocks_[b].tokens, dim, out + column);
-    }
+  for (; column < dim; column += 2 * kLanes) {
+    add_values<kHeads, 2>(scores, keys + values + column, next + values + column, block.tokens, dim,
+                          out + column);
   }
-
-  const DecodePartArgs& args_;
-  int head_;
-  std::span<const KvBlock> blocks_;
-  const DecodePartResult& result_;
-  float scores_[kHeads * kPartTokens];
-};
+}
 
 template <typename T, int kHeads = kMaxHeads>
-HWY_INLINE void attend_heads(int heads, const DecodePartArgs& args, int head,
-                             std::span<const KvBlock> blocks, const DecodePartResult& result) {
-  if (heads == kHeads) return PartHeads<kHeads, T>(args, head, blocks, result).run();
-  if constexpr (kHeads > 1) attend_heads<T, kHeads - 1>(heads, args, head, blocks, result);
+HWY_INLINE void attend_heads(int heads, const DecodePartArgs& args, int head, const KvBlock& block,
+                             const T* next, const DecodePartResult& result) {
+  if (heads == kHeads) return attend_block<kHeads>(args, head, block, next, result);
+  if constexpr (kHeads > 1) attend_heads<T, kHeads - 1>(heads, args, head, block, next, result);
+}
+
+template <typename T>
+void attend_typed(const DecodePartArgs& args, std::span<const KvBlock> blocks,
+                  const DecodePartResult& result) {
+  const int passes = (args.group + kMaxHeads - 1) / kMaxHeads;
+  for (std::size_t b = 0; b < blocks.size(); ++b) {
+    const std::size_t ahead = std::min(b + kBlocksAhead, blocks.size() - 1);
+    const T* next = reinterpret_cast<const T*>(blocks[ahead].data);
+    for (int pass = 0; pass < passes; ++pass) {
+      const int head = args.group * pass / passes;
+      const int heads = args.group * (pass + 1) / passes - head;
+      attend_heads(heads, args, head, blocks[b], next, result);
+    }
+  }
 }
 
 void attend_blocks(const DecodePartArgs& args, std::span<const KvBlock> blocks,
                    const DecodePartResult& result) {
-  const int passes = (args.group + kMaxHeads - 1) / kMaxHeads;
-  for (int pass = 0; pass < passes; ++pass) {
-    const int head = args.group * pass / passes;
-    const int heads = args.group * (pass + 1) / passes - head;
-    with_kv_type(args.kv_type, [&](auto element) {
-      attend_heads<decltype(element)>(heads, args, head, blocks, result);
-    });
-  }
+  std::fill_n(result.out, args.group * args.head_dim, 0.0F);
+  std::fill_n(result.maximum, args.group, kMinusInfinity);
+  std::fill_n(result.sum, args.group, 0.0F);
+  with_kv_type(args.kv_type,
+               [&](auto element) { attend_typed<decltype(element)>(args, blocks, result); });
 }
 
 }  // namespace foretoken::kernels::simd::HWY_NAMESPACE

@@ -9,8 +9,7 @@
 
 namespace foretoken::kernels::simd {
 
-// Blocks of a part. A part's scores and weights stay in the first-level cache, its keys and values
-// in the second; and parts are small enough to spread a short sequence over some threads.
+// Blocks of a part: few enough to spread a short sequence over some threads.
 inline constexpr int kPartBlocks = 16;
 
 struct KvBlock {

@@ -17,8 +17,9 @@
 HWY_BEFORE_NAMESPACE();
 namespace foretoken::kernels::simd::HWY_NAMESPACE {
 
-// Input features converted at a time: a tile's share of them (16 KiB) fits the first-level cache.
-constexpr int kDepthStep = 256;
+// Input features converted at a time, at most: a tile's share of them (20 KiB) fits the first-level
+// cache.
+constexpr int kMaxDepth = 320;
 
 // Where a panel's columns go: straight to out, or, for the matrix's last columns, through a
 // buffer of full width.
@@ -116,10 +117,12 @@ void multiply_converted(const MultiplyArgs& args, const MultiplyPart& part, int 
 
 template <typename T>
 void multiply_many_rows(const MultiplyArgs& args, const MultiplyPart& part, const T* packed) {
-  alignas(64) float tiles[kDepthStep * kPanelColumns];
+  alignas(64) float tiles[kMaxDepth * kPanelColumns];
+  const int steps = (args.depth + kMaxDepth - 1) / kMaxDepth;
   const int end = part.first_panel + part.num_panels;
-  for (int begin = 0; begin < args.depth; begin += kDepthStep) {
-    const int depth = std::min(kDepthStep, args.depth - begin);
+  for (int step = 0; step < steps; ++step) {
+    const int begin = args.depth * step / steps;
+    const int depth = args.depth * (step + 1) / steps - begin;
     for (int p = part.first_panel; p < end; ++p) {
       const PanelOutput output(args, p);
       if (!output.whole()) continue;
