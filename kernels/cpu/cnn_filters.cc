@@ -115,31 +115,31 @@ class SignAnalysis {
     return out;
   }
 
-  Channels acting2(double a) const {
+  // The same of conv2, in one row of outputs.
+  Channels acting2(const CnnSide::Row* row, double a) const {
     std::array<double, kChannels1> deviations{};
     for (int i = 0; i < kChannels1; ++i) deviations[static_cast<std::size_t>(i)] = deviation(i, a);
     Channels out;
     for (const Channel2& c : channels2_) {
+      if (c.row != row) continue;
       double up = c.at_zero + a * c.history.up;
       double down = c.at_zero - a * c.history.down;
       for (std::size_t i = 0; i < kChannels1; ++i) {
         up += deviations[i] * c.hidden[i].up;
         down -= deviations[i] * c.hidden[i].down;
       }
-      const bool acts = c.at_zero > 0 ? down < 0 : up > 0;
-      if (acts && !contains(out, c.channel)) out.push_back(c.channel);
+      if (c.at_zero > 0 ? down < 0 : up > 0) out.push_back(c.channel);
     }
     return out;
   }
 
-  // The greatest a at which at most `few` relus can act, in each of conv1 and conv2.
+  // The greatest a at which at most `few` relus can act, in conv1 and in each row of conv2.
   double limit(std::size_t few) const {
     double low = 0;
     double high = 2;  // more than any probability
     for (int i = 0; i < 60; ++i) {
       const double middle = (low + high) / 2;
-      const bool holds = acting1(middle).size() <= few && acting2(middle).size() <= few;
-      (holds ? low : high) = middle;
+      (holds(few, middle) ? low : high) = middle;
     }
     return low;
   }
@@ -150,11 +150,22 @@ class SignAnalysis {
     Reach reach;
   };
   struct Channel2 {
+    const CnnSide::Row* row;
     int channel;
     double at_zero;
     Reach history;
     std::array<Reach, kChannels1> hidden;
   };
+
+  bool holds(std::size_t few, double a) const {
+    if (acting1(a).size() > few) return false;
+    for (const CnnSide* side : {&kBottomSide, &kTopSide}) {
+      for (const CnnSide::Row& row : side->rows) {
+        if (acting2(&row, a).size() > few) return false;
+      }
+    }
+    return true;
+  }
 
   // Greatest difference between a hidden value and its affine (or zero) stand-in; never negative.
   double deviation(int i, double a) const {
@@ -165,7 +176,7 @@ class SignAnalysis {
 
   void add_channel2(const Taps& w, int o, const CnnSide& side, const CnnSide::Row& row) {
     const Stencil stencil = conv2_channel(w, o, side, row, {});
-    Channel2 c{o, stencil.at_zero, {}, {}};
+    Channel2 c{&row, o, stencil.at_zero, {}, {}};
     for (const double tap : stencil.history) c.history.add(tap);
     for (int i = 0; i < kChannels1; ++i) {
       for (int k = 0; k < 9; ++k) {
@@ -180,15 +191,17 @@ class SignAnalysis {
   std::vector<Channel2> channels2_;
 };
 
-// Folds conv2 and conv3 of one side around the relus of `kept1` and `kept2`.
+// Folds conv2 and conv3 of one side around the relus that can act at history values up to a limit.
 class Folding {
  public:
-  Folding(const Taps& w, const CnnSide& side, const Channels& kept1, const Channels& kept2)
-      : w_(w), side_(side), kept1_(kept1), kept2_(kept2) {}
-
-  CnnFolded fold(double limit) {
+  Folding(const Taps& w, const SignAnalysis& signs, const CnnSide& side, double limit)
+      : w_(w), side_(side), kept1_(signs.acting1(limit)) {
+    for (std::size_t r = 0; r < 3; ++r) kept2_[r] = signs.acting2(&side.rows[r], limit);
     constexpr double kMargin = 0.999;  // of rounding
     out_.limit = static_cast<float>(kMargin * limit);
+  }
+
+  CnnFolded fold() {
     out_.num_hidden = static_cast<int>(kept1_.size());
     for (std::size_t i = 0; i < kept1_.size(); ++i) {
       for (int k = 0; k < 9; ++k) {
@@ -196,10 +209,15 @@ class Folding {
       }
       out_.bias1[i] = static_cast<float>(w_.bias1(kept1_[i]));
     }
-    add_rest({side_.rows[0]}, true);
-    add_rest({side_.rows[1], side_.rows[2]}, false);
+    Stencil interior;
+    Stencil boundary;
+    add_rest(0, &interior);
+    add_rest(1, &boundary);
+    add_rest(2, &boundary);
+    add(interior, 1.0, false, true);
+    add(boundary, 1.0, false, false);
     for (std::size_t r = 0; r < 3; ++r) {
-      for (const int o : kept2_) {
+      for (const int o : kept2_[r]) {
         add(conv2_channel(w_, o, side_, side_.rows[r], kept1_), w_.conv3(o), true, r == 0);
       }
     }
@@ -207,18 +225,14 @@ class Folding {
   }
 
  private:
-  // The channels whose relu passes throughout, summed.
-  void add_rest(const std::vector<CnnSide::Row>& rows, bool interior) {
-    Stencil sum;
-    for (const CnnSide::Row& row : rows) {
-      for (int o = 0; o < kChannels2; ++o) {
-        if (contains(kept2_, o)) continue;
-        if (conv2_channel(w_, o, side_, row, {}).at_zero > 0) {
-          add_scaled(conv2_channel(w_, o, side_, row, kept1_), w_.conv3(o), &sum);
-        }
-      }
+  // Adds the channels of a row whose relu passes throughout.
+  void add_rest(std::size_t r, Stencil* sum) const {
+    const CnnSide::Row& row = side_.rows[r];
+    for (int o = 0; o < kChannels2; ++o) {
+      if (contains(kept2_[r], o)) continue;
+      if (conv2_channel(w_, o, side_, row, {}).at_zero <= 0) continue;
+      add_scaled(conv2_channel(w_, o, side_, row, kept1_), w_.conv3(o), sum);
     }
-    add(sum, 1.0, false, interior);
   }
 
   static void add_scaled(const Stencil& from, double weight, Stencil* to) {
@@ -255,15 +269,13 @@ class Folding {
   const Taps& w_;
   const CnnSide& side_;
   Channels kept1_;
-  Channels kept2_;
+  std::array<Channels, 3> kept2_;  // by row of outputs
   CnnFolded out_{};
 };
 
 CnnFilters::Folded fold(const Taps& w, const SignAnalysis& signs, const CnnSide& side) {
-  const double cold = signs.limit(0);
-  const double warm = signs.limit(CnnFolded::kFew);
-  return {Folding(w, side, {}, {}).fold(cold),
-          Folding(w, side, signs.acting1(warm), signs.acting2(warm)).fold(warm)};
+  return {Folding(w, signs, side, signs.limit(0)).fold(),
+          Folding(w, signs, side, signs.limit(CnnFolded::kFew)).fold()};
 }
 
 }  // namespace
