@@ -417,6 +417,15 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
     for (int head = 0; head < num_heads; ++head)
       check(all[row], static_cast<int>(row), head, columns);
   }
+  // Without `out` the keys alone are read, with the same result.
+  const auto with_values = std::pair(lse, block_max);
+  StreamedAttentionArgs keys_alone{args(sequences), &mismatches};
+  keys_alone.base.out = nullptr;
+  test.run(&Device::streamed_attention, keys_alone);
+  EXPECT_EQ(lse, with_values.first);
+  for (std::size_t i = 0; i < block_max.size(); ++i) {
+    if (!std::isnan(with_values.second[i])) ASSERT_EQ(block_max[i], with_values.second[i]) << i;
+  }
 }
 
 TEST_P(Decode, LeavesOutACorruptBlockAndCountsIt) {

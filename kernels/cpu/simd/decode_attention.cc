@@ -101,7 +101,7 @@ HWY_INLINE void weigh_block(float* scores, float highest, int head_dim, int head
   if (highest > result.maximum[head]) {
     const float shrink = std::exp2(result.maximum[head] - highest);
     result.sum[head] *= shrink;
-    scale_row(result.out + head * head_dim, head_dim, shrink);
+    if (result.out != nullptr) scale_row(result.out + head * head_dim, head_dim, shrink);
     result.maximum[head] = highest;
   }
   result.sum[head] += exp2_row(scores, kBlockTokens, result.maximum[head]);
@@ -124,6 +124,7 @@ void attend_block(const DecodePartArgs& args, int head, const KvBlock& block, co
         highest * kLn2;
     weigh_block(row, highest, dim, head + h, result);
   }
+  if (result.out == nullptr) return;
   float* out = result.out + head * dim;
   int column = 0;
   for (; column + 4 * kLanes <= dim; column += 4 * kLanes) {
@@ -160,7 +161,7 @@ void attend_typed(const DecodePartArgs& args, std::span<const KvBlock> blocks,
 
 void attend_blocks(const DecodePartArgs& args, std::span<const KvBlock> blocks,
                    const DecodePartResult& result) {
-  std::fill_n(result.out, args.group * args.head_dim, 0.0F);
+  std::fill_n(result.out, result.out == nullptr ? 0 : args.group * args.head_dim, 0.0F);
   std::fill_n(result.maximum, args.group, kMinusInfinity);
   std::fill_n(result.sum, args.group, 0.0F);
   with_kv_type(args.kv_type,
