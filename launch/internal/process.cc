@@ -3,9 +3,9 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
-#include <sys/pidfd.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -109,7 +109,8 @@ Process::Process(const Command& command) : name_(command.name) {
     throw Exception(ErrorCode::kIo, "can't start " + name_ + ": " + std::strerror(errno));
   }
   setpgid(pid_, pid_);  // also here: whoever comes first
-  pidfd_ = pidfd_open(pid_, 0);
+  // By number: glibc 2.36 declares pidfd_open() for C only.
+  pidfd_ = static_cast<int>(syscall(SYS_pidfd_open, pid_, 0));
   if (pidfd_ < 0) {
     kill(-pid_, SIGKILL);
     waitpid(pid_, nullptr, 0);
