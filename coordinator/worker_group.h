@@ -6,7 +6,8 @@
 // epoch are dropped. Death is noticed
 //   at once       when a rank says WorkerFailed, or its socket is closed while something is sent
 //   after 1 s     without a heartbeat: it is suspected, and probed (a closed socket shows then)
-//   after 3 s     without a heartbeat, or 120 s without the result of a plan: it is fenced
+//   after 3 s     without a heartbeat (10 s after its Hello), or 120 s without the result of a
+//                 plan: it is fenced
 //
 // No I/O: what must be sent comes back as events. For one thread.
 // Example: tests/coordinator/worker_group_test.cc
@@ -44,13 +45,14 @@ class WorkerGroup {
  public:
   static constexpr std::chrono::milliseconds kSuspectAfter{1000};
   static constexpr std::chrono::milliseconds kFenceAfter{3000};
+  static constexpr std::chrono::milliseconds kFirstHeartbeat{7000};  // before kFenceAfter begins
   static constexpr std::chrono::seconds kStepTimeout{120};
 
   WorkerGroup(int group, int world_size) : group_(group), ranks_(size_t(world_size)) {}
 
   // REQUIRES: message.group is this group. A Hello to a ready group is its death: the caller begins
   // the next epoch and hands in the Hello again.
-  std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
+  std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello, TimePoint now);
   std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready, TimePoint now);
   std::vector<GroupEvent> on_result(const std::string& peer, StepResult result, TimePoint now);
   std::vector<GroupEvent> on_heartbeat(const Heartbeat& heartbeat, TimePoint now);
@@ -63,6 +65,7 @@ class WorkerGroup {
   void begin_epoch(Epoch epoch);
 
   bool is_ready() const { return ready_; }
+  bool is_assembled() const { return peers().size() == ranks_.size(); }
   Epoch epoch() const { return epoch_; }
   int group() const { return group_; }
   std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
@@ -77,7 +80,7 @@ class WorkerGroup {
     std::string peer;
     std::optional<Hello> hello;
     std::optional<Ready> ready;
-    std::optional<TimePoint> heard;  // since its first heartbeat
+    TimePoint heard;
     bool suspected = false;
   };
   struct Due {

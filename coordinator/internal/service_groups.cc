@@ -38,9 +38,14 @@ Service::Group* Service::find_group(int number) {
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
-  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  group->kill_at.reset();
+  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
+  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
+  // Until all have come, one of them may belong to a life that is over.
+  if (group->ranks.is_assembled()) {
+    group->kill_at.reset();
+  } else if (group->kill_at) {
+    group->kill_at = now + kRestartPatience;
+  }
 }
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {

@@ -33,7 +33,7 @@ GroupDead WorkerGroup::dead(ErrorCode code, int rank, const std::string& why,
   return {{code, who + " of group " + std::to_string(group_) + " " + why}, must_be_killed};
 }
 
-Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
+Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello, TimePoint now) {
   if (hello.world_size != static_cast<int>(ranks_.size()) || hello.rank < 0 ||
       hello.rank >= hello.world_size) {
     log().error("rank {} of {} said hello to group {}, which has {} ranks: not welcome", hello.rank,
@@ -49,6 +49,7 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
   rank = Rank{};
   rank.peer = peer;
   rank.hello = hello;
+  rank.heard = now + kFirstHeartbeat;
   return {SendWelcome{peer}};
 }
 
@@ -120,16 +121,14 @@ Events WorkerGroup::on_time(TimePoint now) {
   const auto slept = last_time_ ? now - *last_time_ : TimePoint::duration{};
   last_time_ = now;
   if (slept > kSuspectAfter) {
-    for (auto& rank : ranks_) {
-      if (rank.heard) *rank.heard += slept;
-    }
+    for (auto& rank : ranks_) rank.heard += slept;
     for (auto& [step, due] : due_) due.sent += slept;
   }
   Events events;
   for (std::size_t i = 0; i < ranks_.size(); ++i) {
     auto& rank = ranks_[i];
-    if (!rank.heard) continue;
-    const auto silence = now - *rank.heard;
+    if (!rank.hello) continue;
+    const auto silence = now - rank.heard;
     if (silence >= kFenceAfter) {
       return {dead(ErrorCode::kUnavailable, static_cast<int>(i), "was silent for 3 s",
                    /*must_be_killed=*/true)};

@@ -1,0 +1,101 @@
+#include "tests/coordinator/simulation.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+
+#include "common/log.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+struct Totals {
+  int done = 0;
+  int failed = 0;
+  int deaths = 0;
+};
+
+// FORETOKEN_SIMULATION_FACTOR=100 plays a hundred times as many games.
+int factor() {
+  const char* text = std::getenv("FORETOKEN_SIMULATION_FACTOR");
+  return text != nullptr ? std::atoi(text) : 1;
+}
+
+// Seeds first, first + 1, ...; each prints itself when something breaks.
+Totals play(SimulationConfig config, std::uint64_t first, int games) {
+  Totals totals;
+  for (int i = 0; i < games * factor(); ++i) {
+    config.seed = first + static_cast<std::uint64_t>(i);
+    SCOPED_TRACE("seed " + std::to_string(config.seed));
+    Simulation simulation(config);
+    simulation.run();
+    totals.done += simulation.num_done();
+    totals.failed += simulation.num_failed();
+    totals.deaths += simulation.num_deaths();
+    if (::testing::Test::HasFailure()) break;
+  }
+  return totals;
+}
+
+class SimulationTest : public ::testing::Test {
+ protected:
+  SimulationTest() { log().set_level(spdlog::level::off); }
+  ~SimulationTest() override { log().set_level(spdlog::level::info); }
+};
+
+TEST_F(SimulationTest, WithoutFaultsEveryRequestGetsItsTokens) {
+  const auto totals = play({.num_requests = 100}, 1, 20);
+  EXPECT_EQ(totals.done, 2000 * factor());
+  EXPECT_EQ(totals.failed, 0);
+  EXPECT_EQ(totals.deaths, 0);
+}
+
+TEST_F(SimulationTest, DenseServiceReusesWhatItGenerated) {
+  EXPECT_EQ(play({.num_requests = 100, .kv_policy = "full"}, 1'000'000, 10).done, 1000 * factor());
+}
+
+TEST_F(SimulationTest, SeveralGroupsShareTheWork) {
+  EXPECT_EQ(play({.num_requests = 100, .num_groups = 3, .world_size = 1}, 2'000'000, 10).done,
+            1000 * factor());
+}
+
+TEST_F(SimulationTest, ScarceRoomDelaysButNothingFails) {
+  EXPECT_EQ(play({.num_requests = 50, .slabs = 6}, 3'000'000, 10).done, 500 * factor());
+}
+
+TEST_F(SimulationTest, DisturbingClientsDisturbNobodyElse) {
+  const auto totals = play({.num_requests = 100, .client_faults = 5000}, 4'000'000, 25);
+  EXPECT_GT(totals.done, 2000);
+}
+
+TEST_F(SimulationTest, DyingGroupsLoseAndDoubleNoToken) {
+  const auto totals = play({.num_requests = 100, .rank_faults = 4000}, 5'000'000, 25);
+  EXPECT_GT(totals.deaths, 100);
+  EXPECT_GT(totals.done, 2000);
+}
+
+TEST_F(SimulationTest, EverythingAtOnce) {
+  const auto totals = play({.num_requests = 100,
+                            .num_groups = 2,
+                            .kv_policy = "full",
+                            .slabs = 12,
+                            .rank_faults = 4000,
+                            .client_faults = 3000},
+                           6'000'000, 25);
+  EXPECT_GT(totals.deaths, 50);
+  EXPECT_GT(totals.done, 1500);
+}
+
+TEST_F(SimulationTest, TheSameSeedPlaysTheSameGame) {
+  const SimulationConfig config{
+      .seed = 700, .num_requests = 60, .rank_faults = 4000, .client_faults = 3000};
+  Simulation first(config);
+  first.run();
+  Simulation second(config);
+  second.run();
+  EXPECT_EQ(first.num_done(), second.num_done());
+  EXPECT_EQ(first.fingerprint(), second.fingerprint());
+}
+
+}  // namespace
+}  // namespace foretoken::coordinator
