@@ -1,7 +1,6 @@
 #include "kvstore/internal/store_book.h"
 
 #include <algorithm>
-#include <ranges>
 #include <string>
 
 #include "common/check.h"
@@ -195,7 +194,8 @@ void StoreBook::drop(const LeaseOwner& owner, SequenceId sequence, int head) {
   const auto found = allocations_.find({owner.group, owner.epoch, sequence, head});
   FT_CHECK(found != allocations_.end(), raw(sequence), head);
   if (--found->second.num_holders > 0) return;
-  for (const SlabIndex slab : found->second.slabs | std::views::reverse) pool(head).release(slab);
+  const std::vector<SlabIndex>& slabs = found->second.slabs;
+  for (auto slab = slabs.rbegin(); slab != slabs.rend(); ++slab) pool(head).release(*slab);
   allocations_.erase(found);
 }
 
