@@ -12,6 +12,9 @@
 namespace foretoken::kernels {
 namespace {
 
+// Fewer exponentials than this are done before a second thread has woken up. Guessed.
+constexpr int kSerialValues = 16384;
+
 constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that was not attended
 
 // Where a column of block_max belongs: itself, or the block that lies in that slot.
@@ -95,8 +98,13 @@ void CpuDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
       FT_CHECK(num_maps(state) == maps && args.layer < state.num_layers, s, args.layer);
       FT_CHECK(args.num_columns[s] <= state.max_columns, s, args.num_columns[s]);
     }
-    pool_.parallel_for(args.num_sequences * maps,
-                       [&](int task, int) { append_map(args, task / maps, task % maps); });
+    const int num_tasks = args.num_sequences * maps;
+    const auto append = [&](int task, int) { append_map(args, task / maps, task % maps); };
+    if (args.num_sequences * args.num_heads * args.rows * args.pitch <= kSerialValues) {
+      for (int task = 0; task < num_tasks; ++task) append(task, 0);
+    } else {
+      pool_.parallel_for(num_tasks, append);
+    }
     for (int s = 0; s < args.num_sequences; ++s) {
       args.states[s].num_rows[args.layer] += args.rows;
       args.states[s].num_columns[args.layer] = args.num_columns[s];
