@@ -19,7 +19,7 @@
 namespace foretoken::kvstore {
 namespace {
 
-constexpr std::size_t kRoundBytes = std::size_t{1} << 30;
+constexpr std::size_t kRoundBytes = std::size_t{128} << 20;  // so that the first slabs come soon
 constexpr int kMaxThreads = 16;  // page faults of one memfd stop scaling about there (guessed)
 constexpr int kTouchNice = 10;   // serving goes first
 

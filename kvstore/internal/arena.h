@@ -2,8 +2,8 @@
 // can be cut off), pre-faulted in the background, its stripes spread over the NUMA nodes.
 //
 // Owns the memory, its mapping and the pre-faulting threads. Pieces of all stripes are touched in
-// turn, 1 GiB a round, so that every head's slabs become ready at the same pace; admission follows
-// num_ready(). Thread-safe.
+// turn, 128 MiB a round, so that every head's slabs become ready at the same pace; admission
+// follows num_ready(). Thread-safe.
 #pragma once
 
 #include <atomic>

@@ -110,9 +110,11 @@ void Server::run(int stop_fd) {
 
 void Server::note_progress() {
   arena_->clear_progress();
-  book_->set_ready(arena_->num_ready());
-  log().info("arena: {} of {} slabs a head are ready", arena_->num_ready(),
-             arena_->layout().slabs_per_head);
+  const std::uint32_t ready = arena_->num_ready();
+  book_->set_ready(ready);
+  const std::uint32_t total = arena_->layout().slabs_per_head;
+  log().log(ready == total ? spdlog::level::info : spdlog::level::debug,
+            "arena: {} of {} slabs a head are ready", ready, total);
 }
 
 // ---- peers ------------------------------------------------------------------------------------
