@@ -113,7 +113,8 @@ class Scheduler {
   void plan_admissions(StepPlan& plan, InFlight& step);
   void plan_decodes(StepPlan& plan, InFlight& step);
   void plan_prefills(StepPlan& plan, InFlight& step);
-  PrefillItem cut_prefill(Sequence& sequence, std::int64_t budget) const;
+  std::int64_t whole_budget() const;  // token-layers of a step
+  std::optional<PrefillItem> cut_prefill(Sequence& sequence, std::int64_t budget) const;
 
   Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                    std::vector<StepEvent>& events);

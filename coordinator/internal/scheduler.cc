@@ -148,16 +148,20 @@ void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
   }
 }
 
+std::int64_t Scheduler::whole_budget() const {
+  return std::int64_t{config_.max_batched_tokens} * config_.num_layers;
+}
+
 void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
-  std::int64_t budget = std::int64_t{config_.max_batched_tokens} * config_.num_layers;
+  auto budget = whole_budget();
   for (auto& [id, sequence] : sequences_) {
     if (sequence.phase != Phase::kPrefilling || sequence.releasing) continue;
-    while (budget > 0 && sequence.layer < config_.num_layers) {
+    while (sequence.layer < config_.num_layers) {
       const auto item = cut_prefill(sequence, budget);
-      budget -= (item.layer_end - item.layer_begin) * (item.token_end - item.token_begin);
-      plan.prefills.push_back(item);
+      if (!item) return;
+      budget -= (item->layer_end - item->layer_begin) * (item->token_end - item->token_begin);
+      plan.prefills.push_back(*item);
     }
-    if (sequence.layer < config_.num_layers) return;
     sequence.phase = Phase::kDecoding;
     sequence.planned = 1;
     step.prefilled.push_back(id);
@@ -165,24 +169,28 @@ void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
   }
 }
 
-PrefillItem Scheduler::cut_prefill(Sequence& sequence, std::int64_t budget) const {
+// The next item of a prompt; nullopt when it had better wait for the next step: a layer is cut only
+// where a whole step can't hold it, and then by whole segments or blocks.
+std::optional<PrefillItem> Scheduler::cut_prefill(Sequence& sequence, std::int64_t budget) const {
   const auto length = prompt_length(sequence.given);
   PrefillItem item{sequence.given.admit.sequence, sequence.layer, sequence.layer + 1,
                    sequence.token, length};
   const auto left = length - sequence.token;
-  const bool whole_layers = sequence.token == sequence.reused && left <= budget;
-  if (whole_layers) {
+  if (left > budget) {
+    const std::int64_t unit = whole_budget() >= kSegmentTokens ? kSegmentTokens
+                              : whole_budget() >= kBlockTokens ? kBlockTokens
+                                                               : 1;
+    if (left <= whole_budget() || budget < unit) return std::nullopt;
+    item.token_end = sequence.token + budget / unit * unit;
+    sequence.token = item.token_end;
+    return item;
+  }
+  if (sequence.token == sequence.reused) {
     item.layer_end = static_cast<int>(
         std::min<std::int64_t>(config_.num_layers, sequence.layer + budget / left));
-  } else if (left > budget) {
-    const std::int64_t unit = budget >= kSegmentTokens ? kSegmentTokens
-                              : budget >= kBlockTokens ? kBlockTokens
-                                                       : 1;
-    item.token_end = sequence.token + budget / unit * unit;
   }
-  const bool layer_done = item.token_end == length;
-  sequence.layer = layer_done ? item.layer_end : item.layer_begin;
-  sequence.token = layer_done ? sequence.reused : item.token_end;
+  sequence.layer = item.layer_end;
+  sequence.token = sequence.reused;
   return item;
 }
 

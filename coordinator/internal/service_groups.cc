@@ -11,8 +11,10 @@ namespace {
 
 constexpr std::chrono::seconds kRetryFull{1};        // a group that had no room
 constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
-constexpr int kMaxDeaths = 3;    // of groups under a request, before it counts as their cause
-constexpr int kMaxRefusals = 3;  // of a request that has a group to itself
+constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
+// Of a request that has a group to itself, one a second: the store makes its slabs ready in the
+// background, which takes seconds on a busy machine.
+constexpr int kMaxRefusals = 20;
 
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
 
@@ -175,7 +177,9 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   by_sequence_.erase(found);
   request.wait_again();
   if (by_sequence_.empty()) ++request.refusals;  // nothing else runs that could make room
-  if (event.error.code != ErrorCode::kExhausted || request.refusals >= kMaxRefusals) {
+  const bool never_fits = segments_for(request.length() + request.tokens_left()) >
+                          group.ranks.capacity().kv_slabs_total;
+  if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
   waiting_.push_front(request.origin().id);

@@ -1,0 +1,344 @@
+#include "coordinator/scheduler.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+namespace foretoken::coordinator {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+constexpr int kRanks = 2;
+
+PrefixKey key_of(int number) {
+  PrefixKey key;
+  key.bytes[0] = static_cast<std::uint8_t>(number);
+  return key;
+}
+
+// Sequence `id` of `length` prompt tokens. Its segments' keys are first_key, first_key + 1, ...
+NewSequence sequence(int id, int length, int max_new_tokens, int first_key = 0) {
+  NewSequence made;
+  made.admit.sequence = SequenceId(id);
+  made.admit.prompt.assign(static_cast<std::size_t>(length), 7);
+  made.admit.max_length = length + max_new_tokens;
+  made.max_new_tokens = max_new_tokens;
+  for (int i = 0; i < length / kSegmentTokens; ++i) {
+    made.segment_keys.push_back(key_of(first_key + i));
+  }
+  return made;
+}
+
+class SchedulerTest : public ::testing::Test {
+ protected:
+  explicit SchedulerTest(SchedulerConfig config = {Epoch{1}, 4, 3, 64}) : scheduler_(config) {}
+
+  StepPlan plan() {
+    auto made = scheduler_.next_plan();
+    EXPECT_TRUE(made);
+    return made.value_or(StepPlan{});
+  }
+
+  // What ranks answer to a plan: admissions with `reusable`, a token for whatever samples.
+  std::vector<StepResult> answers(const StepPlan& to, std::vector<int> reusable = {0, 0}) {
+    std::vector<StepResult> results;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      StepResult result;
+      result.step = to.step;
+      result.rank = rank;
+      for (const auto& admit : to.admits) {
+        result.admits.push_back({admit.sequence, reusable[std::size_t(rank)], std::nullopt});
+        lengths_[admit.sequence] = static_cast<std::int64_t>(admit.prompt.size());
+      }
+      for (const auto id : to.releases) {
+        KvReport report;
+        report.blocks_fetched = 10;
+        result.stats.push_back({id, report});
+      }
+      results.push_back(std::move(result));
+    }
+    for (const auto& item : to.prefills) {
+      if (item.layer_end == 4 && item.token_end == lengths_[item.sequence]) {
+        add_token(results[0], item.sequence);
+      }
+    }
+    for (const auto id : to.decodes) add_token(results[0], id);
+    return results;
+  }
+  void add_token(StepResult& result, SequenceId id) {
+    result.tokens.push_back({id, lengths_[id]++, {}});
+  }
+
+  std::vector<StepEvent> feed(const std::vector<StepResult>& results) {
+    auto events = scheduler_.on_results(results);
+    EXPECT_TRUE(events) << events.error().message;
+    return *std::move(events);
+  }
+  std::vector<StepEvent> step(std::vector<int> reusable = {0, 0}) {
+    return feed(answers(plan(), std::move(reusable)));
+  }
+  template <typename T>
+  static std::vector<T> only(const std::vector<StepEvent>& events) {
+    std::vector<T> found;
+    for (const auto& event : events) {
+      if (const auto* one = std::get_if<T>(&event)) found.push_back(*one);
+    }
+    return found;
+  }
+
+  Scheduler scheduler_;
+  std::map<SequenceId, std::int64_t> lengths_;
+};
+
+TEST_F(SchedulerTest, HasNothingToDoWithoutSequences) { EXPECT_FALSE(scheduler_.next_plan()); }
+
+TEST_F(SchedulerTest, WalksASequenceFromAdmissionToRelease) {
+  scheduler_.add(sequence(1, 30, 3));
+  const auto admission = plan();
+  EXPECT_EQ(admission.step, StepNumber{1});
+  EXPECT_EQ(admission.epoch, Epoch{1});
+  ASSERT_EQ(admission.admits.size(), 1U);
+  EXPECT_FALSE(scheduler_.next_plan());  // nothing until the ranks have answered
+  EXPECT_EQ(only<Admitted>(feed(answers(admission))).size(), 1U);
+
+  const auto prefill = plan();
+  ASSERT_EQ(prefill.starts.size(), 1U);
+  ASSERT_EQ(prefill.prefills.size(), 1U);
+  EXPECT_EQ(prefill.prefills[0].layer_end, 4);
+  EXPECT_EQ(prefill.prefills[0].token_end, 30);
+  const auto ahead = plan();  // one step ahead: the first token is not back yet
+  EXPECT_THAT(ahead.decodes, ElementsAre(SequenceId{1}));
+  EXPECT_FALSE(scheduler_.next_plan());  // two are out
+  EXPECT_EQ(only<Sampled>(feed(answers(prefill)))[0].position, 30);
+
+  const auto last = plan();
+  EXPECT_THAT(last.decodes, ElementsAre(SequenceId{1}));
+  feed(answers(ahead));
+  EXPECT_FALSE(scheduler_.next_plan()) << "a decode past max_tokens";
+  feed(answers(last));
+
+  EXPECT_TRUE(scheduler_.release(SequenceId{1}));
+  const auto release = plan();
+  EXPECT_THAT(release.releases, ElementsAre(SequenceId{1}));
+  const auto released = only<Released>(feed(answers(release)));
+  ASSERT_EQ(released.size(), 1U);
+  EXPECT_EQ(released[0].kv.blocks_fetched, 10 * kRanks);
+  EXPECT_EQ(scheduler_.num_sequences(), 0U);
+  EXPECT_FALSE(scheduler_.next_plan());
+}
+
+TEST_F(SchedulerTest, TokensAfterAReleaseAreDropped) {
+  scheduler_.add(sequence(1, 30, 10));
+  step();
+  const auto prefill = plan();
+  const auto ahead = plan();
+  EXPECT_EQ(only<Sampled>(feed(answers(prefill))).size(), 1U);
+  scheduler_.release(SequenceId{1});  // a stop string, say
+  const auto release = plan();
+  EXPECT_THAT(release.decodes, IsEmpty());
+  EXPECT_THAT(only<Sampled>(feed(answers(ahead))), IsEmpty());
+  EXPECT_EQ(only<Released>(feed(answers(release))).size(), 1U);
+}
+
+TEST_F(SchedulerTest, ReusesWhatAllRanksHave) {
+  scheduler_.add(sequence(1, 900, 1, 10));
+  const auto admission = plan();
+  // At least 64 tokens are always computed: (900 - 64) / 256 segments may be reused.
+  EXPECT_THAT(admission.admits[0].prefix_keys, ElementsAre(key_of(10), key_of(11), key_of(12)));
+  feed(answers(admission, {768, 512}));
+  const auto prefill = plan();
+  EXPECT_EQ(prefill.starts[0].reused_tokens, 512);
+  EXPECT_EQ(prefill.prefills[0].token_begin, 512);
+}
+
+TEST_F(SchedulerTest, LeastReusableLengths) {
+  for (const auto& [length, keys] : std::map<int, std::size_t>{
+           {1, 0}, {64, 0}, {256, 0}, {319, 0}, {320, 1}, {575, 1}, {576, 2}}) {
+    Scheduler scheduler({Epoch{1}, 4, 3, 64});
+    scheduler.add(sequence(1, length, 1));
+    EXPECT_EQ(scheduler.next_plan()->admits[0].prefix_keys.size(), keys) << length;
+  }
+}
+
+TEST_F(SchedulerTest, PublishesPromptSegmentsOnceComputed) {
+  scheduler_.add(sequence(1, 600, 1, 10));
+  step();
+  std::vector<StepEvent> events;
+  while (only<Sampled>(events).empty()) events = step();
+  scheduler_.release(SequenceId{1});  // its one token has come; the segments are of use to others
+  const auto publish = plan();
+  EXPECT_THAT(publish.releases, IsEmpty());
+  ASSERT_EQ(publish.publishes.size(), 2U);
+  EXPECT_EQ(publish.publishes[1].index, 1);
+  EXPECT_EQ(publish.publishes[1].key, key_of(11));
+  EXPECT_THAT(plan().releases, ElementsAre(SequenceId{1}));
+}
+
+TEST_F(SchedulerTest, ReusedSegmentsAreNotPublishedAgain) {
+  scheduler_.add(sequence(1, 600, 5, 10));
+  step({512, 512});
+  step();  // 88 tokens by 4 layers, of 256 token-layers a step: two steps
+  step();
+  EXPECT_THAT(plan().publishes, IsEmpty());
+}
+
+TEST_F(SchedulerTest, CutsPrefillByLayers) {
+  scheduler_.add(sequence(1, 100, 1));
+  step();
+  const auto first = plan();  // 256 token-layers: two layers of 100 tokens
+  ASSERT_EQ(first.prefills.size(), 1U);
+  EXPECT_EQ(first.prefills[0].layer_end, 2);
+  EXPECT_EQ(first.prefills[0].token_end, 100);
+  const auto second = plan();
+  ASSERT_EQ(second.prefills.size(), 1U);
+  EXPECT_EQ(second.prefills[0].layer_begin, 2);
+  EXPECT_EQ(second.prefills[0].layer_end, 4);
+}
+
+TEST_F(SchedulerTest, CutsALayerThatNoStepCanHold) {
+  scheduler_.add(sequence(1, 600, 1));
+  step();
+  const auto first = plan();  // 256 token-layers: a segment
+  ASSERT_EQ(first.prefills.size(), 1U);
+  EXPECT_EQ(first.prefills[0].layer_end, 1);
+  EXPECT_EQ(first.prefills[0].token_end, 256);
+  feed(answers(first));
+  feed(answers(plan()));
+  const auto third = plan();  // what is left of the layer, but no crumb of the next
+  ASSERT_EQ(third.prefills.size(), 1U);
+  EXPECT_EQ(third.prefills[0].token_begin, 512);
+  EXPECT_EQ(third.prefills[0].token_end, 600);
+  EXPECT_EQ(plan().prefills[0].layer_begin, 1);
+}
+
+// Whatever the lengths, items cover each layer of the prompt once and in order, within the budget.
+TEST_F(SchedulerTest, PrefillItemsCoverEachLayerInOrder) {
+  for (const int tokens : {1, 15, 63, 64, 65, 255, 256, 257, 1000}) {
+    for (const int budget : {1, 3, 16, 64, 100, 512}) {
+      Scheduler scheduler({Epoch{1}, 4, 3, budget});
+      scheduler.add(sequence(1, tokens, 1));
+      ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
+      int layer = 0;
+      std::int64_t token = 0;
+      while (layer < 4) {
+        const auto made = scheduler.next_plan();
+        ASSERT_TRUE(made) << tokens << " " << budget;
+        std::int64_t cost = 0;
+        for (const auto& item : made->prefills) {
+          ASSERT_EQ(item.layer_begin, layer);
+          ASSERT_EQ(item.token_begin, token);
+          ASSERT_GT(item.token_end, token);
+          const bool whole = item.token_end == tokens;
+          ASSERT_TRUE(item.layer_end == layer + 1 || (whole && token == 0));
+          cost += (item.layer_end - item.layer_begin) * (item.token_end - item.token_begin);
+          layer = whole ? item.layer_end : layer;
+          token = whole ? 0 : item.token_end;
+        }
+        ASSERT_GT(cost, 0);
+        ASSERT_LE(cost, 4 * budget);
+        if (layer == 4) break;
+        ASSERT_TRUE(scheduler.on_results(answers(*made)));
+      }
+    }
+  }
+}
+
+TEST_F(SchedulerTest, OthersDecodeWhileOnePrefills) {
+  scheduler_.add(sequence(1, 10, 100));
+  step();
+  step();
+  scheduler_.add(sequence(2, 400, 5));
+  scheduler_.add(sequence(3, 400, 5, 50));
+  const auto admission = plan();
+  EXPECT_EQ(admission.admits.size(), 2U);
+  EXPECT_THAT(admission.decodes, ElementsAre(SequenceId{1}));
+  feed(answers(admission));
+  const auto prefill = plan();
+  EXPECT_EQ(prefill.starts.size(), 2U);
+  EXPECT_THAT(prefill.decodes, ElementsAre(SequenceId{1}));
+  for (const auto& item : prefill.prefills) EXPECT_EQ(item.sequence, SequenceId{2});
+}
+
+TEST_F(SchedulerTest, HasRoomForAsManyAsMayDecode) {
+  for (int id = 1; id <= 3; ++id) {
+    ASSERT_TRUE(scheduler_.has_room({}));
+    scheduler_.add(sequence(id, 10, 5));
+  }
+  EXPECT_FALSE(scheduler_.has_room({}));
+  step();
+  scheduler_.release(SequenceId{2});
+  EXPECT_FALSE(scheduler_.has_room({}));
+  plan();  // with the release: what is admitted after it finds the room
+  EXPECT_TRUE(scheduler_.has_room({}));
+}
+
+TEST_F(SchedulerTest, WaitsForAPrefixThatIsBeingComputed) {
+  scheduler_.add(sequence(1, 600, 5, 10));
+  EXPECT_FALSE(scheduler_.has_room({key_of(10)}));
+  EXPECT_TRUE(scheduler_.has_room({key_of(20)}));
+  EXPECT_TRUE(scheduler_.has_room({}));
+  step();
+  std::vector<StepEvent> events;
+  while (only<Sampled>(events).empty()) events = step();
+  EXPECT_TRUE(scheduler_.has_room({key_of(10)}));
+}
+
+TEST_F(SchedulerTest, ASequenceThatNobodyHeardOfIsForgottenAtOnce) {
+  scheduler_.add(sequence(1, 10, 5));
+  EXPECT_FALSE(scheduler_.release(SequenceId{1}));
+  EXPECT_FALSE(scheduler_.next_plan());
+}
+
+TEST_F(SchedulerTest, ReleaseBeforeTheAdmissionIsAnswered) {
+  scheduler_.add(sequence(1, 10, 5));
+  const auto admission = plan();
+  EXPECT_TRUE(scheduler_.release(SequenceId{1}));
+  const auto release = plan();
+  EXPECT_THAT(release.releases, ElementsAre(SequenceId{1}));
+  EXPECT_THAT(feed(answers(admission)), IsEmpty());
+  EXPECT_EQ(only<Released>(feed(answers(release))).size(), 1U);
+}
+
+TEST_F(SchedulerTest, ARefusalOnOneRankReleasesAllOfThem) {
+  scheduler_.add(sequence(1, 10, 5));
+  auto results = answers(plan());
+  results[1].admits[0].error = Error{ErrorCode::kExhausted, "full"};
+  const auto refused = only<NotAdmitted>(feed(results));
+  ASSERT_EQ(refused.size(), 1U);
+  EXPECT_EQ(refused[0].error.code, ErrorCode::kExhausted);
+  const auto release = plan();
+  EXPECT_THAT(release.releases, ElementsAre(SequenceId{1}));
+  EXPECT_THAT(feed(answers(release)), IsEmpty());  // nobody waits for it
+  EXPECT_EQ(scheduler_.num_sequences(), 0U);
+}
+
+TEST_F(SchedulerTest, WhatIsWrongCountsMoreThanWhatIsFull) {
+  scheduler_.add(sequence(1, 10, 5));
+  auto results = answers(plan());
+  results[0].admits[0].error = Error{ErrorCode::kInvalidArgument, "too long"};
+  results[1].admits[0].error = Error{ErrorCode::kExhausted, "full"};
+  EXPECT_EQ(only<NotAdmitted>(feed(results))[0].error.code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(SchedulerTest, RanksThatContradictBreakTheGroup) {
+  scheduler_.add(sequence(1, 10, 5));
+  step();
+  const auto good = answers(plan());
+  const auto broken = [&](auto change) {
+    auto scheduler = scheduler_;  // each starts from the same place
+    auto results = good;
+    change(results);
+    const auto events = scheduler.on_results(results);
+    return !events && events.error().code == ErrorCode::kInternal;
+  };
+  EXPECT_FALSE(broken([](auto&) {}));
+  EXPECT_TRUE(broken([](auto& r) { r[1].token_digest = 5; }));
+  EXPECT_TRUE(broken([](auto& r) { r[0].tokens.clear(); }));
+  EXPECT_TRUE(broken([](auto& r) { r[0].tokens[0].sequence = SequenceId{9}; }));
+  EXPECT_TRUE(broken([](auto& r) { r[0].tokens.push_back(r[0].tokens[0]); }));
+  EXPECT_TRUE(broken([](auto& r) { r[0].step = r[1].step = StepNumber{9}; }));
+}
+
+}  // namespace
+}  // namespace foretoken::coordinator
