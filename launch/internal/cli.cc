@@ -55,10 +55,12 @@ std::string explain_extras(const CLI::App& app) {
 int parse_and_run(CLI::App& app, const Action& action, int argc, const char* const* argv) {
   try {
     app.parse(argc, argv);
-  } catch (const CLI::ExtrasError&) {
-    throw Exception(ErrorCode::kUsage, explain_extras(app));
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error, std::cout, std::cerr);  // --help
+    // A word that is none of ours explains what else is missing.
+    if (!app.remaining(/*recurse=*/true).empty()) {
+      throw Exception(ErrorCode::kUsage, explain_extras(app));
+    }
     throw Exception(ErrorCode::kUsage, error.what());
   }
   return action();

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from service_helper import FORETOKEN, SMALL, make_model, run
+from service_helper import SMALL, make_model, run
 
 COMMANDS = ["serve", "generate", "tokenize", "detokenize", "bench", "model", "doctor", "config"]
 
@@ -138,7 +138,3 @@ def test_model_list_and_show(model):
     assert run("model", "list", env=environment).stdout.split("\t")[0] == "tiny"
     shown = json.loads(run("model", "show", "tiny", env=environment).stdout)
     assert shown["num_heads"] == 3
-
-
-def test_it_is_built():
-    assert FORETOKEN.exists()
