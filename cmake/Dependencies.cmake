@@ -9,7 +9,6 @@ find_package(tomlplusplus REQUIRED)       # tomlplusplus::tomlplusplus
 find_package(spdlog REQUIRED)             # spdlog::spdlog
 find_package(prometheus-cpp REQUIRED)     # prometheus-cpp::core, ::pull
 find_package(OpenSSL REQUIRED)            # OpenSSL::Crypto
-find_package(dnnl REQUIRED)               # DNNL::dnnl
 find_package(hwy QUIET)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8)
 pkg_check_modules(ICU REQUIRED IMPORTED_TARGET icu-uc)
