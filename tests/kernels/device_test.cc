@@ -1,0 +1,146 @@
+// Memory, streams and events of a device, and the CPU device's pool and weight arena.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <numeric>
+#include <thread>
+
+#include "common/result.h"
+#include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/host_memory.h"
+#include "tests/kernels/test_device.h"
+
+namespace foretoken::kernels {
+namespace {
+
+TEST(DeviceMemory, IsCountedByUseAndBounded) {
+  const auto device = make_cpu_device({.num_threads = 1, .memory_bytes = 1000});
+  {
+    const DeviceBuffer slots(*device, 600, MemoryUse::kKvSlots);
+    const DeviceBuffer tables(*device, 300, MemoryUse::kTables);
+    EXPECT_EQ(device->memory_in_use(MemoryUse::kKvSlots), 600U);
+    EXPECT_EQ(device->memory_in_use(MemoryUse::kTables), 300U);
+    try {
+      const DeviceBuffer more(*device, 101, MemoryUse::kWeights);
+      FAIL() << "101 bytes of 100";
+    } catch (const Exception& exception) {
+      EXPECT_EQ(exception.error().code, ErrorCode::kExhausted);
+      EXPECT_NE(exception.error().message.find("101 bytes"), std::string::npos);
+      EXPECT_NE(exception.error().message.find("weights"), std::string::npos);
+    }
+    EXPECT_EQ(device->memory_in_use(MemoryUse::kWeights), 0U);
+  }
+  EXPECT_EQ(device->memory_in_use(MemoryUse::kKvSlots), 0U);
+  EXPECT_EQ(DeviceBuffer(*device, 1000, MemoryUse::kKvSlots).bytes(), 1000U);
+}
+
+TEST(DeviceMemory, BuffersMove) {
+  const auto device = make_cpu_device({.num_threads = 1, .memory_bytes = 1000});
+  DeviceBuffer first(*device, 100, MemoryUse::kTables);
+  void* data = first.data();
+  DeviceBuffer second = std::move(first);
+  EXPECT_EQ(second.data(), data);
+  EXPECT_EQ(first.data(), nullptr);
+  second = DeviceBuffer();
+  EXPECT_EQ(device->memory_in_use(MemoryUse::kTables), 0U);
+}
+
+TEST(DeviceMemory, CopiesAndClears) {
+  TestDevice test;
+  const std::vector<int> numbers = {1, 2, 3, 4};
+  const DeviceBuffer a(*test.device, 16, MemoryUse::kTables);
+  const DeviceBuffer b(*test.device, 16, MemoryUse::kTables);
+  std::vector<int> back(4);
+  test.device->copy_in(a.data(), numbers.data(), 16, *test.stream);
+  test.device->copy(b.data(), a.data(), 16, *test.stream);
+  test.device->fill_zero(b.as<int>() + 1, 8, *test.stream);
+  test.device->copy_out(back.data(), b.data(), 16, *test.stream);
+  test.stream->synchronize();
+  EXPECT_EQ(back, (std::vector<int>{1, 0, 0, 4}));
+}
+
+TEST(Events, OrderACopyStreamAgainstCompute) {
+  TestDevice test;
+  const auto copies = test.device->make_stream(StreamKind::kCopy);
+  const auto filled = test.device->make_event();
+  EXPECT_TRUE(filled->done());  // never recorded
+  filled->synchronize();
+
+  std::vector<int> from(1 << 20, 0);
+  std::vector<int> to(from.size(), 0);
+  for (int round = 1; round <= 20; ++round) {
+    std::fill(from.begin(), from.end(), round);
+    test.device->copy(to.data(), from.data(), from.size() * sizeof(int), *copies);
+    filled->record(*copies);
+    filled->wait(*test.stream);
+    EXPECT_TRUE(filled->done());
+    EXPECT_EQ(to.front(), round);
+    EXPECT_EQ(to.back(), round);
+  }
+}
+
+TEST(Streams, ACopyStreamKeepsWhatAnOpThrew) {
+  TestDevice test;
+  const auto copies = test.device->make_stream(StreamKind::kCopy);
+  auto& stream = static_cast<CpuStream&>(*copies);
+  bool later_ran = false;
+  stream.run([] { throw Exception(ErrorCode::kDevice, "broken"); });
+  stream.run([&] { later_ran = true; });
+  EXPECT_THROW(copies->synchronize(), Exception);
+  EXPECT_TRUE(later_ran);
+  copies->synchronize();  // reported once
+}
+
+TEST(ThreadPool, RunsEveryTaskOnceOnOneOfItsThreads) {
+  for (const int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    EXPECT_EQ(pool.num_threads(), threads);
+    for (const int tasks : {0, 1, 2, 7, 1000}) {
+      std::vector<std::atomic<int>> runs(static_cast<std::size_t>(tasks));
+      std::atomic<bool> known_threads = true;
+      pool.parallel_for(tasks, [&](int task, int thread) {
+        ++runs[static_cast<std::size_t>(task)];
+        if (thread < 0 || thread >= threads) known_threads = false;
+      });
+      for (const auto& count : runs) EXPECT_EQ(count, 1);
+      EXPECT_TRUE(known_threads);
+    }
+  }
+}
+
+TEST(ThreadPool, SeesTheCallersWritesAndShowsItsOwn) {
+  ThreadPool pool(3);
+  std::vector<int> values(64, 0);
+  for (int round = 1; round <= 2000; ++round) {
+    values[0] = round;
+    pool.parallel_for(64, [&](int task, int) {
+      if (task > 0) values[static_cast<std::size_t>(task)] = round + task;
+    });
+    if (round % 500 == 0)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));  // let it sleep
+    ASSERT_EQ(std::accumulate(values.begin(), values.end(), 0), 64 * round + 63 * 64 / 2);
+  }
+}
+
+TEST(WeightArena, PiecesDoNotOverlapAndComeBack) {
+  WeightArena arena;
+  std::vector<std::pair<std::byte*, std::size_t>> live;
+  for (const std::size_t bytes :
+       {0UL, 1UL, 4096UL, 663552UL, 40UL << 20, 5000UL, 20UL << 20, 20UL << 20}) {
+    auto* data = static_cast<std::byte*>(arena.allocate(bytes));
+    std::memset(data, static_cast<int>(live.size()), bytes);
+    live.push_back({data, bytes});
+  }
+  for (std::size_t i = 0; i < live.size(); ++i) {
+    const auto [data, bytes] = live[i];
+    EXPECT_EQ(std::count(data, data + bytes, static_cast<std::byte>(i)),
+              static_cast<std::ptrdiff_t>(bytes));
+  }
+  for (const auto& [data, bytes] : live) arena.release(data);
+  arena.release(arena.allocate(100));
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
