@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -199,6 +200,7 @@ TEST_F(KvOpsTest, GathersIntoSlots) {
 }
 
 // Each fault is seen, counted once, and only the block that has it is made absent.
+// FORETOKEN_FAULTS sets how many are injected (2,000).
 TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
   KvSequence kv(kShape, kNumSlots, kMaxBlocks);
   FetchTable fetches(kShape, 4);
@@ -207,7 +209,9 @@ TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
   const std::size_t block_bytes = kShape.block_bytes();
   constexpr int kLayer = 1;
   constexpr int kBlock = 6;
-  for (int fault = 0; fault < 2000; ++fault) {
+  const char* wanted = std::getenv("FORETOKEN_FAULTS");
+  const int num_faults = wanted == nullptr ? 2'000 : std::atoi(wanted);
+  for (int fault = 0; fault < num_faults; ++fault) {
     std::byte* block = kv.arena_data(kLayer, 0, kBlock);
     std::byte* checksum = kv.slab(0, 0) + slab_checksum_offset(kShape, kLayer, kBlock);
     switch (fault % 5) {

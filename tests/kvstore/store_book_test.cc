@@ -326,7 +326,8 @@ class Traffic {
   }
   void commit(LeaseId lease, SequenceId sequence) {
     const int segment = static_cast<int>(pick(static_cast<unsigned>(segments_of(sequence))));
-    const PrefixKey key = key_of(prompt_of(sequence), segment);
+    const bool other = pick(8) == 0;  // a key that is not the slab's own
+    const PrefixKey key = key_of(other ? static_cast<int>(pick(5)) : prompt_of(sequence), segment);
     ASSERT_TRUE(book_.commit(lease, sequence, segment, key));
     model_.committed(lease, sequence, segment, key);
   }
