@@ -27,6 +27,14 @@ def make_model(folder, name="llama"):
     return pathlib.Path(folder)
 
 
+def smollm2():
+    """The embedded default's folder; fetched once."""
+    done = subprocess.run(
+        [FORETOKEN, "model", "fetch", "smollm2-135m"], stdout=subprocess.PIPE, check=True, text=True
+    )
+    return pathlib.Path(done.stdout.strip())
+
+
 def run(*words, **options):
     """Runs `foretoken WORDS`; the result has returncode, stdout and stderr."""
     command = [str(word) for word in (FORETOKEN, *words)]

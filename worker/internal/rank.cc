@@ -112,6 +112,12 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
   return policy;
 }
 
+// What tells the KV of this model from that of others; random weights are all alike.
+std::string identity_of(const ServiceConfig& config) {
+  if (config.load_format == "dummy") return "dummy";
+  return model_hash(config.model).value_or_throw();
+}
+
 std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config) {
   if (config.device == "cuda") {
     throw Exception(ErrorCode::kDevice, "--device cuda: this program was built without CUDA");
@@ -128,7 +134,7 @@ class Worker {
   Worker(const RankConfig& config, const Welcome& welcome, Collective& collective)
       : config_(service_config_from_json(welcome.config_json).value_or_throw()),
         model_config_(read_model_config(config_.model).value_or_throw()),
-        model_hash_(model_hash(config_.model).value_or_throw()),
+        model_hash_(identity_of(config_)),
         device_(make_device(config_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
