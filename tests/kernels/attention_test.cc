@@ -424,7 +424,9 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
   test.run(&Device::streamed_attention, keys_alone);
   EXPECT_EQ(lse, with_values.first);
   for (std::size_t i = 0; i < block_max.size(); ++i) {
-    if (!std::isnan(with_values.second[i])) ASSERT_EQ(block_max[i], with_values.second[i]) << i;
+    if (!std::isnan(with_values.second[i])) {
+      ASSERT_EQ(block_max[i], with_values.second[i]) << i;
+    }
   }
 }
 
