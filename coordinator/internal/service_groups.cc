@@ -13,8 +13,8 @@ constexpr std::chrono::seconds kRetryFull{1};        // a group that had no room
 constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: the store makes its slabs ready in the
-// background, which takes seconds on a busy machine.
-constexpr int kMaxRefusals = 20;
+// background, which may take a minute on a busy machine.
+constexpr int kMaxRefusals = 120;
 
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
 
