@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 from foretoken.client import Client
-from service_helper import ROOT, SMALL, Service, make_model, run, smollm2
+from service_helper import LARGE, ROOT, SMALL, Service, make_model, run, smollm2
 
 DATA = ROOT / "tests" / "oracles" / "data"
 PROMPTS = ["short", "chat", "code", "mixed", "long"]
@@ -35,7 +35,7 @@ def assert_same_tokens(expected, margins, ids):
 
 @pytest.fixture(scope="module")
 def client():
-    with Service(smollm2(), "--kv-policy=full", "--kv-host-gib=1") as service:
+    with Service(smollm2(), "--kv-policy=full", size=LARGE) as service:
         with Client(service.endpoint, service.key_file, silence_timeout=300) as connected:
             yield connected
 
@@ -53,8 +53,8 @@ def test_smollm2_answers_like_transformers(client, expected, name):
 def test_any_number_of_ranks_gives_the_same_tokens(expected):
     """3 KV heads: 2 + 1 over two ranks, one each over three, one shared by two of four ranks."""
     for ranks in (2, 3, 4):
-        flags = ("--kv-policy=full", "--kv-host-gib=1", f"--tensor-parallel-size={ranks}")
-        with Service(smollm2(), *flags) as service:
+        flags = ("--kv-policy=full", f"--tensor-parallel-size={ranks}")
+        with Service(smollm2(), *flags, size=LARGE) as service:
             with Client(service.endpoint, service.key_file, silence_timeout=300) as client:
                 for name in ("chat", "code", "mixed"):
                     case = expected[name]

@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("FORETOKEN_BIN", ROOT / "build" / "release" / "bin"))
 FORETOKEN = BIN / "foretoken"
 SMALL = ("--device=cpu", "--kv-host-gib=0.25", "--device-memory-gib=1")
+LARGE = ("--device=cpu", "--kv-host-gib=2", "--device-memory-gib=4")  # for SmolLM2
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -70,13 +71,13 @@ def processes_of(folder):
 class Service:
     """`foretoken serve` on a free port, in a folder of its own."""
 
-    def __init__(self, model, *flags, ready=True):
+    def __init__(self, model, *flags, ready=True, size=SMALL):
         self._temporary = tempfile.TemporaryDirectory(prefix="ft-test-")
         self.folder = pathlib.Path(self._temporary.name)
         self.endpoint_file = self.folder / "endpoint.json"
         self.log = self.folder / "log"
         words = [FORETOKEN, "serve", model, "--port=0", f"--runtime-dir={self.folder}/run"]
-        words += [f"--endpoint-file={self.endpoint_file}", *SMALL, *flags]
+        words += [f"--endpoint-file={self.endpoint_file}", *size, *flags]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [str(word) for word in words], stdout=subprocess.PIPE, stderr=log, text=True

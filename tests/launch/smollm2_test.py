@@ -6,12 +6,11 @@ import time
 
 import pytest
 from foretoken.client import Client
-from service_helper import ROOT, Service, run, smollm2, wait_until
+from service_helper import LARGE, ROOT, Service, run, smollm2, wait_until
 
 LENGTH = 7000
 ANSWER = 24
 BUDGET = 1024
-STORE = "--kv-host-gib=2"
 
 
 def tokenize(text):
@@ -53,8 +52,8 @@ def text(request):
 
 
 def recall(policy, prompt, forced, *flags):
-    with Service(smollm2(), STORE, f"--kv-policy={policy}", f"--kv-budget={BUDGET}",
-                 "--audit-every=1", *flags) as service:  # fmt: skip
+    with Service(smollm2(), f"--kv-policy={policy}", f"--kv-budget={BUDGET}",
+                 "--audit-every=1", *flags, size=LARGE) as service:  # fmt: skip
         with Client(service.endpoint, service.key_file, silence_timeout=300) as client:
             answer = client.generate(prompt, forced_ids=forced, max_tokens=len(forced),
                                      ignore_eos=True, temperature=0)  # fmt: skip
@@ -81,7 +80,7 @@ def test_eight_clients_get_what_they_get_alone():
     ids = tokenize(licence())
     prompts = [ids[37 * i : 37 * i + length] for i, length in
                enumerate((100, 350, 700, 1100, 1700, 2400, 3200, 4000))]  # fmt: skip
-    with Service(smollm2(), STORE, "--kv-policy=full", "--tensor-parallel-size=2") as service:
+    with Service(smollm2(), "--kv-policy=full", "--tensor-parallel-size=2", size=LARGE) as service:
         before = lengths_of(service)
         answers = [None] * len(prompts)
 
@@ -110,7 +109,7 @@ def test_eight_clients_get_what_they_get_alone():
 
 def test_a_cancelled_request_frees_its_kv_within_a_second():
     ids = tokenize(licence())[:2000]
-    with Service(smollm2(), STORE, "--kv-policy=attention-predictor") as service:
+    with Service(smollm2(), "--kv-policy=attention-predictor", size=LARGE) as service:
         with Client(service.endpoint, service.key_file, silence_timeout=300) as client:
             pieces = client.stream(ids, max_tokens=2000, temperature=0, ignore_eos=True)
             next(pieces)
