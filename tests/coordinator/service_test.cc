@@ -1,0 +1,431 @@
+// The service's words to clients: who is told what, and when. What it does under faults is played
+// by simulation_test.cc.
+#include "coordinator/service.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "common/log.h"
+#include "common/wire.h"
+#include "tests/coordinator/fake_worker.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+using ::testing::HasSubstr;
+
+constexpr int kEos = 256;
+
+std::string numbered(std::string name, int number) {
+  name += std::to_string(number);
+  return name;
+}
+
+class ServiceTest : public ::testing::Test, public Outbox {
+ protected:
+  ServiceTest() {
+    log().set_level(spdlog::level::off);
+    config_.model = "model";
+    config_.max_waiting = 4;
+    config_.max_requests_per_client = 3;
+    config_.max_num_seqs = 2;
+    model_.name = "m";
+    model_.num_layers = 2;
+    model_.vocab_size = 257;
+    model_.context = 1000;
+    model_.eos_ids = {kEos};
+    model_.kv_type = "bf16";
+  }
+  ~ServiceTest() override { log().set_level(spdlog::level::info); }
+
+  Status to_client(const std::string& peer, std::string_view frame) override {
+    if (gone_ == peer) return Error{ErrorCode::kNotFound, "gone"};
+    if (slow_ == peer) return Error{ErrorCode::kExhausted, "slow"};
+    auto message = decode_server_message(frame).value_or_throw();
+    const auto* token = std::get_if<TokenMessage>(&message);
+    if (token == nullptr || !token->tokens.empty()) told_[peer].push_back(std::move(message));
+    return Ok{};
+  }
+  Status to_worker(const std::string&, std::string_view frame) override {
+    plans_.emplace_back(frame);
+    return Ok{};
+  }
+  void to_parent(const std::string& line) override { parent_.push_back(line); }
+
+  Service& service() {
+    if (!service_) {
+      service_ = std::make_unique<Service>(
+          Service::Parts{config_, model_, "store", "secret", operator_key_, nullptr}, *this,
+          metrics_, now_);
+    }
+    return *service_;
+  }
+  void ask(const ClientRequest& request, const std::string& peer = "p",
+           const std::string& key = "") {
+    service().on_client_frame({peer, key, encode(request)}, now_);
+  }
+  static GenerateRequest wish(const std::string& id, int max_tokens = 3) {
+    GenerateRequest request;
+    request.request_id = id;
+    request.prompt_ids = {{1, 2, 3}};
+    request.max_tokens = max_tokens;
+    request.ignore_eos = true;
+    return request;
+  }
+  template <typename T>
+  std::vector<T> told(const std::string& peer = "p") {
+    std::vector<T> found;
+    for (const auto& message : told_[peer]) {
+      if (const auto* one = std::get_if<T>(&message)) found.push_back(*one);
+    }
+    return found;
+  }
+  void say(const WorkerMessage& message) {
+    service().on_worker_frame({"rank", "", encode(message)}, now_);
+  }
+  void start_rank(std::int64_t slabs = 1024) {
+    store_ = std::make_shared<FakeStore>();
+    store_->slabs = slabs;
+    rank_ = std::make_unique<FakeRank>(FakeRankConfig{}, store_);
+    say(Hello{0, 0, 1, 1, "here"});
+    work();
+  }
+  // The rank does all that it was told, and hears of no more.
+  void work(int steps = 1000) {
+    while (!plans_.empty() && steps-- > 0) {
+      const auto message = decode_coordinator_message(plans_.front()).value_or_throw();
+      plans_.pop_front();
+      if (const auto* welcome = std::get_if<Welcome>(&message)) {
+        say(rank_->ready(welcome->epoch));
+      } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
+        say(rank_->run(*plan));
+      } else {
+        ++shutdowns_;
+      }
+    }
+  }
+  void pass(milliseconds time) { service().on_time(now_ += time); }
+
+  ServiceConfig config_;
+  ServedModel model_;
+  std::string operator_key_;
+  Metrics metrics_{"m"};
+  TimePoint now_ = TimePoint{} + seconds(1000);
+  std::unique_ptr<Service> service_;
+  std::shared_ptr<FakeStore> store_;
+  std::unique_ptr<FakeRank> rank_;
+  std::map<std::string, std::vector<ServerMessage>> told_;
+  std::deque<std::string> plans_;
+  std::vector<std::string> parent_;
+  std::string slow_;
+  std::string gone_;
+  int shutdowns_ = 0;
+};
+
+TEST_F(ServiceTest, StreamsTokensAndThenDone) {
+  start_rank();
+  ask(wish("r1"));
+  work();
+  EXPECT_EQ(told<TokenMessage>().size(), 3U);
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 1U);
+  EXPECT_EQ(done[0].request_id, "r1");
+  EXPECT_EQ(done[0].finish_reason, "length");
+  EXPECT_EQ(done[0].usage.prompt_tokens, 3);
+  EXPECT_EQ(done[0].kv.budget_tokens, config_.kv_budget);
+  EXPECT_EQ(service().num_requests(), 0U);
+  EXPECT_THAT(metrics_.text(), HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
+}
+
+TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {
+  start_rank();
+  auto request = wish("r1");
+  request.stream = false;
+  ask(request);
+  work();
+  EXPECT_TRUE(told<TokenMessage>().empty());
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, StopsAtStopTokensAndTheModelsEnd) {
+  start_rank();
+  auto request = wish("r1", 10);
+  request.forced_ids = {5, 6, 7, 8};
+  request.stop_token_ids = {7};
+  ask(request);
+  work();
+  EXPECT_EQ(told<DoneMessage>().at(0).tokens.size(), 3U);
+  EXPECT_EQ(told<DoneMessage>().at(0).finish_reason, "stop");
+  request = wish("r2", 10);
+  request.forced_ids = {5, kEos, 7};
+  request.ignore_eos = false;
+  ask(request);
+  work();
+  EXPECT_EQ(told<DoneMessage>().at(1).tokens.size(), 2U);
+  EXPECT_EQ(told<DoneMessage>().at(1).tokens.back().id, kEos);
+}
+
+TEST_F(ServiceTest, WaitsForAGroupAndThenRuns) {
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).state, "loading");
+  EXPECT_EQ(told<StatusReply>().at(0).detail, "group 0: 0 of 1 ranks have joined");
+  ask(wish("r1"));
+  EXPECT_TRUE(told<ErrorMessage>().empty());
+  start_rank();
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, TurnsAwayWhatIsTooMuch) {
+  for (int i = 0; i < 3; ++i) ask(wish(numbered("r", i)));
+  ask(wish("r3"));
+  EXPECT_THAT(told<ErrorMessage>().at(0).message, HasSubstr("--max-requests-per-client"));
+  EXPECT_EQ(told<ErrorMessage>().at(0).code, "exhausted");
+  ask(wish("x"), "q");
+  ask(wish("y"), "q");
+  EXPECT_THAT(told<ErrorMessage>("q").at(0).message, HasSubstr("--max-waiting"));
+  EXPECT_THAT(metrics_.text(), HasSubstr("foretoken_requests_rejected_total{model_name=\"m\","
+                                         "reason=\"exhausted\"} 2"));
+}
+
+TEST_F(ServiceTest, ATenantsLimitHoldsOverItsConnectionsButNotForTheOperator) {
+  operator_key_ = "operator";
+  for (int i = 0; i < 3; ++i) ask(wish("r"), numbered("p", i), "tenant");
+  ask(wish("r"), "p3", "tenant");
+  EXPECT_EQ(told<ErrorMessage>("p3").size(), 1U);
+  config_.max_waiting = 100;
+  service_.reset();
+  for (int i = 0; i < 10; ++i) ask(wish(numbered("r", i)), "o", "operator");
+  EXPECT_TRUE(told<ErrorMessage>("o").empty());
+}
+
+TEST_F(ServiceTest, NamesWhatIsWrongWithARequest) {
+  auto request = wish("r1");
+  request.prompt_ids = {{1, 999}};
+  ask(request);
+  EXPECT_THAT(told<ErrorMessage>().at(0).message, HasSubstr("the id 999"));
+  EXPECT_EQ(told<ErrorMessage>().at(0).request_id, "r1");
+  request = wish("r2");
+  request.prompt_ids.reset();
+  request.prompt = "text";
+  ask(request);
+  EXPECT_THAT(told<ErrorMessage>().at(1).message, HasSubstr("no tokenizer.json"));
+  ask(wish("r3", 2000));
+  EXPECT_THAT(told<ErrorMessage>().at(2).message, HasSubstr("--max-model-len"));
+  ask(wish("same"));
+  ask(wish("same"));
+  EXPECT_THAT(told<ErrorMessage>().at(3).message, HasSubstr("a request of that name"));
+  EXPECT_EQ(told<ErrorMessage>().at(3).request_id, "");  // the first one goes on
+  service().on_client_frame({"p", "", "nonsense"}, now_);
+  EXPECT_EQ(told<ErrorMessage>().at(4).code, "corrupt");
+  EXPECT_EQ(service().num_requests(), 1U);
+}
+
+TEST_F(ServiceTest, CancelEndsARequestWhereverItStands) {
+  ask(wish("waits"));
+  ask(CancelRequest{"waits"});
+  EXPECT_EQ(told<DoneMessage>().at(0).finish_reason, "cancelled");
+  start_rank();
+  ask(wish("runs", 500));
+  work(10);
+  ask(CancelRequest{"runs"});
+  ask(CancelRequest{"runs"});
+  ask(CancelRequest{"unknown"});
+  work();
+  ASSERT_EQ(told<DoneMessage>().size(), 2U);
+  EXPECT_EQ(told<DoneMessage>().at(1).finish_reason, "cancelled");
+  EXPECT_GT(told<DoneMessage>().at(1).tokens.size(), 0U);
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, OthersRequestsCanNotBeCancelled) {
+  start_rank();
+  ask(wish("r1", 500));
+  work(5);
+  for (int guess = 0; guess < 100; ++guess) ask(CancelRequest{numbered("r", guess)}, "q");
+  EXPECT_EQ(service().num_requests(), 1U);
+  EXPECT_TRUE(told_["q"].empty());
+}
+
+TEST_F(ServiceTest, AVanishedClientsSequencesAreReleased) {
+  start_rank();
+  ask(wish("r1", 500));
+  work(10);
+  gone_ = "p";
+  work(2);
+  pass(milliseconds(20));
+  EXPECT_EQ(service().num_requests(), 0U);
+  work();
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, ASlowClientHoldsUpNobodyAndIsCancelled) {
+  start_rank();
+  ask(wish("r1", 900), "slow");
+  slow_ = "slow";
+  ask(wish("r2", 20));
+  work(50);
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+  for (int i = 0; i < 31 && service().num_requests() > 0; ++i) {
+    pass(seconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  }
+  EXPECT_EQ(service().num_requests(), 0U);
+  work();
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, AClientThatWasSlowGetsWhatItMissedInOnePiece) {
+  start_rank();
+  ask(wish("r1", 20));
+  slow_ = "p";
+  work();
+  EXPECT_TRUE(told_["p"].empty());
+  slow_.clear();
+  pass(milliseconds(20));
+  ASSERT_EQ(told<DoneMessage>().size(), 1U);
+  std::size_t tokens = 0;
+  for (const auto& message : told<TokenMessage>()) tokens += message.tokens.size();
+  EXPECT_EQ(tokens, 20U);
+}
+
+TEST_F(ServiceTest, ARequestHasADeadline) {
+  config_.request_timeout_s = 10;
+  ask(wish("r1"));
+  pass(seconds(10));
+  EXPECT_TRUE(told<ErrorMessage>().empty());
+  pass(seconds(1));
+  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
+  EXPECT_EQ(told<ErrorMessage>()[0].code, "timeout");
+}
+
+TEST_F(ServiceTest, WhatNeverFitsIsRefusedWithTheRanksReason) {
+  start_rank(/*slabs=*/1);
+  ask(wish("r1", 500));
+  work();
+  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
+  EXPECT_EQ(told<ErrorMessage>()[0].code, "exhausted");
+  EXPECT_THAT(told<ErrorMessage>()[0].message, HasSubstr("--kv-host-gib"));
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
+  start_rank();
+  store_->slabs = 1;  // the store is still making the rest ready
+  ask(wish("r1", 500));
+  const auto wait = [this] {
+    work();
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    pass(seconds(1));
+  };
+  for (int i = 0; i < 3; ++i) wait();
+  store_->slabs = 1024;
+  wait();
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+
+  store_->slabs = 1;
+  ask(wish("r2", 500));
+  for (int i = 0; i < 40 && told<ErrorMessage>().empty(); ++i) wait();
+  EXPECT_EQ(told<ErrorMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {
+  start_rank();
+  ask(wish("r1", 30));
+  work(10);
+  const auto before = told<TokenMessage>().size();
+  EXPECT_GT(before, 0U);
+  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
+  ASSERT_EQ(parent_.size(), 1U);
+  EXPECT_THAT(parent_[0], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[0], HasSubstr("\"epoch\":2"));
+  plans_.clear();
+  start_rank();
+  work();
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 1U);
+  EXPECT_EQ(done[0].tokens.size(), 30U);
+  EXPECT_EQ(told<TokenMessage>().size(), 30U);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 1);
+}
+
+TEST_F(ServiceTest, AFailureWhileLoadingShowsInTheStatus) {
+  say(Hello{0, 0, 1, 1, "here"});
+  say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kModelFile, "model.safetensors is cut short"}});
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).state, "failed");
+  EXPECT_THAT(told<StatusReply>().at(0).detail, HasSubstr("model.safetensors is cut short"));
+}
+
+TEST_F(ServiceTest, DrainFinishesWhatRunsAndTakesNothingNew) {
+  start_rank();
+  ask(wish("r1", 20));
+  work(5);
+  ask(DrainRequest{});
+  EXPECT_EQ(told<DrainReply>().size(), 1U);
+  ask(wish("r2"));
+  EXPECT_EQ(told<ErrorMessage>().at(0).code, "unavailable");
+  EXPECT_FALSE(service().is_finished());
+  work();
+  pass(milliseconds(20));
+  EXPECT_TRUE(service().is_finished());
+  EXPECT_EQ(told<DoneMessage>().at(0).tokens.size(), 20U);
+  work();
+  EXPECT_EQ(shutdowns_, 1);
+}
+
+TEST_F(ServiceTest, DrainEndsAtItsDeadline) {
+  config_.drain_timeout_s = 5;
+  ask(wish("waits for ever"));
+  ask(wish("r1"));
+  ask(DrainRequest{});
+  pass(seconds(4));
+  EXPECT_FALSE(service().is_finished());
+  pass(seconds(1));
+  EXPECT_TRUE(service().is_finished());
+  EXPECT_EQ(told<ErrorMessage>().back().code, "unavailable");
+}
+
+TEST_F(ServiceTest, OnlyTheOperatorMayDrain) {
+  operator_key_ = "operator";
+  ask(DrainRequest{}, "p", "tenant");
+  EXPECT_EQ(told<ErrorMessage>().at(0).code, "invalid_argument");
+  ask(DrainRequest{}, "p", "operator");
+  EXPECT_EQ(told<DrainReply>().size(), 1U);
+}
+
+// The same prompt of another tenant finds nothing: its keys differ from the first segment on.
+TEST_F(ServiceTest, PrefixesAreATenantsOwn) {
+  start_rank();
+  auto request = wish("r1", 1);
+  request.prompt_ids = std::vector<TokenId>(700, 5);
+  const auto cached = [&](const std::string& tenant) {
+    told_.clear();
+    ask(request, "p", tenant);
+    work();
+    return told<DoneMessage>().at(0).usage.cached_tokens;
+  };
+  EXPECT_EQ(cached("one"), 0);
+  EXPECT_EQ(cached("one"), 512);
+  EXPECT_EQ(cached("two"), 0);
+  EXPECT_EQ(cached("two"), 512);
+}
+
+TEST_F(ServiceTest, FramesOfRanksThatCanNotBeReadHarmNobody) {
+  start_rank();
+  for (const auto* junk : {"", "junk", "\xdf\xff\xff\xff\xff"}) {
+    service().on_worker_frame({"rank", "", junk}, now_);
+  }
+  say(Hello{7, 0, 1, 1, "here"});
+  say(Heartbeat{Epoch{1}, -1, 0, StepNumber{1}});
+  ask(wish("r1"));
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+}
+
+}  // namespace
+}  // namespace foretoken::coordinator

@@ -1,0 +1,222 @@
+#include "coordinator/worker_group.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "common/log.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+
+class WorkerGroupTest : public ::testing::Test {
+ protected:
+  WorkerGroupTest() { log().set_level(spdlog::level::off); }
+  ~WorkerGroupTest() override { log().set_level(spdlog::level::info); }
+
+  static std::string peer(int rank) { return "peer" + std::to_string(rank); }
+  std::vector<GroupEvent> hello(int rank, int world_size = 2) {
+    return group_.on_hello(peer(rank), {0, rank, world_size, 100 + rank, "here"}, now_);
+  }
+  std::vector<GroupEvent> ready(int rank, Epoch epoch = Epoch{1}, std::string hash = "m") {
+    Ready message;
+    message.epoch = epoch;
+    message.rank = rank;
+    message.model_hash = std::move(hash);
+    message.max_model_len = 1000 + rank;
+    return group_.on_ready(peer(rank), message, now_);
+  }
+  std::vector<GroupEvent> result(int rank, int step, Epoch epoch = Epoch{1}) {
+    StepResult message;
+    message.epoch = epoch;
+    message.rank = rank;
+    message.step = StepNumber(step);
+    return group_.on_result(peer(rank), message, now_);
+  }
+  void beat(int rank, Epoch epoch = Epoch{1}) {
+    EXPECT_TRUE(group_.on_heartbeat({epoch, 0, rank, StepNumber{0}}, now_).empty());
+  }
+  void assemble() {
+    hello(0);
+    hello(1);
+    ready(0);
+    ready(1);
+    ASSERT_TRUE(group_.is_ready());
+  }
+  // Time passes in steps that are short enough not to count as our own sleep.
+  std::vector<GroupEvent> pass(milliseconds time) {
+    std::vector<GroupEvent> events;
+    for (; time.count() > 0; time -= milliseconds(100)) {
+      now_ += milliseconds(100);
+      for (auto& event : group_.on_time(now_)) events.push_back(std::move(event));
+    }
+    return events;
+  }
+  template <typename T>
+  static const T* find(const std::vector<GroupEvent>& events) {
+    for (const auto& event : events) {
+      if (const auto* found = std::get_if<T>(&event)) return found;
+    }
+    return nullptr;
+  }
+
+  WorkerGroup group_{0, 2};
+  TimePoint now_{};
+};
+
+TEST_F(WorkerGroupTest, IsReadyWhenAllRanksAre) {
+  EXPECT_EQ(find<SendWelcome>(hello(0))->peer, "peer0");
+  EXPECT_EQ(group_.describe(), "1 of 2 ranks have joined");
+  EXPECT_FALSE(group_.is_assembled());
+  hello(1);
+  EXPECT_TRUE(group_.is_assembled());
+  EXPECT_TRUE(ready(1).empty());
+  EXPECT_EQ(group_.describe(), "1 of 2 ranks have loaded the model");
+  EXPECT_NE(find<GroupReady>(ready(0)), nullptr);
+  EXPECT_EQ(group_.context(), 1000);
+  EXPECT_EQ(group_.peers(), (std::vector<std::string>{"peer0", "peer1"}));
+}
+
+TEST_F(WorkerGroupTest, RefusesRanksOfAnotherShape) {
+  EXPECT_TRUE(hello(0, 3).empty());
+  EXPECT_TRUE(hello(2, 2).empty());
+  EXPECT_TRUE(hello(-1, 2).empty());
+  EXPECT_TRUE(group_.peers().empty());
+}
+
+TEST_F(WorkerGroupTest, RanksOfDifferentModelsAreNoGroup) {
+  hello(0);
+  hello(1);
+  ready(0);
+  const auto events = ready(1, Epoch{1}, "other");
+  const auto* dead = find<GroupDead>(events);
+  ASSERT_NE(dead, nullptr);
+  EXPECT_EQ(dead->error.code, ErrorCode::kModelFile);
+}
+
+TEST_F(WorkerGroupTest, AStepIsDoneWhenAllRanksAnswered) {
+  assemble();
+  group_.on_plan_sent(StepNumber{1}, now_);
+  group_.on_plan_sent(StepNumber{2}, now_);
+  EXPECT_TRUE(result(1, 1).empty());
+  EXPECT_TRUE(result(1, 2).empty());
+  const auto first = result(0, 1);
+  const auto* done = find<StepDone>(first);
+  ASSERT_NE(done, nullptr);
+  ASSERT_EQ(done->ranks.size(), 2U);
+  EXPECT_EQ(done->ranks[0].rank, 0);
+  EXPECT_EQ(done->ranks[1].rank, 1);
+  EXPECT_NE(find<StepDone>(result(0, 2)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, AnAnswerThatNobodyAskedForIsDeath) {
+  assemble();
+  EXPECT_TRUE(find<GroupDead>(result(0, 1))->must_be_killed);
+  group_.on_plan_sent(StepNumber{1}, now_);
+  result(0, 1);
+  EXPECT_NE(find<GroupDead>(result(0, 1)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, SilenceIsSuspectedThenFenced) {
+  assemble();
+  EXPECT_TRUE(pass(milliseconds(900)).empty());
+  beat(0);
+  const auto suspected = pass(milliseconds(200));
+  ASSERT_NE(find<SendWelcome>(suspected), nullptr);
+  EXPECT_EQ(find<SendWelcome>(suspected)->peer, "peer1");
+  beat(1);
+  beat(0);
+  EXPECT_TRUE(pass(milliseconds(900)).empty());  // it was a short stop
+  EXPECT_EQ(find<GroupDead>(pass(milliseconds(2000))), nullptr);
+  const auto fenced = pass(milliseconds(200));
+  ASSERT_NE(find<GroupDead>(fenced), nullptr);
+  EXPECT_TRUE(find<GroupDead>(fenced)->must_be_killed);
+  EXPECT_THAT(find<GroupDead>(fenced)->error.message, HasSubstr("pid 100 on here"));
+}
+
+TEST_F(WorkerGroupTest, ARankThatJoinedHasLongerForItsFirstHeartbeat) {
+  hello(0);
+  EXPECT_TRUE(pass(milliseconds(7500)).empty());
+  EXPECT_NE(find<GroupDead>(pass(milliseconds(3000))), nullptr);
+}
+
+TEST_F(WorkerGroupTest, OurOwnSleepIsNobodysSilence) {
+  assemble();
+  pass(milliseconds(200));
+  group_.on_plan_sent(StepNumber{1}, now_);
+  now_ += std::chrono::hours(1);
+  EXPECT_TRUE(group_.on_time(now_).empty());
+  EXPECT_EQ(find<GroupDead>(pass(milliseconds(2500))), nullptr);
+  EXPECT_NE(find<GroupDead>(pass(milliseconds(600))), nullptr);
+}
+
+TEST_F(WorkerGroupTest, AStepThatNeverEndsIsFenced) {
+  assemble();
+  group_.on_plan_sent(StepNumber{1}, now_);
+  std::vector<GroupEvent> events;
+  for (int seconds = 0; seconds < 119; ++seconds) {
+    beat(0);
+    beat(1);
+    EXPECT_TRUE(pass(milliseconds(1000 - 100)).empty());
+    now_ += milliseconds(100);
+  }
+  beat(0);
+  beat(1);
+  events = pass(milliseconds(1000));
+  ASSERT_NE(find<GroupDead>(events), nullptr);
+  EXPECT_EQ(find<GroupDead>(events)->error.code, ErrorCode::kTimeout);
+}
+
+TEST_F(WorkerGroupTest, MessagesOfAnotherEpochOrPeerAreDropped) {
+  assemble();
+  group_.on_plan_sent(StepNumber{1}, now_);
+  EXPECT_TRUE(result(0, 1, Epoch{2}).empty());
+  StepResult strange;
+  strange.epoch = Epoch{1};
+  strange.step = StepNumber{1};
+  EXPECT_TRUE(group_.on_result("stranger", strange, now_).empty());
+  EXPECT_TRUE(group_.on_failed("stranger", {Epoch{1}, 0, 0, {}}).empty());
+  EXPECT_TRUE(group_.on_failed("peer0", {Epoch{7}, 0, 0, {}}).empty());
+  beat(99);
+  pass(milliseconds(500));
+  group_.begin_epoch(Epoch{2});
+  EXPECT_FALSE(group_.is_ready());
+  EXPECT_TRUE(ready(0, Epoch{1}).empty());
+  EXPECT_TRUE(result(0, 1, Epoch{1}).empty());
+  EXPECT_TRUE(group_.on_failed("peer0", {Epoch{1}, 0, 0, {}}).empty());
+}
+
+TEST_F(WorkerGroupTest, AFailureIsDeathWithItsReason) {
+  assemble();
+  const auto events =
+      group_.on_failed("peer1", {Epoch{1}, 0, 1, {ErrorCode::kDevice, "out of memory"}});
+  const auto* dead = find<GroupDead>(events);
+  ASSERT_NE(dead, nullptr);
+  EXPECT_EQ(dead->error.code, ErrorCode::kDevice);
+  EXPECT_THAT(dead->error.message, HasSubstr("out of memory"));
+  EXPECT_FALSE(dead->must_be_killed);  // it ends by itself
+}
+
+TEST_F(WorkerGroupTest, AHelloToAReadyGroupIsItsDeath) {
+  assemble();
+  const auto events = hello(1);
+  const auto* dead = find<GroupDead>(events);
+  ASSERT_NE(dead, nullptr);
+  EXPECT_FALSE(dead->must_be_killed);
+  group_.begin_epoch(Epoch{2});
+  EXPECT_NE(find<SendWelcome>(hello(1)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, ARankThatComesAgainWhileLoadingTakesItsPlace) {
+  hello(0);
+  hello(1);
+  ready(0);
+  EXPECT_NE(find<SendWelcome>(group_.on_hello("new0", {0, 0, 2, 7, "here"}, now_)), nullptr);
+  EXPECT_TRUE(ready(1).empty());  // rank 0 must load again
+  EXPECT_EQ(group_.peers().front(), "new0");
+}
+
+}  // namespace
+}  // namespace foretoken::coordinator
