@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <deque>
 
 #include "kernels/checksum.h"
 #include "tests/kernels/reference.h"
@@ -348,7 +349,7 @@ class Decode : public testing::TestWithParam<Shape> {
 
 TEST_P(Decode, AttendsEverySlotThatHoldsABlock) {
   // Lengths: an empty sequence, a part of a block, a full one, and several parts.
-  std::vector<Sequence> all;
+  std::deque<Sequence> all;  // they hold pointers to themselves
   for (const int length : {0, 5, 15, 16, 600}) {
     all.emplace_back(s, kLayers, length, /*num_slots=*/length / 16 + 3, 20);
   }
@@ -398,7 +399,7 @@ TEST_P(Decode, IsEqualToTheBitOnAnyNumberOfThreads) {
 TEST_P(Decode, TakesNoRows) { test.run(&Device::decode_attention, args({})); }
 
 TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
-  std::vector<Sequence> all;
+  std::deque<Sequence> all;  // they hold pointers to themselves
   for (const int length : {7, 16, 600, 1023}) all.emplace_back(s, kLayers, length, 6, 40);
   std::vector<SequenceKv> sequences;
   for (Sequence& sequence : all) {

@@ -161,7 +161,9 @@ template <typename T>
 void pack(std::span<const std::byte* const> rows, int columns, T* to) {
   for (int k = 0; k < columns; ++k, to += kPanelColumns) {
     std::fill_n(to, kPanelColumns, T{0});
-    for (std::size_t i = 0; i < rows.size(); ++i) to[i] = reinterpret_cast<const T*>(rows[i])[k];
+    for (std::size_t i = 0; i < rows.size(); ++i) {  // rows of a file may lie at odd places
+      std::memcpy(to + i, rows[i] + static_cast<std::size_t>(k) * sizeof(T), sizeof(T));
+    }
   }
 }
 
