@@ -15,7 +15,11 @@ import gguf
 import numpy as np
 from llama_cpp import Llama
 
-_TYPES = {"f16": (np.float16, gguf.LlamaFileType.MOSTLY_F16), "f32": (np.float32, gguf.LlamaFileType.ALL_F32)}
+_TYPES = {
+    "f16": (np.float16, gguf.LlamaFileType.MOSTLY_F16),
+    "f32": (np.float32, gguf.LlamaFileType.ALL_F32),
+}
+_WRITTEN_ANEW = ("general.architecture", "general.file_type")
 
 
 def write_unquantized(source, target, kind):
@@ -24,7 +28,7 @@ def write_unquantized(source, target, kind):
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(target, "llama")
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in ("general.architecture", "general.file_type"):
+        if field.name.startswith("GGUF.") or field.name in _WRITTEN_ANEW:
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
