@@ -41,7 +41,10 @@ stage_tidy() {
   cpp_files | grep '\.cc$' | grep -v '^tests/' | xargs -P "$cores" -n 4 clang-tidy -p build/release --quiet
 }
 stage_asan() { build asan && run_ctest asan unit "$cores"; }
-stage_tsan() { build tsan && run_ctest tsan unit "$cores"; }
+stage_tsan() {
+  local -x TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp"
+  build tsan && run_ctest tsan unit "$cores"
+}
 stage_fuzz() {
   local targets
   targets="$(cd tests/fuzz && basename -s .cc -- *_fuzz.cc)"
