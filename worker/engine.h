@@ -40,6 +40,7 @@ class Engine {
  private:
   void release(SequenceId id, StepResult& result);
   void publish(const PublishSegment& segment);
+  void count_slabs(StepResult& result);
   AdmitResult admit(const AdmitSequence& admit);
   void start(const StartSequence& start);
   void prefill(const PrefillItem& item, StepResult& result);

@@ -79,10 +79,20 @@ StepResult Engine::run(const StepPlan& plan) {
   if (rank_ != 0) result.tokens.clear();
   const Ready now = capacity();
   result.device_bytes_free = now.device_bytes_free;
+  if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
+    count_slabs(result);
+  }
   result.step_us = std::chrono::duration_cast<std::chrono::microseconds>(
                        std::chrono::steady_clock::now() - begin)
                        .count();
   return result;
+}
+
+// Slabs that aren't ready yet count as free: they will be.
+void Engine::count_slabs(StepResult& result) {
+  const kvstore::StoreStat stat = store_.stat().value_or_throw();
+  result.kv_slabs_cached = stat.slabs_cached;
+  result.kv_slabs_free = stat.slabs_total - stat.slabs_used - stat.slabs_cached;
 }
 
 Sequence& Engine::find(SequenceId id) {
