@@ -24,6 +24,8 @@ class Sequence {
   SequenceId id() const { return id_; }
   int length() const { return static_cast<int>(tokens.size()); }
   int prompt_length() const { return prompt_length_; }
+  // Tokens at the start that the client gave; the rest of a resumed prompt is output already.
+  int num_prompt() const { return prompt_length_ - num_generated_; }
   // Tokens of the sequence as a batch of one.
   const predictor::DecodeBatch& alone() const { return alone_; }
   const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
@@ -57,6 +59,7 @@ class Sequence {
 
   const SequenceId id_;
   const int prompt_length_;
+  const int num_generated_;
   kernels::Device& device_;
   kvstore::Reservation reservation_;
   std::unique_ptr<predictor::PolicyState> policy_state_;

@@ -137,13 +137,13 @@ void Decode::embed(std::span<Sequence* const> rows, kernels::Stream& compute) {
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   const Residual x{hidden_.data(), delta_.data()};
   model_.project_qkv(layer, batch_.rows, act_, x, compute);
+  count_late(layer, compute);
+  store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
   kernels::RopeDecodeArgs rope{};
   static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, batch_.rows, act_);
   rope.sequences = batch_.sequences;
   rope.layer = layer;
   device_.rope_decode(rope, compute);
-  count_late(layer, compute);
-  store_.wait(layer, compute);
   if (policy_.selects_at_query()) fetch_at_query(layer, compute);
   attend(layer, batch_, compute);
   if (policy_.observes()) observe(layer, compute);
@@ -269,12 +269,12 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
   embed(std::span(&sequence, 1), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     model_.project_qkv(layer, 1, act_, x, compute);
+    store_.wait(layer, compute);  // slots in flight are read and written here
     kernels::RopeDecodeArgs rope{};
     static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, 1, act_);
     rope.sequences = sequence->alone().sequences;
     rope.layer = layer;
     device_.rope_decode(rope, compute);
-    store_.wait(layer, compute);  // slots in flight are read here
     kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), 0);
     args.pitch = exact_pitch_;
     store_.streamed_attention({args, nullptr}, compute);

@@ -50,7 +50,7 @@ kernels::SampleRow Sampler::make_row(const Sequence& sequence, int row, kernels:
           .seed = sampling.seed,
           .position = sequence.length(),
           .tokens = tokens,
-          .num_prompt = sequence.prompt_length(),
+          .num_prompt = sequence.num_prompt(),
           .num_tokens = sequence.length(),
           .num_logprobs = sampling.num_logprobs,
           .forced = sequence.next_forced()};

@@ -76,6 +76,7 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
       forced_ids(admit.forced_ids),
       id_(admit.sequence),
       prompt_length_(static_cast<int>(admit.prompt.size())),
+      num_generated_(static_cast<int>(admit.num_generated)),
       device_(device),
       reservation_(std::move(reservation)) {
   const int max_tokens = static_cast<int>(admit.max_length);
