@@ -328,7 +328,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
 
   store_->slabs = 1;
   ask(wish("r2", 500));
-  for (int i = 0; i < 40 && told<ErrorMessage>().empty(); ++i) wait();
+  for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
 }
 
