@@ -6,6 +6,8 @@
 #define FORETOKEN_SIMD_KEY_TILE_INL_H
 #endif
 
+#include <algorithm>
+
 #include "kernels/cpu/simd/prefill_attention.h"
 #include "kernels/cpu/simd/tile-inl.h"
 
