@@ -86,7 +86,9 @@ def quoted_problems(where, folder, target):
 
 
 def is_public_header(path):
-    return path.split("/")[0] in MAY_USE and path.endswith(".h") and "/internal/" not in path
+    # A *-inl.h is text that its .cc compiles once for each SIMD target (kernels/cpu/simd).
+    door = path.split("/")[0] in MAY_USE and path.endswith(".h") and "/internal/" not in path
+    return door and not path.endswith("-inl.h")
 
 
 def compile_problem(path):
