@@ -46,6 +46,7 @@ class Engine {
   void prefill(const PrefillItem& item, StepResult& result);
   void decode(const std::vector<SequenceId>& ids, StepResult& result);
   Sequence& find(SequenceId id);
+  std::int64_t device_bytes_free() const;
 
   const int max_model_len_;
   const int rank_;

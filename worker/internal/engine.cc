@@ -77,8 +77,7 @@ StepResult Engine::run(const StepPlan& plan) {
   check_drawn(result.tokens);
   result.token_digest = digest(result.tokens);
   if (rank_ != 0) result.tokens.clear();
-  const Ready now = capacity();
-  result.device_bytes_free = now.device_bytes_free;
+  result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     count_slabs(result);
   }
@@ -180,13 +179,17 @@ void Engine::decode(const std::vector<SequenceId>& ids, StepResult& result) {
   result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
 }
 
-Ready Engine::capacity() const {
-  Ready ready;
-  const kernels::DeviceInfo info = device_.info();
+std::int64_t Engine::device_bytes_free() const {
   std::size_t in_use = 0;
   for (int use = 0; use < static_cast<int>(kernels::MemoryUse::kCount); ++use) {
     in_use += device_.memory_in_use(static_cast<kernels::MemoryUse>(use));
   }
+  return static_cast<std::int64_t>(device_.info().memory_bytes - in_use);
+}
+
+Ready Engine::capacity() const {
+  Ready ready;
+  const kernels::DeviceInfo info = device_.info();
   const std::size_t longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_);
   const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens);
   ready.device = info.name;
@@ -194,7 +197,7 @@ Ready Engine::capacity() const {
   ready.device_bytes_total = static_cast<std::int64_t>(info.memory_bytes);
   ready.device_bytes_weights =
       static_cast<std::int64_t>(device_.memory_in_use(kernels::MemoryUse::kWeights));
-  ready.device_bytes_free = static_cast<std::int64_t>(info.memory_bytes - in_use);
+  ready.device_bytes_free = device_bytes_free();
   ready.kv_slabs_total = store_.slabs_per_head();
   // The line through the two ends; slots are bounded by the budget, so it lies above in between.
   const int span = std::max(1, max_model_len_ - kSegmentTokens);
