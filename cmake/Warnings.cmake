@@ -2,8 +2,9 @@
 add_library(foretoken_warnings INTERFACE)
 add_library(foretoken::warnings ALIAS foretoken_warnings)
 target_compile_options(foretoken_warnings INTERFACE
-  -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Werror
-  -fno-omit-frame-pointer -fstack-protector-strong)
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Werror
+    -fno-omit-frame-pointer -fstack-protector-strong>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra,-Werror -Werror=all-warnings>)
 target_include_directories(foretoken_warnings INTERFACE ${PROJECT_SOURCE_DIR})
 
 if(FORETOKEN_SANITIZE)

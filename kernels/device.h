@@ -19,6 +19,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -90,6 +91,13 @@ class Event {
   virtual void synchronize() = 0;  // blocks the host
 };
 
+// Recorded work: launch() enqueues all of it again, at the cost of one op.
+class Graph {
+ public:
+  virtual ~Graph() = default;
+  virtual void launch(Stream& stream) = 0;
+};
+
 // A matrix of weights in whatever form the device multiplies best. Made by make_weight.
 class Weight {
  public:
@@ -118,10 +126,9 @@ struct EmbedArgs {
   void* out;  // [num_tokens, hidden] activation
 };
 
-// out = x / sqrt(mean(x^2) + eps) * weight. With residual: residual += x first, and x is residual.
+// out = x / sqrt(mean(x^2) + eps) * weight.
 struct RmsNormArgs {
   const void* x;        // [rows, columns] activation
-  void* residual;       // [rows, columns] activation, or null
   const float* weight;  // [columns]
   float eps;
   int rows;
@@ -129,14 +136,28 @@ struct RmsNormArgs {
   void* out;  // [rows, columns] activation; may be x
 };
 
-// out = x W^T + bias.
+// What a product may take its input through, and give its output to, without a pass over memory
+// of its own where the device can do so. Where it can't, `scratch` holds what lies between.
+struct NormedInput {
+  const float* weight = nullptr;  // [weight.columns] of an RMS norm; null: x as it is
+  float eps = 0;
+  void* scratch = nullptr;  // [rows, weight.columns] activation
+};
+struct SwiGluOutput {
+  void* scratch = nullptr;  // [rows, weight.rows] activation; null: the product as it is
+};
+
+// out = norm(x) W^T + bias (+ residual), or silu(gate) * up of that product = [rows, gate | up].
 struct LinearArgs {
   const void* x;  // [rows, weight.columns] activation
   const Weight* weight;
   const float* bias;  // [weight.rows], or null
   int rows;
-  void* out;  // [rows, weight.rows] activation; fp32 if out_fp32
+  void* out;  // [rows, weight.rows] activation; fp32 if out_fp32; half as wide with swiglu
   bool out_fp32 = false;
+  NormedInput norm = {};
+  const void* residual = nullptr;  // [rows, weight.rows] activation; may be out; not with swiglu
+  SwiGluOutput swiglu = {};
 };
 
 // out = silu(gate) * up, for gate_up = [rows, gate | up], each `columns` wide.
@@ -228,7 +249,8 @@ struct DecodeAttentionArgs {
   float scale;
   void* out;         // [rows, num_heads, head_dim] activation
   float* lse;        // [rows, num_heads]
-  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot
+  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot;
+                     // null: not wanted
   int pitch;         // >= every num_slots
 };
 
@@ -438,10 +460,18 @@ class Device {
   virtual std::size_t memory_in_use(MemoryUse use) const = 0;
   virtual std::unique_ptr<Stream> make_stream(StreamKind kind) = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
+  // Records what `ops` enqueues on `stream`, and on streams that are forked off it by an event and
+  // joined again before the end. Nothing runs now. REQUIRES: the same ops have run once on these
+  // streams; what `ops` refers to outlives the graph (a device may call it at each launch).
+  virtual std::unique_ptr<Graph> record(Stream& stream, const std::function<void()>& ops) = 0;
   virtual void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) = 0;
   virtual void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) = 0;
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream& stream) = 0;
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
+
+  // Host memory that copies reach without a detour, so that they run beside the host.
+  virtual void* allocate_pinned(std::size_t bytes) = 0;
+  virtual void release_pinned(void* host) = 0;
 
   // Makes host memory (the arena's stripe) readable and writable by ops; returns its device
   // address. The memory must stay mapped until unregister_host.
@@ -482,5 +512,16 @@ struct CpuDeviceConfig {
   std::size_t memory_bytes = 0;  // the accounted "device memory"; 0: half of the machine's
 };
 std::unique_ptr<Device> make_cpu_device(const CpuDeviceConfig& config);
+
+struct CudaDeviceConfig {
+  int index = 0;                                // of the devices that this process sees
+  DataType activation_type = DataType::kBf16;   // kBf16 or kFp16
+  double memory_fraction = 0.9;                 // of the device's memory: what may be allocated
+};
+// Throws Exception(kDevice) where there is no such device or driver, or where this program was
+// built without CUDA.
+std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig& config);
+// 0 without a GPU, a driver, or CUDA in this program.
+int num_cuda_devices();
 
 }  // namespace foretoken::kernels

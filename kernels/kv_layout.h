@@ -27,15 +27,15 @@ struct KvShape {
   int head_dim = 0;
   DataType kv_type = DataType::kFp16;  // kFp16 or kBf16: the model's; fp32 models store bf16
 
-  std::size_t element_bytes() const { return bytes_of(kv_type); }
-  std::size_t block_bytes() const {
+  constexpr std::size_t element_bytes() const { return bytes_of(kv_type); }
+  constexpr std::size_t block_bytes() const {
     return std::size_t{2} * kBlockTokens * static_cast<std::size_t>(head_dim) * element_bytes();
   }
-  std::size_t run_bytes() const { return block_bytes() * kSegmentBlocks; }
-  std::size_t slab_payload_bytes() const {
+  constexpr std::size_t run_bytes() const { return block_bytes() * kSegmentBlocks; }
+  constexpr std::size_t slab_payload_bytes() const {
     return run_bytes() * static_cast<std::size_t>(num_layers);
   }
-  std::size_t slab_bytes() const {
+  constexpr std::size_t slab_bytes() const {
     const std::size_t checksums =
         std::size_t{8} * kSegmentBlocks * static_cast<std::size_t>(num_layers);
     return (slab_payload_bytes() + checksums + 4095) / 4096 * 4096;
@@ -56,7 +56,7 @@ struct SequenceKv {
   KvShape shape;
 };
 
-inline std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {
+constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {
   return ((static_cast<std::size_t>(layer) * static_cast<std::size_t>(kv.shape.num_kv_heads) +
            static_cast<std::size_t>(head)) *
               static_cast<std::size_t>(kv.num_slots) +
@@ -64,11 +64,11 @@ inline std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int sl
          kv.shape.block_bytes();
 }
 // Offset of a block in its slab, and of its checksum.
-inline std::size_t slab_block_offset(const KvShape& shape, int layer, int block) {
+constexpr std::size_t slab_block_offset(const KvShape& shape, int layer, int block) {
   return static_cast<std::size_t>(layer) * shape.run_bytes() +
          static_cast<std::size_t>(block % kSegmentBlocks) * shape.block_bytes();
 }
-inline std::size_t slab_checksum_offset(const KvShape& shape, int layer, int block) {
+constexpr std::size_t slab_checksum_offset(const KvShape& shape, int layer, int block) {
   return shape.slab_payload_bytes() +
          std::size_t{8} * static_cast<std::size_t>(layer * kSegmentBlocks + block % kSegmentBlocks);
 }

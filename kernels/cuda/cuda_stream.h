@@ -1,0 +1,44 @@
+// CudaStream: a CUDA stream with the scratch memory that ops on it share.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels::cuda {
+
+class CudaStream final : public Stream {
+ public:
+  explicit CudaStream(StreamKind kind);
+  ~CudaStream() override;
+  CudaStream(const CudaStream&) = delete;
+  CudaStream& operator=(const CudaStream&) = delete;
+
+  void synchronize() override;
+  cudaStream_t handle() const { return handle_; }
+  StreamKind kind() const { return kind_; }
+
+  // Device memory for one op's intermediate results, 256-byte aligned. The next op on this stream
+  // gets the same bytes. Grows when asked for more than ever before, which waits for the stream:
+  // a sequence of ops must have run once before it is recorded into a graph.
+  std::byte* scratch(std::size_t bytes);
+
+  // kNumCounters zeros, for "the last block to arrive does the rest". Who counts one up sets it
+  // back to zero.
+  static constexpr int kNumCounters = 16384;
+  std::uint32_t* counters() const { return counters_; }
+
+ private:
+  StreamKind kind_;
+  cudaStream_t handle_ = nullptr;
+  std::byte* scratch_ = nullptr;
+  std::size_t scratch_bytes_ = 0;
+  std::uint32_t* counters_ = nullptr;
+};
+
+inline CudaStream& as_cuda(Stream& stream) { return static_cast<CudaStream&>(stream); }
+
+}  // namespace foretoken::kernels::cuda

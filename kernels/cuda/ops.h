@@ -1,0 +1,52 @@
+// The ops of kernels/device.h as functions that enqueue on a CUDA stream: each lies in the file
+// that its comment names. `activation` is the device's activation type (bf16 or fp16).
+#pragma once
+
+#include "kernels/cuda/cuda_stream.h"
+#include "kernels/device.h"
+
+namespace foretoken::kernels::cuda {
+
+// elementwise.cu
+void embed(const EmbedArgs& args, DataType activation, CudaStream& stream);
+void rms_norm(const RmsNormArgs& args, DataType activation, CudaStream& stream);
+void swiglu(const SwiGluArgs& args, DataType activation, CudaStream& stream);
+
+// rope.cu
+void rope_prefill(const RopePrefillArgs& args, DataType activation, CudaStream& stream);
+void rope_decode(const RopeDecodeArgs& args, DataType activation, CudaStream& stream);
+
+// decode_attention.cu
+void decode_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
+// streamed_attention.cu
+void streamed_attention(const StreamedAttentionArgs& args, DataType activation, CudaStream& stream);
+
+// prefill_block_max.cu
+void prefill_block_max(const PrefillBlockMaxArgs& args, DataType activation, CudaStream& stream);
+
+// kv_blocks.cu
+void pack_blocks(const PackBlocksArgs& args, CudaStream& stream);
+void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream);
+void write_through(const WriteThroughArgs& args, CudaStream& stream);
+void gather(const GatherArgs& args, CudaStream& stream);
+
+// slot_table.cu
+void advance(const AdvanceArgs& args, CudaStream& stream);
+void resolve(const ResolveArgs& args, CudaStream& stream);
+
+// history.cu
+void history_append(const HistoryAppendArgs& args, CudaStream& stream);
+
+// predict.cu
+std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights);
+std::size_t predictor_state_bytes(int max_columns);
+void predict(const PredictArgs& args, CudaStream& stream);
+
+// select.cu
+void select_top(const SelectTopArgs& args, CudaStream& stream);
+void select_recent(const SelectRecentArgs& args, CudaStream& stream);
+
+// sample.cu
+void sample(const SampleArgs& args, CudaStream& stream);
+
+}  // namespace foretoken::kernels::cuda

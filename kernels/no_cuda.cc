@@ -1,0 +1,14 @@
+// What kernels/device.h promises of CUDA in a program that was built without it.
+#include "common/result.h"
+#include "kernels/device.h"
+
+namespace foretoken::kernels {
+
+std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig&) {
+  throw Exception(ErrorCode::kDevice,
+                  "this program was built without CUDA; build where nvcc is found, or use "
+                  "--device cpu");
+}
+int num_cuda_devices() { return 0; }
+
+}  // namespace foretoken::kernels
