@@ -78,6 +78,8 @@ class Stream {
   virtual ~Stream() = default;
   // Blocks the host until all that was enqueued has run. Rethrows what an op threw.
   virtual void synchronize() = 0;
+  // What other libraries of the device know it by (cudaStream_t); null on the CPU.
+  virtual void* native_handle() const { return nullptr; }
 };
 
 // A point in a stream. record() may be called again: the event then stands for the later point.
@@ -117,10 +119,14 @@ struct WeightPart {
 
 // ---- transformer ops -------------------------------------------------------------------------
 
+// Tokens that aren't in this rank's part of the table give zero rows.
 struct EmbedArgs {
-  const TokenId* tokens;  // [num_tokens]; a negative id (another rank's part) gives a zero row
-  const void* table;      // [vocab, hidden] of table_type
+  const TokenId* tokens;        // [num_tokens]; or null:
+  const SequenceKv* sequences;  // [num_tokens]: the token at position *length of each
+  const void* table;            // [table_tokens, hidden] of table_type
   DataType table_type;
+  TokenId first_token;  // of the table
+  int table_tokens;
   int num_tokens;
   int hidden;
   void* out;  // [num_tokens, hidden] activation
@@ -453,6 +459,8 @@ class Device {
 
   virtual DeviceInfo info() const = 0;
   virtual DataType activation_type() const = 0;
+  // True where an op of a compute stream has run when its call returns.
+  virtual bool runs_at_once() const = 0;
 
   // Memory. allocate() throws Exception(kExhausted) naming use, wanted and free bytes.
   virtual void* allocate(std::size_t bytes, MemoryUse use) = 0;
@@ -514,9 +522,9 @@ struct CpuDeviceConfig {
 std::unique_ptr<Device> make_cpu_device(const CpuDeviceConfig& config);
 
 struct CudaDeviceConfig {
-  int index = 0;                                // of the devices that this process sees
-  DataType activation_type = DataType::kBf16;   // kBf16 or kFp16
-  double memory_fraction = 0.9;                 // of the device's memory: what may be allocated
+  int index = 0;                               // of the devices that this process sees
+  DataType activation_type = DataType::kBf16;  // kBf16 or kFp16
+  double memory_fraction = 0.9;                // of the device's memory: what may be allocated
 };
 // Throws Exception(kDevice) where there is no such device or driver, or where this program was
 // built without CUDA.

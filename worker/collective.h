@@ -1,4 +1,5 @@
-// Collective: how the ranks of a worker group combine tensors. MPI on the CPU backend.
+// Collective: how the ranks of a worker group combine tensors: NCCL on GPUs, MPI on the CPU
+// backend.
 //
 // Called by the step thread alone, in the same order on every rank. Every rank gets bit-equal
 // results. A broken group throws Exception(kDevice).
@@ -29,5 +30,8 @@ class Collective {
 // Over MPI_COMM_WORLD; REQUIRES: MPI is initialised and outlives it. A world of one needs no MPI.
 std::unique_ptr<Collective> make_mpi_collective();
 std::unique_ptr<Collective> make_single_collective();
+// Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
+// it. Throws Exception(kDevice) when they can't connect, or in a program built without CUDA.
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device);
 
 }  // namespace foretoken::worker

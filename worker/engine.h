@@ -5,6 +5,8 @@
 // that contradicts the ones before it).
 #pragma once
 
+#include <chrono>
+#include <deque>
 #include <map>
 #include <memory>
 
@@ -32,19 +34,34 @@ class Engine {
   Engine(const ServiceConfig& config, int max_model_len, const Parts& parts);
   ~Engine();
 
-  StepResult run(const StepPlan& plan);
+  // Enqueues the plan's work, and does what needs no device. At most two plans may be launched and
+  // not collected.
+  void launch(const StepPlan& plan);
+  // Waits for the oldest plan that was launched. REQUIRES: there is one.
+  StepResult collect();
+  bool has_launched() const { return !pending_.empty(); }
+  // Whether launch() returns before the work is done.
+  bool runs_ahead() const { return !device_.runs_at_once(); }
 
   // What this rank can hold, for Ready; epoch, group, rank and hash are the caller's to fill in.
   Ready capacity() const;
 
  private:
+  // A plan that was launched: what is known of its result, and what is still being drawn.
+  struct Pending {
+    StepResult result;
+    std::vector<std::unique_ptr<Sampler::Draw>> draws;
+    std::chrono::steady_clock::time_point launched;
+  };
+
+  void drain();
   void release(SequenceId id, StepResult& result);
   void publish(const PublishSegment& segment);
   void count_slabs(StepResult& result);
   AdmitResult admit(const AdmitSequence& admit);
   void start(const StartSequence& start);
-  void prefill(const PrefillItem& item, StepResult& result);
-  void decode(const std::vector<SequenceId>& ids, StepResult& result);
+  void prefill(const PrefillItem& item, Pending& pending);
+  void decode(const std::vector<SequenceId>& ids, Pending& pending);
   Sequence& find(SequenceId id);
   std::int64_t device_bytes_free() const;
 
@@ -56,10 +73,12 @@ class Engine {
   Model& model_;
   std::unique_ptr<kernels::Stream> compute_;
   Prefill prefill_;
-  Decode decode_;
   Sampler sampler_;
+  Decode decode_;
   kernels::DeviceBuffer first_logits_;  // [1, vocab] after a prompt
   std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::deque<Pending> pending_;
+  std::chrono::steady_clock::time_point collected_;  // the last plan
 };
 
 }  // namespace foretoken::worker

@@ -2,9 +2,7 @@
 // device and model family. What lies between the pieces, attention and the KV cache, differs
 // between prefill (worker/prefill.h) and decode (worker/decode.h).
 //
-// The residual stream is a pair: hidden, and a delta that is still to be added; each norm adds it
-// first. A forward starts with hidden = 0 and delta = the embedding.
-// Called by the step thread alone.
+// Called by the step thread alone. Everything is enqueued; nothing waits.
 #pragma once
 
 #include <memory>
@@ -35,22 +33,18 @@ std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& config);
 
 // Buffers that one chunk of rows passes through.
 struct Activations {
+  // max_logit_rows: of one call of Model::logits.
   Activations(kernels::Device& device, const ModelConfig& config, const Partition& part,
-              int max_rows);
+              int max_rows, int max_logit_rows);
   int max_rows;
-  kernels::DeviceBuffer tokens;   // [rows] TokenId
+  int max_logit_rows;
   kernels::DeviceBuffer normed;   // [rows, hidden]
   kernels::DeviceBuffer qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
   kernels::DeviceBuffer q;        // [rows, heads, head_dim]
   kernels::DeviceBuffer attn;     // [rows, heads, head_dim]
   kernels::DeviceBuffer gate_up;  // [rows, 2 * intermediate]
   kernels::DeviceBuffer mlp;      // [rows, intermediate]
-};
-
-// The residual stream of some rows.
-struct Residual {
-  void* hidden;  // [rows, hidden] activation
-  void* delta;   // [rows, hidden] activation
+  kernels::DeviceBuffer logits;   // [logit rows, vocab of this rank]; empty in a world of one
 };
 
 class Model {
@@ -67,21 +61,22 @@ class Model {
   const kernels::KvShape& kv_shape() const { return kv_shape_; }
   int num_layers() const { return static_cast<int>(layers_.size()); }
   float attention_scale() const;
-  std::size_t residual_bytes(int rows) const;  // of one of a Residual's two
+  std::size_t hidden_bytes(int rows) const;  // of the residual stream of some rows
 
-  // delta = embedding of tokens (host), hidden = 0.
-  void embed(std::span<const TokenId> tokens, Activations& act, const Residual& x,
-             kernels::Stream& stream);
-  // act.qkv = W_qkv norm(hidden + delta); hidden takes up delta.
-  void project_qkv(int layer, int rows, Activations& act, const Residual& x,
+  // hidden[rows, hidden size] = embedding of tokens[rows] (device).
+  void embed(const TokenId* tokens, int rows, void* hidden, kernels::Stream& stream);
+  // ... of each sequence's next token.
+  void embed_next(const kernels::SequenceKv* sequences, int rows, void* hidden,
+                  kernels::Stream& stream);
+  // act.qkv = W_qkv norm(hidden).
+  void project_qkv(int layer, int rows, Activations& act, const void* hidden,
                    kernels::Stream& stream);
   // What rope_prefill and rope_decode have in common.
   kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
-  // delta = W_o act.attn, summed over ranks; then the MLP: delta = W_down swiglu(W_gate_up norm).
-  void finish_layer(int layer, int rows, Activations& act, const Residual& x,
-                    kernels::Stream& stream);
-  // logits[rows, vocab], of all ranks. x holds rows in order.
-  void logits(int rows, Activations& act, const Residual& x, float* logits,
+  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks.
+  void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
+  // logits[rows, vocab], of all ranks. REQUIRES: rows <= act.max_logit_rows.
+  void logits(int rows, Activations& act, const void* hidden, float* logits,
               kernels::Stream& stream);
 
  private:
@@ -91,8 +86,10 @@ class Model {
     std::unique_ptr<kernels::Weight> qkv, o, gate_up, down;
     kernels::DeviceBuffer qkv_bias, o_bias, gate_up_bias, down_bias;  // or empty
   };
-  void norm(const kernels::DeviceBuffer& weight, int rows, Activations& act, const Residual& x,
-            kernels::Stream& stream);
+  void embed(kernels::EmbedArgs args, void* hidden, kernels::Stream& stream);
+  kernels::NormedInput norm(const kernels::DeviceBuffer& weight, const Activations& act) const;
+  void add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias, const void* x,
+                   int rows, void* hidden, kernels::Stream& stream);
   Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
         Collective& collective);
 
@@ -106,7 +103,6 @@ class Model {
   kernels::DataType embedding_type_ = kernels::DataType::kFp16;
   kernels::DeviceBuffer inv_freq_;
   kernels::DeviceBuffer final_norm_;
-  kernels::DeviceBuffer logits_part_;  // [rows, vocab of this rank]; grows with rows
   std::unique_ptr<kernels::Weight> lm_head_;
   std::vector<Layer> layers_;
 

@@ -22,11 +22,11 @@ class Prefill {
   // Runs one work item; the first reused_tokens of the prompt come from the store. Items come in
   // the order of PrefillItem's comment, a sequence's first item ends what was in work before; a
   // broken order is the coordinator's fault: Exception(kInternal).
-  // True when the prompt is done: then last_token() holds the residual of its last token.
+  // True when the prompt is done: then last_token() is the residual stream at its last token.
   bool run(Sequence& sequence, const PrefillItem& item, kernels::Stream& stream);
 
   // Of the prompt that run() just finished; valid until the next run().
-  Residual last_token(const Sequence& sequence) const;
+  const void* last_token(const Sequence& sequence) const;
   Activations& activations() { return act_; }
 
  private:
@@ -38,7 +38,7 @@ class Prefill {
   void load_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
-  Residual residual(const Sequence& sequence, int token) const;
+  void* hidden_at(const Sequence& sequence, int token) const;
 
   Model& model_;
   kernels::Device& device_;
@@ -50,7 +50,6 @@ class Prefill {
 
   // The scratch, and who has it.
   kernels::DeviceBuffer hidden_;  // [prompt - reused, hidden size]
-  kernels::DeviceBuffer delta_;   // the same
   kernels::DeviceBuffer k_;       // [num_kv_heads, prompt, head_dim] of the layer in work
   kernels::DeviceBuffer v_;
   kernels::DeviceBuffer tail_q_;     // [kHistoryRows, heads, head_dim] of the last queries

@@ -1,7 +1,15 @@
 // Sampler: logits to tokens, on the device. A pure function of (seed, position, logits, earlier
-// tokens), so every rank draws the same token and none is sent around.
+// tokens), so every rank draws the same token and none is sent around. A drawn token stays on the
+// device, where the next step reads it; the host gets a copy later, when it has been drawn.
+//
+//   auto draw = sampler.begin(rows, stream);      // what each row's request asks for
+//   sampler.run(logits, rows.size(), stream);     // may be recorded, and launched again
+//   sampler.end(*draw, stream);
+//   ... next step ...
+//   tokens = sampler.collect(std::move(draw));    // waits
 #pragma once
 
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -12,22 +20,25 @@ namespace foretoken::worker {
 
 class Sampler {
  public:
-  Sampler(kernels::Device& device, int max_rows, int vocab, int max_model_len);
+  Sampler(kernels::Device& device, int max_rows, int vocab);
+  ~Sampler();
 
-  // The next token of each row; logits [rows, vocab] (device), row i is rows[i]'s.
-  // Appends it to sequence.tokens (a forced token instead, where the request has one).
-  std::vector<SequenceToken> sample(const float* logits, std::span<Sequence* const> rows,
-                                    kernels::Stream& stream);
+  struct Draw;
+  // A position more in each sequence: it is drawn here (a forced token instead, where the request
+  // has one).
+  std::unique_ptr<Draw> begin(std::span<Sequence* const> rows, kernels::Stream& stream);
+  // logits [num_rows, vocab] (device), row i is rows[i]'s.
+  void run(const float* logits, int num_rows, kernels::Stream& stream);
+  void end(Draw& draw, kernels::Stream& stream);
+  std::vector<SequenceToken> collect(std::unique_ptr<Draw> draw);
 
  private:
-  kernels::SampleRow make_row(const Sequence& sequence, int row, kernels::Stream& stream);
-
   kernels::Device& device_;
+  const int max_rows_;
   const int vocab_;
-  const int max_model_len_;
   kernels::DeviceBuffer rows_;     // [max_rows] SampleRow
-  kernels::DeviceBuffer tokens_;   // [max_rows, max_model_len], where a penalty needs them
   kernels::DeviceBuffer sampled_;  // [max_rows] SampledToken
+  std::vector<std::unique_ptr<Draw>> idle_;
 };
 
 }  // namespace foretoken::worker

@@ -1,6 +1,6 @@
-// Sequence: what a rank keeps of one request: its tokens, its KV (slots in device memory, slabs in
-// the store's arena), the tables between the two, and its policy's state. Allocated whole at
-// admission, for the greatest length it may reach; freed whole.
+// Sequence: what a rank keeps of one request: its tokens (on the device), its KV (slots in device
+// memory, slabs in the store's arena), the tables between the two, and its policy's state.
+// Allocated whole at admission, for the greatest length it may reach; freed whole.
 #pragma once
 
 #include <memory>
@@ -22,7 +22,10 @@ class Sequence {
            kernels::Stream& stream);
 
   SequenceId id() const { return id_; }
-  int length() const { return static_cast<int>(tokens.size()); }
+  // Tokens, the one that a step in flight draws included; the last one's KV is not stored yet.
+  int length() const { return length_; }
+  int max_length() const { return kv_.max_blocks * kBlockTokens; }
+  void grow() { ++length_; }
   int prompt_length() const { return prompt_length_; }
   // Tokens at the start that the client gave; the rest of a resumed prompt is output already.
   int num_prompt() const { return prompt_length_ - num_generated_; }
@@ -44,10 +47,11 @@ class Sequence {
   void upload_slabs(kernels::Stream& stream);
   // The token that the request demands next; < 0 where it demands none.
   TokenId next_forced() const;
+  // With what the device has counted. REQUIRES: nothing of the sequence is in flight.
+  KvReport final_report(kernels::Stream& stream);
   // Device bytes: slots, tables, history.
   std::int64_t device_bytes() const;
 
-  std::vector<TokenId> tokens;  // prompt, then output; the last one's KV is not stored yet
   const SamplingParams sampling;
   const std::vector<TokenId> forced_ids;
   int reused_tokens = 0;
@@ -55,11 +59,12 @@ class Sequence {
   KvReport report;
 
  private:
-  void allocate_tables(kernels::Stream& stream);
+  void allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream);
 
   const SequenceId id_;
   const int prompt_length_;
   const int num_generated_;
+  int length_;
   kernels::Device& device_;
   kvstore::Reservation reservation_;
   std::unique_ptr<predictor::PolicyState> policy_state_;

@@ -106,7 +106,9 @@ class DecodeAttention {
     const SequenceKv& kv = args_.sequences[part.row];
     const int end = std::min(part.column + kPartBlocks, columns_.count(kv));
     const int first_head = part.kv_head * group_;
-    float* block_max = args_.block_max + offset(part.row, first_head, args_.pitch);
+    float* block_max = args_.block_max == nullptr
+                           ? nullptr
+                           : args_.block_max + offset(part.row, first_head, args_.pitch);
     std::array<KvBlock, kPartBlocks> blocks;
     std::size_t num_blocks = 0;
     for (int column = part.column; column < end; ++column) {
@@ -114,7 +116,7 @@ class DecodeAttention {
       if (found.data != nullptr) {
         const int tokens = std::min(kBlockTokens, *kv.length + 1 - found.block * kBlockTokens);
         blocks[num_blocks++] = {found.data, tokens, column};
-      } else {
+      } else if (block_max != nullptr) {
         for (int h = 0; h < group_; ++h) block_max[h * args_.pitch + column] = kMinusInfinity;
       }
     }
@@ -142,6 +144,7 @@ class DecodeAttention {
     parts.sum += head % group_;
     args_.lse[offset(row, head, 1)] = simd::merge_parts(
         parts, static_cast<std::size_t>(group_) * head_floats(), per_head, args_.head_dim, out);
+    if (args_.block_max == nullptr) return;
     const int used = columns_.count(args_.sequences[row]);
     float* block_max = args_.block_max + offset(row, head, args_.pitch);
     std::fill(block_max + used, block_max + args_.pitch, kMinusInfinity);

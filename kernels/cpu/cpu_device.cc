@@ -146,6 +146,16 @@ class CpuEvent final : public Event {
   std::shared_ptr<State> state_ = std::make_shared<State>();
 };
 
+// There is nothing to gain from a recording here: the ops are enqueued again.
+class CpuGraph final : public Graph {
+ public:
+  explicit CpuGraph(std::function<void()> ops) : ops_(std::move(ops)) {}
+  void launch(Stream&) override { ops_(); }
+
+ private:
+  std::function<void()> ops_;
+};
+
 }  // namespace
 
 CpuDevice::CpuDevice(const CpuDeviceConfig& config)
@@ -191,6 +201,10 @@ std::unique_ptr<Stream> CpuDevice::make_stream(StreamKind kind) {
 
 std::unique_ptr<Event> CpuDevice::make_event() { return std::make_unique<CpuEvent>(); }
 
+std::unique_ptr<Graph> CpuDevice::record(Stream&, const std::function<void()>& ops) {
+  return std::make_unique<CpuGraph>(ops);
+}
+
 void CpuDevice::enqueue(Stream& stream, std::function<void()> op) {
   static_cast<CpuStream&>(stream).run(std::move(op));
 }
@@ -213,6 +227,10 @@ void CpuDevice::fill_zero(void* device, std::size_t bytes, Stream& stream) {
   enqueue(stream, [=] { std::memset(device, 0, bytes); });
 }
 
+void* CpuDevice::allocate_pinned(std::size_t bytes) {
+  return ::operator new (bytes, std::align_val_t{64});
+}
+void CpuDevice::release_pinned(void* host) { ::operator delete (host, std::align_val_t{64}); }
 std::byte* CpuDevice::register_host(std::byte* host, std::size_t) { return host; }
 void CpuDevice::unregister_host(std::byte*) {}
 

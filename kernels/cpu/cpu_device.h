@@ -29,16 +29,20 @@ class CpuDevice final : public Device {
 
   DeviceInfo info() const override;
   DataType activation_type() const override { return DataType::kFp32; }
+  bool runs_at_once() const override { return true; }
 
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;
   std::unique_ptr<Stream> make_stream(StreamKind kind) override;
   std::unique_ptr<Event> make_event() override;
+  std::unique_ptr<Graph> record(Stream& stream, const std::function<void()>& ops) override;
   void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) override;
   void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
+  void* allocate_pinned(std::size_t bytes) override;
+  void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;
   void unregister_host(std::byte* host) override;
 
@@ -71,6 +75,7 @@ class CpuDevice final : public Device {
  private:
   // Runs `op` on the stream; ops take their args by value, since a copy stream runs them later.
   static void enqueue(Stream& stream, std::function<void()> op);
+  void multiply(const LinearArgs& args, const float* x, float* out);
 
   CpuDeviceConfig config_;
   WeightArena weights_;

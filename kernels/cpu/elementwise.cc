@@ -30,6 +30,12 @@ std::size_t offset(int row, int columns) {
   return static_cast<std::size_t>(row) * static_cast<std::size_t>(columns);
 }
 
+TokenId token_of(const EmbedArgs& args, int row) {
+  if (args.tokens != nullptr) return args.tokens[row];
+  const SequenceKv& kv = args.sequences[row];
+  return kv.tokens[*kv.length];
+}
+
 // Normed and rotated heads of one row; k and v go where the caller says.
 class RopeRow {
  public:
@@ -87,12 +93,12 @@ void CpuDevice::embed(const EmbedArgs& args, Stream& stream) {
     const std::size_t row_bytes = bytes_of(args.table_type) * static_cast<std::size_t>(args.hidden);
     for_each_row(pool_, args.num_tokens, args.hidden, [&](int row) {
       float* out = static_cast<float*>(args.out) + offset(row, args.hidden);
-      const TokenId token = args.tokens[row];
-      if (token < 0) {
+      const int table_row = token_of(args, row) - args.first_token;
+      if (table_row < 0 || table_row >= args.table_tokens) {
         std::fill_n(out, args.hidden, 0.0F);
       } else {
-        const auto* from =
-            static_cast<const std::byte*>(args.table) + static_cast<std::size_t>(token) * row_bytes;
+        const auto* from = static_cast<const std::byte*>(args.table) +
+                           static_cast<std::size_t>(table_row) * row_bytes;
         simd::to_float(from, args.table_type, args.hidden, out);
       }
     });
@@ -102,13 +108,8 @@ void CpuDevice::embed(const EmbedArgs& args, Stream& stream) {
 void CpuDevice::rms_norm(const RmsNormArgs& args, Stream& stream) {
   enqueue(stream, [this, args] {
     for_each_row(pool_, args.rows, args.columns, [&](int row) {
-      const float* x = static_cast<const float*>(args.x) + offset(row, args.columns);
-      if (args.residual != nullptr) {
-        float* residual = static_cast<float*>(args.residual) + offset(row, args.columns);
-        simd::add(x, args.columns, residual);
-        x = residual;
-      }
-      simd::rms_norm(x, args.weight, args.eps, args.columns,
+      simd::rms_norm(static_cast<const float*>(args.x) + offset(row, args.columns), args.weight,
+                     args.eps, args.columns,
                      static_cast<float*>(args.out) + offset(row, args.columns));
     });
   });

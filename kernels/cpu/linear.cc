@@ -4,6 +4,7 @@
 
 #include "common/check.h"
 #include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/simd/elementwise.h"
 #include "kernels/cpu/simd/gemm.h"
 
 namespace foretoken::kernels {
@@ -76,32 +77,54 @@ std::unique_ptr<Weight> CpuDevice::make_weight(std::span<const WeightPart> parts
   return weight;
 }
 
-void CpuDevice::linear(const LinearArgs& args, Stream& stream) {
-  enqueue(stream, [this, args] {
-    if (args.rows == 0) return;
-    const auto& weight = static_cast<const CpuWeight&>(*args.weight);
-    const simd::MultiplyArgs multiply{static_cast<const float*>(args.x),
-                                      weight.packed.data(),
-                                      weight.type,
-                                      args.bias,
-                                      args.rows,
-                                      weight.columns,
-                                      weight.rows,
-                                      static_cast<float*>(args.out)};
-    const int row_units = divide_up(args.rows, kRowUnit);
-    const int row_tasks = divide_up(args.rows, kMaxTaskRows);
-    const int panel_tasks =
-        std::min(weight.num_panels, divide_up(kTasksPerThread * pool_.num_threads(), row_tasks));
-    pool_.parallel_for(row_tasks * panel_tasks, [&](int task, int) {
-      const int row_task = task / panel_tasks;
-      const int panel_task = task % panel_tasks;
-      const int row = cut(row_units, row_task, row_tasks) * kRowUnit;
-      const int row_end = std::min(args.rows, cut(row_units, row_task + 1, row_tasks) * kRowUnit);
-      const int panel = cut(weight.num_panels, panel_task, panel_tasks);
-      const int panel_end = cut(weight.num_panels, panel_task + 1, panel_tasks);
-      simd::multiply(multiply, {row, row_end - row, panel, panel_end - panel});
-    });
+// One product, in tasks of rows and panels.
+void CpuDevice::multiply(const LinearArgs& args, const float* x, float* out) {
+  const auto& weight = static_cast<const CpuWeight&>(*args.weight);
+  const auto* residual = static_cast<const float*>(args.residual);
+  const simd::MultiplyArgs multiply{
+      x,         weight.packed.data(), weight.type, residual == nullptr ? args.bias : nullptr,
+      args.rows, weight.columns,       weight.rows, out,
+      residual};
+  const int row_units = divide_up(args.rows, kRowUnit);
+  const int row_tasks = divide_up(args.rows, kMaxTaskRows);
+  const int panel_tasks =
+      std::min(weight.num_panels, divide_up(kTasksPerThread * pool_.num_threads(), row_tasks));
+  pool_.parallel_for(row_tasks * panel_tasks, [&](int task, int) {
+    const int row_task = task / panel_tasks;
+    const int panel_task = task % panel_tasks;
+    const int row = cut(row_units, row_task, row_tasks) * kRowUnit;
+    const int row_end = std::min(args.rows, cut(row_units, row_task + 1, row_tasks) * kRowUnit);
+    const int panel = cut(weight.num_panels, panel_task, panel_tasks);
+    const int panel_end = cut(weight.num_panels, panel_task + 1, panel_tasks);
+    simd::multiply(multiply, {row, row_end - row, panel, panel_end - panel});
   });
+  if (residual == nullptr || args.bias == nullptr) return;
+  for (int row = 0; row < args.rows; ++row) {
+    simd::add(args.bias, weight.rows, out + static_cast<std::ptrdiff_t>(row) * weight.rows);
+  }
+}
+
+void CpuDevice::linear(const LinearArgs& args, Stream& stream) {
+  FT_CHECK(args.residual == nullptr || args.swiglu.scratch == nullptr);
+  if (args.rows == 0) return;
+  const void* x = args.x;
+  if (args.norm.weight != nullptr) {
+    rms_norm({.x = x,
+              .weight = args.norm.weight,
+              .eps = args.norm.eps,
+              .rows = args.rows,
+              .columns = args.weight->columns,
+              .out = args.norm.scratch},
+             stream);
+    x = args.norm.scratch;
+  }
+  void* product = args.swiglu.scratch != nullptr ? args.swiglu.scratch : args.out;
+  enqueue(stream, [this, args, x, product] {
+    multiply(args, static_cast<const float*>(x), static_cast<float*>(product));
+  });
+  if (product == args.out) return;
+  swiglu({.gate_up = product, .rows = args.rows, .columns = args.weight->rows / 2, .out = args.out},
+         stream);
 }
 
 }  // namespace foretoken::kernels

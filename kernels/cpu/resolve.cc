@@ -122,6 +122,9 @@ class Resolver {
       tables.block(slot) = block;
       if (has_bytes) tables.entries[(*tables.count)++] = {block, slot};
     }
+    if (fetches_.totals == nullptr) return;
+    fetches_.totals[0] += selected(layer, head).size();
+    fetches_.totals[1] += static_cast<std::uint64_t>(*tables.count);
   }
 
  private:

@@ -65,7 +65,8 @@ std::size_t memory_limit(double fraction) {
   std::size_t free_bytes = 0;
   std::size_t total_bytes = 0;
   FT_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
-  return std::min(free_bytes, static_cast<std::size_t>(fraction * static_cast<double>(total_bytes)));
+  return std::min(free_bytes,
+                  static_cast<std::size_t>(fraction * static_cast<double>(total_bytes)));
 }
 
 DeviceInfo select_device(const CudaDeviceConfig& config) {
@@ -73,10 +74,10 @@ DeviceInfo select_device(const CudaDeviceConfig& config) {
   cudaDeviceProp properties{};
   FT_CUDA(cudaGetDeviceProperties(&properties, config.index));
   if (properties.major < 9) {
-    throw Exception(ErrorCode::kDevice,
-                    std::string(properties.name) + " has compute capability " +
-                        std::to_string(properties.major) + "." + std::to_string(properties.minor) +
-                        "; Foretoken is built for 9.0 (H100, H200)");
+    throw Exception(ErrorCode::kDevice, std::string(properties.name) + " has compute capability " +
+                                            std::to_string(properties.major) + "." +
+                                            std::to_string(properties.minor) +
+                                            "; Foretoken is built for 9.0 (H100, H200)");
   }
   return {properties.name, memory_limit(config.memory_fraction), properties.multiProcessorCount};
 }
@@ -180,7 +181,7 @@ std::byte* CudaDevice::register_host(std::byte* host, std::size_t bytes) {
 void CudaDevice::unregister_host(std::byte* host) { cudaHostUnregister(host); }
 
 std::unique_ptr<Weight> CudaDevice::make_weight(std::span<const WeightPart> parts) {
-  return make_cuda_weight(*this, parts);
+  return make_cuda_weight(*this, config_.activation_type, parts);
 }
 std::unique_ptr<Predictor> CudaDevice::make_predictor(const PredictorWeights& weights) {
   return cuda::make_predictor(weights);

@@ -20,6 +20,7 @@ class CudaDevice final : public Device {
 
   DeviceInfo info() const override;
   DataType activation_type() const override { return config_.activation_type; }
+  bool runs_at_once() const override { return false; }
 
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;

@@ -18,6 +18,7 @@ class CudaStream final : public Stream {
   CudaStream& operator=(const CudaStream&) = delete;
 
   void synchronize() override;
+  void* native_handle() const override { return handle_; }
   cudaStream_t handle() const { return handle_; }
   StreamKind kind() const { return kind_; }
 

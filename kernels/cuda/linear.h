@@ -17,7 +17,8 @@ class CudaWeight final : public Weight {
 };
 
 // Stacks the parts. Others than the device's type are converted.
-std::unique_ptr<Weight> make_cuda_weight(Device& device, std::span<const WeightPart> parts);
+std::unique_ptr<Weight> make_cuda_weight(Device& device, DataType activation,
+                                         std::span<const WeightPart> parts);
 
 class Linear {
  public:
@@ -32,7 +33,8 @@ class Linear {
 
 // Up to this many rows gemv() is faster than cuBLASLt (docs/measurements.md).
 inline constexpr int kMaxGemvRows = 8;
-// REQUIRES: args.rows <= kMaxGemvRows; columns % 32 == 0.
+inline constexpr int kGemvColumns = 32;
+// REQUIRES: args.rows <= kMaxGemvRows; the weight's columns are a multiple of kGemvColumns.
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream);
 
 }  // namespace foretoken::kernels::cuda

@@ -52,6 +52,8 @@ struct alignas(16) Vec8 {
   T v[8];
 };
 
+__device__ inline float silu(float x) { return x / (1.0F + __expf(-x)); }
+
 __device__ inline float warp_sum(float x) {
   for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0U, x, offset);
   return x;

@@ -27,16 +27,47 @@ TEST(Embed, CopiesRowsOfEveryType) {
     for (const int hidden : {1, 7, 8, 65, 576}) {
       const auto columns = static_cast<std::size_t>(hidden);
       const auto table = reference::encode(random_floats(5 * columns, 1), type);
-      const std::vector<TokenId> tokens = {4, -1, 0, 4};
+      const std::vector<TokenId> tokens = {14, 9, 10, 15};  // the table has 10 .. 14
       std::vector<float> out(4 * columns, 9);
-      test.run(&Device::embed, EmbedArgs{tokens.data(), table.data(), type, 4, hidden, out.data()});
+      test.run(&Device::embed, EmbedArgs{.tokens = tokens.data(),
+                                         .sequences = nullptr,
+                                         .table = table.data(),
+                                         .table_type = type,
+                                         .first_token = 10,
+                                         .table_tokens = 5,
+                                         .num_tokens = 4,
+                                         .hidden = hidden,
+                                         .out = out.data()});
       for (std::size_t i = 0; i < out.size(); ++i) {
         const TokenId token = tokens[i / columns];
-        const std::size_t at = static_cast<std::size_t>(std::max(token, 0)) * columns + i % columns;
-        EXPECT_EQ(out[i], token < 0 ? 0 : reference::decode_at(table.data(), type, at));
+        const bool here = token >= 10 && token < 15;
+        const std::size_t row = here ? static_cast<std::size_t>(token - 10) : 0;
+        EXPECT_EQ(out[i],
+                  here ? reference::decode_at(table.data(), type, row * columns + i % columns) : 0);
       }
     }
   }
+}
+
+TEST(Embed, ReadsTheSequencesNextToken) {
+  TestDevice test;
+  const std::vector<float> table = {0, 1, 2, 3};
+  std::vector<TokenId> tokens = {3, 1, 2};
+  std::int32_t length = 1;
+  SequenceKv sequence{};
+  sequence.length = &length;
+  sequence.tokens = tokens.data();
+  float out = 9;
+  test.run(&Device::embed, EmbedArgs{.tokens = nullptr,
+                                     .sequences = &sequence,
+                                     .table = table.data(),
+                                     .table_type = DataType::kFp32,
+                                     .first_token = 0,
+                                     .table_tokens = 4,
+                                     .num_tokens = 1,
+                                     .hidden = 1,
+                                     .out = &out});
+  EXPECT_EQ(out, 1);
 }
 
 TEST(RmsNorm, MatchesTheFormula) {
@@ -48,33 +79,13 @@ TEST(RmsNorm, MatchesTheFormula) {
       const auto weight = random_floats(width, 2);
       std::vector<float> out = x;
       test.run(&Device::rms_norm,
-               RmsNormArgs{out.data(), nullptr, weight.data(), 1e-5F, rows, columns, out.data()});
+               RmsNormArgs{out.data(), weight.data(), 1e-5F, rows, columns, out.data()});
       for (std::size_t row = 0; row < static_cast<std::size_t>(rows); ++row) {
         const auto in = doubles(std::span(x).subspan(row * width, width));
         const auto expected = reference::rms_norm(in, weight, 1e-5);
         for (std::size_t i = 0; i < width; ++i) expect_close(out[row * width + i], expected[i]);
       }
     }
-  }
-}
-
-TEST(RmsNorm, AddsToTheResidualFirst) {
-  TestDevice test;
-  const auto x = random_floats(2 * 40, 1);
-  const auto before = random_floats(2 * 40, 2);
-  const auto weight = random_floats(40, 3);
-  std::vector<float> residual = before;
-  std::vector<float> out(2 * 40);
-  test.run(&Device::rms_norm,
-           RmsNormArgs{x.data(), residual.data(), weight.data(), 1e-6F, 2, 40, out.data()});
-  for (std::size_t row = 0; row < 2; ++row) {
-    std::vector<double> sum(40);
-    for (std::size_t i = 0; i < 40; ++i) {
-      sum[i] = x[row * 40 + i] + before[row * 40 + i];
-      EXPECT_EQ(residual[row * 40 + i], static_cast<float>(sum[i]));
-    }
-    const auto expected = reference::rms_norm(sum, weight, 1e-6);
-    for (std::size_t i = 0; i < 40; ++i) expect_close(out[row * 40 + i], expected[i]);
   }
 }
 

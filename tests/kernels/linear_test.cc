@@ -96,6 +96,68 @@ std::string case_name(const testing::TestParamInfo<Case>& param) {
 }
 INSTANTIATE_TEST_SUITE_P(Shapes, Linear, testing::ValuesIn(cases()), case_name);
 
+// What is fused is what the ops give one after the other, to the bit.
+TEST(FusedLinear, NormAndSwiGluAreTheirOps) {
+  TestDevice test;
+  for (const int rows : {1, 3, 30}) {
+    const int in = 70;
+    const int out = 66;
+    const auto x = random_floats(static_cast<std::size_t>(rows * in), 1);
+    const auto norm = random_floats(static_cast<std::size_t>(in), 2);
+    const auto weights = random_floats(static_cast<std::size_t>(in * out), 3);
+    const WeightPart part{reinterpret_cast<const std::byte*>(weights.data()), DataType::kFp32, out,
+                          in, 4U * in};
+    const auto weight = test.device->make_weight({&part, 1});
+    std::vector<float> normed(x.size());
+    std::vector<float> product(static_cast<std::size_t>(rows * out));
+    std::vector<float> expected(product.size() / 2);
+    test.run(&Device::rms_norm, RmsNormArgs{x.data(), norm.data(), 1e-5F, rows, in, normed.data()});
+    test.run(&Device::linear,
+             LinearArgs{normed.data(), weight.get(), nullptr, rows, product.data()});
+    test.run(&Device::swiglu, SwiGluArgs{product.data(), rows, out / 2, expected.data()});
+
+    std::vector<float> actual(expected.size());
+    std::vector<float> normed_scratch(x.size());
+    std::vector<float> product_scratch(product.size());
+    test.run(&Device::linear, LinearArgs{.x = x.data(),
+                                         .weight = weight.get(),
+                                         .bias = nullptr,
+                                         .rows = rows,
+                                         .out = actual.data(),
+                                         .norm = {norm.data(), 1e-5F, normed_scratch.data()},
+                                         .swiglu = {product_scratch.data()}});
+    EXPECT_EQ(actual, expected);
+  }
+}
+
+TEST(FusedLinear, AddsToTheResidualInPlace) {
+  TestDevice test;
+  for (const int rows : {1, 5, 40}) {
+    for (const int out : {64, 50}) {
+      const int in = 700;
+      const auto x = random_floats(static_cast<std::size_t>(rows * in), 1);
+      const auto weights = random_floats(static_cast<std::size_t>(in * out), 2, 0.05F);
+      const auto bias = random_floats(static_cast<std::size_t>(out), 3);
+      const auto residual = random_floats(static_cast<std::size_t>(rows * out), 4);
+      const WeightPart part{reinterpret_cast<const std::byte*>(weights.data()), DataType::kFp32,
+                            out, in, 4U * in};
+      const auto weight = test.device->make_weight({&part, 1});
+      for (const bool with_bias : {false, true}) {
+        std::vector<float> product(residual.size());
+        LinearArgs args{x.data(), weight.get(), with_bias ? bias.data() : nullptr, rows,
+                        product.data()};
+        test.run(&Device::linear, args);
+        std::vector<float> sum = residual;
+        args.residual = args.out = sum.data();
+        test.run(&Device::linear, args);
+        for (std::size_t i = 0; i < sum.size(); ++i) {
+          EXPECT_NEAR(sum[i], product[i] + residual[i], 1e-5) << i;
+        }
+      }
+    }
+  }
+}
+
 TEST(LinearMemory, IsAccountedAsWeights) {
   TestDevice test;
   const std::vector<float> values(32 * 10, 1);

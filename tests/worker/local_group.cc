@@ -105,7 +105,8 @@ std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt) {
 StepResult LocalGroup::run(StepPlan plan) {
   plan.epoch = kEpoch;
   plan.step = StepNumber{next_step_++};
-  return engine_->run(plan);
+  engine_->launch(plan);
+  return engine_->collect();
 }
 
 std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "worker/internal/pinned.h"
 
 namespace foretoken::worker {
 namespace {
@@ -14,37 +15,76 @@ kernels::DeviceBuffer floats(kernels::Device& device, std::int64_t count) {
           kernels::MemoryUse::kActivations};
 }
 
-template <typename T>
-kernels::DeviceBuffer array_of(kernels::Device& device, int count) {
-  return {device, sizeof(T) * static_cast<std::size_t>(count), kernels::MemoryUse::kTables};
-}
-
 }  // namespace
 
+// The batch as arrays [max_rows], staged in pinned memory and copied to the device as one.
+struct Decode::Tables {
+  struct Rows {
+    kernels::SequenceKv* sequences;
+    kernels::HistoryState* histories;
+    kernels::Selection* selections;
+    kernels::FetchList* fetches;
+    std::int32_t* num_columns;
+    std::size_t bytes;
+  };
+  // A step may still be read from the last staging while the next one is written.
+  static constexpr int kStagings = 3;
+
+  Tables(kernels::Device& on, int rows)
+      : max_rows(static_cast<std::size_t>(rows)),
+        memory(on, lay_out(nullptr).bytes, kernels::MemoryUse::kTables),
+        device(lay_out(memory.as<std::byte>())) {
+    for (int i = 0; i < kStagings; ++i) {
+      staged.push_back(std::make_unique<PinnedArray<std::byte>>(on, device.bytes));
+      copied.push_back(on.make_event());
+    }
+  }
+
+  Rows lay_out(std::byte* base) const {
+    std::size_t used = 0;
+    const auto take = [&]<typename T>(T*& part) {
+      part = reinterpret_cast<T*>(base + used);
+      used += (max_rows * sizeof(T) + 63) / 64 * 64;
+    };
+    Rows rows{};
+    take(rows.sequences);
+    take(rows.histories);
+    take(rows.selections);
+    take(rows.fetches);
+    take(rows.num_columns);
+    rows.bytes = used;
+    return rows;
+  }
+
+  std::size_t max_rows;
+  kernels::DeviceBuffer memory;
+  Rows device;
+  std::vector<std::unique_ptr<PinnedArray<std::byte>>> staged;
+  std::vector<std::unique_ptr<kernels::Event>> copied;
+  std::size_t next = 0;
+};
+
 Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device,
-               kvstore::KvStore& store, predictor::Policy& policy)
+               kvstore::KvStore& store, predictor::Policy& policy, Sampler& sampler)
     : config_(config),
       model_(model),
       device_(device),
       store_(store),
       policy_(policy),
+      sampler_(sampler),
+      fetches_blocks_(policy.selected_per_head().has_value()),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
       resolved_(device.make_event()),
       written_(device.make_event()),
       advanced_(device.make_event()),
-      act_(device, model.config(), model.partition(), config.max_rows),
-      hidden_(device, model.residual_bytes(config.max_rows), kernels::MemoryUse::kActivations),
-      delta_(device, model.residual_bytes(config.max_rows), kernels::MemoryUse::kActivations),
+      act_(device, model.config(), model.partition(), config.max_rows, config.max_rows),
+      hidden_(device, model.hidden_bytes(config.max_rows), kernels::MemoryUse::kActivations),
       logits_(floats(device, config.max_rows * model.config().vocab_size)),
       lse_(floats(device, config.max_rows * model.partition().heads.count)),
       exact_lse_(floats(device, model.partition().heads.count)),
       pitch_(slots_for(policy, blocks_for(config.max_model_len))),
       exact_pitch_(blocks_for(config.max_model_len)),
-      sequences_(array_of<kernels::SequenceKv>(device, config.max_rows)),
-      histories_(array_of<kernels::HistoryState>(device, config.max_rows)),
-      selections_(array_of<kernels::Selection>(device, config.max_rows)),
-      fetches_(array_of<kernels::FetchList>(device, config.max_rows)),
-      num_columns_(array_of<std::int32_t>(device, config.max_rows)) {
+      tables_(std::make_unique<Tables>(device, config.max_rows)) {
   const int heads = model.partition().heads.count;
   block_max_ =
       floats(device, std::int64_t{config.max_rows} * heads * std::max(pitch_, exact_pitch_));
@@ -53,10 +93,12 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
     dense_logits_ = floats(device, config.max_rows * model.config().vocab_size);
   }
   batch_ = {.rows = 0,
-            .sequences = sequences_.as<kernels::SequenceKv>(),
-            .histories = histories_.as<kernels::HistoryState>(),
-            .selections = selections_.as<kernels::Selection>()};
+            .sequences = tables_->device.sequences,
+            .histories = tables_->device.histories,
+            .selections = tables_->device.selections};
 }
+
+Decode::~Decode() = default;
 
 void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
   const std::int32_t length = sequence.length();
@@ -79,78 +121,120 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   FT_CHECK(static_cast<int>(rows.size()) <= config_.max_rows, rows.size(), config_.max_rows);
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
-  streams_all_ = false;
-  std::vector<kernels::SequenceKv> sequences;
-  std::vector<kernels::HistoryState> histories;
-  std::vector<kernels::Selection> selections;
-  std::vector<kernels::FetchList> fetches;
-  std::vector<std::int32_t> columns;
-  for (const Sequence* row : rows_) {
-    sequences.push_back(row->kv());
-    histories.push_back(row->policy_state().history);
-    selections.push_back(row->policy_state().selection);
-    fetches.push_back(row->fetches());
-    columns.push_back(blocks_for(row->length()));  // the step's token included
-    streams_all_ = streams_all_ || row->streams_all();
+  streams_all_ = std::ranges::any_of(rows_, &Sequence::streams_all);
+  const std::size_t staging = tables_->next++ % Tables::kStagings;
+  tables_->copied[staging]->synchronize();  // three steps ago: long since
+  std::byte* base = tables_->staged[staging]->data();
+  const Tables::Rows host = tables_->lay_out(base);
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    host.sequences[i] = rows_[i]->kv();
+    host.histories[i] = rows_[i]->policy_state().history;
+    host.selections[i] = rows_[i]->policy_state().selection;
+    host.fetches[i] = rows_[i]->fetches();
+    host.num_columns[i] = blocks_for(rows_[i]->length());  // the step's token included
   }
-  const auto upload = [&](const kernels::DeviceBuffer& to, const auto& from) {
-    device_.copy_in(to.data(), from.data(), from.size() * sizeof from[0], compute);
-  };
-  upload(sequences_, sequences);
-  upload(histories_, histories);
-  upload(selections_, selections);
-  upload(fetches_, fetches);
-  upload(num_columns_, columns);
-  compute.synchronize();  // the host arrays end here
+  device_.copy_in(tables_->memory.data(), base, host.bytes, compute);
+  tables_->copied[staging]->record(compute);
 }
 
-const float* Decode::step(std::span<Sequence* const> rows, kernels::Stream& compute) {
+std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
+                                            kernels::Stream& compute) {
   bind(rows, compute);
-  count_fetches(compute);
-  start_fetches(compute);
-  for (int row = 0; row < batch_.rows; ++row) {
-    if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
-  }
-  embed(rows, compute);
-  for (int layer = 0; layer < model_.num_layers(); ++layer) run_layer(layer, compute);
-  model_.logits(batch_.rows, act_, {hidden_.data(), delta_.data()}, logits_.as<float>(), compute);
+  auto draw = sampler_.begin(rows, compute);
+  run(compute);
+  sampler_.end(*draw, compute);
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
   }
-  return logits_.as<float>();
+  for (Sequence* row : rows_) ++row->decode_steps;
+  return draw;
+}
+
+void Decode::run(kernels::Stream& compute) {
+  if (!recordable()) return forward(compute);
+  const auto [graph, is_first] = graphs_.try_emplace({batch_.rows, streams_all_}, nullptr);
+  if (is_first) return forward(compute);
+  if (graph->second == nullptr) {
+    graph->second = device_.record(compute, [this, &compute] { forward(compute); });
+  }
+  graph->second->launch(compute);
+}
+
+// Whether the step is the same for whatever sequences the batch holds.
+bool Decode::recordable() const {
+  if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
+  if (config_.calibrate_every > 0) return false;
+  return std::ranges::none_of(rows_, [&](const Sequence* row) { return audits(*row); });
+}
+
+void Decode::forward(kernels::Stream& compute) {
+  if (fetches_blocks_) start_fetches(compute);
+  for (int row = 0; row < batch_.rows; ++row) {
+    if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
+  }
+  model_.embed_next(batch_.sequences, batch_.rows, hidden_.data(), compute);
+  for (int layer = 0; layer < model_.num_layers(); ++layer) run_layer(layer, compute);
+  device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
+  write_through(compute);
+  model_.logits(batch_.rows, act_, hidden_.data(), logits_.as<float>(), compute);
+  sampler_.run(logits_.as<float>(), batch_.rows, compute);
+  choose(compute);
+  written_->wait(compute);  // the step's end: slots and lengths may change
 }
 
 void Decode::start_fetches(kernels::Stream& compute) {
   resolved_->record(compute);
   resolved_->wait(*copy_);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    store_.fetch(layer, batch_.sequences, fetches_.as<kernels::FetchList>(), batch_.rows, *copy_);
+    store_.fetch(layer, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
   }
 }
 
-void Decode::embed(std::span<Sequence* const> rows, kernels::Stream& compute) {
-  std::vector<TokenId> tokens;
-  for (const Sequence* row : rows) tokens.push_back(row->tokens.back());
-  model_.embed(tokens, act_, {hidden_.data(), delta_.data()}, compute);
-}
-
 void Decode::run_layer(int layer, kernels::Stream& compute) {
-  const Residual x{hidden_.data(), delta_.data()};
-  model_.project_qkv(layer, batch_.rows, act_, x, compute);
-  count_late(layer, compute);
-  store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
-  kernels::RopeDecodeArgs rope{};
-  static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, batch_.rows, act_);
-  rope.sequences = batch_.sequences;
-  rope.layer = layer;
-  device_.rope_decode(rope, compute);
+  model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
+  if (fetches_blocks_) {
+    count_late(layer, compute);
+    store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
+  }
+  rope(layer, batch_, compute);
   if (policy_.selects_at_query()) fetch_at_query(layer, compute);
   attend(layer, batch_, compute);
   if (policy_.observes()) observe(layer, compute);
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
-  model_.finish_layer(layer, batch_.rows, act_, x, compute);
+  model_.finish_layer(layer, batch_.rows, act_, hidden_.data(), compute);
+}
+
+void Decode::rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
+  kernels::RopeDecodeArgs args{};
+  static_cast<kernels::RopeArgs&>(args) = model_.rope_args(layer, batch.rows, act_);
+  args.sequences = batch.sequences;
+  args.layer = layer;
+  device_.rope_decode(args, compute);
+}
+
+// The block that the step has filled, beside the rest of the step. REQUIRES: lengths are advanced.
+void Decode::write_through(kernels::Stream& compute) {
+  advanced_->record(compute);
+  advanced_->wait(*copy_);
+  store_.write_through({.sequences = batch_.sequences,
+                        .rows = batch_.rows,
+                        .to_arena = model_.partition().writes_kv},
+                       *copy_);
+  written_->record(*copy_);
+}
+
+// What the coming step shall have.
+void Decode::choose(kernels::Stream& compute) {
+  policy_.select_ahead(batch_, compute);
+  device_.resolve({.sequences = batch_.sequences,
+                   .selections = batch_.selections,
+                   .fetches = tables_->device.fetches,
+                   .rows = batch_.rows,
+                   .first_layer = 0,
+                   .num_layers = model_.num_layers()},
+                  compute);
 }
 
 void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
@@ -161,14 +245,14 @@ void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
   }
   device_.resolve({.sequences = batch_.sequences,
                    .selections = batch_.selections,
-                   .fetches = fetches_.as<kernels::FetchList>(),
+                   .fetches = tables_->device.fetches,
                    .rows = batch_.rows,
                    .first_layer = layer,
                    .num_layers = 1},
                   compute);
   resolved_->record(compute);
   resolved_->wait(*copy_);
-  store_.fetch(layer, batch_.sequences, fetches_.as<kernels::FetchList>(), batch_.rows, *copy_);
+  store_.fetch(layer, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
   store_.wait(layer, compute);
 }
 
@@ -189,7 +273,7 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .scale = model_.attention_scale(),
           .out = act_.attn.as<std::byte>() + q_row * skip,
           .lse = lse_.as<float>() + skip * static_cast<std::size_t>(heads),
-          .block_max = block_max_.as<float>(),
+          .block_max = policy_.observes() ? block_max_.as<float>() : nullptr,
           .pitch = pitch_};
 }
 
@@ -217,7 +301,7 @@ predictor::AttentionRows Decode::exact_rows(int row) const {
           .lse = exact_lse_.as<float>(),
           .rows = 1,
           .pitch = exact_pitch_,
-          .num_columns = num_columns_.as<std::int32_t>() + row,
+          .num_columns = tables_->device.num_columns + row,
           .by_slot = false};
 }
 
@@ -228,7 +312,7 @@ void Decode::observe(int layer, kernels::Stream& compute) {
                                     .lse = lse_.as<float>(),
                                     .rows = 1,
                                     .pitch = pitch_,
-                                    .num_columns = num_columns_.as<std::int32_t>(),
+                                    .num_columns = tables_->device.num_columns,
                                     .by_slot = true};
   const bool any = std::any_of(rows_.begin(), rows_.end(),
                                [&](const Sequence* row) { return calibrates(*row, layer); });
@@ -264,23 +348,19 @@ void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
 // The step's token through the dense model, over the same cache. Its own K and V are overwritten by
 // the step that follows; nothing else is.
 void Decode::dense_pass(int row, kernels::Stream& compute) {
-  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
-  const Residual x{hidden_.data(), delta_.data()};
-  embed(std::span(&sequence, 1), compute);
+  const predictor::DecodeBatch& batch = rows_[static_cast<std::size_t>(row)]->alone();
+  model_.embed_next(batch.sequences, 1, hidden_.data(), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    model_.project_qkv(layer, 1, act_, x, compute);
-    store_.wait(layer, compute);  // slots in flight are read and written here
-    kernels::RopeDecodeArgs rope{};
-    static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, 1, act_);
-    rope.sequences = sequence->alone().sequences;
-    rope.layer = layer;
-    device_.rope_decode(rope, compute);
-    kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), 0);
+    model_.project_qkv(layer, 1, act_, hidden_.data(), compute);
+    if (fetches_blocks_) store_.wait(layer, compute);  // slots in flight are read and written here
+    rope(layer, batch, compute);
+    kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
     args.pitch = exact_pitch_;
     store_.streamed_attention({args, nullptr}, compute);
-    model_.finish_layer(layer, 1, act_, x, compute);
+    model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
   }
-  model_.logits(1, act_, x, dense_logits_.as<float>() + row * model_.config().vocab_size, compute);
+  model_.logits(1, act_, hidden_.data(),
+                dense_logits_.as<float>() + row * model_.config().vocab_size, compute);
 }
 
 void Decode::measure_recall(int layer, int row, kernels::Stream& compute) {
@@ -327,30 +407,10 @@ void Decode::measure_kl(int row, kernels::Stream& compute) {
   ++report.kl_count;
 }
 
-void Decode::finish(kernels::Stream& compute) {
-  written_->wait(compute);  // the last write-through read the length that changes here
-  device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
-  advanced_->record(compute);
-  advanced_->wait(*copy_);
-  store_.write_through({.sequences = batch_.sequences,
-                        .rows = batch_.rows,
-                        .to_arena = model_.partition().writes_kv},
-                       *copy_);
-  written_->record(*copy_);
-  policy_.select_ahead(batch_, compute);
-  device_.resolve({.sequences = batch_.sequences,
-                   .selections = batch_.selections,
-                   .fetches = fetches_.as<kernels::FetchList>(),
-                   .rows = batch_.rows,
-                   .first_layer = 0,
-                   .num_layers = model_.num_layers()},
-                  compute);
-  for (Sequence* row : rows_) ++row->decode_steps;
-}
-
-// Blocks of the layer whose gather had not ended when the layer came to need it.
+// Blocks of the layer whose gather had not ended when the layer came to need it. Where the host
+// runs ahead of the device it can't tell, and the layer's wait shows in the step's time instead.
 void Decode::count_late(int layer, kernels::Stream& compute) {
-  if (store_.fetched(layer)) return;
+  if (!device_.runs_at_once() || store_.fetched(layer)) return;
   const auto heads = static_cast<std::size_t>(model_.kv_shape().num_kv_heads);
   for (Sequence* row : rows_) {
     const std::int32_t* counts = row->fetches().counts + static_cast<std::size_t>(layer) * heads;
@@ -358,25 +418,6 @@ void Decode::count_late(int layer, kernels::Stream& compute) {
     device_.copy_out(counts_.data(), counts, heads * sizeof(std::int32_t), compute);
     compute.synchronize();
     row->report.late += std::accumulate(counts_.begin(), counts_.end(), std::int64_t{0});
-  }
-}
-
-// What the last resolve chose and found absent.
-void Decode::count_fetches(kernels::Stream& compute) {
-  const auto maps = static_cast<std::size_t>(model_.num_layers() * model_.kv_shape().num_kv_heads);
-  counts_.resize(maps);
-  const auto sum = [&](const std::int32_t* counts) {
-    device_.copy_out(counts_.data(), counts, maps * sizeof(std::int32_t), compute);
-    compute.synchronize();
-    return std::accumulate(counts_.begin(), counts_.end(), std::int64_t{0});
-  };
-  for (Sequence* row : rows_) {
-    const std::int64_t fetched = sum(row->fetches().counts);
-    row->report.blocks_fetched += fetched;
-    row->report.bytes_host += fetched * static_cast<std::int64_t>(model_.kv_shape().block_bytes());
-    if (row->policy_state().selection.counts != nullptr) {
-      row->report.blocks_predicted += sum(row->policy_state().selection.counts);
-    }
   }
 }
 

@@ -16,7 +16,8 @@ DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
   return {.max_rows = config.max_num_seqs,
           .max_model_len = max_model_len,
           .calibrate_every = calibrates ? config.calibrate_every : 0,
-          .audit_every = config.audit_every};
+          .audit_every = config.audit_every,
+          .record = !config.guard_arena};
 }
 
 // FNV-1a over what was drawn: ranks that disagree are found at once.
@@ -54,37 +55,56 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
       compute_(device_.make_stream(kernels::StreamKind::kCompute)),
       prefill_(model_, device_, store_, policy_, std::min(config.max_batched_tokens, max_model_len),
                max_model_len),
-      decode_(decode_config(config, max_model_len), model_, device_, store_, policy_),
-      sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size),
-               max_model_len),
+      sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size)),
+      decode_(decode_config(config, max_model_len), model_, device_, store_, policy_, sampler_),
       first_logits_(device_, sizeof(float) * static_cast<std::size_t>(model_.config().vocab_size),
                     kernels::MemoryUse::kActivations) {}
 
-Engine::~Engine() { decode_.drain(); }
+Engine::~Engine() { drain(); }
 
-StepResult Engine::run(const StepPlan& plan) {
-  const auto begin = std::chrono::steady_clock::now();
-  StepResult result;
+void Engine::drain() {
+  compute_->synchronize();
+  decode_.drain();
+}
+
+void Engine::launch(const StepPlan& plan) {
+  Pending& pending = pending_.emplace_back();
+  pending.launched = std::chrono::steady_clock::now();
+  StepResult& result = pending.result;
   result.epoch = plan.epoch;
   result.step = plan.step;
   result.rank = rank_;
+  if (!plan.releases.empty() || !plan.publishes.empty()) drain();
   for (const SequenceId id : plan.releases) release(id, result);
   for (const PublishSegment& segment : plan.publishes) publish(segment);
   for (const AdmitSequence& sequence : plan.admits) result.admits.push_back(admit(sequence));
   for (const StartSequence& sequence : plan.starts) start(sequence);
-  for (const PrefillItem& item : plan.prefills) prefill(item, result);
-  if (!plan.decodes.empty()) decode(plan.decodes, result);
-  check_drawn(result.tokens);
-  result.token_digest = digest(result.tokens);
-  if (rank_ != 0) result.tokens.clear();
+  for (const PrefillItem& item : plan.prefills) prefill(item, pending);
+  if (!plan.decodes.empty()) decode(plan.decodes, pending);
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     count_slabs(result);
   }
-  result.step_us = std::chrono::duration_cast<std::chrono::microseconds>(
-                       std::chrono::steady_clock::now() - begin)
-                       .count();
-  return result;
+}
+
+StepResult Engine::collect() {
+  FT_CHECK(has_launched());
+  Pending pending = std::move(pending_.front());
+  pending_.pop_front();
+  StepResult& result = pending.result;
+  for (auto& draw : pending.draws) {
+    const auto tokens = sampler_.collect(std::move(draw));
+    result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
+  }
+  check_drawn(result.tokens);
+  result.token_digest = digest(result.tokens);
+  if (rank_ != 0) result.tokens.clear();
+  // A plan that was launched behind another has had the device only since that one's end.
+  const auto begin = std::max(pending.launched, collected_);
+  collected_ = std::chrono::steady_clock::now();
+  result.step_us =
+      std::chrono::duration_cast<std::chrono::microseconds>(collected_ - begin).count();
+  return std::move(result);
 }
 
 // Slabs that aren't ready yet count as free: they will be.
@@ -106,15 +126,13 @@ Sequence& Engine::find(SequenceId id) {
 void Engine::release(SequenceId id, StepResult& result) {
   const auto found = sequences_.find(id);
   if (found == sequences_.end()) return;  // its admission failed here, and not on another rank
-  decode_.drain();
-  result.stats.push_back({id, found->second->report});
+  result.stats.push_back({id, found->second->final_report(*compute_)});
   sequences_.erase(found);
   if (const Status status = store_.release(id); !status) throw Exception(status.error());
 }
 
 void Engine::publish(const PublishSegment& segment) {
   if (!model_.partition().writes_kv) return;
-  decode_.drain();  // the segment's last block may be on its way
   find(segment.sequence);
   const Status status = store_.commit(segment.sequence, segment.index, segment.key);
   if (!status) throw Exception(status.error());
@@ -159,24 +177,23 @@ void Engine::start(const StartSequence& start) {
   sequence.reused_tokens = segments * kSegmentTokens;
 }
 
-void Engine::prefill(const PrefillItem& item, StepResult& result) {
+void Engine::prefill(const PrefillItem& item, Pending& pending) {
   Sequence& sequence = find(item.sequence);
   if (!prefill_.run(sequence, item, *compute_)) return;
   decode_.begin(sequence, *compute_);
   model_.logits(1, prefill_.activations(), prefill_.last_token(sequence), first_logits_.as<float>(),
                 *compute_);
   Sequence* row = &sequence;
-  const auto tokens = sampler_.sample(first_logits_.as<float>(), std::span(&row, 1), *compute_);
-  result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
+  auto draw = sampler_.begin(std::span(&row, 1), *compute_);
+  sampler_.run(first_logits_.as<float>(), 1, *compute_);
+  sampler_.end(*draw, *compute_);
+  pending.draws.push_back(std::move(draw));
 }
 
-void Engine::decode(const std::vector<SequenceId>& ids, StepResult& result) {
+void Engine::decode(const std::vector<SequenceId>& ids, Pending& pending) {
   std::vector<Sequence*> rows;
   for (const SequenceId id : ids) rows.push_back(&find(id));
-  const float* logits = decode_.step(rows, *compute_);
-  const auto tokens = sampler_.sample(logits, rows, *compute_);
-  decode_.finish(*compute_);
-  result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
+  pending.draws.push_back(decode_.step(rows, *compute_));
 }
 
 std::int64_t Engine::device_bytes_free() const {

@@ -16,16 +16,21 @@ kernels::DeviceBuffer rows_of(kernels::Device& device, int rows, std::int64_t co
 }  // namespace
 
 Activations::Activations(kernels::Device& device, const ModelConfig& config, const Partition& part,
-                         int rows)
+                         int rows, int logit_rows)
     : max_rows(rows),
-      tokens(device, sizeof(TokenId) * static_cast<std::size_t>(rows),
-             kernels::MemoryUse::kActivations),
+      max_logit_rows(logit_rows),
       normed(rows_of(device, rows, config.hidden_size)),
       qkv(rows_of(device, rows, (part.heads.count + 2 * part.kv_heads.count) * config.head_dim)),
       q(rows_of(device, rows, part.heads.count * config.head_dim)),
       attn(rows_of(device, rows, part.heads.count * config.head_dim)),
       gate_up(rows_of(device, rows, 2 * part.intermediate.count)),
-      mlp(rows_of(device, rows, part.intermediate.count)) {}
+      mlp(rows_of(device, rows, part.intermediate.count)) {
+  if (part.world_size == 1) return;
+  logits = {device,
+            sizeof(float) * static_cast<std::size_t>(logit_rows) *
+                static_cast<std::size_t>(part.vocab.count),
+            kernels::MemoryUse::kActivations};
+}
 
 Model::Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
              Collective& collective)
@@ -54,56 +59,53 @@ float Model::attention_scale() const {
   return 1.0F / std::sqrt(static_cast<float>(config_.head_dim));
 }
 
-void Model::embed(std::span<const TokenId> tokens, Activations& act, const Residual& x,
-                  kernels::Stream& stream) {
-  const int rows = static_cast<int>(tokens.size());
-  FT_CHECK(rows <= act.max_rows, rows, act.max_rows);
-  std::vector<TokenId> own(tokens.begin(), tokens.end());
-  for (TokenId& token : own) {
-    const bool here = token >= part_.vocab.begin && token < part_.vocab.end();
-    token = here ? token - part_.vocab.begin : -1;
-  }
-  device_.copy_in(act.tokens.data(), own.data(), own.size() * sizeof(TokenId), stream);
-  stream.synchronize();  // `own` ends here
-  const int hidden = static_cast<int>(config_.hidden_size);
-  device_.embed({.tokens = act.tokens.as<TokenId>(),
-                 .table = embedding_.data(),
-                 .table_type = embedding_type_,
-                 .num_tokens = rows,
-                 .hidden = hidden,
-                 .out = x.delta},
-                stream);
-  device_.fill_zero(x.hidden, residual_bytes(rows), stream);
-  collective_.all_reduce(x.delta, static_cast<std::size_t>(rows) * static_cast<std::size_t>(hidden),
-                         stream);
-}
-
-std::size_t Model::residual_bytes(int rows) const {
+std::size_t Model::hidden_bytes(int rows) const {
   return kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(rows) *
          static_cast<std::size_t>(config_.hidden_size);
 }
 
-void Model::norm(const kernels::DeviceBuffer& weight, int rows, Activations& act, const Residual& x,
-                 kernels::Stream& stream) {
-  device_.rms_norm({.x = x.delta,
-                    .residual = x.hidden,
-                    .weight = weight.as<float>(),
-                    .eps = static_cast<float>(config_.rms_norm_eps),
-                    .rows = rows,
-                    .columns = static_cast<int>(config_.hidden_size),
-                    .out = act.normed.data()},
-                   stream);
+void Model::embed(const TokenId* tokens, int rows, void* hidden, kernels::Stream& stream) {
+  kernels::EmbedArgs args{};
+  args.tokens = tokens;
+  args.num_tokens = rows;
+  embed(args, hidden, stream);
 }
 
-void Model::project_qkv(int layer, int rows, Activations& act, const Residual& x,
+void Model::embed_next(const kernels::SequenceKv* sequences, int rows, void* hidden,
+                       kernels::Stream& stream) {
+  kernels::EmbedArgs args{};
+  args.sequences = sequences;
+  args.num_tokens = rows;
+  embed(args, hidden, stream);
+}
+
+void Model::embed(kernels::EmbedArgs args, void* hidden, kernels::Stream& stream) {
+  args.table = embedding_.data();
+  args.table_type = embedding_type_;
+  args.first_token = part_.vocab.begin;
+  args.table_tokens = part_.vocab.count;
+  args.hidden = static_cast<int>(config_.hidden_size);
+  args.out = hidden;
+  device_.embed(args, stream);
+  collective_.all_reduce(
+      hidden, static_cast<std::size_t>(args.num_tokens) * static_cast<std::size_t>(args.hidden),
+      stream);
+}
+
+kernels::NormedInput Model::norm(const kernels::DeviceBuffer& weight,
+                                 const Activations& act) const {
+  return {weight.as<float>(), static_cast<float>(config_.rms_norm_eps), act.normed.data()};
+}
+
+void Model::project_qkv(int layer, int rows, Activations& act, const void* hidden,
                         kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  norm(weights.attention_norm, rows, act, x, stream);
-  device_.linear({.x = act.normed.data(),
+  device_.linear({.x = hidden,
                   .weight = weights.qkv.get(),
                   .bias = weights.qkv_bias.as<float>(),
                   .rows = rows,
-                  .out = act.qkv.data()},
+                  .out = act.qkv.data(),
+                  .norm = norm(weights.attention_norm, act)},
                  stream);
 }
 
@@ -124,55 +126,50 @@ kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const 
   return args;
 }
 
-void Model::finish_layer(int layer, int rows, Activations& act, const Residual& x,
+// hidden += W x. The residual is one rank's summand, so that the sum over ranks counts it once.
+void Model::add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias,
+                        const void* x, int rows, void* hidden, kernels::Stream& stream) {
+  device_.linear({.x = x,
+                  .weight = &weight,
+                  .bias = bias.as<float>(),
+                  .rows = rows,
+                  .out = hidden,
+                  .residual = part_.rank == 0 ? hidden : nullptr},
+                 stream);
+  collective_.all_reduce(
+      hidden, static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size),
+      stream);
+}
+
+void Model::finish_layer(int layer, int rows, Activations& act, void* hidden,
                          kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  const std::size_t count =
-      static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size);
-  device_.linear({.x = act.attn.data(),
-                  .weight = weights.o.get(),
-                  .bias = weights.o_bias.as<float>(),
-                  .rows = rows,
-                  .out = x.delta},
-                 stream);
-  collective_.all_reduce(x.delta, count, stream);
-  norm(weights.mlp_norm, rows, act, x, stream);
-  device_.linear({.x = act.normed.data(),
+  add_product(*weights.o, weights.o_bias, act.attn.data(), rows, hidden, stream);
+  device_.linear({.x = hidden,
                   .weight = weights.gate_up.get(),
                   .bias = weights.gate_up_bias.as<float>(),
                   .rows = rows,
-                  .out = act.gate_up.data()},
+                  .out = act.mlp.data(),
+                  .norm = norm(weights.mlp_norm, act),
+                  .swiglu = {act.gate_up.data()}},
                  stream);
-  device_.swiglu({.gate_up = act.gate_up.data(),
-                  .rows = rows,
-                  .columns = part_.intermediate.count,
-                  .out = act.mlp.data()},
-                 stream);
-  device_.linear({.x = act.mlp.data(),
-                  .weight = weights.down.get(),
-                  .bias = weights.down_bias.as<float>(),
-                  .rows = rows,
-                  .out = x.delta},
-                 stream);
-  collective_.all_reduce(x.delta, count, stream);
+  add_product(*weights.down, weights.down_bias, act.mlp.data(), rows, hidden, stream);
 }
 
-void Model::logits(int rows, Activations& act, const Residual& x, float* logits,
+void Model::logits(int rows, Activations& act, const void* hidden, float* logits,
                    kernels::Stream& stream) {
-  const std::size_t bytes =
-      sizeof(float) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(part_.vocab.count);
-  if (logits_part_.bytes() < bytes) {
-    logits_part_ = kernels::DeviceBuffer(device_, bytes, kernels::MemoryUse::kActivations);
-  }
-  norm(final_norm_, rows, act, x, stream);
-  device_.linear({.x = act.normed.data(),
+  FT_CHECK(rows <= act.max_logit_rows, rows, act.max_logit_rows);
+  const bool alone = part_.world_size == 1;
+  device_.linear({.x = hidden,
                   .weight = lm_head_.get(),
                   .bias = nullptr,
                   .rows = rows,
-                  .out = logits_part_.data(),
-                  .out_fp32 = true},
+                  .out = alone ? logits : act.logits.as<float>(),
+                  .out_fp32 = true,
+                  .norm = norm(final_norm_, act)},
                  stream);
-  collective_.all_gather_columns(logits_part_.as<float>(), logits, rows, vocab_widths_, stream);
+  if (alone) return;
+  collective_.all_gather_columns(act.logits.as<float>(), logits, rows, vocab_widths_, stream);
 }
 
 }  // namespace foretoken::worker

@@ -23,7 +23,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       device_(device),
       store_(store),
       policy_(policy),
-      act_(device, model.config(), model.partition(), max_rows),
+      act_(device, model.config(), model.partition(), max_rows, 1),
       lse_(device,
            sizeof(float) * static_cast<std::size_t>(model.partition().heads.count * max_rows),
            kernels::MemoryUse::kActivations),
@@ -34,8 +34,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
   const auto head_dim = static_cast<std::size_t>(shape.head_dim);
   const std::size_t kv = shape.element_bytes() * static_cast<std::size_t>(shape.num_kv_heads) *
                          static_cast<std::size_t>(max_tokens) * head_dim;
-  hidden_ = {device_, model_.residual_bytes(max_tokens), kUse};
-  delta_ = {device_, model_.residual_bytes(max_tokens), kUse};
+  hidden_ = {device_, model_.hidden_bytes(max_tokens), kUse};
   k_ = {device_, kv, kUse};
   v_ = {device_, kv, kUse};
   if (!policy_.observes()) return;
@@ -47,22 +46,22 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
   block_max_ = {device_, sizeof(float) * heads * rows * columns, kUse};
 }
 
-Residual Prefill::residual(const Sequence& sequence, int token) const {
-  const std::size_t offset = model_.residual_bytes(token - sequence.reused_tokens);
-  return {at(hidden_, offset), at(delta_, offset)};
+void* Prefill::hidden_at(const Sequence& sequence, int token) const {
+  return at(hidden_, model_.hidden_bytes(token - sequence.reused_tokens));
 }
 
 void Prefill::begin(Sequence& sequence, kernels::Stream& stream) {
   current_ = sequence.id();
   next_layer_ = 0;
   next_token_ = sequence.reused_tokens;
-  sequence.make_prompt_resident(stream);
   const int length = sequence.prompt_length();
+  const std::int32_t columns = blocks_for(length);
+  device_.copy_in(num_columns_.data(), &columns, sizeof columns, stream);
+  sequence.make_prompt_resident(stream);
+  stream.synchronize();  // `columns` ends here
   for (int token = sequence.reused_tokens; token < length; token += act_.max_rows) {
     const int rows = std::min(act_.max_rows, length - token);
-    model_.embed(std::span(sequence.tokens)
-                     .subspan(static_cast<std::size_t>(token), static_cast<std::size_t>(rows)),
-                 act_, residual(sequence, token), stream);
+    model_.embed(sequence.kv().tokens + token, rows, hidden_at(sequence, token), stream);
   }
 }
 
@@ -112,8 +111,8 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
 
 void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
                         kernels::Stream& stream) {
-  const Residual x = residual(sequence, begin);
-  model_.project_qkv(layer, rows, act_, x, stream);
+  void* hidden = hidden_at(sequence, begin);
+  model_.project_qkv(layer, rows, act_, hidden, stream);
 
   kernels::RopePrefillArgs rope{};
   static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, rows, act_);
@@ -139,7 +138,7 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
                              .lse = lse_.as<float>()},
                             stream);
   if (policy_.observes()) keep_tail(sequence, begin, rows, stream);
-  model_.finish_layer(layer, rows, act_, x, stream);
+  model_.finish_layer(layer, rows, act_, hidden, stream);
 }
 
 // Copies what of the chunk belongs to the last queries: their q, and their LSE by head.
@@ -219,7 +218,6 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
                              .block_max = block_max_.as<float>(),
                              .pitch = columns},
                             stream);
-  device_.copy_in(num_columns_.data(), &columns, sizeof columns, stream);
   policy_.observe_prefill(sequence.alone().histories, layer,
                           {.block_max = block_max_.as<float>(),
                            .lse = tail_lse_.as<float>(),
@@ -228,11 +226,10 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
                            .num_columns = num_columns_.as<std::int32_t>(),
                            .by_slot = false},
                           stream);
-  stream.synchronize();  // `columns` ends here
 }
 
-Residual Prefill::last_token(const Sequence& sequence) const {
-  return residual(sequence, sequence.prompt_length() - 1);
+const void* Prefill::last_token(const Sequence& sequence) const {
+  return hidden_at(sequence, sequence.prompt_length() - 1);
 }
 
 }  // namespace foretoken::worker

@@ -28,6 +28,24 @@ std::string host_name() {
   return name.data();
 }
 
+// Where MPI has put this rank.
+struct Place {
+  int rank = 0;
+  int world_size = 1;
+  int rank_on_node = 0;
+
+  static Place ask_mpi() {
+    Place place;
+    MPI_Comm_rank(MPI_COMM_WORLD, &place.rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &place.world_size);
+    MPI_Comm node = MPI_COMM_NULL;
+    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, place.rank, MPI_INFO_NULL, &node);
+    MPI_Comm_rank(node, &place.rank_on_node);
+    MPI_Comm_free(&node);
+    return place;
+  }
+};
+
 // The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
 class Line {
  public:
@@ -79,8 +97,8 @@ class Heart {
   std::jthread thread_;  // last: it starts when all else is ready
 };
 
-Welcome join(Line& line, const RankConfig& config, const Collective& collective) {
-  line.send(Hello{config.group, collective.rank(), collective.world_size(), getpid(), host_name()});
+Welcome join(Line& line, const RankConfig& config, const Place& place) {
+  line.send(Hello{config.group, place.rank, place.world_size, getpid(), host_name()});
   const auto answer = line.receive(kWelcomeTimeout);
   if (!answer) {
     throw Exception(ErrorCode::kUnavailable,
@@ -118,33 +136,54 @@ std::string identity_of(const ServiceConfig& config) {
   return model_hash(config.model).value_or_throw();
 }
 
-std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config) {
-  if (config.device == "cuda") {
-    throw Exception(ErrorCode::kDevice, "--device cuda: this program was built without CUDA");
-  }
+bool wants_cuda(const ServiceConfig& config) {
+  return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
+}
+
+// A GPU a rank; where the launcher shows each rank its own alone, that is number 0 of one.
+std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const ModelConfig& model,
+                                          const Place& place) {
+  const int devices = std::max(1, kernels::num_cuda_devices());
+  return kernels::make_cuda_device({.index = place.rank_on_node % devices,
+                                    .activation_type = model.dtype == ModelDtype::kF16
+                                                           ? kernels::DataType::kFp16
+                                                           : kernels::DataType::kBf16,
+                                    .memory_fraction = config.gpu_memory_utilization});
+}
+
+std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, const ModelConfig& model,
+                                             const Place& place) {
+  if (wants_cuda(config)) return make_gpu(config, model, place);
   constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
   return kernels::make_cpu_device(
       {.num_threads = config.threads_per_rank,
        .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * kGib)});
 }
 
+std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const Place& place,
+                                            kernels::Device& device) {
+  if (place.world_size == 1) return make_single_collective();
+  return wants_cuda(config) ? make_nccl_collective(device) : make_mpi_collective();
+}
+
 // Everything a rank is made of, in the order it is built.
 class Worker {
  public:
-  Worker(const RankConfig& config, const Welcome& welcome, Collective& collective)
+  Worker(const RankConfig& config, const Welcome& welcome, const Place& place)
       : config_(service_config_from_json(welcome.config_json).value_or_throw()),
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
-        device_(make_device(config_)) {
+        device_(make_device(config_, model_config_, place)),
+        collective_(make_collective(config_, place, *device_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
-        make_partition(model_config_, collective.rank(), collective.world_size()).value_or_throw();
+        make_partition(model_config_, place.rank, place.world_size).value_or_throw();
     const auto weights =
         config_.load_format == "dummy"
             ? make_dummy_source(model_config_)
             : make_folder_source(ModelWeights::open(config_.model).value_or_throw());
-    model_ = Model::load(model_config_, *weights, part, *device_, collective).value_or_throw();
+    model_ = Model::load(model_config_, *weights, part, *device_, *collective_).value_or_throw();
     policy_ =
         predictor::make_policy(policy_config(config_),
                                {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
@@ -152,7 +191,7 @@ class Worker {
     store_ =
         kvstore::KvStore::connect({.socket_path = welcome.store_socket,
                                    .group = config.group,
-                                   .rank = collective.rank(),
+                                   .rank = place.rank,
                                    .epoch = welcome.epoch,
                                    .model_hash = model_hash_,
                                    .total_kv_heads = static_cast<int>(model_config_.num_kv_heads),
@@ -172,47 +211,62 @@ class Worker {
   ModelConfig model_config_;
   std::string model_hash_;
   std::unique_ptr<kernels::Device> device_;
+  std::unique_ptr<Collective> collective_;
   std::unique_ptr<Model> model_;
   std::unique_ptr<predictor::Policy> policy_;
   std::unique_ptr<kvstore::KvStore> store_;
   std::unique_ptr<Engine> engine_;
 };
 
+// Whether launching the plan can't make the host wait.
+bool only_decodes(const StepPlan& plan) {
+  return plan.releases.empty() && plan.publishes.empty() && plan.admits.empty() &&
+         plan.starts.empty() && plan.prefills.empty();
+}
+
 void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, int group) {
-  for (;;) {
-    const auto message = line.receive(kIdlePoll);
-    if (!message || std::holds_alternative<Welcome>(*message)) continue;
-    if (std::holds_alternative<Shutdown>(*message)) return;
-    const auto& plan = std::get<StepPlan>(*message);
-    if (plan.epoch != epoch) continue;  // of a life before this one
-    StepResult result = engine.run(plan);
+  const auto finish_one = [&] {
+    StepResult result = engine.collect();
     result.group = group;
     line.send(result);
-    heart.completed(plan.step);
+    heart.completed(result.step);
+  };
+  for (;;) {
+    const auto message = line.receive(engine.has_launched() ? milliseconds{0} : kIdlePoll);
+    if (!message) {
+      if (engine.has_launched()) finish_one();
+      continue;
+    }
+    if (std::holds_alternative<Shutdown>(*message)) return;
+    const auto* plan = std::get_if<StepPlan>(&*message);
+    if (plan == nullptr || plan->epoch != epoch) continue;  // of a life before this one
+    // The next step is on the device before the last one's tokens are read.
+    if (engine.has_launched() && !only_decodes(*plan)) finish_one();
+    const bool behind_another = engine.has_launched();
+    engine.launch(*plan);
+    if (behind_another || !engine.runs_ahead()) finish_one();
   }
 }
 
 }  // namespace
 
 void run_rank(const RankConfig& config) {
-  int world_size = 1;
-  MPI_Comm_size(MPI_COMM_WORLD, &world_size);
-  const auto collective = world_size > 1 ? make_mpi_collective() : make_single_collective();
-  log_init("rank " + std::to_string(collective->rank()));
+  const Place place = Place::ask_mpi();
+  log_init("rank " + std::to_string(place.rank));
   Line line(config);
-  const Welcome welcome = join(line, config, *collective);
-  Heart heart(config, welcome.epoch, collective->rank());
+  const Welcome welcome = join(line, config, place);
+  Heart heart(config, welcome.epoch, place.rank);
   try {
-    Worker worker(config, welcome, *collective);
+    Worker worker(config, welcome, place);
     Ready ready = worker.engine().capacity();
     ready.epoch = welcome.epoch;
     ready.group = config.group;
-    ready.rank = collective->rank();
+    ready.rank = place.rank;
     ready.model_hash = worker.hash();
     line.send(ready);
     serve_plans(line, heart, worker.engine(), welcome.epoch, config.group);
   } catch (const Exception& failure) {
-    line.send(WorkerFailed{welcome.epoch, config.group, collective->rank(), failure.error()});
+    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
     throw;
   }
 }

@@ -1,13 +1,28 @@
 #include "worker/sampler.h"
 
 #include "common/check.h"
+#include "worker/internal/pinned.h"
 
 namespace foretoken::worker {
 namespace {
 
-bool has_penalty(const SamplingParams& sampling) {
-  return sampling.repetition_penalty != 1.0F || sampling.presence_penalty != 0.0F ||
-         sampling.frequency_penalty != 0.0F;
+kernels::SampleRow make_row(const Sequence& sequence) {
+  const SamplingParams& sampling = sequence.sampling;
+  return {.temperature = sampling.temperature,
+          .top_k = sampling.top_k,
+          .top_p = sampling.top_p,
+          .min_p = sampling.min_p,
+          .repetition_penalty = sampling.repetition_penalty,
+          .presence_penalty = sampling.presence_penalty,
+          .frequency_penalty = sampling.frequency_penalty,
+          .seed = sampling.seed,
+          .position = sequence.length(),
+          .tokens = sequence.kv().tokens,
+          .num_prompt = sequence.num_prompt(),
+          .num_tokens = sequence.length(),
+          .append = sequence.length() < sequence.max_length(),
+          .num_logprobs = sampling.num_logprobs,
+          .forced = sequence.next_forced()};
 }
 
 TokenInfo token_info(const kernels::SampledToken& sampled) {
@@ -20,63 +35,68 @@ TokenInfo token_info(const kernels::SampledToken& sampled) {
 
 }  // namespace
 
-Sampler::Sampler(kernels::Device& device, int max_rows, int vocab, int max_model_len)
+// One step's rows, on their way to the device and back.
+struct Sampler::Draw {
+  Draw(kernels::Device& device, std::size_t max_rows)
+      : rows(device, max_rows), sampled(device, max_rows), done(device.make_event()) {}
+  std::vector<SequenceToken> tokens;  // which sequence and position; the token comes with collect
+  PinnedArray<kernels::SampleRow> rows;
+  PinnedArray<kernels::SampledToken> sampled;
+  std::unique_ptr<kernels::Event> done;
+};
+
+Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
     : device_(device),
+      max_rows_(max_rows),
       vocab_(vocab),
-      max_model_len_(max_model_len),
       rows_(device, sizeof(kernels::SampleRow) * static_cast<std::size_t>(max_rows),
             kernels::MemoryUse::kTables),
-      tokens_(device,
-              sizeof(TokenId) * static_cast<std::size_t>(max_rows) *
-                  static_cast<std::size_t>(max_model_len),
-              kernels::MemoryUse::kTables),
       sampled_(device, sizeof(kernels::SampledToken) * static_cast<std::size_t>(max_rows),
                kernels::MemoryUse::kTables) {}
 
-kernels::SampleRow Sampler::make_row(const Sequence& sequence, int row, kernels::Stream& stream) {
-  const SamplingParams& sampling = sequence.sampling;
-  TokenId* tokens = tokens_.as<TokenId>() + static_cast<std::ptrdiff_t>(row) * max_model_len_;
-  if (has_penalty(sampling)) {
-    device_.copy_in(tokens, sequence.tokens.data(), sequence.tokens.size() * sizeof(TokenId),
-                    stream);
+Sampler::~Sampler() = default;
+
+std::unique_ptr<Sampler::Draw> Sampler::begin(std::span<Sequence* const> rows,
+                                              kernels::Stream& stream) {
+  FT_CHECK(static_cast<int>(rows.size()) <= max_rows_, rows.size(), max_rows_);
+  if (idle_.empty()) {
+    idle_.push_back(std::make_unique<Draw>(device_, static_cast<std::size_t>(max_rows_)));
   }
-  return {.temperature = sampling.temperature,
-          .top_k = sampling.top_k,
-          .top_p = sampling.top_p,
-          .min_p = sampling.min_p,
-          .repetition_penalty = sampling.repetition_penalty,
-          .presence_penalty = sampling.presence_penalty,
-          .frequency_penalty = sampling.frequency_penalty,
-          .seed = sampling.seed,
-          .position = sequence.length(),
-          .tokens = tokens,
-          .num_prompt = sequence.num_prompt(),
-          .num_tokens = sequence.length(),
-          .num_logprobs = sampling.num_logprobs,
-          .forced = sequence.next_forced()};
+  std::unique_ptr<Draw> draw = std::move(idle_.back());
+  idle_.pop_back();
+  draw->tokens.clear();
+  const auto staged = draw->rows.first(rows.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    staged[i] = make_row(*rows[i]);
+    draw->tokens.push_back({rows[i]->id(), rows[i]->length(), {}});
+    rows[i]->grow();
+  }
+  device_.copy_in(rows_.data(), staged.data(), staged.size_bytes(), stream);
+  return draw;
 }
 
-std::vector<SequenceToken> Sampler::sample(const float* logits, std::span<Sequence* const> rows,
-                                           kernels::Stream& stream) {
-  std::vector<kernels::SampleRow> host_rows;
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    host_rows.push_back(make_row(*rows[i], static_cast<int>(i), stream));
-  }
-  device_.copy_in(rows_.data(), host_rows.data(), host_rows.size() * sizeof host_rows[0], stream);
+void Sampler::run(const float* logits, int num_rows, kernels::Stream& stream) {
   device_.sample({.logits = logits,
                   .rows = rows_.as<kernels::SampleRow>(),
-                  .num_rows = static_cast<int>(rows.size()),
+                  .num_rows = num_rows,
                   .vocab = vocab_,
                   .out = sampled_.as<kernels::SampledToken>()},
                  stream);
-  std::vector<kernels::SampledToken> sampled(rows.size());
-  device_.copy_out(sampled.data(), sampled_.data(), sampled.size() * sizeof sampled[0], stream);
-  stream.synchronize();
-  std::vector<SequenceToken> tokens;
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    tokens.push_back({rows[i]->id(), rows[i]->length(), token_info(sampled[i])});
-    rows[i]->tokens.push_back(sampled[i].token);
+}
+
+void Sampler::end(Draw& draw, kernels::Stream& stream) {
+  const auto sampled = draw.sampled.first(draw.tokens.size());
+  device_.copy_out(sampled.data(), sampled_.data(), sampled.size_bytes(), stream);
+  draw.done->record(stream);
+}
+
+std::vector<SequenceToken> Sampler::collect(std::unique_ptr<Draw> draw) {
+  draw->done->synchronize();
+  for (std::size_t i = 0; i < draw->tokens.size(); ++i) {
+    draw->tokens[i].token = token_info(draw->sampled.data()[i]);
   }
+  std::vector<SequenceToken> tokens = draw->tokens;
+  idle_.push_back(std::move(draw));
   return tokens;
 }
 

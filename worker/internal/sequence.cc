@@ -1,6 +1,7 @@
 #include "worker/sequence.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "common/check.h"
@@ -35,15 +36,17 @@ struct TableLayout {
     slot_to_block = layout.add<std::int32_t>(maps * static_cast<std::size_t>(num_slots));
     entries = layout.add<kernels::FetchEntry>(maps * static_cast<std::size_t>(num_slots));
     counts = layout.add<std::int32_t>(maps);
+    totals = layout.add<std::uint64_t>(2);
     slabs = layout.add<std::byte*>(segments);
     length = layout.add<std::int32_t>(1);
+    tokens = layout.add<TokenId>(static_cast<std::size_t>(max_blocks) * kBlockTokens);
     sequence = layout.add<kernels::SequenceKv>(1);
     fetches = layout.add<kernels::FetchList>(1);
     history = layout.add<kernels::HistoryState>(1);
     selection = layout.add<kernels::Selection>(1);
   }
   Layout layout;
-  std::size_t block_to_slot, slot_to_block, entries, counts, slabs, length;
+  std::size_t block_to_slot, slot_to_block, entries, counts, totals, slabs, length, tokens;
   std::size_t sequence, fetches, history, selection;  // the batch of one
 };
 
@@ -71,17 +74,16 @@ std::size_t sequence_bytes(const kernels::KvShape& shape, const predictor::Polic
 Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
                    const kernels::KvShape& shape, predictor::Policy& policy,
                    kernels::Device& device, kernels::Stream& stream)
-    : tokens(admit.prompt),
-      sampling(admit.sampling),
+    : sampling(admit.sampling),
       forced_ids(admit.forced_ids),
       id_(admit.sequence),
       prompt_length_(static_cast<int>(admit.prompt.size())),
       num_generated_(static_cast<int>(admit.num_generated)),
+      length_(prompt_length_),
       device_(device),
       reservation_(std::move(reservation)) {
   const int max_tokens = static_cast<int>(admit.max_length);
   FT_CHECK(max_tokens >= prompt_length_ && prompt_length_ > 0, max_tokens, prompt_length_);
-  tokens.reserve(static_cast<std::size_t>(max_tokens));
   kv_.shape = shape;
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
@@ -95,12 +97,12 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     kv_.num_slots = std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks);
     slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
   }
-  allocate_tables(stream);
+  allocate_tables(admit.prompt, stream);
   report.full_kv_bytes = static_cast<std::int64_t>(slot_bytes(shape, kv_.max_blocks));
   report.device_bytes = device_bytes();
 }
 
-void Sequence::allocate_tables(kernels::Stream& stream) {
+void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream) {
   const TableLayout at(kv_.shape, kv_.max_blocks, kv_.num_slots);
   tables_ = {device_, at.layout.bytes(), kernels::MemoryUse::kTables};
   auto* base = tables_.as<std::byte>();
@@ -113,12 +115,15 @@ void Sequence::allocate_tables(kernels::Stream& stream) {
   kv_.slot_to_block = reinterpret_cast<std::int32_t*>(base + at.slot_to_block);
   kv_.slabs = reinterpret_cast<std::byte* const*>(base + at.slabs);
   kv_.length = reinterpret_cast<std::int32_t*>(base + at.length);
+  kv_.tokens = reinterpret_cast<TokenId*>(base + at.tokens);
+  device_.copy_in(kv_.tokens, prompt.data(), prompt.size() * sizeof(TokenId), stream);
   device_.copy_in(kv_.block_to_slot, absent.data(),
                   maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
   device_.copy_in(kv_.slot_to_block, absent.data(),
                   maps * static_cast<std::size_t>(kv_.num_slots) * sizeof(std::int32_t), stream);
   fetches_ = {reinterpret_cast<kernels::FetchEntry*>(base + at.entries),
-              reinterpret_cast<std::int32_t*>(base + at.counts), kv_.num_slots};
+              reinterpret_cast<std::int32_t*>(base + at.counts), kv_.num_slots,
+              reinterpret_cast<std::uint64_t*>(base + at.totals)};
   device_.copy_in(base + at.sequence, &kv_, sizeof kv_, stream);
   device_.copy_in(base + at.fetches, &fetches_, sizeof fetches_, stream);
   device_.copy_in(base + at.history, &policy_state_->history, sizeof policy_state_->history,
@@ -152,6 +157,16 @@ void Sequence::make_prompt_resident(kernels::Stream& stream) {
                     identity.data(), bytes, stream);
   }
   stream.synchronize();
+}
+
+KvReport Sequence::final_report(kernels::Stream& stream) {
+  std::array<std::uint64_t, 2> totals{};
+  device_.copy_out(totals.data(), fetches_.totals, sizeof totals, stream);
+  stream.synchronize();
+  report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
+  report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
+  report.bytes_host = report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());
+  return report;
 }
 
 TokenId Sequence::next_forced() const {

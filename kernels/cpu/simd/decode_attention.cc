@@ -120,8 +120,10 @@ void attend_block(const DecodePartArgs& args, int head, const KvBlock& block, co
     float* row = scores + h * kBlockTokens;
     std::fill(row + block.tokens, row + kBlockTokens, kMinusInfinity);
     const float highest = max_of_row(row, kBlockTokens);
-    args.block_max[static_cast<std::ptrdiff_t>(head + h) * args.pitch + block.column] =
-        highest * kLn2;
+    if (args.block_max != nullptr) {
+      args.block_max[static_cast<std::ptrdiff_t>(head + h) * args.pitch + block.column] =
+          highest * kLn2;
+    }
     weigh_block(row, highest, dim, head + h, result);
   }
   if (result.out == nullptr) return;

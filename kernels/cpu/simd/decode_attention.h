@@ -24,7 +24,7 @@ struct DecodePartArgs {
   int head_dim;
   DataType kv_type;
   float scale;
-  float* block_max;  // [group, pitch] natural logits
+  float* block_max;  // [group, pitch] natural logits, or null
   int pitch;
 };
 

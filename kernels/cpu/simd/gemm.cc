@@ -34,10 +34,25 @@ class PanelOutput {
     }
   }
   bool whole() const { return width_ == kPanelColumns; }
-  Rows bias(int offset) const { return {bias_ + offset, 0}; }
+  // What the sums of a whole panel's rows start from.
+  Rows start(int row, int offset) const {
+    if (args_.residual == nullptr) return {bias_ + offset, 0};
+    return {args_.residual + static_cast<std::ptrdiff_t>(row) * args_.columns + column_ + offset,
+            args_.columns};
+  }
   OutRows at(int row, int offset) const {
     return {args_.out + static_cast<std::ptrdiff_t>(row) * args_.columns + column_ + offset,
             args_.columns};
+  }
+  // ... of the last panel's, laid out as wide as a whole one, in `to`.
+  Rows start(int row, int rows, float* to) const {
+    if (args_.residual == nullptr) return {bias_, 0};
+    for (int i = 0; i < rows; ++i) {
+      std::fill_n(to + i * kPanelColumns, kPanelColumns, 0.0F);
+      std::memcpy(to + i * kPanelColumns, start(row + i, 0).data,
+                  static_cast<std::size_t>(width_) * sizeof(float));
+    }
+    return {to, kPanelColumns};
   }
   // Copies the columns that exist of rows [row, row + rows) of `from`.
   void copy(int row, int rows, const float* from) const {
@@ -60,16 +75,16 @@ Rows x_rows(const MultiplyArgs& args, int row, int k) {
 
 // One or two rows take a panel at once: sums enough to hide the latency of FMA, and one stream.
 template <typename T>
-void multiply_direct(const MultiplyArgs& args, int row, int rows, const T* panel,
-                     const PanelOutput& output, OutRows out) {
+void multiply_direct(const MultiplyArgs& args, int row, int rows, const T* panel, Rows start,
+                     OutRows out) {
   constexpr int kWide = kPanelColumns / kLanes;
   const Rows x = x_rows(args, row, 0);
   if (rows <= 2) {
-    return multiply_some_rows<2, kWide, kPanelColumns>(rows, x, panel, args.depth, output.bias(0),
-                                                       out);
+    return multiply_some_rows<2, kWide, kPanelColumns>(rows, x, panel, args.depth, start, out);
   }
   for (int column = 0; column < kPanelColumns; column += kTileColumns) {
-    multiply_columns<kPanelColumns>(rows, x, panel + column, args.depth, output.bias(column),
+    multiply_columns<kPanelColumns>(rows, x, panel + column, args.depth,
+                                    {start.data + column, start.stride},
                                     {out.data + column, out.stride});
   }
 }
@@ -80,11 +95,12 @@ void multiply_few_rows(const MultiplyArgs& args, const MultiplyPart& part, const
     const T* panel = packed + static_cast<std::ptrdiff_t>(p) * args.depth * kPanelColumns;
     const PanelOutput output(args, p);
     if (output.whole()) {
-      multiply_direct(args, part.first_row, part.num_rows, panel, output,
+      multiply_direct(args, part.first_row, part.num_rows, panel, output.start(part.first_row, 0),
                       output.at(part.first_row, 0));
     } else {
       float buffer[kMaxDirectRows * kPanelColumns];
-      multiply_direct(args, part.first_row, part.num_rows, panel, output, {buffer, kPanelColumns});
+      multiply_direct(args, part.first_row, part.num_rows, panel,
+                      output.start(part.first_row, part.num_rows, buffer), {buffer, kPanelColumns});
       output.copy(part.first_row, part.num_rows, buffer);
     }
   }
@@ -109,7 +125,8 @@ void multiply_converted(const MultiplyArgs& args, const MultiplyPart& part, int 
   for (int column = 0; column < kPanelColumns; column += kTileColumns) {
     const float* tile = tiles + static_cast<std::ptrdiff_t>(column) * depth;
     const OutRows out = output.at(part.first_row, column);
-    const Rows start = begin == 0 ? output.bias(column) : Rows{out.data, out.stride};
+    const Rows start =
+        begin == 0 ? output.start(part.first_row, column) : Rows{out.data, out.stride};
     multiply_columns<kTileColumns>(part.num_rows, x_rows(args, part.first_row, begin), tile, depth,
                                    start, out);
   }

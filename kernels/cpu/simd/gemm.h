@@ -33,6 +33,8 @@ struct MultiplyArgs {
   int depth;
   int columns;
   float* out;  // [rows, columns]
+  const float*
+      residual;  // [rows, columns] that sums start from, or null; may be out; not with bias
 };
 
 // out[first_row .. +rows, panels' columns]: one task of a product.

@@ -1,0 +1,139 @@
+// The collectives of GPU ranks: NCCL, enqueued on the step's stream and so recorded with it. MPI
+// only tells the ranks where to meet.
+#include <cuda_runtime_api.h>
+#include <mpi.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <string>
+#include <thread>
+
+#include "common/check.h"
+#include "common/result.h"
+#include "worker/collective.h"
+
+namespace foretoken::worker {
+namespace {
+
+constexpr std::chrono::seconds kConnectTimeout{60};
+
+void check_nccl(ncclResult_t status, const char* what) {
+  if (status == ncclSuccess) return;
+  throw Exception(ErrorCode::kDevice, std::string("NCCL ") + what +
+                                          " failed: " + ncclGetErrorString(status) + " (" +
+                                          ncclGetLastError(nullptr) + ")");
+}
+
+ncclDataType_t nccl_type(kernels::DataType type) {
+  switch (type) {
+    case kernels::DataType::kFp32:
+      return ncclFloat32;
+    case kernels::DataType::kFp16:
+      return ncclFloat16;
+    case kernels::DataType::kBf16:
+      return ncclBfloat16;
+  }
+  FT_CHECK(false, static_cast<int>(type));
+}
+
+cudaStream_t handle_of(kernels::Stream& stream) {
+  return static_cast<cudaStream_t>(stream.native_handle());
+}
+
+class NcclCollective final : public Collective {
+ public:
+  explicit NcclCollective(kernels::Device& device) : device_(device) {
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
+    MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
+    ncclUniqueId id{};
+    if (rank_ == 0) check_nccl(ncclGetUniqueId(&id), "unique id");
+    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;  // so that a rank that never comes is noticed
+    check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));
+    wait_until_ready("connecting the ranks");
+  }
+  ~NcclCollective() override { ncclCommAbort(comm_); }
+  NcclCollective(const NcclCollective&) = delete;
+  NcclCollective& operator=(const NcclCollective&) = delete;
+
+  int rank() const override { return rank_; }
+  int world_size() const override { return world_size_; }
+
+  void all_reduce(void* data, std::size_t count, kernels::Stream& stream) override {
+    check_started(ncclAllReduce(data, data, count, nccl_type(device_.activation_type()), ncclSum,
+                                comm_, handle_of(stream)));
+    wait_until_ready("all-reduce");
+  }
+
+  // NCCL gathers equal parts: each rank's is padded to the widest, and the rows are put together
+  // from there.
+  void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
+                          kernels::Stream& stream) override {
+    FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
+    const auto widest = static_cast<std::size_t>(*std::ranges::max_element(widths));
+    const std::size_t part_floats = widest * static_cast<std::size_t>(rows);
+    reserve(part_floats * static_cast<std::size_t>(world_size_));
+    auto* parts = gathered_.as<float>();
+    float* own = parts + part_floats * static_cast<std::size_t>(rank_);
+    const auto own_width = static_cast<std::size_t>(widths[static_cast<std::size_t>(rank_)]);
+    device_.copy(own, part, own_width * static_cast<std::size_t>(rows) * sizeof(float), stream);
+    check_started(ncclAllGather(own, parts, part_floats, ncclFloat32, comm_, handle_of(stream)));
+    wait_until_ready("all-gather");
+    const auto total = static_cast<std::size_t>(std::accumulate(widths.begin(), widths.end(), 0));
+    std::size_t column = 0;
+    for (std::size_t i = 0; i < widths.size(); ++i) {
+      const std::size_t bytes = static_cast<std::size_t>(widths[i]) * sizeof(float);
+      copy_rows(all + column, total * sizeof(float), parts + part_floats * i, bytes, rows, stream);
+      column += static_cast<std::size_t>(widths[i]);
+    }
+  }
+
+ private:
+  static void check_started(ncclResult_t status) {
+    if (status != ncclInProgress) check_nccl(status, "start");
+  }
+  void wait_until_ready(const char* what) {
+    const auto deadline = std::chrono::steady_clock::now() + kConnectTimeout;
+    for (;;) {
+      ncclResult_t state = ncclSuccess;
+      check_nccl(ncclCommGetAsyncError(comm_, &state), what);
+      if (state != ncclInProgress) return check_nccl(state, what);
+      if (std::chrono::steady_clock::now() > deadline) {
+        throw Exception(ErrorCode::kDevice, std::string("NCCL ") + what +
+                                                " took longer than 60 s; see NCCL_DEBUG=INFO");
+      }
+      std::this_thread::yield();
+    }
+  }
+  static void copy_rows(float* to, std::size_t to_stride, const float* from, std::size_t row_bytes,
+                        int rows, kernels::Stream& stream) {
+    const cudaError_t status =
+        cudaMemcpy2DAsync(to, to_stride, from, row_bytes, row_bytes, static_cast<std::size_t>(rows),
+                          cudaMemcpyDeviceToDevice, handle_of(stream));
+    if (status != cudaSuccess) {
+      throw Exception(ErrorCode::kDevice,
+                      std::string("joining logits: ") + cudaGetErrorString(status));
+    }
+  }
+  void reserve(std::size_t floats) {
+    if (gathered_.bytes() >= floats * sizeof(float)) return;
+    gathered_ = {device_, floats * sizeof(float), kernels::MemoryUse::kActivations};
+  }
+
+  kernels::Device& device_;
+  int rank_ = 0;
+  int world_size_ = 1;
+  ncclComm_t comm_ = nullptr;
+  kernels::DeviceBuffer gathered_;  // [world, rows, widest]
+};
+
+}  // namespace
+
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device) {
+  return std::make_unique<NcclCollective>(device);
+}
+
+}  // namespace foretoken::worker
