@@ -24,6 +24,9 @@ packages=(
   python3 python3-venv
 )
 python_requirements=(launch/requirements.txt)
+if command -v nvcc >/dev/null || [[ -x /usr/local/cuda/bin/nvcc ]]; then
+  python_requirements+=(launch/requirements-cuda.txt)
+fi
 case "${1:-}" in
   "") ;;
   --tests)
@@ -65,7 +68,7 @@ install_packages() {
 
 # A requirements file is installed again when it has changed.
 make_python_environment() {
-  local venv=build/venv file stamp sum
+  local venv=build/venv file stamp sum options
   mkdir -p build
   if [[ ! -x "$venv/bin/python3" ]]; then
     say "making the Python environment $venv"
@@ -76,7 +79,9 @@ make_python_environment() {
     sum="$(sha256sum <"$file")"
     if [[ "$(cat "$stamp" 2>/dev/null)" == "$sum" ]]; then continue; fi
     say "installing $file"
-    "$venv/bin/python3" -m pip install --quiet --disable-pip-version-check -r "$file" >&2
+    options=(--quiet --disable-pip-version-check)
+    if [[ "$file" == *-cuda.txt ]]; then options+=(--no-deps); fi  # headers need no packages
+    "$venv/bin/python3" -m pip install "${options[@]}" -r "$file" >&2
     echo "$sum" >"$stamp"
   done
 }

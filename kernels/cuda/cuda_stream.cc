@@ -1,5 +1,7 @@
 #include "kernels/cuda/cuda_stream.h"
 
+#include <cuda_runtime.h>
+
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
 

@@ -48,6 +48,36 @@ __device__ inline std::uint32_t transpose_8x8(std::uint32_t pair) {
   return out;
 }
 
+template <typename T>
+__device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                           std::uint32_t b1) {
+  mma<T>(d, a[0], a[1], a[2], a[3], b0, b1);
+}
+
+// Four 8 x 8 matrices of 16-bit values from shared memory: lane 8 i + r points at row r of matrix i
+// (16 bytes), and gets elements 2q, 2q + 1 of row g of each.
+__device__ inline void load_matrices(std::uint32_t (&out)[4], const void* row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Copies 16 bytes to shared memory, asynchronously; zeros where `valid` is false.
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups but the last `kPending`. Others' copies are visible after a barrier.
+template <int kPending>
+__device__ inline void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Two floats as a pair of T, the first in the low half.
 template <typename T>
 __device__ std::uint32_t pack(float low, float high);
