@@ -1,0 +1,271 @@
+// Ops that move KV between the prefill scratch, the slots and the arena. A warp moves a block, by
+// 16-byte loads and stores; arena memory is pinned host memory, and its checksums are written and
+// verified in the same pass. Bound by the host link, so few SMs are enough (docs/measurements.md).
+#include <algorithm>
+#include <cstdint>
+
+#include "common/check.h"
+#include "kernels/cuda/checksum.cuh"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/slot_table.cuh"
+
+namespace foretoken::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kCopyCtas = 16;  // fill the host link at 8 KiB a block, and leave the SMs to compute
+constexpr int kInFlight = 8;   // loads of a thread: 16 CTAs have 512 KiB on their way
+
+// Neighbouring work goes to different CTAs, so that little work uses every CTA too.
+__device__ int warp_index() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
+__device__ int num_warps() { return gridDim.x * kWarps; }
+__device__ int lane_index() { return threadIdx.x % 32; }
+
+// Moves a block of `count` word pairs with the lanes of this warp: store(i, load(i)). Returns the
+// sum of its mixed words.
+template <typename Load, typename Store>
+__device__ std::uint64_t move_block(int count, Load load, Store store) {
+  std::uint64_t sum = 0;
+  for (int first = lane_index(); first < count; first += 32 * kInFlight) {
+    WordPair words[kInFlight];
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + 32 * i < count) words[i] = load(first + 32 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (first + 32 * i >= count) continue;
+      sum += mix_pair(words[i], first + 32 * i);
+      store(first + 32 * i, words[i]);
+    }
+  }
+  return warp_sum_words(sum);
+}
+
+__device__ int pairs_of(const KvShape& shape) {
+  return static_cast<int>(shape.block_bytes() / sizeof(WordPair));
+}
+__device__ WordPair* slot_pairs(const SequenceKv& kv, int layer, int head, int slot) {
+  return reinterpret_cast<WordPair*>(kv.slots + slot_offset(kv, layer, head, slot));
+}
+__device__ WordPair* arena_pairs(const SequenceKv& kv, std::byte* slab, int layer, int block) {
+  return reinterpret_cast<WordPair*>(slab + slab_block_offset(kv.shape, layer, block));
+}
+
+// Arena -> store(i, pair), by one warp. False: the block is not there or not what was written.
+template <typename Store>
+__device__ bool read_block(const SequenceKv& kv, int layer, int head, int block, Store store) {
+  std::byte* slab = slab_of(kv, head, block);
+  if (slab == nullptr) return false;
+  const std::uint64_t expected = *checksum_of(kv, slab, layer, block);
+  const WordPair* from = arena_pairs(kv, slab, layer, block);
+  const std::uint64_t sum = move_block(
+      pairs_of(kv.shape), [from](int i) { return __ldcs(from + i); }, store);
+  return finish_checksum(sum, layer, block) == expected;
+}
+
+// ---- pack and unpack: scratch rows <-> blocks -------------------------------------------------
+
+// A scratch tensor [num_kv_heads, scratch_tokens, head_dim]: a block's rows, which are contiguous.
+template <typename Pair, typename Void>
+__device__ Pair* scratch_pairs(Void* base, int scratch_tokens, int head, int block, int row_pairs) {
+  const auto row = static_cast<std::size_t>(head) * scratch_tokens +
+                   static_cast<std::size_t>(block) * kBlockTokens;
+  return static_cast<Pair*>(base) + row * row_pairs;
+}
+
+// What lies past the last token is zero, so that the block's checksum is defined.
+__device__ void pack_block(const PackBlocksArgs& args, const SequenceKv& kv, int head, int block) {
+  const int tokens = min(kBlockTokens, args.num_tokens - block * kBlockTokens);
+  const int slot = block_to_slot(kv, args.layer, head)[block];
+  if (tokens <= 0 || (!args.to_arena && slot == kAbsent)) return;
+  const int half = pairs_of(kv.shape) / 2;
+  const int row_pairs = half / kBlockTokens;
+  const auto* k =
+      scratch_pairs<const WordPair>(args.k, args.scratch_tokens, head, block, row_pairs);
+  const auto* v =
+      scratch_pairs<const WordPair>(args.v, args.scratch_tokens, head, block, row_pairs);
+  const auto load = [=](int i) {
+    const WordPair* rows = i < half ? k : v;
+    const int at = i < half ? i : i - half;
+    return at < tokens * row_pairs ? rows[at] : WordPair{0, 0};
+  };
+  std::byte* slab = args.to_arena ? slab_of(kv, head, block) : nullptr;
+  require(slab != nullptr || !args.to_arena);
+  WordPair* arena = slab == nullptr ? nullptr : arena_pairs(kv, slab, args.layer, block);
+  WordPair* device = slot == kAbsent ? nullptr : slot_pairs(kv, args.layer, head, slot);
+  const std::uint64_t sum = move_block(2 * half, load, [=](int i, WordPair words) {
+    if (arena != nullptr) arena[i] = words;
+    if (device != nullptr) device[i] = words;
+  });
+  if (slab == nullptr || lane_index() != 0) return;
+  *checksum_of(kv, slab, args.layer, block) = finish_checksum(sum, args.layer, block);
+}
+
+__global__ void __launch_bounds__(kThreads) pack_blocks_kernel(PackBlocksArgs args) {
+  const SequenceKv kv = *args.sequence;
+  require(args.num_kv_heads == kv.shape.num_kv_heads);
+  require(args.first_block + args.num_blocks <= kv.max_blocks);
+  const int items = args.num_kv_heads * args.num_blocks;
+  for (int item = warp_index(); item < items; item += num_warps()) {
+    pack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks);
+  }
+}
+
+__device__ void unpack_block(const UnpackBlocksArgs& args, const SequenceKv& kv, int head,
+                             int block) {
+  const int half = pairs_of(kv.shape) / 2;
+  const int row_pairs = half / kBlockTokens;
+  auto* k = scratch_pairs<WordPair>(args.k, args.scratch_tokens, head, block, row_pairs);
+  auto* v = scratch_pairs<WordPair>(args.v, args.scratch_tokens, head, block, row_pairs);
+  const auto store = [=](int i, WordPair words) { (i < half ? k + i : v + (i - half))[0] = words; };
+  if (read_block(kv, args.layer, head, block, store)) return;
+  if (lane_index() == 0) atomicAdd(args.mismatches, 1U);
+  // Wrong bytes go no further: each lane overwrites what it wrote.
+  for (int i = lane_index(); i < 2 * half; i += 32) store(i, WordPair{0, 0});
+}
+
+__global__ void __launch_bounds__(kThreads) unpack_blocks_kernel(UnpackBlocksArgs args) {
+  const SequenceKv kv = *args.sequence;
+  require(args.num_kv_heads == kv.shape.num_kv_heads);
+  const int items = args.num_kv_heads * args.num_blocks;
+  for (int item = warp_index(); item < items; item += num_warps()) {
+    unpack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks);
+  }
+}
+
+// ---- decode -----------------------------------------------------------------------------------
+
+// The block that the step just filled, of one layer and head. Absent happens only after its bytes
+// failed their check: then what the arena holds of it is older than the sequence, and must not
+// pass for it.
+__device__ void write_filled_block(const SequenceKv& kv, int layer, int head, int block) {
+  std::byte* slab = slab_of(kv, head, block);
+  require(slab != nullptr);
+  std::uint64_t* checksum = checksum_of(kv, slab, layer, block);
+  const int slot = block_to_slot(kv, layer, head)[block];
+  if (slot == kAbsent) {
+    if (lane_index() == 0) *checksum = ~*checksum;
+    return;
+  }
+  const WordPair* from = slot_pairs(kv, layer, head, slot);
+  WordPair* to = arena_pairs(kv, slab, layer, block);
+  const std::uint64_t sum = move_block(
+      pairs_of(kv.shape), [from](int i) { return from[i]; },
+      [to](int i, WordPair words) { to[i] = words; });
+  if (lane_index() == 0) *checksum = finish_checksum(sum, layer, block);
+}
+
+__device__ bool filled_a_block(const SequenceKv& kv) {
+  return *kv.length > 0 && *kv.length % kBlockTokens == 0;
+}
+
+// In 15 of 16 steps of a row there is nothing to do: each thread looks at one row.
+__global__ void __launch_bounds__(kThreads) write_through_kernel(WriteThroughArgs args) {
+  __shared__ int filled[kThreads];
+  for (int first = 0; first < args.rows; first += kThreads) {
+    const int rows = min(kThreads, args.rows - first);
+    const int mine = threadIdx.x;
+    filled[mine] = mine < rows && filled_a_block(args.sequences[first + mine]);
+    const bool any = __syncthreads_or(filled[mine]) != 0;
+    for (int row = 0; any && row < rows; ++row) {
+      if (filled[row] == 0) continue;
+      const SequenceKv kv = args.sequences[first + row];
+      const int heads = kv.shape.num_kv_heads;
+      const int block = *kv.length / kBlockTokens - 1;
+      for (int i = warp_index(); i < kv.shape.num_layers * heads; i += num_warps()) {
+        write_filled_block(kv, i / heads, i % heads, block);
+      }
+    }
+    __syncthreads();  // `filled` is written again
+  }
+}
+
+__device__ void gather_entry(const GatherArgs& args, int row, int head, int index) {
+  const SequenceKv& kv = args.sequences[row];
+  const FetchList& fetches = args.fetches[row];
+  const auto [block, slot] =
+      fetches.entries[head_index(kv, args.layer, head) * fetches.max_entries + index];
+  WordPair* to = slot_pairs(kv, args.layer, head, slot);
+  const bool good =
+      read_block(kv, args.layer, head, block, [to](int i, WordPair words) { to[i] = words; });
+  if (good || lane_index() != 0) return;
+  atomicAdd(args.mismatches, 1U);
+  block_to_slot(kv, args.layer, head)[block] = kAbsent;
+  slot_to_block(kv, args.layer, head)[slot] = kAbsent;
+}
+
+// The first of ends[0, kThreads), which never fall, that is above `value`.
+__device__ int first_above(const int* ends, int value) {
+  int low = 0;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    if (ends[low + width - 1] <= value) low += width;
+  }
+  return low;
+}
+
+// A list's length is known to the device alone: each CTA adds up the lengths of all lists (one for
+// each row and head), and its warps take every num_warps()-th entry.
+__global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
+  __shared__ int ends[kThreads];
+  __shared__ int warp_totals[32];
+  const int heads = args.sequences[0].shape.num_kv_heads;
+  const int lists = args.rows * heads;
+  int next = warp_index();
+  for (int first = 0; first < lists; first += kThreads) {
+    const int list = first + static_cast<int>(threadIdx.x);
+    const int count =
+        list < lists ? args.fetches[list / heads].counts[args.layer * heads + list % heads] : 0;
+    int total = 0;
+    ends[threadIdx.x] = inclusive_sum<kThreads>(count, warp_totals, &total);
+    __syncthreads();
+    for (; next < total; next += num_warps()) {
+      const int found = first_above(ends, next);
+      const int index = next - (found == 0 ? 0 : ends[found - 1]);
+      gather_entry(args, (first + found) / heads, (first + found) % heads, index);
+    }
+    next -= total;
+    __syncthreads();  // `ends` is written again
+  }
+}
+
+int ctas_for(int items, const CudaStream& stream) {
+  const int wanted = (items + kWarps - 1) / kWarps;
+  return stream.kind() == StreamKind::kCopy ? std::min(wanted, kCopyCtas) : wanted;
+}
+
+}  // namespace
+
+void pack_blocks(const PackBlocksArgs& args, CudaStream& stream) {
+  FT_CHECK(args.head_dim % 8 == 0, args.head_dim);
+  const int items = args.num_kv_heads * args.num_blocks;
+  if (items == 0) return;
+  pack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args);
+  FT_CUDA(cudaGetLastError());
+}
+
+void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream) {
+  FT_CHECK(args.head_dim % 8 == 0, args.head_dim);
+  FT_CHECK((args.first_block + args.num_blocks) * kBlockTokens <= args.scratch_tokens);
+  const int items = args.num_kv_heads * args.num_blocks;
+  if (items == 0) return;
+  unpack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args);
+  FT_CUDA(cudaGetLastError());
+}
+
+void write_through(const WriteThroughArgs& args, CudaStream& stream) {
+  if (!args.to_arena || args.rows == 0) return;
+  write_through_kernel<<<kCopyCtas, kThreads, 0, stream.handle()>>>(args);
+  FT_CUDA(cudaGetLastError());
+}
+
+void gather(const GatherArgs& args, CudaStream& stream) {
+  if (args.rows == 0) return;
+  gather_kernel<<<kCopyCtas, kThreads, 0, stream.handle()>>>(args);
+  FT_CUDA(cudaGetLastError());
+}
+
+}  // namespace foretoken::kernels::cuda

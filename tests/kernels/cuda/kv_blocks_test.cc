@@ -1,0 +1,278 @@
+// The ops that move KV, on the CUDA device against the CPU device: equal bytes in scratch, slots
+// and arena, equal tables, equal counts of what did not pass its check.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "tests/kernels/cuda/device_sequence.h"
+
+namespace foretoken::kernels {
+namespace {
+
+constexpr unsigned kSeed = 20261123;
+constexpr int kMaxBlocks = 70;
+constexpr int kNumSlots = 30;
+constexpr int kScratchTokens = kMaxBlocks * kBlockTokens;
+
+// One device with a sequence and prefill scratch on it.
+struct Side {
+  Side(DeviceUnderTest& device, const KvShape& shape_of)
+      : on(device),
+        shape(shape_of),
+        sequence(device, shape, kNumSlots, kMaxBlocks),
+        k(device, random_bytes(scratch_bytes(), 2)),
+        v(device, random_bytes(scratch_bytes(), 3)),
+        mismatches(device, {7}) {}
+
+  std::size_t scratch_bytes() const {
+    return static_cast<std::size_t>(shape.num_kv_heads) * kScratchTokens * shape.block_bytes() /
+           (2 * kBlockTokens);
+  }
+  void pack(int layer, int first_block, int num_blocks, int num_tokens, bool to_arena = true) {
+    on.run(
+        &Device::pack_blocks,
+        PackBlocksArgs{k.data(), v.data(), kScratchTokens, shape.num_kv_heads, shape.head_dim,
+                       layer, first_block, num_blocks, num_tokens, to_arena, sequence.view.data()});
+  }
+  void unpack(int layer, int first_block, int num_blocks) {
+    on.run(
+        &Device::unpack_blocks,
+        UnpackBlocksArgs{k.data(), v.data(), kScratchTokens, shape.num_kv_heads, shape.head_dim,
+                         layer, first_block, num_blocks, sequence.view.data(), mismatches.data()});
+  }
+  void pack_all_layers() {
+    for (int layer = 0; layer < shape.num_layers; ++layer) {
+      pack(layer, 0, kMaxBlocks, kScratchTokens);
+    }
+  }
+
+  DeviceUnderTest& on;
+  KvShape shape;
+  DeviceSequence sequence;
+  DeviceArray<std::byte> k;
+  DeviceArray<std::byte> v;
+  DeviceArray<std::uint32_t> mismatches;
+};
+
+bool equal(std::span<const std::byte> a, std::span<const std::byte> b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end());
+}
+
+void expect_equal(Side& cuda, Side& cpu) {
+  EXPECT_TRUE(equal(cuda.sequence.arena.host(), cpu.sequence.arena.host()));
+  EXPECT_TRUE(cuda.sequence.slots.get() == cpu.sequence.slots.get());
+  EXPECT_TRUE(cuda.k.get() == cpu.k.get());
+  EXPECT_TRUE(cuda.v.get() == cpu.v.get());
+  EXPECT_EQ(cuda.mismatches.get(), cpu.mismatches.get());
+  cuda.sequence.download();
+  cpu.sequence.download();
+  EXPECT_EQ(cuda.sequence.block_to_slot, cpu.sequence.block_to_slot);
+  EXPECT_EQ(cuda.sequence.slot_to_block, cpu.sequence.slot_to_block);
+}
+
+class KvBlocks : public CudaTest, public testing::WithParamInterface<KvShape> {
+ protected:
+  void SetUp() override {
+    CudaTest::SetUp();
+    if (IsSkipped()) return;
+    pair = std::make_unique<Pair>();
+    cuda = std::make_unique<Side>(pair->cuda, GetParam());
+    cpu = std::make_unique<Side>(pair->cpu, GetParam());
+  }
+  template <typename Change>
+  void both(Change change) {
+    change(*cuda);
+    change(*cpu);
+  }
+
+  std::unique_ptr<Pair> pair;
+  std::unique_ptr<Side> cuda;
+  std::unique_ptr<Side> cpu;
+};
+
+INSTANTIATE_TEST_SUITE_P(Shapes, KvBlocks,
+                         testing::Values(KvShape{1, 1, 8, DataType::kFp16},
+                                         KvShape{2, 3, 64, DataType::kFp16},
+                                         KvShape{2, 8, 128, DataType::kBf16},
+                                         KvShape{3, 1, 96, DataType::kBf16}));
+
+TEST_P(KvBlocks, PacksAsTheCpu) {
+  both([](Side& side) {
+    for (int slot = 0; slot < kNumSlots; ++slot) side.sequence.place(0, 0, 2 * slot, slot);
+    side.sequence.upload();
+  });
+  // Blocks and tokens: none, one, a part of a block, blocks behind the last token, and all.
+  for (const auto& [first, blocks, tokens] : {std::array{0, 0, 0},
+                                              {0, 1, 1},
+                                              {0, 1, 16},
+                                              {2, 18, 300},
+                                              {10, 20, 200},
+                                              {0, kMaxBlocks, kScratchTokens}}) {
+    SCOPED_TRACE(testing::Message() << first << " + " << blocks << " of " << tokens);
+    for (const bool to_arena : {false, true}) {
+      both([=](Side& side) { side.pack(0, first, blocks, tokens, to_arena); });
+      expect_equal(*cuda, *cpu);
+    }
+  }
+}
+
+TEST_P(KvBlocks, UnpacksAsTheCpuAndSeesAFlippedBit) {
+  both([](Side& side) {
+    side.pack_all_layers();
+    side.k.set(random_bytes(side.scratch_bytes(), 8));
+    side.v.set(random_bytes(side.scratch_bytes(), 9));
+    side.unpack(0, 3, 0);
+    side.unpack(0, 3, 41);
+  });
+  EXPECT_EQ(cuda->mismatches.get()[0], 7U);
+  expect_equal(*cuda, *cpu);
+  both([](Side& side) {
+    side.sequence.arena_block(0, 0, 9)[77] ^= std::byte{4};
+    side.sequence.slab(0, 33)[slab_checksum_offset(side.shape, 0, 33) + 7] ^= std::byte{1};
+    side.unpack(0, 0, kMaxBlocks);
+  });
+  EXPECT_EQ(cuda->mismatches.get()[0], 9U);
+  expect_equal(*cuda, *cpu);
+}
+
+// Random lists over every (layer, head), some of them empty, some of blocks with a fault.
+TEST_P(KvBlocks, GathersAsTheCpuAndSeesEveryFault) {
+  const KvShape shape = GetParam();
+  std::mt19937 random(kSeed);
+  const int heads = shape.num_layers * shape.num_kv_heads;
+  const int layer = shape.num_layers - 1;
+  const int heads_before = layer * shape.num_kv_heads;
+  std::vector<FetchEntry> entries(entries_of(shape, kNumSlots));
+  std::vector<std::int32_t> counts(entries_of(shape, 1));
+  std::vector<std::int32_t> first_block;
+  for (int head = 0; head < heads; ++head) {
+    counts[static_cast<std::size_t>(head)] =
+        head == heads_before ? kNumSlots : static_cast<int>(random() % 30);
+    first_block.push_back(static_cast<int>(random() % (kMaxBlocks - kNumSlots)));
+    for (int i = 0; i < kNumSlots; ++i) {
+      entries[static_cast<std::size_t>(head * kNumSlots + i)] = {first_block.back() + i,
+                                                                 kNumSlots - 1 - i};
+    }
+  }
+  both([&](Side& side) {
+    side.pack_all_layers();
+    for (int head = 0; head < heads; ++head) {
+      for (int i = 0; i < counts[static_cast<std::size_t>(head)]; ++i) {
+        const FetchEntry entry = entries[static_cast<std::size_t>(head * kNumSlots + i)];
+        side.sequence.place(head / shape.num_kv_heads, head % shape.num_kv_heads, entry.block,
+                            entry.slot);
+      }
+    }
+    side.sequence.upload();
+    // Head 0: a bit of its second block, at the end; the last head: one slab is not there.
+    side.sequence.arena_block(layer, 0,
+                              first_block[static_cast<std::size_t>(heads_before)] +
+                                  1)[shape.block_bytes() - 1] ^= std::byte{128};
+    side.sequence.remove_slab(shape.num_kv_heads - 1, 20);
+    DeviceFetches fetches(side.on, shape, kNumSlots);
+    fetches.entries.set(entries);
+    fetches.counts.set(counts);
+    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1,
+                                            layer, side.mismatches.data()});
+  });
+  expect_equal(*cuda, *cpu);
+  EXPECT_GT(cuda->mismatches.get()[0], 7U);
+}
+
+// More lists than a CTA has threads.
+TEST_P(KvBlocks, GathersManyRows) {
+  const KvShape shape = GetParam();
+  const int rows = 300;
+  const auto run = [&](Side& side) {
+    side.pack_all_layers();
+    DeviceFetches nothing(side.on, shape, 1);
+    DeviceFetches one(side.on, shape, 1);
+    one.entries.set(std::vector<FetchEntry>(entries_of(shape, 1), {5, 3}));
+    one.counts.set(std::vector<std::int32_t>(entries_of(shape, 1), 1));
+    std::vector<FetchList> lists(static_cast<std::size_t>(rows), nothing.list);
+    lists.back() = one.list;
+    const DeviceArray<SequenceKv> sequences(
+        side.on, std::vector<SequenceKv>(static_cast<std::size_t>(rows), side.sequence.kv));
+    const DeviceArray<FetchList> fetches(side.on, lists);
+    side.on.run(&Device::gather,
+                GatherArgs{sequences.data(), fetches.data(), rows, 0, side.mismatches.data()});
+    side.on.run(&Device::gather,
+                GatherArgs{sequences.data(), fetches.data(), 0, 0, side.mismatches.data()});
+  };
+  const auto before = cuda->sequence.slots.get();
+  both(run);
+  EXPECT_FALSE(cuda->sequence.slots.get() == before);
+  expect_equal(*cuda, *cpu);
+}
+
+// Rows that filled a block and rows that did not, more than a CTA has threads; in one of them the
+// block is in no slot.
+TEST_P(KvBlocks, WritesThroughAsTheCpu) {
+  const KvShape shape = GetParam();
+  const auto run = [&](Side& side) {
+    DeviceSequence idle(side.on, shape, 4, 8);
+    DeviceSequence lost(side.on, shape, 4, 8, 5);
+    side.sequence.length.set({48});
+    idle.length.set({31});
+    lost.length.set({16});
+    for (int layer = 0; layer < shape.num_layers; ++layer) {
+      for (int head = 0; head < shape.num_kv_heads; ++head) side.sequence.place(layer, head, 2, 7);
+    }
+    side.sequence.upload();
+    std::vector<SequenceKv> rows(300, idle.kv);
+    rows[1] = side.sequence.kv;
+    rows[299] = lost.kv;
+    const DeviceArray<SequenceKv> sequences(side.on, rows);
+    side.on.run(&Device::write_through, WriteThroughArgs{sequences.data(), 300, false});
+    side.on.run(&Device::write_through, WriteThroughArgs{sequences.data(), 0, true});
+    side.on.run(&Device::write_through, WriteThroughArgs{sequences.data(), 300, true});
+    std::vector<std::byte> arenas(idle.arena.host().begin(), idle.arena.host().end());
+    arenas.insert(arenas.end(), lost.arena.host().begin(), lost.arena.host().end());
+    return arenas;
+  };
+  const auto before = random_bytes(cuda->sequence.arena.host().size(), 2);
+  EXPECT_TRUE(equal(cuda->sequence.arena.host(), before));
+  EXPECT_TRUE(run(*cuda) == run(*cpu));
+  EXPECT_FALSE(equal(cuda->sequence.arena.host(), before));
+  expect_equal(*cuda, *cpu);
+}
+
+// What a step's graph does: the same launches, with what lies in device memory by then.
+TEST_P(KvBlocks, RunsInAGraph) {
+  const KvShape shape = GetParam();
+  DeviceFetches fetches(cuda->on, shape, 1);
+  fetches.entries.set(std::vector<FetchEntry>(entries_of(shape, 1), {2, 3}));
+  Device& device = *cuda->on.device;
+  Stream& stream = *cuda->on.stream;
+  const auto step = [&] {
+    device.advance({cuda->sequence.view.data(), 1}, stream);
+    device.write_through({cuda->sequence.view.data(), 1, true}, stream);
+    device.gather({cuda->sequence.view.data(), fetches.view.data(), 1, 0, cuda->mismatches.data()},
+                  stream);
+  };
+  cuda->sequence.place(0, 0, 2, 7);
+  for (int layer = 0; layer < shape.num_layers; ++layer) {
+    for (int head = 0; head < shape.num_kv_heads; ++head) cuda->sequence.place(layer, head, 2, 7);
+  }
+  cuda->sequence.upload();
+  cuda->sequence.length.set({45});
+  step();
+  stream.synchronize();
+  const auto graph = device.record(stream, step);
+  graph->launch(stream);
+  stream.synchronize();
+  EXPECT_EQ(cuda->sequence.length.get()[0], 47);
+  fetches.counts.set(std::vector<std::int32_t>(entries_of(shape, 1), 1));
+  graph->launch(stream);
+  stream.synchronize();
+  EXPECT_EQ(cuda->sequence.length.get()[0], 48);
+  EXPECT_EQ(cuda->mismatches.get()[0], 7U);
+  const auto slots = cuda->sequence.slots.get();
+  const std::span from(slots.data() + slot_offset(cuda->sequence.kv, 0, 0, 7), shape.block_bytes());
+  const std::span to(slots.data() + slot_offset(cuda->sequence.kv, 0, 0, 3), shape.block_bytes());
+  EXPECT_TRUE(equal(from, to)) << "written through in the third step, and gathered from there";
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
