@@ -39,3 +39,16 @@ target_include_directories(foretoken_cudnn SYSTEM INTERFACE
   ${CUDNN_INCLUDE_DIR} ${CUDNN_FRONTEND_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_definitions(foretoken_cudnn INTERFACE NV_CUDNN_FRONTEND_USE_DYNAMIC_LOADING)
 target_link_libraries(foretoken_cudnn INTERFACE ${CMAKE_DL_LIBS})
+
+# NCCL joins the ranks of a worker group.
+find_path(NCCL_INCLUDE_DIR nccl.h HINTS ${CUDAToolkit_INCLUDE_DIRS})
+find_library(NCCL_LIBRARY nccl HINTS ${CUDAToolkit_LIBRARY_DIR} ${CUDAToolkit_LIBRARY_ROOT}/lib)
+if(NOT NCCL_INCLUDE_DIR OR NOT NCCL_LIBRARY)
+  message(FATAL_ERROR "NCCL was not found: install it, set -DNCCL_INCLUDE_DIR and -DNCCL_LIBRARY, "
+    "or build without CUDA (-DFORETOKEN_CUDA=OFF)")
+endif()
+add_library(foretoken_nccl INTERFACE)
+add_library(foretoken::nccl ALIAS foretoken_nccl)
+target_include_directories(foretoken_nccl SYSTEM INTERFACE
+  ${NCCL_INCLUDE_DIR} ${CUDAToolkit_INCLUDE_DIRS})
+target_link_libraries(foretoken_nccl INTERFACE ${NCCL_LIBRARY})

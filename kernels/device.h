@@ -420,9 +420,10 @@ struct SampleRow {
   float frequency_penalty;   // 0: off
   std::uint64_t seed;
   std::int64_t position;  // of the token that is sampled
-  const TokenId* tokens;  // prompt then output
+  TokenId* tokens;        // [num_tokens, and one more where `append`] prompt then output
   std::int32_t num_prompt;
   std::int32_t num_tokens;
+  bool append;  // the drawn token goes to tokens[num_tokens], where the next step reads it
   std::int32_t num_logprobs;  // of the best tokens, <= kMaxLogprobs
   TokenId forced;             // taken instead of sampling (its logprob is reported); < 0: none
 };

@@ -54,7 +54,7 @@ struct SequenceKv {
   std::int32_t max_blocks;
   std::int32_t max_segments;
   KvShape shape;
-  TokenId* tokens;  // [max_blocks * 16] prompt, then output
+  TokenId* tokens = nullptr;  // [max_blocks * 16] prompt, then output
 };
 
 constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {
@@ -105,7 +105,8 @@ struct FetchList {
   FetchEntry* entries;
   std::int32_t* counts;  // [num_layers, num_kv_heads]
   std::int32_t max_entries;
-  std::uint64_t* totals;  // [2] blocks chosen by the policy, and fetched, so far; null: not wanted
+  std::uint64_t* totals =
+      nullptr;  // [2] blocks chosen by the policy, and fetched, so far; null: not wanted
 };
 
 // The attention history of one sequence on this rank: for every layer and map a ring of rows.

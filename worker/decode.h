@@ -80,7 +80,6 @@ class Decode {
   kvstore::KvStore& store_;
   predictor::Policy& policy_;
   Sampler& sampler_;
-  const bool fetches_blocks_;  // the policy chooses; otherwise all that is attended is resident
   std::unique_ptr<kernels::Stream> copy_;
   std::unique_ptr<kernels::Event> resolved_;  // compute: fetch lists stand
   std::unique_ptr<kernels::Event> written_;   // copy: write-through has read its slots
@@ -98,7 +97,8 @@ class Decode {
   std::unique_ptr<Tables> tables_;
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
-  bool streams_all_ = false;
+  bool streams_all_ = false;     // of some row
+  bool fetches_blocks_ = false;  // otherwise every block has a slot, and is there
   // Steps by (rows, streams_all_): null after the first, which is not recorded.
   std::map<std::pair<int, bool>, std::unique_ptr<kernels::Graph>> graphs_;
 

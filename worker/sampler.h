@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "worker/pinned.h"
 #include "worker/sequence.h"
 
 namespace foretoken::worker {
@@ -21,9 +22,17 @@ namespace foretoken::worker {
 class Sampler {
  public:
   Sampler(kernels::Device& device, int max_rows, int vocab);
-  ~Sampler();
 
-  struct Draw;
+  // One step's rows, on their way to the device and back.
+  struct Draw {
+    Draw(kernels::Device& device, std::size_t max_rows)
+        : rows(device, max_rows), sampled(device, max_rows), done(device.make_event()) {}
+    std::vector<SequenceToken> tokens;  // whose, and where; what was drawn comes with collect()
+    PinnedArray<kernels::SampleRow> rows;
+    PinnedArray<kernels::SampledToken> sampled;
+    std::unique_ptr<kernels::Event> done;
+  };
+
   // A position more in each sequence: it is drawn here (a forced token instead, where the request
   // has one).
   std::unique_ptr<Draw> begin(std::span<Sequence* const> rows, kernels::Stream& stream);

@@ -136,7 +136,9 @@ void CpuDevice::sample(const SampleArgs& args, Stream& stream) {
   enqueue(stream, [this, args] {
     pool_.parallel_for(args.num_rows, [&](int i, int) {
       const float* logits = args.logits + static_cast<std::ptrdiff_t>(i) * args.vocab;
-      args.out[i] = sample_row(logits, args.vocab, args.rows[i]);
+      const SampleRow& row = args.rows[i];
+      args.out[i] = sample_row(logits, args.vocab, row);
+      if (row.append) row.tokens[row.num_tokens] = args.out[i].token;
     });
   });
 }

@@ -281,6 +281,18 @@ __device__ void write_block_max(const Params<T>& p, int row, int first_head, int
   }
 }
 
+// Slots that hold no block, for those who read all of a row.
+template <typename T>
+__device__ void clear_block_max(const Params<T>& p, int row, int first_head, int num_heads,
+                                int first_slot) {
+  for (int head = first_head; head < first_head + num_heads; ++head) {
+    float* row_max = p.block_max + (static_cast<std::size_t>(row) * p.num_heads + head) * p.pitch;
+    for (int slot = first_slot + threadIdx.x; slot < p.pitch; slot += 32 * kWarps) {
+      row_max[slot] = kNothing;
+    }
+  }
+}
+
 // grid: (shares, KV heads x groups of 8 query heads, rows).
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const Params<T> p) {
@@ -327,6 +339,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const 
     if (p.block_max != nullptr && g == 0) {
       write_block_max<T, kHeadDim>(p, row, first_head, num_heads, slot, q, block_max);
     }
+  }
+
+  if (p.block_max != nullptr && share == active_shares - 1) {
+    clear_block_max(p, row, first_head, num_heads, num_slots);
   }
 
   merge.store(acc, warp, g, q);

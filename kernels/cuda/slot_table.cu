@@ -275,6 +275,15 @@ __device__ void resolve_wanted(const HeadTables& tables, const Wanted& wanted,
   assign_slots_of_victims(tables, absent, assigned, shared);
 }
 
+__device__ void count_up(const Selection& selection, const FetchList& fetches,
+                         std::size_t head_index) {
+  const auto add = [&](int i, int count) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(fetches.totals + i), count);
+  };
+  add(0, min(max(selection.counts[head_index], 0), selection.max_selected));
+  add(1, fetches.counts[head_index]);
+}
+
 __global__ void __launch_bounds__(kThreads) resolve_kernel(ResolveArgs args) {
   __shared__ SharedMemory shared;
   const SequenceKv kv = args.sequences[blockIdx.y];
@@ -288,7 +297,10 @@ __global__ void __launch_bounds__(kThreads) resolve_kernel(ResolveArgs args) {
     } else {
       resolve_wanted(tables, Wanted(kv, args.selections[blockIdx.y], layer, head), shared);
     }
-    __syncthreads();  // `shared` is the next head's
+    __syncthreads();  // `shared` is the next head's, and the count is there
+    if (threadIdx.x == 0 && fetches.totals != nullptr) {
+      count_up(args.selections[blockIdx.y], fetches, head_index(kv, layer, head));
+    }
   }
 }
 

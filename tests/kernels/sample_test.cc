@@ -25,6 +25,7 @@ constexpr SampleRow kGreedy{.temperature = 0,
                             .tokens = nullptr,
                             .num_prompt = 0,
                             .num_tokens = 0,
+                            .append = false,
                             .num_logprobs = 0,
                             .forced = -1};
 
@@ -139,7 +140,7 @@ TEST_F(Sample, FiltersLeaveTheRightTokens) {
 }
 
 TEST_F(Sample, PenaltiesCountTheRightTokens) {
-  const std::vector<TokenId> tokens{0, 1, 1};  // prompt: 0; output: 1, 1
+  std::vector<TokenId> tokens{0, 1, 1};  // prompt: 0; output: 1, 1
   SampleRow row = kGreedy;
   row.tokens = tokens.data();
   row.num_prompt = 1;
@@ -166,6 +167,16 @@ TEST_F(Sample, ForcedTokenIsTakenWithItsOwnLogprob) {
 TEST_F(Sample, LogitsThatAreNoNumbersAreSaid) {
   EXPECT_FALSE(std::isfinite(draw({1, NAN, 0}, kGreedy).logprob));
   EXPECT_FALSE(std::isfinite(draw({1, INFINITY, 0}, kGreedy).logprob));
+}
+
+TEST_F(Sample, PutsTheTokenWhereTheNextStepReadsIt) {
+  std::vector<TokenId> tokens{5, 7, -1, -1};
+  SampleRow row = kGreedy;
+  row.tokens = tokens.data();
+  row.num_tokens = 2;
+  row.append = true;
+  EXPECT_EQ(draw({0, 1, 4, 3}, row).token, 2);
+  EXPECT_EQ(tokens, (std::vector<TokenId>{5, 7, 2, -1}));
 }
 
 }  // namespace

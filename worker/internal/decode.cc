@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
-#include "worker/internal/pinned.h"
+#include "worker/pinned.h"
 
 namespace foretoken::worker {
 namespace {
@@ -72,7 +72,6 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       store_(store),
       policy_(policy),
       sampler_(sampler),
-      fetches_blocks_(policy.selected_per_head().has_value()),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
       resolved_(device.make_event()),
       written_(device.make_event()),
@@ -122,6 +121,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
   streams_all_ = std::ranges::any_of(rows_, &Sequence::streams_all);
+  fetches_blocks_ = streams_all_ || policy_.selected_per_head().has_value();
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
   std::byte* base = tables_->staged[staging]->data();

@@ -1,7 +1,6 @@
 #include "worker/sampler.h"
 
 #include "common/check.h"
-#include "worker/internal/pinned.h"
 
 namespace foretoken::worker {
 namespace {
@@ -35,16 +34,6 @@ TokenInfo token_info(const kernels::SampledToken& sampled) {
 
 }  // namespace
 
-// One step's rows, on their way to the device and back.
-struct Sampler::Draw {
-  Draw(kernels::Device& device, std::size_t max_rows)
-      : rows(device, max_rows), sampled(device, max_rows), done(device.make_event()) {}
-  std::vector<SequenceToken> tokens;  // which sequence and position; the token comes with collect
-  PinnedArray<kernels::SampleRow> rows;
-  PinnedArray<kernels::SampledToken> sampled;
-  std::unique_ptr<kernels::Event> done;
-};
-
 Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
     : device_(device),
       max_rows_(max_rows),
@@ -53,8 +42,6 @@ Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
             kernels::MemoryUse::kTables),
       sampled_(device, sizeof(kernels::SampledToken) * static_cast<std::size_t>(max_rows),
                kernels::MemoryUse::kTables) {}
-
-Sampler::~Sampler() = default;
 
 std::unique_ptr<Sampler::Draw> Sampler::begin(std::span<Sequence* const> rows,
                                               kernels::Stream& stream) {

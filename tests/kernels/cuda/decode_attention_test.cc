@@ -1,0 +1,173 @@
+// Decode attention on the GPU against the CPU device: resident blocks in any slots, holes, the open
+// block, groups of query heads, contexts from one token on; and rope_decode, which fills the open
+// block.
+#include "tests/kernels/cuda/cuda_test.h"
+#include "tests/kernels/cuda/device_sequence.h"
+#include "tests/kernels/test_device.h"
+
+namespace foretoken::kernels {
+namespace {
+
+struct Case {
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  std::vector<int> lengths;  // tokens stored, a row
+  DataType type = DataType::kBf16;
+};
+
+// One row's sequence with random K and V of a moderate size, its slots in random order.
+void fill(DeviceSequence& sequence, int length, DataType type, std::uint32_t seed) {
+  const KvShape& shape = sequence.kv.shape;
+  const std::size_t values = static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads) *
+                             static_cast<std::size_t>(sequence.kv.num_slots) * shape.block_bytes() /
+                             2;
+  sequence.slots.set(reference::encode(random_floats(values, seed), type));
+  std::mt19937 random(seed);
+  const int num_blocks = length / kBlockTokens + 1;
+  for (int layer = 0; layer < shape.num_layers; ++layer) {
+    for (int head = 0; head < shape.num_kv_heads; ++head) {
+      std::vector<int> order(static_cast<std::size_t>(num_blocks));
+      std::iota(order.begin(), order.end(), 0);
+      std::shuffle(order.begin(), order.end(), random);
+      for (int block = 0; block < num_blocks; ++block) {
+        const bool hole = block % 7 == 3 && block + 1 < num_blocks;
+        if (!hole) sequence.place(layer, head, block, order[static_cast<std::size_t>(block)]);
+      }
+    }
+  }
+  sequence.upload();
+  sequence.length.set({length});
+}
+
+struct Result {
+  std::vector<float> out, lse, block_max;
+};
+
+Result run(DeviceUnderTest& on, const Case& c, bool with_block_max) {
+  const KvShape shape{
+      .num_layers = 2, .num_kv_heads = c.num_kv_heads, .head_dim = c.head_dim, .kv_type = c.type};
+  std::vector<std::unique_ptr<DeviceSequence>> sequences;
+  std::vector<SequenceKv> views;
+  int pitch = 0;
+  for (std::size_t i = 0; i < c.lengths.size(); ++i) {
+    const int blocks = c.lengths[i] / kBlockTokens + 1;
+    pitch = std::max(pitch, blocks);
+    sequences.push_back(std::make_unique<DeviceSequence>(on, shape, blocks, blocks));
+    fill(*sequences.back(), c.lengths[i], c.type, static_cast<std::uint32_t>(i + 10));
+    views.push_back(sequences.back()->kv);
+  }
+  const std::size_t rows = c.lengths.size();
+  const std::size_t heads = rows * static_cast<std::size_t>(c.num_heads);
+  const std::size_t values = heads * static_cast<std::size_t>(c.head_dim);
+  DeviceArray<SequenceKv> batch(on, views);
+  auto q = activations(on, rounded(random_floats(values, 3), c.type));
+  auto out = activations(on, std::vector<float>(values, 9));
+  DeviceArray<float> lse(on, std::vector<float>(heads, 9));
+  DeviceArray<float> block_max(on, std::vector<float>(heads * static_cast<std::size_t>(pitch), 9));
+  for (int repeat = 0; repeat < 3; ++repeat) {  // counters and scratch are left as they were found
+    on.run(&Device::decode_attention,
+           DecodeAttentionArgs{.q = q.data(),
+                               .sequences = batch.data(),
+                               .rows = static_cast<int>(rows),
+                               .layer = 1,
+                               .num_heads = c.num_heads,
+                               .num_kv_heads = c.num_kv_heads,
+                               .head_dim = c.head_dim,
+                               .scale = 0.125F,
+                               .out = out.data(),
+                               .lse = lse.data(),
+                               .block_max = with_block_max ? block_max.data() : nullptr,
+                               .pitch = pitch});
+  }
+  return {floats_of(out, on.device->activation_type()), lse.get(), block_max.get()};
+}
+
+class CudaDecodeAttention : public CudaTest, public testing::WithParamInterface<Case> {};
+
+TEST_P(CudaDecodeAttention, MatchesTheCpu) {
+  const Case c = GetParam();
+  Pair pair(c.type);
+  for (const bool with_block_max : {true, false}) {
+    const Result actual = run(pair.cuda, c, with_block_max);
+    const Result expected = run(pair.cpu, c, with_block_max);
+    for (std::size_t i = 0; i < actual.out.size(); ++i) {
+      ASSERT_NEAR(actual.out[i], expected.out[i], 0.012) << i;  // probabilities of 8 bits
+    }
+    for (std::size_t i = 0; i < actual.lse.size(); ++i) {
+      ASSERT_NEAR(actual.lse[i], expected.lse[i], 2e-4) << i;
+    }
+    for (std::size_t i = 0; i < actual.block_max.size(); ++i) {
+      if (std::isinf(expected.block_max[i])) {
+        ASSERT_EQ(actual.block_max[i], expected.block_max[i]) << i;
+      } else {
+        ASSERT_NEAR(actual.block_max[i], expected.block_max[i], 2e-4) << i;
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, CudaDecodeAttention,
+    testing::Values(Case{3, 1, 64, {0}}, Case{9, 3, 64, {1, 15, 16, 17}}, Case{32, 8, 128, {1000}},
+                    Case{32, 8, 128, {5000}, DataType::kFp16}, Case{8, 8, 64, {255, 256, 257, 40}},
+                    Case{14, 2, 64, {700, 3}},
+                    Case{20, 1, 128, {900}},  // three passes of query heads
+                    Case{32, 8, 128, {200, 300, 400, 500, 600, 700, 800, 900, 10, 20, 30, 40}}));
+
+TEST_F(CudaTest, RopeDecodeWritesTheOpenBlock) {
+  const DataType type = DataType::kBf16;
+  Pair pair(type);
+  const KvShape shape{.num_layers = 2, .num_kv_heads = 2, .head_dim = 64, .kv_type = type};
+  const auto run_rope = [&](DeviceUnderTest& on) {
+    DeviceSequence first(on, shape, 4, 8);
+    DeviceSequence second(on, shape, 4, 8);
+    for (int head = 0; head < 2; ++head) {
+      first.place(1, head, 2, 1 + head);
+      second.place(1, head, 0, 3 - head);
+    }
+    first.upload();
+    second.upload();
+    first.length.set({37});
+    second.length.set({0});
+    DeviceArray<SequenceKv> batch(on, {first.kv, second.kv});
+    auto qkv = activations(on, rounded(random_floats(2 * 8 * 64, 1), type));
+    auto q = activations(on, std::vector<float>(2 * 4 * 64));
+    std::vector<float> inv_freq(32);
+    for (int i = 0; i < 32; ++i) {
+      inv_freq[static_cast<std::size_t>(i)] = static_cast<float>(std::pow(1e4, -i / 32.0));
+    }
+    DeviceArray<float> freq(on, inv_freq);
+    RopeDecodeArgs args{};
+    args.qkv = qkv.data();
+    args.inv_freq = freq.data();
+    args.scale = 1;
+    args.rows = 2;
+    args.num_heads = 4;
+    args.num_kv_heads = 2;
+    args.head_dim = 64;
+    args.q_out = q.data();
+    args.sequences = batch.data();
+    args.layer = 1;
+    on.run(&Device::rope_decode, args);
+    auto values = floats_of(q, on.device->activation_type());
+    for (const auto* sequence : {&first, &second}) {
+      const auto slots = floats_of(sequence->slots, type);
+      values.insert(values.end(), slots.begin(), slots.end());
+    }
+    return values;
+  };
+  const auto expected = run_rope(pair.cpu);
+  const auto actual = run_rope(pair.cuda);
+  ASSERT_EQ(actual.size(), expected.size());
+  for (std::size_t i = 0; i < actual.size(); ++i) {
+    if (std::isnan(expected[i])) {  // bytes that nobody has written
+      ASSERT_TRUE(std::isnan(actual[i])) << i;
+    } else {
+      ASSERT_NEAR(actual[i], expected[i], std::max(1e-2, std::abs(expected[i]) / 100.0)) << i;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
