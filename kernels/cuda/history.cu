@@ -1,0 +1,164 @@
+// Attention rows into the rings of the attention history.
+//
+// A thread makes 8 columns of a map's row, or of all its rows where a row may hold values of the
+// one before. Where block_max is by slot, a CTA first notes the slots of its columns' blocks.
+#include "common/check.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/history_value.cuh"
+#include "kernels/cuda/ops.h"
+
+namespace foretoken::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kColumns = 8;                        // of a thread
+constexpr int kSpanColumns = kThreads * kColumns;  // of a CTA at a time
+constexpr int kMaxSpans = 8;                       // CTAs of a row; they go on with further spans
+constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that was not attended
+
+// A map of one sequence, and the rows that a CTA makes.
+struct Job {
+  const HistoryAppendArgs& args;
+  const HistoryState& state;
+  int sequence;
+  int map;
+  int heads_per_map;
+  int first_row;
+  int end_row;
+};
+
+// places[i] = where column first + i stands in block_max, or kAbsent.
+__device__ void find_columns(const Job& job, int first, std::int32_t* places) {
+  const HistoryAppendArgs& args = job.args;
+  const int columns = args.num_columns[job.sequence];
+  for (int i = static_cast<int>(threadIdx.x); i < kSpanColumns; i += kThreads) {
+    places[i] = args.sequences == nullptr && first + i < columns ? first + i : kAbsent;
+  }
+  if (args.sequences == nullptr) return;
+  __syncthreads();
+  const SequenceKv& kv = args.sequences[job.sequence];
+  const int head = args.layer * kv.shape.num_kv_heads + job.map / job.state.maps_per_kv_head;
+  const std::int32_t* blocks = kv.slot_to_block + static_cast<std::ptrdiff_t>(head) * kv.num_slots;
+  const int slots = min(kv.num_slots, args.pitch);
+  for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kThreads) {
+    const int i = blocks[slot] - first;
+    if (i >= 0 && i < kSpanColumns && blocks[slot] < columns) places[i] = slot;
+  }
+}
+
+// Mean over the map's heads of exp(block_max - lse), or kNoValue.
+__device__ void row_values(const Job& job, int row, const std::int32_t (&places)[kColumns],
+                           float (&values)[kColumns]) {
+  const HistoryAppendArgs& args = job.args;
+  const float share = 1.0F / static_cast<float>(job.heads_per_map);
+#pragma unroll
+  for (float& value : values) value = kNoValue;
+  for (int h = 0; h < job.heads_per_map; ++h) {
+    const int head = job.map * job.heads_per_map + h;
+    const auto at =
+        (static_cast<std::ptrdiff_t>(job.sequence) * args.num_heads + head) * args.rows + row;
+    const float* maxima = args.block_max + at * args.pitch;
+    const float lse = args.lse[at];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (places[c] == kAbsent) continue;
+      const float highest = maxima[places[c]];
+      if (highest == -INFINITY) continue;
+      values[c] = (values[c] == kNoValue ? 0.0F : values[c]) + share * expf(highest - lse);
+    }
+  }
+}
+
+// Columns beyond a row's own become zeros, so that a later, wider window reads zero there.
+template <typename T>
+__device__ void append_columns(const Job& job, int first, const std::int32_t (&places)[kColumns]) {
+  const HistoryState& state = job.state;
+  const int layer = job.args.layer;
+  const std::int64_t start = state.num_rows[layer];
+  const int columns = job.args.num_columns[job.sequence];
+  float last[kColumns] = {};
+  if (job.args.hold && start > 0) {
+    const auto stored = *reinterpret_cast<const Eight<T>*>(
+        history_row<T>(state, layer, job.map, start - 1) + first);
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) last[c] = to_float(stored.v[c]);
+  }
+  for (int row = job.first_row; row < job.end_row; ++row) {
+    float values[kColumns];
+    row_values(job, row, places, values);
+    Eight<T> stored;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (values[c] == kNoValue) values[c] = job.args.hold && first + c < columns ? last[c] : 0.0F;
+      last[c] = values[c];
+      stored.v[c] = from_float<T>(values[c]);
+    }
+    *reinterpret_cast<Eight<T>*>(history_row<T>(state, layer, job.map, start + row) + first) =
+        stored;
+  }
+}
+
+// The last CTA to come here counts the rows: the others have read the old count.
+__device__ void count_rows(const HistoryAppendArgs& args, std::uint32_t* arrived) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const unsigned ctas = gridDim.x * gridDim.y * gridDim.z;
+    is_last = atomicInc(arrived, ctas - 1) == ctas - 1;  // and sets it back to zero
+  }
+  __syncthreads();
+  if (!is_last) return;
+  for (int s = static_cast<int>(threadIdx.x); s < args.num_sequences; s += kThreads) {
+    args.states[s].num_rows[args.layer] += args.rows;
+    args.states[s].num_columns[args.layer] = args.num_columns[s];
+  }
+}
+
+// Grid: [spans, query heads (maps may be fewer), sequences x parts of the rows].
+__global__ void __launch_bounds__(kThreads)
+    append_kernel(const HistoryAppendArgs args, int rows_per_cta, std::uint32_t* arrived) {
+  __shared__ std::int32_t places[kSpanColumns];
+  const int parts = args.rows / rows_per_cta;
+  const int sequence = static_cast<int>(blockIdx.z) / parts;
+  const HistoryState& state = args.states[sequence];
+  const int first_row = static_cast<int>(blockIdx.z) % parts * rows_per_cta;
+  const int map = static_cast<int>(blockIdx.y);
+  const Job job{args,
+                state,
+                sequence,
+                map,
+                args.num_heads / num_maps(state),
+                first_row,
+                first_row + rows_per_cta};
+  const int span = static_cast<int>(blockIdx.x) * kSpanColumns;
+  const int stride = static_cast<int>(gridDim.x) * kSpanColumns;
+  for (int first = span; map < num_maps(state) && first < state.pitch; first += stride) {
+    find_columns(job, first, places);
+    __syncthreads();
+    const int column = static_cast<int>(threadIdx.x) * kColumns;
+    std::int32_t mine[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) mine[c] = places[column + c];
+    __syncthreads();  // before the next span's are noted
+    if (first + column >= state.pitch) continue;
+    with_history_type(state.type, [&](auto tag) {
+      append_columns<typename decltype(tag)::type>(job, first + column, mine);
+    });
+  }
+  count_rows(args, arrived);
+}
+
+}  // namespace
+
+void history_append(const HistoryAppendArgs& args, CudaStream& stream) {
+  FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
+  if (args.num_sequences == 0) return;
+  // Rows that hold values wait for the row before; others don't.
+  const int rows_per_cta = args.hold ? args.rows : 1;
+  const dim3 grid(kMaxSpans, static_cast<unsigned>(args.num_heads),
+                  static_cast<unsigned>(args.num_sequences * (args.rows / rows_per_cta)));
+  append_kernel<<<grid, kThreads, 0, stream.handle()>>>(args, rows_per_cta, stream.counters());
+  FT_CUDA(cudaGetLastError());
+}
+
+}  // namespace foretoken::kernels::cuda
