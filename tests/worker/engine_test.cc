@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <random>
 
 #include "tests/worker/local_group.h"
@@ -39,6 +40,9 @@ ServiceConfig service(const std::string& policy, int budget = 1024) {
   config.device_memory_gib = 0.5;
   config.max_batched_tokens = 128;
   config.max_num_seqs = 4;
+  // The same tests on a GPU: FORETOKEN_TEST_DEVICE=cuda worker_test
+  const char* device = std::getenv("FORETOKEN_TEST_DEVICE");
+  config.device = device != nullptr ? device : "cpu";
   return config;
 }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <thread>
 
 #include "common/check.h"
@@ -29,6 +30,13 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
           .weights = config.predictor_weights};
 }
 
+std::unique_ptr<kernels::Device> device_for(const ServiceConfig& config) {
+  if (config.device == "cuda") return kernels::make_cuda_device({});
+  return kernels::make_cpu_device(
+      {.num_threads = config.threads_per_rank,
+       .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30))});
+}
+
 }  // namespace
 
 StoreProcess::StoreProcess(std::int64_t arena_bytes) {
@@ -37,8 +45,13 @@ StoreProcess::StoreProcess(std::int64_t arena_bytes) {
   folder_ = pattern;
   const std::string path = socket();
   std::string bytes = std::to_string(arena_bytes);
-  std::vector<std::string> words{FORETOKEN_KVSTORE, "--socket", path,
-                                 "--arena-bytes",   bytes,      "--die-with-parent"};
+  const char* elsewhere = std::getenv("FORETOKEN_KVSTORE");  // where the build tree isn't
+  std::vector<std::string> words{elsewhere != nullptr ? elsewhere : FORETOKEN_KVSTORE,
+                                 "--socket",
+                                 path,
+                                 "--arena-bytes",
+                                 bytes,
+                                 "--die-with-parent"};
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
@@ -58,11 +71,7 @@ StoreProcess::~StoreProcess() {
 
 LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
                        const StoreProcess& store, kernels::HistoryType history)
-    : model_config_(model),
-      device_(kernels::make_cpu_device(
-          {.num_threads = config.threads_per_rank,
-           .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30))})),
-      collective_(make_single_collective()) {
+    : model_config_(model), device_(device_for(config)), collective_(make_single_collective()) {
   const Partition part = make_partition(model, 0, 1).value_or_throw();
   const auto weights = make_dummy_source(model);
   model_ = Model::load(model, *weights, part, *device_, *collective_).value_or_throw();

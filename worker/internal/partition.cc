@@ -8,8 +8,8 @@
 namespace foretoken::worker {
 namespace {
 
-// Boundaries on whole cache lines of a weight's row where the size allows it.
-constexpr int kUnit = 16;
+// Boundaries that the GPU kernels' loads of a weight's row meet, where the size allows it.
+constexpr int kUnit = 32;
 
 // Where ranks outnumber KV heads: `rank` shares head `head` with `sharers` ranks as number `index`.
 struct Share {

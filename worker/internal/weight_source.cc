@@ -1,6 +1,7 @@
-#include <array>
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <map>
 
 #include "worker/model.h"
 
@@ -19,8 +20,9 @@ class FolderSource final : public WeightSource {
   ModelWeights weights_;
 };
 
-// Made anew at each call, from a seed that is the tensor's name. A view lives until the next call,
-// so matrices of several parts (q, k and v) need a buffer each: the last kBuffers are kept.
+// Views into pools of random values, one pool a scale: a model of any size is there at once. Where
+// a tensor's view begins follows from its name. A pool repeats itself after a prime number of
+// values, so no row of a matrix is another's copy.
 class DummySource final : public WeightSource {
  public:
   explicit DummySource(const ModelConfig& config)
@@ -31,22 +33,46 @@ class DummySource final : public WeightSource {
     std::size_t count = 1;
     for (const std::int64_t size : shape) count *= static_cast<std::size_t>(size);
     const bool is_norm = shape.size() == 1 && name.ends_with("norm.weight");
-    std::vector<std::uint16_t>& values = buffers_[next_++ % kBuffers];
-    values.resize(count);
-    // Variance 1 / columns keeps a product's scale.
-    const float scale = std::sqrt(3.0F / static_cast<float>(shape.back()));
-    std::uint64_t state = std::hash<std::string>{}(name) | 1;
-    for (std::uint16_t& value : values) {
-      state = state * 6364136223846793005ULL + 1442695040888963407ULL;
-      const auto uniform = static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31F;
-      value = encode(is_norm ? 1.0F : uniform * scale);
-    }
+    const std::size_t offset = is_norm ? 0 : std::hash<std::string>{}(name) % kPeriod;
+    const auto& pool = is_norm ? ones(count) : random(shape.back(), offset + count);
     return TensorView{dtype_,
                       {shape.begin(), shape.end()},
-                      std::as_bytes(std::span<const std::uint16_t>(values))};
+                      std::as_bytes(std::span(pool).subspan(offset, count))};
   }
 
  private:
+  using Pool = std::vector<std::uint16_t>;
+  static constexpr std::size_t kPeriod = 1'048'583;
+
+  const Pool& ones(std::size_t count) const {
+    if (ones_.size() < count) ones_.assign(count, encode(1.0F));
+    return ones_;
+  }
+
+  // Variance 1 / columns keeps a product's scale.
+  const Pool& random(std::int64_t columns, std::size_t count) const {
+    Pool& pool = pools_[columns];
+    if (pool.size() >= count) return pool;
+    if (pool.empty()) first_period(pool, std::sqrt(3.0F / static_cast<float>(columns)));
+    std::size_t filled = pool.size();
+    Pool grown(std::max(count, kPeriod));
+    std::copy(pool.begin(), pool.end(), grown.begin());
+    for (; filled < grown.size(); ++filled) grown[filled] = grown[filled - kPeriod];
+    old_pools_.push_back(std::move(pool));
+    pool = std::move(grown);
+    return pool;
+  }
+
+  void first_period(Pool& pool, float scale) const {
+    pool.resize(kPeriod);
+    std::uint64_t state = 1;
+    for (std::uint16_t& value : pool) {
+      state = state * 6364136223846793005ULL + 1442695040888963407ULL;
+      const auto uniform = static_cast<float>(static_cast<std::int32_t>(state >> 32)) * 0x1p-31F;
+      value = encode(uniform * scale);
+    }
+  }
+
   std::uint16_t encode(float value) const {
     if (dtype_ == TensorDtype::kF16) {
       return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
@@ -55,9 +81,9 @@ class DummySource final : public WeightSource {
   }
 
   TensorDtype dtype_;
-  static constexpr std::size_t kBuffers = 3;
-  mutable std::array<std::vector<std::uint16_t>, kBuffers> buffers_;
-  mutable std::size_t next_ = 0;
+  mutable Pool ones_;
+  mutable std::map<std::int64_t, Pool> pools_;  // by columns
+  mutable std::vector<Pool> old_pools_;         // views of them may be in use
 };
 
 }  // namespace

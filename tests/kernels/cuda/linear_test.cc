@@ -1,5 +1,6 @@
 // linear on the GPU against the CPU device: both of its ways (few rows, many rows), and what is
 // fused into the product.
+#include "common/result.h"
 #include "tests/kernels/cuda/cuda_test.h"
 #include "tests/kernels/test_device.h"
 
@@ -12,8 +13,8 @@ struct Case {
   int features;
 };
 
-struct Setup {
-  Setup(const Case& c, DataType type)
+struct Inputs {
+  Inputs(const Case& c, DataType type)
       : weights(reference::encode(
             random_floats(static_cast<std::size_t>(c.columns * c.features), 1, 0.1F), type)),
         x(rounded(random_floats(static_cast<std::size_t>(c.rows * c.columns), 2), type)),
@@ -32,7 +33,7 @@ struct Fused {
   bool fp32 = false;
 };
 
-std::vector<float> run(DeviceUnderTest& on, const Case& c, const Setup& setup, DataType type,
+std::vector<float> run(DeviceUnderTest& on, const Case& c, const Inputs& setup, DataType type,
                        const Fused& fused) {
   const DataType activation = on.device->activation_type();
   const WeightPart parts[] = {
@@ -73,7 +74,7 @@ class CudaLinear : public CudaTest, public testing::WithParamInterface<Case> {
   // rounds them, and what lies between fused parts, to 8 (bf16) or 11 (fp16) bits.
   void expect_equal(DataType type, const Fused& fused) {
     const Case c = GetParam();
-    const Setup setup(c, type);
+    const Inputs setup(c, type);
     Pair pair(type);
     const auto expected = run(pair.cpu, c, setup, type, fused);
     const auto actual = run(pair.cuda, c, setup, type, fused);

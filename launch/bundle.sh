@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Makes a self-contained folder of Foretoken's programs, for machines where nothing can be installed.
+#
+#   bash launch/bundle.sh FOLDER [PROGRAM...]     default: the four programs of build/release/bin
+#
+# FOLDER/bin has the programs, FOLDER/lib the libraries they need. Not in it, since they belong to the
+# machine: the C library, MPI (it must fit the machine's mpirun or srun), the GPU driver and the CUDA
+# libraries (cuBLAS, cuDNN, NCCL), unless --cuda is given first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+with_cuda=false
+if [[ "${1:-}" == --cuda ]]; then
+  with_cuda=true
+  shift
+fi
+if (($# == 0)); then
+  echo "usage: $0 [--cuda] FOLDER [PROGRAM...]" >&2
+  exit 2
+fi
+folder=$1
+shift
+programs=("$@")
+if ((${#programs[@]} == 0)); then
+  programs=(foretoken foretoken-coordinator foretoken-worker foretoken-kvstore)
+fi
+
+# The machine's own: the C and C++ runtimes, and MPI with what it brings.
+left_out='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|stdc\+\+|gcc_s|mpi.*|open-.*|pmix|hwloc|event.*|util|z)\.so.*)$'
+cuda_libraries='^lib(cublas.*|cudnn.*|nccl|cudart|nvrtc).*\.so.*$'
+
+mkdir -p "$folder/bin" "$folder/lib"
+for program in "${programs[@]}"; do
+  path=build/release/bin/$program
+  if [[ ! -x "$path" ]]; then
+    echo "$path is missing: cmake --preset release && cmake --build --preset release" >&2
+    exit 1
+  fi
+  strip -o "$folder/bin/$program" "$path"
+  while read -r library; do
+    name=$(basename "$library")
+    if [[ "$name" =~ $left_out ]]; then continue; fi
+    if [[ "$name" =~ $cuda_libraries ]] && ! $with_cuda; then continue; fi
+    cp -uL "$library" "$folder/lib/$name"
+  done < <(ldd "$path" | awk '$2 == "=>" && $3 ~ "^/" {print $3}')
+done
+mkdir -p "$folder/share/foretoken"
+cp build/release/share/foretoken/* "$folder/share/foretoken/"
+du -sh "$folder" | cut -f1 | sed "s|^|bundle: $folder, |" >&2

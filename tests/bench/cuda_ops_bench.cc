@@ -1,0 +1,264 @@
+// What the ops of a decode step and of prefill cost on a GPU, in the shape of Llama-3.1-8B, beside
+// what a copy of the same bytes costs. Prints one JSON object.
+//
+
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels {
+namespace {
+
+constexpr int kHidden = 4096;
+constexpr int kIntermediate = 14336;
+constexpr int kHeads = 32;
+constexpr int kKvHeads = 8;
+constexpr int kHeadDim = 128;
+constexpr int kVocab = 128256;
+
+class Bench {
+ public:
+  Bench() : device_(make_cuda_device({})), stream_(device_->make_stream(StreamKind::kCompute)) {}
+
+  // Microseconds of one run of `ops`, from a graph of `repeats` of them.
+  double time(int repeats, const std::function<void(int)>& ops) {
+    ops(0);
+    stream_->synchronize();
+    const auto graph = device_->record(*stream_, [&] {
+      for (int i = 0; i < repeats; ++i) ops(i);
+    });
+    double best = 1e30;
+    for (int i = 0; i < 4; ++i) {
+      const auto begin = std::chrono::steady_clock::now();
+      graph->launch(*stream_);
+      stream_->synchronize();
+      const std::chrono::duration<double, std::micro> took =
+          std::chrono::steady_clock::now() - begin;
+      best = std::min(best, took.count());
+    }
+    return best / repeats;
+  }
+
+  Device& device() { return *device_; }
+  Stream& stream() { return *stream_; }
+  DeviceBuffer buffer(std::size_t bytes) {
+    DeviceBuffer made(*device_, bytes, MemoryUse::kActivations);
+    device_->fill_zero(made.data(), bytes, *stream_);
+    return made;
+  }
+
+ private:
+  std::unique_ptr<Device> device_;
+  std::unique_ptr<Stream> stream_;
+};
+
+void report(const std::string& what, double us, double bytes, double flops = 0) {
+  std::printf("  {\"op\": \"%s\", \"us\": %.2f, \"tb_per_s\": %.3f, \"tflops\": %.1f},\n",
+              what.c_str(), us, bytes / us / 1e6, flops / us / 1e6);
+  std::fflush(stdout);
+}
+
+std::unique_ptr<Weight> weight(Bench& bench, int rows, int columns) {
+  const std::vector<std::byte> zeros(static_cast<std::size_t>(rows) * columns * 2, std::byte{1});
+  const WeightPart part{zeros.data(), DataType::kBf16, rows, columns,
+                        static_cast<std::size_t>(columns) * 2};
+  return bench.device().make_weight({&part, 1});
+}
+
+void copies(Bench& bench) {
+  const std::size_t bytes = std::size_t{2} << 30;
+  const DeviceBuffer from = bench.buffer(bytes);
+  const DeviceBuffer to = bench.buffer(bytes);
+  const double us = bench.time(
+      4, [&](int) { bench.device().copy(to.data(), from.data(), bytes, bench.stream()); });
+  report("copy 2 GiB (bytes read and written)", us, 2.0 * static_cast<double>(bytes));
+}
+
+// The four products of a layer; enough copies of the weights that they don't stay in the cache.
+void products(Bench& bench, int rows) {
+  struct Shape {
+    const char* name;
+    int out, in;
+    bool norm, residual, swiglu;
+  };
+  const Shape shapes[] = {{"qkv", 6144, kHidden, true, false, false},
+                          {"o", kHidden, kHidden, false, true, false},
+                          {"gate_up", 2 * kIntermediate, kHidden, true, false, true},
+                          {"down", kHidden, kIntermediate, false, true, false},
+                          {"lm_head", kVocab, kHidden, true, false, false}};
+  const DeviceBuffer x = bench.buffer(std::size_t{2} * rows * kIntermediate);
+  const DeviceBuffer out = bench.buffer(std::size_t{4} * rows * kVocab);
+  const DeviceBuffer scratch = bench.buffer(std::size_t{4} * rows * kIntermediate);
+  const DeviceBuffer norm = bench.buffer(std::size_t{4} * kHidden);
+  for (const Shape& shape : shapes) {
+    const double bytes = 2.0 * shape.out * shape.in;
+    const int copies = std::max(1, static_cast<int>(4e8 / bytes));
+    std::vector<std::unique_ptr<Weight>> weights;
+    for (int i = 0; i < copies; ++i) weights.push_back(weight(bench, shape.out, shape.in));
+    const double us = bench.time(2 * copies, [&](int i) {
+      LinearArgs args{.x = x.data(),
+                      .weight = weights[static_cast<std::size_t>(i % copies)].get(),
+                      .bias = nullptr,
+                      .rows = rows,
+                      .out = out.data(),
+                      .out_fp32 = shape.out == kVocab};
+      if (shape.norm) args.norm = {norm.as<float>(), 1e-5F, scratch.data()};
+      if (shape.residual) args.residual = out.data();
+      if (shape.swiglu) args.swiglu = {scratch.data()};
+      bench.device().linear(args, bench.stream());
+    });
+    report("linear " + std::string(shape.name) + " rows " + std::to_string(rows), us, bytes,
+           bytes * rows);
+  }
+}
+
+void decode_attention(Bench& bench, int rows, int context) {
+  const KvShape shape{
+      .num_layers = 1, .num_kv_heads = kKvHeads, .head_dim = kHeadDim, .kv_type = DataType::kBf16};
+  const int blocks = context / kBlockTokens;
+  std::vector<std::int32_t> identity(static_cast<std::size_t>(blocks) * kKvHeads);
+  for (std::size_t i = 0; i < identity.size(); ++i) {
+    identity[i] = static_cast<std::int32_t>(i % static_cast<std::size_t>(blocks));
+  }
+  const std::int32_t length = context - 1;
+  const double bytes = static_cast<double>(shape.block_bytes()) * kKvHeads * blocks * rows;
+  const int copies = std::max(1, static_cast<int>(3e8 / bytes));  // more than the cache holds
+  std::vector<DeviceBuffer> memory;
+  std::vector<SequenceKv> sequences;
+  DeviceBuffer table = bench.buffer(identity.size() * 4);
+  DeviceBuffer lengths = bench.buffer(4);
+  bench.device().copy_in(table.data(), identity.data(), identity.size() * 4, bench.stream());
+  bench.device().copy_in(lengths.data(), &length, 4, bench.stream());
+  for (int i = 0; i < copies * rows; ++i) {
+    memory.push_back(
+        bench.buffer(shape.block_bytes() * kKvHeads * static_cast<std::size_t>(blocks)));
+    SequenceKv kv{};
+    kv.slots = memory.back().as<std::byte>();
+    kv.slot_to_block = kv.block_to_slot = table.as<std::int32_t>();
+    kv.length = lengths.as<std::int32_t>();
+    kv.num_slots = kv.max_blocks = blocks;
+    kv.shape = shape;
+    sequences.push_back(kv);
+  }
+  DeviceBuffer batch = bench.buffer(sequences.size() * sizeof(SequenceKv));
+  bench.device().copy_in(batch.data(), sequences.data(), batch.bytes(), bench.stream());
+  bench.stream().synchronize();
+  const std::size_t values = static_cast<std::size_t>(rows) * kHeads * kHeadDim;
+  const DeviceBuffer q = bench.buffer(values * 2);
+  const DeviceBuffer out = bench.buffer(values * 2);
+  const DeviceBuffer lse = bench.buffer(values);
+  const double us = bench.time(2 * copies, [&](int i) {
+    bench.device().decode_attention({.q = q.data(),
+                                     .sequences = batch.as<SequenceKv>() + i % copies * rows,
+                                     .rows = rows,
+                                     .layer = 0,
+                                     .num_heads = kHeads,
+                                     .num_kv_heads = kKvHeads,
+                                     .head_dim = kHeadDim,
+                                     .scale = 0.088F,
+                                     .out = out.data(),
+                                     .lse = lse.as<float>(),
+                                     .block_max = nullptr,
+                                     .pitch = 0},
+                                    bench.stream());
+  });
+  report("decode attention rows " + std::to_string(rows) + " context " + std::to_string(context),
+         us, bytes);
+}
+
+void prefill_attention(Bench& bench, int rows, int context) {
+  const std::size_t q_values = static_cast<std::size_t>(rows) * kHeads * kHeadDim;
+  const std::size_t kv_values = static_cast<std::size_t>(context) * kKvHeads * kHeadDim;
+  const DeviceBuffer q = bench.buffer(q_values * 2);
+  const DeviceBuffer out = bench.buffer(q_values * 2);
+  const DeviceBuffer k = bench.buffer(kv_values * 2);
+  const DeviceBuffer v = bench.buffer(kv_values * 2);
+  const DeviceBuffer lse = bench.buffer(static_cast<std::size_t>(rows) * kHeads * 4);
+  const double before = context - rows;
+  const double pairs = rows * (before + (rows + 1) / 2.0);
+  const double us = bench.time(4, [&](int) {
+    bench.device().prefill_attention({.q = q.data(),
+                                      .k = k.data(),
+                                      .v = v.data(),
+                                      .kv_type = DataType::kBf16,
+                                      .scratch_tokens = context,
+                                      .begin = context - rows,
+                                      .rows = rows,
+                                      .num_heads = kHeads,
+                                      .num_kv_heads = kKvHeads,
+                                      .head_dim = kHeadDim,
+                                      .scale = 0.088F,
+                                      .out = out.data(),
+                                      .lse = lse.as<float>()},
+                                     bench.stream());
+  });
+  report("prefill attention rows " + std::to_string(rows) + " context " + std::to_string(context),
+         us, 0, 4.0 * pairs * kHeads * kHeadDim);
+}
+
+void sampling(Bench& bench, int rows) {
+  const DeviceBuffer logits = bench.buffer(std::size_t{4} * rows * kVocab);
+  const std::vector<SampleRow> greedy(static_cast<std::size_t>(rows),
+                                      SampleRow{.temperature = 0,
+                                                .top_k = 0,
+                                                .top_p = 1,
+                                                .min_p = 0,
+                                                .repetition_penalty = 1,
+                                                .presence_penalty = 0,
+                                                .frequency_penalty = 0,
+                                                .seed = 1,
+                                                .position = 1,
+                                                .tokens = nullptr,
+                                                .num_prompt = 0,
+                                                .num_tokens = 0,
+                                                .append = false,
+                                                .num_logprobs = 0,
+                                                .forced = -1});
+  for (const bool random : {false, true}) {
+    std::vector<SampleRow> asked = greedy;
+    for (SampleRow& row : asked) {
+      if (random) row.temperature = 0.8F, row.top_p = 0.9F;
+    }
+    const DeviceBuffer table = bench.buffer(asked.size() * sizeof(SampleRow));
+    const DeviceBuffer out = bench.buffer(asked.size() * sizeof(SampledToken));
+    bench.device().copy_in(table.data(), asked.data(), table.bytes(), bench.stream());
+    bench.stream().synchronize();
+    const double us = bench.time(8, [&](int) {
+      bench.device().sample({.logits = logits.as<float>(),
+                             .rows = table.as<SampleRow>(),
+                             .num_rows = rows,
+                             .vocab = kVocab,
+                             .out = out.as<SampledToken>()},
+                            bench.stream());
+    });
+    report(std::string("sample ") + (random ? "top-p" : "greedy") + " rows " + std::to_string(rows),
+           us, 4.0 * rows * kVocab);
+  }
+}
+
+void run() {
+  Bench bench;
+  std::printf("{\"device\": \"%s\", \"ops\": [\n", bench.device().info().name.c_str());
+  copies(bench);
+  for (const int rows : {1, 2, 4, 8, 16, 32, 64}) products(bench, rows);
+  for (const int rows : {1024, 8192}) products(bench, rows);
+  for (const int context : {1024, 8192, 32768, 131072}) decode_attention(bench, 1, context);
+  for (const int rows : {8, 32}) decode_attention(bench, rows, 2048);
+  prefill_attention(bench, 8192, 8192);
+  prefill_attention(bench, 8192, 32768);
+  prefill_attention(bench, 2048, 131072);
+  sampling(bench, 1);
+  sampling(bench, 32);
+  copies(bench);
+  std::printf("  {}]}\n");
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
+
+int main() { foretoken::kernels::run(); }
