@@ -1,0 +1,81 @@
+// Reductions over a cluster of CTAs (up to 8 SMs that reach each other's shared memory).
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstring>
+
+namespace foretoken::kernels::cuda {
+
+__device__ inline int cluster_rank() {
+  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+}
+// Also makes what any thread of the cluster wrote, to global memory too, visible to all of them.
+__device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
+// The same shared variable in the CTA of `rank`.
+template <typename T>
+__device__ T* at_rank(T* shared, int rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+
+template <typename T>
+__device__ T shuffle_xor(T value, int offset) {
+  static_assert(sizeof(T) % 4 == 0);
+  unsigned words[sizeof(T) / 4];
+  memcpy(words, &value, sizeof value);
+  for (unsigned& word : words) word = __shfl_xor_sync(~0U, word, offset);
+  memcpy(&value, words, sizeof value);
+  return value;
+}
+
+// Reduces values of up to 16 bytes over all threads of a CTA or of the cluster, in an order that
+// only the shape fixes. op is commutative. All threads call, all get the result.
+template <int kThreads, int kCtas>
+class Reducer {
+ public:
+  struct Memory {  // shared
+    alignas(16) unsigned char warps[kThreads / 32][16];
+    alignas(16) unsigned char posted[2][16];
+  };
+  __device__ explicit Reducer(Memory& memory) : memory_(memory) {}
+
+  template <typename T, typename Op>
+  __device__ T over_cta(T value, Op op) {
+    static_assert(sizeof(T) <= 16);
+    for (int offset = 16; offset > 0; offset /= 2) value = op(value, shuffle_xor(value, offset));
+    __syncthreads();  // the reduction before has been read
+    if (threadIdx.x % 32 == 0) *reinterpret_cast<T*>(memory_.warps[threadIdx.x / 32]) = value;
+    __syncthreads();
+    value = *reinterpret_cast<const T*>(memory_.warps[0]);
+    for (int warp = 1; warp < kThreads / 32; ++warp) {
+      value = op(value, *reinterpret_cast<const T*>(memory_.warps[warp]));
+    }
+    return value;
+  }
+
+  template <typename T, typename Op>
+  __device__ T over_cluster(T value, Op op) {
+    T* posted = post(over_cta(value, op));
+    value = *at_rank(posted, 0);
+    for (int rank = 1; rank < kCtas; ++rank) value = op(value, *at_rank(posted, rank));
+    return value;
+  }
+
+  // Shows a value of this CTA to the others: at_rank(post(value), rank). There are two places in
+  // turn, so that nobody overwrites what others may still read: who comes to the next but one has
+  // waited for all in between.
+  template <typename T>
+  __device__ T* post(T value) {
+    turn_ ^= 1;
+    T* posted = reinterpret_cast<T*>(memory_.posted[turn_]);
+    if (threadIdx.x == 0) *posted = value;
+    cluster_sync();
+    return posted;
+  }
+
+ private:
+  Memory& memory_;
+  int turn_ = 0;
+};
+
+}  // namespace foretoken::kernels::cuda

@@ -1,0 +1,243 @@
+// Sampling on the CUDA device against the CPU device: the same tokens under every mixture of
+// penalties, filters and temperatures, and the same reports.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <deque>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "tests/kernels/cuda/cuda_test.h"
+
+namespace foretoken::kernels {
+namespace {
+
+constexpr unsigned kSeed = 20261123;
+// The normalizer's terms are of float accuracy on the GPU, of double accuracy on the CPU.
+constexpr float kLogprobTolerance = 4e-6F;
+
+constexpr SampleRow kGreedy{.temperature = 0,
+                            .top_k = 0,
+                            .top_p = 1,
+                            .min_p = 0,
+                            .repetition_penalty = 1,
+                            .presence_penalty = 0,
+                            .frequency_penalty = 0,
+                            .seed = 7,
+                            .position = 0,
+                            .tokens = nullptr,
+                            .num_prompt = 0,
+                            .num_tokens = 0,
+                            .append = false,
+                            .num_logprobs = 0,
+                            .forced = -1};
+
+// A row and the tokens before it, as the host has them.
+struct HostRow {
+  SampleRow row = kGreedy;
+  std::vector<TokenId> tokens;  // and room for one more
+};
+
+struct Drawn {
+  std::vector<SampledToken> sampled;
+  std::vector<std::vector<TokenId>> tokens;
+};
+
+Drawn draw(DeviceUnderTest& on, const std::vector<float>& logits, int vocab,
+           const std::vector<HostRow>& rows) {
+  const DeviceArray<float> device_logits(on, logits);
+  std::deque<DeviceArray<TokenId>> tokens;
+  std::vector<SampleRow> device_rows;
+  for (const HostRow& host : rows) {
+    tokens.emplace_back(on, host.tokens);
+    device_rows.push_back(host.row);
+    device_rows.back().tokens = tokens.back().data();
+  }
+  const DeviceArray<SampleRow> row_array(on, device_rows);
+  const DeviceArray<SampledToken> out(on, std::vector<SampledToken>(rows.size()));
+  on.run(&Device::sample, SampleArgs{device_logits.data(), row_array.data(),
+                                     static_cast<int>(rows.size()), vocab, out.data()});
+  Drawn drawn{out.get(), {}};
+  for (const auto& array : tokens) drawn.tokens.push_back(array.get());
+  return drawn;
+}
+
+void expect_equal(const Drawn& cuda, const Drawn& cpu) {
+  for (std::size_t i = 0; i < cpu.sampled.size(); ++i) {
+    SCOPED_TRACE(testing::Message() << "row " << i);
+    const SampledToken& actual = cuda.sampled[i];
+    const SampledToken& expected = cpu.sampled[i];
+    EXPECT_EQ(actual.token, expected.token);
+    if (std::isinf(expected.logprob)) {
+      EXPECT_EQ(actual.logprob, expected.logprob);
+    } else {
+      EXPECT_NEAR(actual.logprob, expected.logprob, kLogprobTolerance);
+    }
+    ASSERT_EQ(actual.num_top, expected.num_top);
+    for (int top = 0; top < expected.num_top; ++top) {
+      EXPECT_EQ(actual.top_ids[top], expected.top_ids[top]) << top;
+      EXPECT_NEAR(actual.top_logprobs[top], expected.top_logprobs[top], kLogprobTolerance);
+    }
+    EXPECT_EQ(cuda.tokens[i], cpu.tokens[i]);
+  }
+}
+
+class RowMaker {
+ public:
+  explicit RowMaker(int vocab) : vocab_(vocab) {}
+
+  // Logits of a language model's spread; where `tied`, of few values.
+  std::vector<float> logits(int rows, bool tied) {
+    std::normal_distribution<float> normal(0, 3);
+    std::vector<float> values(static_cast<std::size_t>(rows) * static_cast<std::size_t>(vocab_));
+    for (float& value : values) value = tied ? std::round(normal(random_)) : normal(random_);
+    return values;
+  }
+  HostRow row() {
+    HostRow host;
+    SampleRow& row = host.row;
+    row.temperature = pick({0.0F, 0.3F, 0.7F, 1.0F, 1.5F});
+    row.top_k = pick({0, 0, 1, 2, 40, 3000, 1'000'000});
+    row.top_p = pick({1.0F, 1.0F, 0.1F, 0.9F, 0.999F, 1e-6F});
+    row.min_p = pick({0.0F, 0.0F, 0.05F, 0.5F, 1.0F});
+    row.seed = random_();
+    row.position = static_cast<std::int64_t>(random_()) << 3;
+    row.num_tokens = pick({0, 1, 50, 3000});
+    row.num_prompt = row.num_tokens == 0 ? 0 : static_cast<int>(random_() % 1000) % row.num_tokens;
+    for (int i = 0; i <= row.num_tokens; ++i) {
+      host.tokens.push_back(static_cast<TokenId>(random_() % static_cast<unsigned>(vocab_)));
+    }
+    if (row.num_tokens > 1) host.tokens[0] = -1;  // no token
+    if (random_() % 2 == 0) {
+      row.repetition_penalty = pick({1.0F, 1.3F, 0.8F});
+      row.presence_penalty = pick({0.0F, 0.6F, -0.5F});
+      row.frequency_penalty = pick({0.0F, 0.1F});
+    }
+    row.append = random_() % 2 == 0;
+    row.num_logprobs = pick({0, 0, 1, 20, 99});
+    row.forced =
+        random_() % 8 == 0 ? static_cast<TokenId>(random_() % static_cast<unsigned>(vocab_)) : -1;
+    return host;
+  }
+
+ private:
+  template <typename T>
+  T pick(std::initializer_list<T> from) {
+    return from.begin()[random_() % from.size()];
+  }
+
+  int vocab_;
+  std::mt19937 random_{kSeed};
+};
+
+class CudaSample : public CudaTest, public testing::WithParamInterface<int> {};
+
+TEST_P(CudaSample, IsTheCpus) {
+  const int vocab = GetParam();
+  Pair pair;
+  RowMaker maker(vocab);
+  for (const int num_rows : {0, 1, 7, 64}) {
+    for (const bool tied : {false, true}) {
+      SCOPED_TRACE(testing::Message() << num_rows << (tied ? " tied rows" : " rows"));
+      const auto logits = maker.logits(num_rows, tied);
+      std::vector<HostRow> rows;
+      for (int i = 0; i < num_rows; ++i) rows.push_back(maker.row());
+      expect_equal(draw(pair.cuda, logits, vocab, rows), draw(pair.cpu, logits, vocab, rows));
+      if (HasFailure()) return;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Vocabularies, CudaSample,
+                         testing::Values(1, 2, 31, 129, 4096, 49152, 152'064, 151'937));
+
+class CudaSampleRow : public CudaTest {
+ protected:
+  // One row with these logits on both devices.
+  void expect_equal_row(const std::vector<float>& logits, const SampleRow& row,
+                        TokenId expected_token) {
+    if (!pair) pair = std::make_unique<Pair>();
+    const std::vector<HostRow> rows{{row, std::vector<TokenId>(4, 1)}};
+    const int vocab = static_cast<int>(logits.size());
+    const Drawn cuda = draw(pair->cuda, logits, vocab, rows);
+    expect_equal(cuda, draw(pair->cpu, logits, vocab, rows));
+    EXPECT_EQ(cuda.sampled[0].token, expected_token);
+  }
+  std::unique_ptr<Pair> pair;
+};
+
+TEST_F(CudaSampleRow, SaysLogitsThatAreNoNumbers) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+        -std::numeric_limits<float>::infinity()}) {
+    for (const std::size_t at : {0U, 2999U}) {
+      std::vector<float> logits(3000, 1);
+      logits[at] = bad;
+      SampleRow row = kGreedy;
+      row.num_logprobs = 3;
+      row.num_tokens = 2;
+      row.append = true;
+      expect_equal_row(logits, row, 0);
+      row.temperature = 1;
+      expect_equal_row(logits, row, 0);
+    }
+  }
+}
+
+TEST_F(CudaSampleRow, TakesTheFirstOfTheBest) {
+  std::vector<float> logits(5000, -2);
+  logits[1234] = logits[1235] = logits[4999] = 5;
+  expect_equal_row(logits, kGreedy, 1234);
+}
+
+// Every logit is the same: one bucket holds them all, and ties decide everything.
+TEST_F(CudaSampleRow, DrawsAmongEqualLogits) {
+  const std::vector<float> logits(10'000, -3.5F);
+  SampleRow row = kGreedy;
+  row.temperature = 1;
+  row.top_k = 100;
+  row.top_p = 0.5F;  // tokens 0 .. 49
+  if (!pair) pair = std::make_unique<Pair>();
+  for (row.position = 0; row.position < 50; ++row.position) {
+    const std::vector<HostRow> rows{{row, {0}}};
+    const Drawn cuda = draw(pair->cuda, logits, 10'000, rows);
+    expect_equal(cuda, draw(pair->cpu, logits, 10'000, rows));
+    EXPECT_LT(cuda.sampled[0].token, 50);
+  }
+}
+
+// A graph that samples twice in a row: nothing of the first draw is left in the way of the second.
+TEST_F(CudaSampleRow, RunsInAGraph) {
+  Pair both;
+  Device& device = *both.cuda.device;
+  Stream& stream = *both.cuda.stream;
+  RowMaker maker(1000);
+  const DeviceArray<float> logits(both.cuda, maker.logits(1, false));
+  DeviceArray<TokenId> tokens(both.cuda, std::vector<TokenId>(10, 3));
+  SampleRow row = kGreedy;
+  row.temperature = 1;
+  row.top_p = 0.9F;
+  row.repetition_penalty = 1.2F;
+  row.tokens = tokens.data();
+  row.num_tokens = 4;
+  row.append = true;
+  const DeviceArray<SampleRow> rows(both.cuda, {row});
+  const DeviceArray<SampledToken> out(both.cuda, {SampledToken{}});
+  const auto step = [&] {
+    device.sample({logits.data(), rows.data(), 1, 1000, out.data()}, stream);
+  };
+  step();
+  stream.synchronize();
+  const TokenId first = out.get()[0].token;
+  const auto graph = device.record(stream, step);
+  graph->launch(stream);
+  graph->launch(stream);
+  stream.synchronize();
+  EXPECT_EQ(out.get()[0].token, first);
+  EXPECT_EQ(tokens.get()[4], first);
+  EXPECT_EQ(tokens.get()[5], 3);
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
