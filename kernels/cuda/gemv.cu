@@ -1,13 +1,11 @@
-// gemv: out = x W^T for up to 8 rows of x, bound by reading W once from device memory.
+// gemv: out = x W^T for a few rows of x, bound by reading W once from device memory.
 //
-// A block of threads makes 16 features (swiglu: 8 gates and their 8 ups) of all rows. Its 8 warps
-// split the columns, 128 at a time each, so that 1 KiB of every W row is in flight; partial sums
-// meet in shared memory. W is the tensor cores' left operand and x the right one: 16 bytes of a W
-// row and of an x row are two steps' places (mma.cuh), straight from memory into registers. The
-// first W loads are issued before the kernel waits for x.
+// A warp makes one feature (swiglu: a gate and its up) of all rows: it streams the feature's row of
+// W, 512 neighbouring bytes a load, several loads ahead. That order of reading is what reaches the
+// memory's speed (docs/measurements.md); tensor cores would want 8 or 16 rows of W side by side.
+// The first loads are issued before the kernel waits for x, which then lies in shared memory.
 //
-// The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end, which the warps
-// find beside the product.
+// The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end.
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
@@ -17,9 +15,9 @@
 namespace foretoken::kernels::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kFeatures = 16;  // rows of W a block of threads
-constexpr int kUnroll = 4;     // steps of kGemvColumns (a warp's 16-byte loads) in flight
+constexpr int kWarps = 16;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kStep = 256;  // columns that a warp's 16-byte loads cover
 
 template <typename T>
 struct GemvParams {
@@ -35,146 +33,149 @@ struct GemvParams {
   int columns;
 };
 
-// The W row of tile row i (0..15) of a block: with swiglu the upper 8 are the ups of the lower.
-template <bool kSwiGlu>
-__device__ int feature_of(int i, int num_features) {
-  if constexpr (kSwiGlu) {
-    const int gate = blockIdx.x * 8 + i % 8;
-    return i < 8 ? gate : num_features / 2 + gate;
-  }
-  return blockIdx.x * kFeatures + i;
-}
-
-template <typename T>
-struct WeightTile {
-  uint4 low[kUnroll];   // tile row g
-  uint4 high[kUnroll];  // tile row g + 8
-
-  __device__ void load(const T* low_row, const T* high_row, int step, int num_steps) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (step + u < num_steps) {
-        low[u] = load_once(low_row + (step + u) * kGemvColumns);
-        high[u] = load_once(high_row + (step + u) * kGemvColumns);
-      } else {
-        low[u] = high[u] = uint4{0, 0, 0, 0};
-      }
-    }
-  }
-};
-
 // 8 values of x under the norm's weights; adds their squares.
 template <typename T>
 __device__ uint4 apply_norm(uint4 x, const float* weight, float& squares) {
-  const auto* pairs = reinterpret_cast<const std::uint32_t*>(&x);
-  const float4 first = *reinterpret_cast<const float4*>(weight);
-  const float4 second = *reinterpret_cast<const float4*>(weight + 4);
-  const float2 a = unpack<T>(pairs[0]);
-  const float2 b = unpack<T>(pairs[1]);
-  const float2 c = unpack<T>(pairs[2]);
-  const float2 d = unpack<T>(pairs[3]);
-  squares +=
-      a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y + c.x * c.x + c.y * c.y + d.x * d.x + d.y * d.y;
-  return {pack<T>(a.x * first.x, a.y * first.y), pack<T>(b.x * first.z, b.y * first.w),
-          pack<T>(c.x * second.x, c.y * second.y), pack<T>(d.x * second.z, d.y * second.w)};
-}
-
-template <typename T, bool kNorm>
-__device__ void multiply(const WeightTile<T>& tile, const T* x_row, const float* norm_weight,
-                         int step, int num_steps, float (&sums)[4], float& squares) {
+  auto* pairs = reinterpret_cast<std::uint32_t*>(&x);
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    uint4 x{0, 0, 0, 0};
-    if (x_row != nullptr && step + u < num_steps) {
-      const int column = (step + u) * kGemvColumns;
-      x = *reinterpret_cast<const uint4*>(x_row + column);
-      if constexpr (kNorm) x = apply_norm<T>(x, norm_weight + column, squares);
-    }
-    mma<T>(sums, tile.low[u].x, tile.high[u].x, tile.low[u].y, tile.high[u].y, x.x, x.y);
-    mma<T>(sums, tile.low[u].z, tile.high[u].z, tile.low[u].w, tile.high[u].w, x.z, x.w);
+  for (int i = 0; i < 4; ++i) {
+    const float2 value = unpack<T>(pairs[i]);
+    squares += value.x * value.x + value.y * value.y;
+    pairs[i] = pack<T>(value.x * weight[2 * i], value.y * weight[2 * i + 1]);
   }
+  return x;
 }
 
-struct PartialSums {
-  float products[kWarps][kFeatures][8];  // [warp, tile row, x row]
-  float squares[kWarps][8];              // [warp, x row]
+// The rows of x in shared memory, [kRows, columns rounded up to kStep], zeros behind each.
+template <typename T, int kRows, bool kNorm>
+struct StagedRows {
+  T* values;
+  int stride;
+  float* inverse_rms;  // [kRows]
+
+  __device__ void stage(const GemvParams<T>& p) {
+    __shared__ float parts[kRows][kWarps];
+    for (int row = 0; row < kRows; ++row) {
+      float squares = 0;
+      for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
+        uint4 x{0, 0, 0, 0};
+        if (row < p.rows && i < p.columns) {
+          x = *reinterpret_cast<const uint4*>(p.x + static_cast<std::size_t>(row) * p.columns + i);
+          if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
+        }
+        *reinterpret_cast<uint4*>(values + row * stride + i) = x;
+      }
+      if constexpr (kNorm) {
+        squares = warp_sum(squares);
+        if (threadIdx.x % 32 == 0) parts[row][threadIdx.x / 32] = squares;
+      }
+    }
+    __syncthreads();
+    if (!kNorm || threadIdx.x >= kRows) return;
+    float squares = 0;
+    for (const float part : parts[threadIdx.x]) squares += part;
+    inverse_rms[threadIdx.x] = rsqrtf(squares / static_cast<float>(p.columns) + p.norm_eps);
+  }
 };
 
-// The product of tile row i and x row n, all warps together, normed.
-template <bool kNorm>
-__device__ float total(const PartialSums& partial, int i, int n, float eps, int columns) {
-  float sum = 0;
-  float squares = 0;
+// Loads of one or two rows of W (swiglu), kUnroll steps ahead.
+template <typename T, int kParts, int kUnroll>
+struct WeightStream {
+  const T* rows[kParts];
+  int columns;
+  uint4 ahead[kParts][kUnroll];
+
+  __device__ void load(int u, int column) {
 #pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) {
-    sum += partial.products[warp][i][n];
-    if constexpr (kNorm) squares += partial.squares[warp][n];
+    for (int part = 0; part < kParts; ++part) {
+      ahead[part][u] = column < columns ? load_once(rows[part] + column) : uint4{0, 0, 0, 0};
+    }
   }
-  if constexpr (kNorm) sum *= rsqrtf(squares / static_cast<float>(columns) + eps);
+};
+
+template <typename T>
+__device__ float dot(uint4 a, uint4 b, float sum) {
+  const auto* a_pairs = reinterpret_cast<const std::uint32_t*>(&a);
+  const auto* b_pairs = reinterpret_cast<const std::uint32_t*>(&b);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = unpack<T>(a_pairs[i]);
+    const float2 y = unpack<T>(b_pairs[i]);
+    sum += x.x * y.x;
+    sum += x.y * y.y;
+  }
   return sum;
 }
 
-template <typename T, typename Out, bool kNorm, bool kSwiGlu>
-__global__ void __launch_bounds__(32 * kWarps) gemv_kernel(const GemvParams<T> p) {
-  __shared__ PartialSums partial;
+template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
+__global__ void __launch_bounds__(kThreads, kRows <= 2 ? 2 : 1) gemv_kernel(const GemvParams<T> p) {
+  constexpr int kParts = kSwiGlu ? 2 : 1;
+  constexpr int kUnroll = kRows <= 2 ? 4 / kParts : 8 / kParts;
+  extern __shared__ __align__(16) std::byte shared[];
+  __shared__ float inverse_rms[kRows];
   allow_next_kernel();
-  const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  const int g = lane / 4;
-  const int q = lane % 4;
-  const int num_steps = p.columns / kGemvColumns;
-  // A last tile past the end reads the last row again; what it makes is not stored.
-  const int low = min(feature_of<kSwiGlu>(g, p.num_features), p.num_features - 1);
-  const int high = min(feature_of<kSwiGlu>(g + 8, p.num_features), p.num_features - 1);
-  const T* low_row = p.weight + static_cast<std::size_t>(low) * p.columns + 8 * q;
-  const T* high_row = p.weight + static_cast<std::size_t>(high) * p.columns + 8 * q;
+  const int out_columns = p.num_features / kParts;
+  const int feature = blockIdx.x * kWarps + threadIdx.x / 32;
+  const int row = min(feature, out_columns - 1);  // what is made past the end is not stored
+  const int stride = (p.columns + kStep - 1) / kStep * kStep;
 
-  int step = warp * kUnroll;
-  WeightTile<T> tile;
-  tile.load(low_row, high_row, step, num_steps);
+  WeightStream<T, kParts, kUnroll> weight;
+  weight.columns = p.columns;
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+    weight.rows[part] = p.weight + static_cast<std::size_t>(row + part * out_columns) * p.columns;
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) weight.load(u, u * kStep + 8 * lane);
+
   wait_for_earlier_kernels();
-  const T* x_row = g < p.rows ? p.x + static_cast<std::size_t>(g) * p.columns + 8 * q : nullptr;
-  const float* norm_weight = kNorm ? p.norm_weight + 8 * q : nullptr;
-  float sums[4] = {};
-  float squares = 0;
-  while (step < num_steps) {
-    multiply<T, kNorm>(tile, x_row, norm_weight, step, num_steps, sums, squares);
-    step += kWarps * kUnroll;
-    if (step < num_steps) tile.load(low_row, high_row, step, num_steps);
+  StagedRows<T, kRows, kNorm> x{reinterpret_cast<T*>(shared), stride, inverse_rms};
+  x.stage(p);
+  float sums[kParts][kRows] = {};
+  for (int begin = 0; begin < stride; begin += kUnroll * kStep) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int column = begin + u * kStep + 8 * lane;
+      if (begin + u * kStep < stride) {
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+          const uint4 values = *reinterpret_cast<const uint4*>(x.values + n * stride + column);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) {
+            sums[part][n] = dot<T>(weight.ahead[part][u], values, sums[part][n]);
+          }
+        }
+      }
+      weight.load(u, column + kUnroll * kStep);
+    }
   }
-
-  partial.products[warp][g][2 * q] = sums[0];
-  partial.products[warp][g][2 * q + 1] = sums[1];
-  partial.products[warp][g + 8][2 * q] = sums[2];
-  partial.products[warp][g + 8][2 * q + 1] = sums[3];
-  if constexpr (kNorm) {
-    squares += __shfl_xor_sync(~0U, squares, 1);
-    squares += __shfl_xor_sync(~0U, squares, 2);
-    if (q == 0) partial.squares[warp][g] = squares;
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) sums[part][n] = warp_sum(sums[part][n]);
   }
-  __syncthreads();
-
-  const int width = kSwiGlu ? 8 : kFeatures;  // features that this block stores
-  const int n = threadIdx.x / width;
-  const int i = threadIdx.x % width;
-  if (n >= p.rows) return;
-  const int feature = feature_of<kSwiGlu>(i, p.num_features);
-  const int out_columns = kSwiGlu ? p.num_features / 2 : p.num_features;
-  if (feature >= out_columns) return;
-  float value = total<kNorm>(partial, i, n, p.norm_eps, p.columns);
-  if (p.bias != nullptr) value += p.bias[feature];
-  const std::size_t at = static_cast<std::size_t>(n) * out_columns + feature;
-  if constexpr (kSwiGlu) {
-    float up = total<kNorm>(partial, i + 8, n, p.norm_eps, p.columns);
-    if (p.bias != nullptr) up += p.bias[out_columns + feature];
-    value = silu(value) * up;
-  } else {
-    if (p.residual != nullptr) value += to_float(p.residual[at]);
+  if constexpr (kNorm) __syncthreads();  // inverse_rms
+  if (lane != 0 || feature >= out_columns) return;
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    if (n >= p.rows) return;
+    const float scale = kNorm ? inverse_rms[n] : 1.0F;
+    float value = sums[0][n] * scale;
+    if (p.bias != nullptr) value += p.bias[feature];
+    const std::size_t at = static_cast<std::size_t>(n) * out_columns + feature;
+    if constexpr (kSwiGlu) {
+      float up = sums[1][n] * scale;
+      if (p.bias != nullptr) up += p.bias[out_columns + feature];
+      value = silu(value) * up;
+    } else if (p.residual != nullptr) {
+      value += to_float(p.residual[at]);
+    }
+    static_cast<Out*>(p.out)[at] = from_float<Out>(value);
   }
-  static_cast<Out*>(p.out)[at] = from_float<Out>(value);
 }
 
-template <typename T>
+template <typename T, int kRows>
 void run(const LinearArgs& args, CudaStream& stream) {
   const auto& weight = static_cast<const CudaWeight&>(*args.weight);
   const GemvParams<T> params{static_cast<const T*>(args.x),
@@ -188,28 +189,46 @@ void run(const LinearArgs& args, CudaStream& stream) {
                              weight.rows,
                              weight.columns};
   const bool swiglu = args.swiglu.scratch != nullptr;
-  const int tile = swiglu ? 8 : kFeatures;
-  const int blocks = ((swiglu ? weight.rows / 2 : weight.rows) + tile - 1) / tile;
-  const auto start = [&](auto kernel) {
-    launch_overlapped(kernel, blocks, 32 * kWarps, 0, stream, params);
-  };
   const bool norm = args.norm.weight != nullptr;
   FT_CHECK(!(swiglu && args.out_fp32));
-  if (swiglu)
-    return norm ? start(gemv_kernel<T, T, true, true>) : start(gemv_kernel<T, T, false, true>);
-  if (args.out_fp32) {
-    return norm ? start(gemv_kernel<T, float, true, false>)
-                : start(gemv_kernel<T, float, false, false>);
+  const int features = swiglu ? weight.rows / 2 : weight.rows;
+  const int stride = (weight.columns + kStep - 1) / kStep * kStep;
+  const auto start = [&](auto kernel) {
+    const int shared_bytes = kRows * stride * static_cast<int>(sizeof(T));
+    FT_CUDA(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    launch_overlapped(kernel, (features + kWarps - 1) / kWarps, kThreads, shared_bytes, stream,
+                      params);
+  };
+  if (swiglu) {
+    return norm ? start(gemv_kernel<T, T, kRows, true, true>)
+                : start(gemv_kernel<T, T, kRows, false, true>);
   }
-  norm ? start(gemv_kernel<T, T, true, false>) : start(gemv_kernel<T, T, false, false>);
+  if (args.out_fp32) {
+    return norm ? start(gemv_kernel<T, float, kRows, true, false>)
+                : start(gemv_kernel<T, float, kRows, false, false>);
+  }
+  norm ? start(gemv_kernel<T, T, kRows, true, false>)
+       : start(gemv_kernel<T, T, kRows, false, false>);
 }
 
 }  // namespace
 
+bool can_gemv(const LinearArgs& args) {
+  constexpr std::size_t kMaxSharedBytes = 200 << 10;
+  const auto columns = static_cast<std::size_t>(args.weight->columns);
+  return args.rows <= kMaxGemvRows && columns % 8 == 0 &&
+         2 * kMaxGemvRows * (columns + kStep) <= kMaxSharedBytes;
+}
+
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream) {
-  FT_CHECK(args.rows <= kMaxGemvRows && args.weight->columns % kGemvColumns == 0, args.rows,
-           args.weight->columns);
-  with_half_type(activation, [&](auto tag) { run<typename decltype(tag)::type>(args, stream); });
+  FT_CHECK(can_gemv(args), args.rows, args.weight->columns);
+  with_half_type(activation, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (args.rows == 1) return run<T, 1>(args, stream);
+    if (args.rows == 2) return run<T, 2>(args, stream);
+    run<T, kMaxGemvRows>(args, stream);
+  });
 }
 
 }  // namespace foretoken::kernels::cuda

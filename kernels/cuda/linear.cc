@@ -168,9 +168,7 @@ Linear::~Linear() = default;
 
 void Linear::run(const LinearArgs& args, CudaStream& stream) {
   if (args.rows == 0) return;
-  if (args.rows <= kMaxGemvRows && args.weight->columns % kGemvColumns == 0) {
-    return gemv(args, impl_->activation, stream);
-  }
+  if (can_gemv(args)) return gemv(args, impl_->activation, stream);
   impl_->run(args, stream);
 }
 

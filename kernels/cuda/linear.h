@@ -32,9 +32,10 @@ class Linear {
 };
 
 // Up to this many rows gemv() is faster than cuBLASLt (docs/measurements.md).
-inline constexpr int kMaxGemvRows = 8;
-inline constexpr int kGemvColumns = 32;
-// REQUIRES: args.rows <= kMaxGemvRows; the weight's columns are a multiple of kGemvColumns.
+inline constexpr int kMaxGemvRows = 4;
+// Whether gemv() takes the product: few rows, and columns that its loads and memory allow.
+bool can_gemv(const LinearArgs& args);
+// REQUIRES: can_gemv(args).
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream);
 
 }  // namespace foretoken::kernels::cuda
