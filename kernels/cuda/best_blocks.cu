@@ -28,9 +28,11 @@ __device__ Rank rank_of(std::uint32_t score, int column) {
          (kColumnMask - static_cast<std::uint32_t>(column));
 }
 
-// Both parts are bounded (cnn.cuh), so that their sum can't overflow.
+// A sum past int32 is a mean of s past 8, which no attention has: it counts as the greatest.
 __device__ std::uint32_t score_bits(const Map& map, int column) {
-  return static_cast<std::uint32_t>(map.sums()[column] + map.boundary()[column]) ^ 0x80000000U;
+  const auto sum = static_cast<std::int64_t>(map.sums()[column]) + map.boundary()[column];
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  return static_cast<std::uint32_t>(min(max(sum, -kMost), kMost)) ^ 0x80000000U;
 }
 
 struct Shared {

@@ -16,7 +16,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kLastRow = kHistoryRows - 1;
 constexpr int kFixedBits = 22;
-constexpr float kSaturation = 8.0F;
+constexpr float kInterior = 8.0F;   // |s| is cut off here: 60 rows fit int32
+constexpr float kBoundary = 64.0F;  // and here: 4 rows fit
 
 class CudaPredictor final : public Predictor {
  public:
@@ -88,8 +89,8 @@ __device__ __noinline__ float evaluate(const PredictorWeights& w, const Window<T
   return s;
 }
 
-__device__ std::int32_t fixed(float s) {
-  const float bounded = fminf(fmaxf(s, -kSaturation), kSaturation);
+__device__ std::int32_t fixed(float s, float saturation) {
+  const float bounded = fminf(fmaxf(s, -saturation), saturation);
   return __float2int_rn(bounded * static_cast<float>(1 << kFixedBits));
 }
 
@@ -123,14 +124,15 @@ __device__ void update_map(const PredictorWeights& w, const Map& map) {
   for (int c = static_cast<int>(threadIdx.x); c < window.columns; c += kThreads) {
     std::int32_t sum = c < first_rebuilt ? map.sums()[c] : 0;
     if (c < first_rebuilt && slide) {
-      sum += fixed(evaluate(w, window, 61, c, 0)) - fixed(evaluate(w, window, 1, c, -1));
+      sum += fixed(evaluate(w, window, 61, c, 0), kInterior) -
+             fixed(evaluate(w, window, 1, c, -1), kInterior);
     }
     for (int row = 2; c >= first_rebuilt && row <= 61; ++row) {
-      sum += fixed(evaluate(w, window, row, c, 0));
+      sum += fixed(evaluate(w, window, row, c, 0), kInterior);
     }
     map.sums()[c] = sum;
     std::int32_t edge = 0;
-    for (const int row : {0, 1, 62, 63}) edge += fixed(evaluate(w, window, row, c, 0));
+    for (const int row : {0, 1, 62, 63}) edge += fixed(evaluate(w, window, row, c, 0), kBoundary);
     map.boundary()[c] = edge;
   }
 }
