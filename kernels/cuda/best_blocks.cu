@@ -1,0 +1,357 @@
+// Top-k of a map's scores, and the union over the maps of a KV head: one CTA a KV head.
+//
+// A candidate's rank is a 56-bit number, unique within a map: its score as an unsigned integer,
+// then its column, the lower the better. The k-th greatest rank is found by radix selection, from
+// the highest bit that differs on: few ranks pass its filter, so a histogram costs little.
+#include "common/check.h"
+#include "kernels/cuda/best_blocks.h"
+#include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/map_state.cuh"
+
+namespace foretoken::kernels::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr int kHeld = 16;      // ranks that a thread keeps in registers: 8,192 columns
+constexpr int kMaxMaps = 128;  // of a KV head
+constexpr int kMaskWords = kMaxPredictColumns / 32;
+constexpr int kColumnBits = 24;
+constexpr std::uint64_t kColumnMask = (1U << kColumnBits) - 1;
+constexpr int kRankBits = 32 + kColumnBits;
+constexpr std::uint64_t kLatest = 0;  // score bits of a column that was chosen as a late one
+
+using Rank = std::uint64_t;
+
+__device__ Rank rank_of(std::uint32_t score, int column) {
+  return (static_cast<Rank>(score) << kColumnBits) |
+         (kColumnMask - static_cast<std::uint32_t>(column));
+}
+
+// A sum past int32 is a mean of s past 8, which no attention has: it counts as the greatest.
+__device__ std::uint32_t score_bits(const Map& map, int column) {
+  const auto sum = static_cast<std::int64_t>(map.sums()[column]) + map.boundary()[column];
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  return static_cast<std::uint32_t>(min(max(sum, -kMost), kMost)) ^ 0x80000000U;
+}
+
+struct Shared {
+  int first_item[kMaxSequences + 1];
+  std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
+  Rank threshold[kMaxMaps];          // of a map: it wants the ranks from here on
+  bool usable[kMaxMaps];
+  alignas(16) Rank greatest[kThreads];
+  int histogram[256];
+  Rank most;    // the greatest of all
+  Rank prefix;  // of radix selection
+  int still;    // ranks to choose among those with the prefix
+  int of_bin;   // ranks that have it
+  int warp_total[kWarps];
+};
+
+// ranks.for_each(f): calls f(rank) for those of this thread. All threads of the CTA call these.
+
+// A number that at least k ranks reach, if there are k: the k-th greatest of the maxima of groups
+// of threads. 0 where k is too great for that.
+template <typename Ranks>
+__device__ Rank lower_bound(const Ranks& ranks, int k, Shared& shared, Rank* most) {
+  const int tid = static_cast<int>(threadIdx.x);
+  Rank mine = 0;
+  ranks.for_each([&](Rank rank) { mine = max(mine, rank); });
+  int groups = kThreads;  // more groups than 2 k make the bound no better, only dearer
+  int width = 1;
+  for (; width < 32 && groups / 2 >= 2 * k; width *= 2, groups /= 2) {
+    mine = max(mine, __shfl_xor_sync(~0U, mine, width));
+  }
+  if (tid % width == 0) shared.greatest[tid / width] = mine;
+  if (tid == 0) shared.prefix = shared.most = 0;
+  __syncthreads();
+  if (tid < groups) {
+    const Rank own = shared.greatest[tid];
+    int above = 0;
+    for (int i = 0; i < groups; ++i) above += shared.greatest[i] > own ? 1 : 0;
+    if (own != 0 && above == k - 1) shared.prefix = own;
+    if (own != 0 && above == 0) shared.most = own;
+  }
+  __syncthreads();
+  const Rank bound = shared.prefix;
+  *most = shared.most;
+  __syncthreads();
+  return bound;
+}
+
+// The bin that holds the shared.still-th greatest rank: extends the prefix by it. By one warp.
+__device__ void pick_bin(Shared& shared) {
+  const int lane = static_cast<int>(threadIdx.x);
+  int count = 0;  // of this lane's 8 bins; lane 0 has the greatest
+  for (int i = 0; i < 8; ++i) count += shared.histogram[255 - lane * 8 - i];
+  int through = count;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(~0U, through, offset);
+    if (lane >= offset) through += other;
+  }
+  const int still = shared.still;
+  __syncwarp();
+  int before = through - count;
+  if (still <= before || still > through) return;
+  for (int bin = 255 - lane * 8;; --bin) {
+    const int of_bin = shared.histogram[bin];
+    if (before + of_bin >= still) {
+      shared.prefix = (shared.prefix << 8) | static_cast<std::uint32_t>(bin);
+      shared.still = still - before;
+      shared.of_bin = of_bin;
+      return;
+    }
+    before += of_bin;
+  }
+}
+
+// A number that exactly k ranks reach. REQUIRES: there are more than k.
+template <typename Ranks>
+__device__ Rank kth_greatest(const Ranks& ranks, int k, Shared& shared) {
+  Rank most = 0;
+  const Rank bound = lower_bound(ranks, k, shared, &most);
+  int shift = kRankBits - 8;
+  while (shift > 0 && (most >> shift) == (bound >> shift)) shift -= 8;
+  if (threadIdx.x == 0) {
+    shared.prefix = most >> (shift + 8);
+    shared.still = k;
+  }
+  for (;; shift -= 8) {
+    for (int i = static_cast<int>(threadIdx.x); i < 256; i += kThreads) shared.histogram[i] = 0;
+    __syncthreads();
+    const Rank prefix = shared.prefix;
+    ranks.for_each([&](Rank rank) {
+      if (rank >= bound && rank >> (shift + 8) == prefix) {
+        atomicAdd(&shared.histogram[(rank >> shift) & 255], 1);
+      }
+    });
+    __syncthreads();
+    if (threadIdx.x < 32) pick_bin(shared);
+    __syncthreads();
+    if (shift == 0 || shared.of_bin == shared.still) {
+      const Rank threshold = shared.prefix << shift;
+      __syncthreads();
+      return threshold;
+    }
+  }
+}
+
+// The ranks of one map. The first columns' stay in registers.
+class MapRanks {
+ public:
+  __device__ explicit MapRanks(const Map& map) : map_(map), columns_(map.candidates()) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int column = i * kThreads + static_cast<int>(threadIdx.x);
+      held_[i] = column < columns_ ? score_bits(map, column) : 0;
+    }
+  }
+  template <typename F>
+  __device__ void for_each(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int column = i * kThreads + static_cast<int>(threadIdx.x);
+      if (column < columns_) f(rank_of(held_[i], column));
+    }
+    for (int column = kHeld * kThreads + static_cast<int>(threadIdx.x); column < columns_;
+         column += kThreads) {
+      f(rank_of(score_bits(map_, column), column));
+    }
+  }
+
+ private:
+  const Map& map_;
+  int columns_;
+  std::uint32_t held_[kHeld];
+};
+
+// The maps of one KV head.
+struct Head {
+  const HistoryState& state;
+  int first_map;  // index among all layers' maps
+  int columns;    // candidates
+
+  __device__ Map map(int i) const { return {state, first_map + i}; }
+  __device__ int maps() const { return state.maps_per_kv_head; }
+};
+
+// The ranks of the union: of a column, the best of the maps that want it.
+struct UnionRanks {
+  const Head& head;
+  const Shared& shared;
+
+  template <typename F>
+  __device__ void for_each(const F& f) const {
+    const int words = (head.columns + 31) / 32;
+    for (int word = static_cast<int>(threadIdx.x); word < words; word += kThreads) {
+      for (std::uint32_t bits = shared.wanted[word]; bits != 0; bits &= bits - 1) {
+        f(best(word * 32 + __ffs(static_cast<int>(bits)) - 1));
+      }
+    }
+  }
+  __device__ Rank best(int column) const {
+    Rank most = rank_of(kLatest, column);
+    for (int m = 0; m < head.maps(); ++m) {
+      if (!shared.usable[m]) continue;
+      const Rank rank = rank_of(score_bits(head.map(m), column), column);
+      if (rank >= shared.threshold[m]) most = max(most, rank);
+    }
+    return most;
+  }
+};
+
+__device__ void want(int column, Shared& shared) {
+  atomicOr(&shared.wanted[column / 32], 1U << (column % 32));
+}
+__device__ void want_latest(int columns, int k, Shared& shared) {
+  for (int c = max(0, columns - k) + static_cast<int>(threadIdx.x); c < columns; c += kThreads) {
+    want(c, shared);
+  }
+}
+
+__device__ void add_map(const Head& head, int m, Shared& shared) {
+  const Map map = head.map(m);
+  const bool usable = map.num_rows() >= map.header().clean_from;
+  if (threadIdx.x == 0) shared.usable[m] = usable;
+  if (!usable) {
+    if (threadIdx.x == 0) atomicAdd(head.state.fallbacks, 1U);
+    want_latest(head.columns, head.state.top_k, shared);
+    return;
+  }
+  const MapRanks ranks(map);
+  const Rank threshold = kth_greatest(ranks, head.state.top_k, shared);
+  if (threadIdx.x == 0) shared.threshold[m] = threshold;
+  ranks.for_each([&](Rank rank) {
+    if (rank >= threshold) want(static_cast<int>(kColumnMask - (rank & kColumnMask)), shared);
+  });
+}
+
+// Sum of a value over the threads before this one; *total over all.
+__device__ int sum_before(int value, Shared& shared, int* total) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  int through = value;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const int other = __shfl_up_sync(~0U, through, offset);
+    if (lane >= offset) through += other;
+  }
+  __syncthreads();  // an earlier call's totals have been read
+  if (lane == 31) shared.warp_total[warp] = through;
+  __syncthreads();
+  int before = through - value;
+  *total = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += shared.warp_total[w];
+    *total += shared.warp_total[w];
+  }
+  return before;
+}
+
+// This thread's words of the union, which are in order with those of other threads.
+struct Words {
+  int first;
+  int end;
+};
+__device__ Words own_words(int columns) {
+  const int words = (columns + 31) / 32;
+  const int each = (words + kThreads - 1) / kThreads;
+  const int first = min(words, static_cast<int>(threadIdx.x) * each);
+  return {first, min(words, first + each)};
+}
+__device__ int count_wanted(int columns, const Shared& shared) {
+  const Words words = own_words(columns);
+  int count = 0;
+  for (int w = words.first; w < words.end; ++w) count += __popc(shared.wanted[w]);
+  return count;
+}
+
+// Leaves the `limit` best of the union.
+__device__ void truncate(const Head& head, int limit, Shared& shared) {
+  const UnionRanks ranks{head, shared};
+  const Rank threshold = limit > 0 ? kth_greatest(ranks, limit, shared) : ~Rank{0};
+  __syncthreads();
+  // Words are read and cleared by the same thread.
+  ranks.for_each([&](Rank rank) {
+    const int column = static_cast<int>(kColumnMask - (rank & kColumnMask));
+    if (rank < threshold) shared.wanted[column / 32] &= ~(1U << (column % 32));
+  });
+  __syncthreads();
+}
+
+__device__ void choose_head(const Head& head, int kv_head_index, const Selection& selection,
+                            Shared& shared) {
+  for (int w = static_cast<int>(threadIdx.x); w < (head.columns + 31) / 32; w += kThreads) {
+    shared.wanted[w] = 0;
+  }
+  __syncthreads();
+  if (head.columns <= head.state.top_k) {
+    want_latest(head.columns, head.columns, shared);
+    for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
+      shared.usable[m] = false;
+    }
+  } else {
+    for (int m = 0; m < head.maps(); ++m) add_map(head, m, shared);
+  }
+  __syncthreads();
+  const int limit = min(head.state.max_per_head, selection.max_selected);
+  int total = 0;
+  int at = sum_before(count_wanted(head.columns, shared), shared, &total);
+  if (total > limit) {
+    truncate(head, limit, shared);
+    at = sum_before(count_wanted(head.columns, shared), shared, &total);
+  }
+  std::int32_t* out =
+      selection.blocks + static_cast<std::ptrdiff_t>(kv_head_index) * selection.max_selected;
+  const Words words = own_words(head.columns);
+  for (int w = words.first; w < words.end; ++w) {
+    for (std::uint32_t bits = shared.wanted[w]; bits != 0; bits &= bits - 1) {
+      out[at++] = w * 32 + __ffs(static_cast<int>(bits)) - 1 + kSinkColumns;
+    }
+  }
+  if (threadIdx.x == 0) selection.counts[kv_head_index] = total;
+}
+
+// The maps' sums are those of the newest row now.
+__device__ void mark_current(const Head& head) {
+  if (head.columns <= head.state.top_k) return;
+  for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
+    const Map map = head.map(m);
+    map.header().num_rows = map.num_rows();
+    map.header().columns = head.columns;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2)
+    choose_kernel(const PredictArgs args, std::uint32_t* counters, int num_counters) {
+  __shared__ Shared shared;
+  number_items(
+      args.rows, [&](int i) { return args.states[i].num_layers * args.states[i].num_kv_heads; },
+      shared.first_item);
+  if (blockIdx.x == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < num_counters; i += kThreads) counters[i] = 0;
+  }
+  int sequence = 0;
+  const int total = shared.first_item[args.rows];
+  for (int item = static_cast<int>(blockIdx.x); item < total; item += static_cast<int>(gridDim.x)) {
+    while (shared.first_item[sequence + 1] <= item) ++sequence;
+    const HistoryState& state = args.states[sequence];
+    const int kv_head = item - shared.first_item[sequence];  // of all layers
+    const int first_map = kv_head * state.maps_per_kv_head;
+    const Head head{state, first_map, Map{state, first_map}.candidates()};
+    choose_head(head, kv_head, args.selections[sequence], shared);
+    mark_current(head);
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+void choose_blocks(const PredictArgs& args, int num_counters, CudaStream& stream) {
+  static const int grid = 2 * num_sms();
+  choose_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream.handle()>>>(
+      args, stream.counters(), num_counters);
+  FT_CUDA(cudaGetLastError());
+}
+
+}  // namespace foretoken::kernels::cuda
