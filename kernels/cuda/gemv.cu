@@ -110,7 +110,7 @@ __device__ float dot(uint4 a, uint4 b, float sum) {
 template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
 __global__ void __launch_bounds__(kThreads, kRows <= 2 ? 2 : 1) gemv_kernel(const GemvParams<T> p) {
   constexpr int kParts = kSwiGlu ? 2 : 1;
-  constexpr int kUnroll = kRows <= 2 ? 4 / kParts : 8 / kParts;
+  constexpr int kUnroll = 4 / kParts;
   extern __shared__ __align__(16) std::byte shared[];
   __shared__ float inverse_rms[kRows];
   allow_next_kernel();
@@ -226,8 +226,7 @@ void gemv(const LinearArgs& args, DataType activation, CudaStream& stream) {
   with_half_type(activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if (args.rows == 1) return run<T, 1>(args, stream);
-    if (args.rows == 2) return run<T, 2>(args, stream);
-    run<T, kMaxGemvRows>(args, stream);
+    run<T, 2>(args, stream);
   });
 }
 

@@ -32,7 +32,7 @@ class Linear {
 };
 
 // Up to this many rows gemv() is faster than cuBLASLt (docs/measurements.md).
-inline constexpr int kMaxGemvRows = 4;
+inline constexpr int kMaxGemvRows = 2;
 // Whether gemv() takes the product: few rows, and columns that its loads and memory allow.
 bool can_gemv(const LinearArgs& args);
 // REQUIRES: can_gemv(args).

@@ -137,6 +137,7 @@ TEST_P(CudaHistory, RingsEqualTheCpus) {
       const auto got = cuda[s].ring(kLayer, map);
       std::size_t different = 0;
       for (std::size_t i = 0; i < want.size(); ++i) {
+        if (got[i] == want[i]) continue;  // infinity among them
         ASSERT_NEAR(got[i], want[i], relative * std::abs(want[i]) + 0x1p-29F)
             << "sequence " << s << " map " << map << " row " << i / shape.pitch() << " column "
             << i % shape.pitch();
