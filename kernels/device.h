@@ -263,7 +263,8 @@ struct DecodeAttentionArgs {
 // The same over all blocks of the sequence: resident ones from their slots, the others straight
 // from the arena (pinned host memory), without slots. block_max is by block (column).
 // out may be null: keys alone are read then, for LSE and block maxima.
-// Its checksums are verified as in gather; a mismatch is counted in *mismatches.
+// A block that is read whole is verified as in gather: with a mismatch it is left out, and counted
+// in *mismatches. The CPU reads the values in any case.
 struct StreamedAttentionArgs {
   DecodeAttentionArgs base;
   std::uint32_t* mismatches;

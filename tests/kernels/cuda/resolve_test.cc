@@ -1,8 +1,10 @@
 // resolve on the CUDA device against the CPU device under random traffic: the same tables, the
-// same fetch lists, entry for entry.
+// same fetch lists, entry for entry. Then select_recent and select_top, which feed it.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <deque>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -157,6 +159,95 @@ TEST_F(ResolveNothing, TakesNoRowsAndNoLayers) {
   cuda.resolve(0, 0);
   cuda.sequences[0].download();
   EXPECT_EQ(cuda.sequences[0].slot_to_block, std::vector<std::int32_t>(16, kAbsent));
+}
+
+class Select : public CudaTest {};
+
+TEST_F(Select, RecentAreTheCpus) {
+  Pair pair;
+  const KvShape shape{3, 11, 8, DataType::kFp16};
+  for (const int count : {0, 1, 50, 1500}) {
+    const auto choose = [&](DeviceUnderTest& on) {
+      std::deque<DeviceSequence> sequences;
+      std::deque<DeviceSelection> selections;
+      std::vector<SequenceKv> kv;
+      std::vector<Selection> chosen;
+      for (const int length : {0, 100, 142, 143, 900, 30'000}) {
+        sequences.emplace_back(on, shape, 4, 8);
+        sequences.back().length.set({length});
+        selections.emplace_back(on, shape, 1500);
+        kv.push_back(sequences.back().kv);
+        chosen.push_back(selections.back().selection);
+      }
+      const DeviceArray<SequenceKv> device_kv(on, kv);
+      const DeviceArray<Selection> device_chosen(on, chosen);
+      on.run(&Device::select_recent, SelectRecentArgs{device_kv.data(), device_chosen.data(),
+                                                      static_cast<int>(kv.size()), count});
+      std::vector<std::vector<std::vector<std::int32_t>>> all;
+      for (const DeviceSelection& selection : selections) all.push_back(selection.chosen());
+      return all;
+    };
+    EXPECT_EQ(choose(pair.cuda), choose(pair.cpu)) << count;
+  }
+}
+
+struct TopCase {
+  int num_kv_heads;
+  int num_heads;
+  int maps_per_kv_head;
+  int top_k;
+  int max_selected;
+  int length;
+  bool tied;  // block maxima of few values, at most two of them a map: sums are equal to the bit
+};
+
+// One layer's choice from random rows. Where `bad`, one map of the last row is not finite.
+std::vector<std::vector<std::vector<std::int32_t>>> select_top(DeviceUnderTest& on,
+                                                               const TopCase& c, bool bad) {
+  constexpr int kRows = 3;
+  const KvShape shape{2, c.num_kv_heads, 8, DataType::kFp16};
+  const int pitch = c.length / kBlockTokens + 3;
+  std::mt19937 random(kSeed);
+  std::normal_distribution<float> normal(0, 2);
+  std::vector<float> lse(static_cast<std::size_t>(kRows * c.num_heads), 1.5F);
+  std::vector<float> block_max(lse.size() * static_cast<std::size_t>(pitch));
+  for (float& value : block_max) value = c.tied ? std::round(2 * normal(random)) : normal(random);
+  if (bad && pitch > 60) block_max[block_max.size() - 30] = std::numeric_limits<float>::quiet_NaN();
+  std::deque<DeviceSequence> sequences;
+  std::deque<DeviceSelection> selections;
+  std::vector<SequenceKv> kv;
+  std::vector<Selection> chosen;
+  for (int row = 0; row < kRows; ++row) {
+    sequences.emplace_back(on, shape, 4, 8);
+    sequences.back().length.set({std::max(0, c.length - 100 * row)});
+    selections.emplace_back(on, shape, c.max_selected);
+    kv.push_back(sequences.back().kv);
+    chosen.push_back(selections.back().selection);
+  }
+  const DeviceArray<float> device_lse(on, lse);
+  const DeviceArray<float> device_max(on, block_max);
+  const DeviceArray<SequenceKv> device_kv(on, kv);
+  const DeviceArray<Selection> device_chosen(on, chosen);
+  on.run(&Device::select_top,
+         SelectTopArgs{device_max.data(), device_lse.data(), pitch, c.num_heads, device_kv.data(),
+                       device_chosen.data(), kRows, 1, c.maps_per_kv_head, c.top_k});
+  std::vector<std::vector<std::vector<std::int32_t>>> all;
+  for (const DeviceSelection& selection : selections) all.push_back(selection.chosen());
+  return all;
+}
+
+TEST_F(Select, TopAreTheCpus) {
+  Pair pair;
+  for (const TopCase& c :
+       {TopCase{1, 1, 1, 5, 5, 0, false}, TopCase{1, 1, 1, 5, 5, 150, false},
+        TopCase{9, 9, 1, 56, 56, 5000, true}, TopCase{2, 8, 2, 56, 80, 9000, true},
+        TopCase{2, 8, 1, 56, 56, 9000, false}, TopCase{1, 14, 7, 20, 100, 9000, true},
+        TopCase{8, 32, 1, 191, 191, 131'000, false}, TopCase{2, 4, 2, 3000, 4000, 131'000, true}}) {
+    for (const bool bad : {false, true}) {
+      EXPECT_EQ(select_top(pair.cuda, c, bad), select_top(pair.cpu, c, bad))
+          << c.length << " tokens, " << c.num_heads << " heads" << (bad ? ", not finite" : "");
+    }
+  }
 }
 
 }  // namespace
