@@ -149,14 +149,14 @@ Status check_choices(const ServiceConfig& config) {
 }
 
 Status check_budget(const ServiceConfig& config) {
-  constexpr int kLeast = kSinkTokens + kLocalTokens;
+  constexpr int kLeast = kSinkTokens + kLocalTokens + kBlockTokens;
   if (config.kv_budget < kLeast || config.kv_budget % kBlockTokens != 0) {
     return config_error("kv_budget", "must be a multiple of " + std::to_string(kBlockTokens) +
                                          " tokens and at least " + std::to_string(kLeast) + " (" +
                                          std::to_string(kSinkTokens) + " sink and " +
                                          std::to_string(kLocalTokens) +
-                                         " local tokens are always resident), not " +
-                                         std::to_string(config.kv_budget));
+                                         " local tokens are always resident, and one block" +
+                                         " is chosen), not " + std::to_string(config.kv_budget));
   }
   return Ok{};
 }

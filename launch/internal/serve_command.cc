@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/model_config.h"
+#include "common/safetensors.h"
 #include "launch/internal/cli.h"
 #include "launch/internal/files.h"
 #include "launch/internal/machine.h"
@@ -28,6 +29,7 @@ constexpr double kMostDefaultHostGib = 64;
 ServiceConfig resolve(ServiceConfig config) {
   config.model = find_model(config.model).value_or_throw();
   const ModelConfig model = read_model_config(config.model).value_or_throw();
+  if (config.load_format != "dummy") ModelWeights::open(config.model).value_or_throw();
   if (config.tensor_parallel_size > model.num_heads) {
     throw Exception(ErrorCode::kConfig, "--tensor-parallel-size " +
                                             std::to_string(config.tensor_parallel_size) +

@@ -38,9 +38,9 @@ TEST(ServiceConfig, NamesTheFlagAndWhatItTakes) {
               HasSubstr("did you mean attention-predictor?"));
   EXPECT_THAT(why<std::string>(&C::device, "tpu"), HasSubstr("--device takes auto | cuda | cpu"));
   EXPECT_THAT(why(&C::kv_budget, 127), HasSubstr("--kv-budget"));
-  EXPECT_THAT(why(&C::kv_budget, 112), HasSubstr("at least 128"));
+  EXPECT_THAT(why(&C::kv_budget, 128), HasSubstr("at least 144"));
   EXPECT_THAT(why(&C::kv_budget, 1000), HasSubstr("multiple of 16"));
-  EXPECT_EQ(why(&C::kv_budget, 128), "accepted");
+  EXPECT_EQ(why(&C::kv_budget, 144), "accepted");
   EXPECT_THAT(why(&C::tensor_parallel_size, 0), HasSubstr("--tensor-parallel-size must be in"));
   EXPECT_THAT(why(&C::port, 65536), HasSubstr("--port"));
   EXPECT_THAT(why(&C::max_model_len, std::int64_t{-1}), HasSubstr("--max-model-len"));

@@ -65,7 +65,7 @@ def test_a_missing_model_exits_with_4(tmp_path):
 
 def test_what_the_configuration_refuses_exits_with_3(model):
     for flags in (
-        ["--kv-budget=64"],
+        ["--kv-budget=128"],
         ["--tensor-parallel-size=4"],
         ["--kv-policy=magic"],
         ["--config=/nowhere.toml"],
@@ -75,19 +75,27 @@ def test_what_the_configuration_refuses_exits_with_3(model):
         assert done.stderr.count("\n") == 1
 
 
-def test_a_broken_model_folder_exits_with_4_and_names_the_file(model, tmp_path):
-    cases = {
-        "config.json": lambda path: path.write_text("{"),
-        "tokenizer.json": lambda path: path.write_text("[]"),
-        "model.safetensors": lambda path: os.truncate(path, path.stat().st_size - 1),
-    }
-    for name, harm in cases.items():
-        broken = tmp_path / name.split(".")[0]
-        shutil.copytree(model, broken)
-        harm(broken / name)
-        done = run("model", "verify", broken)
-        assert done.returncode == 4, name
-        assert name in done.stderr
+HARM = {
+    "config.json": lambda path: path.write_text("{"),
+    "tokenizer.json": lambda path: path.write_text("[]"),
+    "model.safetensors": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "model.safetensors absent": lambda path: path.unlink(),
+    "model.safetensors header": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
+}
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_a_broken_model_folder_exits_with_4_and_names_the_file(model, tmp_path, name):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    file = name.split()[0]
+    HARM[name](broken / file)
+    for words in (["model", "verify", broken], ["serve", broken, *SMALL, "--port=0"],
+                  ["generate", "--model", broken, *SMALL, "--prompt=x"]):  # fmt: skip
+        done = run(*words)
+        assert done.returncode == 4, words
+        assert file in done.stderr, words
+        assert done.stdout == "" and "MPI" not in done.stderr  # nothing was started for it
 
 
 def test_an_unknown_architecture_exits_with_4(model, tmp_path):

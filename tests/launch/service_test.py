@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from foretoken import wire
 from foretoken.client import Client, ServiceError
 from service_helper import SMALL, Service, make_model, run, wait_until
 
@@ -131,6 +132,60 @@ def test_clients_at_once_get_what_they_get_alone(service, client):
     for thread in threads:
         thread.join()
     assert together == alone
+
+
+def anonymous_kib(service):
+    """Memory of the service's processes that is theirs alone: what a leak would grow."""
+    programs = ("foretoken-kvstore", "foretoken-coordinator", "foretoken-worker")
+    pids = [pid for program in programs for pid in service.pids(program)]
+    lines = [line for pid in pids for line in open(f"/proc/{pid}/status", encoding="ascii")]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def test_memory_returns_to_its_baseline(service, client):
+    def round_of_requests():
+        for number in range(8):
+            client.generate(f"{number} " * 100, max_tokens=32, ignore_eos=True)
+
+    slabs = client.status()["kv_slabs_used"]
+    round_of_requests()
+    after_one = anonymous_kib(service)
+    for _ in range(5):
+        round_of_requests()
+    assert after_one > 0 and anonymous_kib(service) - after_one < 1024
+    wait_until(lambda: client.status()["kv_slabs_used"] == slabs, 5)
+
+
+MALFORMED = {
+    "empty": b"",
+    "text": b"nonsense",
+    "reserved byte": b"\xc1",
+    "cut off": wire.encode(wire.generate("cut", "x", stream=False))[:-1],
+    "more after it": wire.encode(wire.message("status")) + b"\x00",
+    "a list": b"\x90",
+    "a list of 4 billion": b"\xdd\xff\xff\xff\xff",
+    "deep": b"\x91" * 100_000,
+    "other version": wire.encode({"v": 99, "type": "status"}),
+    "no version": wire.encode({"type": "status"}),
+    "unknown type": wire.encode(wire.message("fly")),
+    "wrong field": wire.encode(wire.message("cancel", request_id=5)),
+}
+
+
+def test_malformed_frames_are_answered_and_harm_nobody_else(service, client):
+    options = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    undisturbed = client.generate("Once upon a time", **options).ids
+    stream = client.stream("Once upon a time", **options)
+    ids = list(next(stream).ids)
+    with Client(service.endpoint, service.key_file) as peer:
+        for name, frame in MALFORMED.items():
+            peer._socket.send(frame)
+            assert peer._socket.poll(10_000), name
+            assert wire.decode(peer._socket.recv())["type"] == "error", name
+        assert peer.status()["state"] == "ready"
+    for piece in stream:
+        ids += piece.ids
+    assert ids == undisturbed
 
 
 def test_a_port_in_use_exits_with_6(model):
