@@ -527,6 +527,7 @@ struct CudaDeviceConfig {
   int index = 0;                               // of the devices that this process sees
   DataType activation_type = DataType::kBf16;  // kBf16 or kFp16
   double memory_fraction = 0.9;                // of the device's memory: what may be allocated
+  std::size_t memory_bytes = 0;                // ... or, where not 0, this
 };
 // Throws Exception(kDevice) where there is no such device or driver, or where this program was
 // built without CUDA.

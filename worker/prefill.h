@@ -6,6 +6,8 @@
 // can't run out of memory: one sequence is in prefill at a time.
 #pragma once
 
+#include <array>
+#include <memory>
 #include <optional>
 
 #include "worker/model.h"
@@ -27,9 +29,18 @@ class Prefill {
 
   // Of the prompt that run() just finished; valid until the next run().
   const void* last_token(const Sequence& sequence) const;
+  // Waits for blocks on their way to the arena.
+  void drain() { copy_->synchronize(); }
   Activations& activations() { return act_; }
 
  private:
+  // K and V of a layer, [num_kv_heads, prompt, head_dim] each. Two layers': one leaves for the
+  // arena on the copy stream while the next is computed.
+  struct LayerKv {
+    kernels::DeviceBuffer k, v;
+    std::unique_ptr<kernels::Event> packed;  // its blocks have left
+  };
+
   void begin(Sequence& sequence, kernels::Stream& stream);
   void check_order(const Sequence& sequence, const PrefillItem& item) const;
   void run_layer(Sequence& sequence, int layer, int begin, int end, kernels::Stream& stream);
@@ -39,6 +50,7 @@ class Prefill {
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
   void* hidden_at(const Sequence& sequence, int token) const;
+  LayerKv& kv_of(int layer) { return kv_[static_cast<std::size_t>(layer) % kv_.size()]; }
 
   Model& model_;
   kernels::Device& device_;
@@ -50,11 +62,12 @@ class Prefill {
 
   // The scratch, and who has it.
   kernels::DeviceBuffer hidden_;  // [prompt - reused, hidden size]
-  kernels::DeviceBuffer k_;       // [num_kv_heads, prompt, head_dim] of the layer in work
-  kernels::DeviceBuffer v_;
-  kernels::DeviceBuffer tail_q_;     // [kHistoryRows, heads, head_dim] of the last queries
-  kernels::DeviceBuffer tail_lse_;   // [heads, rows of the tail]
-  kernels::DeviceBuffer block_max_;  // [heads, rows of the tail, columns]
+  std::array<LayerKv, 2> kv_;     // of even and odd layers
+  std::unique_ptr<kernels::Stream> copy_;
+  std::unique_ptr<kernels::Event> computed_;  // the layer's K and V stand
+  kernels::DeviceBuffer tail_q_;              // [kHistoryRows, heads, head_dim] of the last queries
+  kernels::DeviceBuffer tail_lse_;            // [heads, rows of the tail]
+  kernels::DeviceBuffer block_max_;           // [heads, rows of the tail, columns]
   std::optional<SequenceId> current_;
   int next_layer_ = 0;
   int next_token_ = 0;

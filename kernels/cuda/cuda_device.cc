@@ -59,14 +59,15 @@ class CudaGraph final : public Graph {
   cudaGraphExec_t exec_ = nullptr;
 };
 
-// The device's memory that may be allocated: the fraction asked for, or what is free if that is
-// less (others use the device too).
-std::size_t memory_limit(double fraction) {
+// The device's memory that may be allocated: what was asked for, or what is free if that is less
+// (others use the device too).
+std::size_t memory_limit(const CudaDeviceConfig& config) {
   std::size_t free_bytes = 0;
   std::size_t total_bytes = 0;
   FT_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
-  return std::min(free_bytes,
-                  static_cast<std::size_t>(fraction * static_cast<double>(total_bytes)));
+  const auto share =
+      static_cast<std::size_t>(config.memory_fraction * static_cast<double>(total_bytes));
+  return std::min(free_bytes, config.memory_bytes > 0 ? config.memory_bytes : share);
 }
 
 DeviceInfo select_device(const CudaDeviceConfig& config) {
@@ -79,7 +80,7 @@ DeviceInfo select_device(const CudaDeviceConfig& config) {
                                             std::to_string(properties.minor) +
                                             "; Foretoken is built for 9.0 (H100, H200)");
   }
-  return {properties.name, memory_limit(config.memory_fraction), properties.multiProcessorCount};
+  return {properties.name, memory_limit(config), properties.multiProcessorCount};
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <iostream>
+#include <map>
 #include <numeric>
 #include <random>
 
@@ -23,6 +24,7 @@ struct BenchOptions {
   int context = 512;
   int tokens = 64;
   int repeat = 1;
+  int batch = 1;
   std::string prompt_file;
   std::string tokenizer_model;  // with --connect: whose tokenizer reads prompt_file
   bool json = false;
@@ -49,32 +51,85 @@ std::vector<TokenId> text_prompt(const std::vector<TokenId>& text, int length, i
   return ids;
 }
 
+// One request, as its client saw it.
 struct Run {
+  struct Arrival {
+    Clock::time_point time;
+    std::size_t tokens;  // several may come in one message
+  };
+  std::vector<Arrival> arrivals;
   DoneMessage done;
-  std::vector<double> token_ms;  // from one token to the next
+  bool ended = false;
 };
 
-Run run_once(client::Client& client, std::vector<TokenId> prompt, int tokens) {
+// Requests that run at the same time, and their speed while all of them decode.
+struct Batch {
+  std::vector<Run> runs;
+  std::vector<double> token_ms;  // from one token of a request to its next
+  double tokens_per_s = 0;       // of all requests together
+};
+
+GenerateRequest make_request(std::vector<TokenId> prompt, int tokens) {
   GenerateRequest request;
   request.prompt_ids = std::move(prompt);
   request.max_tokens = tokens;
   request.ignore_eos = true;
   request.sampling.temperature = 0;
-  Run run;
-  std::optional<Clock::time_point> last;
-  const auto on_tokens = [&](const TokenMessage& message) {
-    const auto now = Clock::now();
-    if (last && !message.tokens.empty()) {
-      const double ms = std::chrono::duration<double, std::milli>(now - *last).count();
-      const auto count = message.tokens.size();  // several may come in one message
-      run.token_ms.insert(run.token_ms.end(), count, ms / static_cast<double>(count));
+  return request;
+}
+
+// Takes the next message in. Throws Exception when a request failed or the user has had enough.
+void receive_one(client::Client& client, std::map<std::string, Run*>& by_id) {
+  constexpr std::chrono::minutes kPatience{10};
+  const ServerMessage message = client.receive(kPatience).value_or_throw();
+  if (const auto* tokens = std::get_if<TokenMessage>(&message)) {
+    by_id.at(tokens->request_id)->arrivals.push_back({Clock::now(), tokens->tokens.size()});
+  } else if (const auto* done = std::get_if<DoneMessage>(&message)) {
+    Run& run = *by_id.at(done->request_id);
+    run.done = *done;
+    run.ended = true;
+  } else if (const auto* error = std::get_if<ErrorMessage>(&message)) {
+    throw Exception(error_code_from_name(error->code).value_or(ErrorCode::kInternal),
+                    error->message);
+  }
+  if (!interrupted()) return;
+  for (const auto& [id, run] : by_id) client.cancel(id).value_or_throw();
+  throw Exception(ErrorCode::kCancelled, "interrupted");
+}
+
+void measure(Batch& batch) {
+  Clock::time_point begin = Clock::time_point::min();
+  Clock::time_point end = Clock::time_point::max();
+  for (const Run& run : batch.runs) {
+    if (run.arrivals.size() < 2) return;
+    begin = std::max(begin, run.arrivals.front().time);
+    end = std::min(end, run.arrivals.back().time);
+  }
+  std::size_t tokens = 0;
+  for (const Run& run : batch.runs) {
+    for (std::size_t i = 1; i < run.arrivals.size(); ++i) {
+      const auto& [time, count] = run.arrivals[i];
+      if (run.arrivals[i - 1].time < begin || time > end) continue;
+      const std::chrono::duration<double, std::milli> took = time - run.arrivals[i - 1].time;
+      batch.token_ms.insert(batch.token_ms.end(), count, took.count() / static_cast<double>(count));
+      tokens += count;
     }
-    last = now;
-    return interrupted() ? client::StreamAction::kCancel : client::StreamAction::kContinue;
-  };
-  run.done = client.generate(request, on_tokens).value_or_throw();
-  if (run.done.finish_reason == "cancelled") throw Exception(ErrorCode::kCancelled, "interrupted");
-  return run;
+  }
+  const std::chrono::duration<double> seconds = end - begin;
+  if (seconds.count() > 0) batch.tokens_per_s = static_cast<double>(tokens) / seconds.count();
+}
+
+Batch run_batch(client::Client& client, std::vector<std::vector<TokenId>> prompts, int tokens) {
+  Batch batch;
+  batch.runs.resize(prompts.size());
+  std::map<std::string, Run*> by_id;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    by_id[client.submit(make_request(std::move(prompts[i]), tokens)).value_or_throw()] =
+        &batch.runs[i];
+  }
+  while (!std::ranges::all_of(batch.runs, &Run::ended)) receive_one(client, by_id);
+  measure(batch);
+  return batch;
 }
 
 double mean_of(const std::vector<double>& values) {
@@ -90,27 +145,37 @@ double percentile(std::vector<double> values, double share) {
   return values[rank];
 }
 
-Json prefill_figures(const std::vector<Run>& runs) {
+Json prefill_figures(const std::vector<Batch>& batches) {
   std::vector<double> rates;
-  for (const Run& run : runs) {
-    const auto computed = run.done.usage.prompt_tokens - run.done.usage.cached_tokens;
-    rates.push_back(1000.0 * static_cast<double>(computed) / run.done.timing.prefill_ms);
+  for (const Batch& batch : batches) {
+    for (const Run& run : batch.runs) {
+      const auto computed = run.done.usage.prompt_tokens - run.done.usage.cached_tokens;
+      rates.push_back(1000.0 * static_cast<double>(computed) / run.done.timing.prefill_ms);
+    }
   }
   return {{"mean", mean_of(rates)}, {"median", percentile(rates, 0.5)}};
 }
 
-Json decode_figures(const std::vector<Run>& runs) {
+Json decode_figures(const std::vector<Batch>& batches) {
   std::vector<double> ms;
-  for (const Run& run : runs) ms.insert(ms.end(), run.token_ms.begin(), run.token_ms.end());
+  for (const Batch& batch : batches) {
+    ms.insert(ms.end(), batch.token_ms.begin(), batch.token_ms.end());
+  }
   return {{"mean", mean_of(ms)},
           {"median", percentile(ms, 0.5)},
           {"p95", percentile(ms, 0.95)},
           {"min", ms.empty() ? 0.0 : *std::min_element(ms.begin(), ms.end())}};
 }
 
+double decode_rate(const std::vector<Batch>& batches) {
+  std::vector<double> rates;
+  for (const Batch& batch : batches) rates.push_back(batch.tokens_per_s);
+  return mean_of(rates);
+}
+
 Json figures(const std::string& kind, const BenchOptions& options, const StatusReply& status,
-             const std::vector<Run>& runs) {
-  const DoneMessage& last = runs.back().done;
+             const std::vector<Batch>& batches) {
+  const DoneMessage& last = batches.back().runs.back().done;
   Json json = {{"bench", kind},
                {"model", status.model},
                {"machine", machine_name()},
@@ -120,11 +185,12 @@ Json figures(const std::string& kind, const BenchOptions& options, const StatusR
                {"budget_tokens", last.kv.budget_tokens},
                {"context_tokens", last.usage.prompt_tokens},
                {"generated_tokens", last.usage.completion_tokens},
+               {"batch", options.batch},
                {"repeat", options.repeat},
-               {"prefill_tokens_per_s", prefill_figures(runs)}};
+               {"prefill_tokens_per_s", prefill_figures(batches)}};
   if (kind == "decode") {
-    json["ms_per_token"] = decode_figures(runs);
-    json["tokens_per_s"] = 1000.0 / json["ms_per_token"]["mean"].get<double>();
+    json["ms_per_token"] = decode_figures(batches);
+    json["tokens_per_s"] = decode_rate(batches);
   }
   json["kv"] = to_json(last.kv);
   return json;
@@ -155,15 +221,19 @@ int bench(const std::string& kind, const BenchOptions& options) {
   const std::vector<TokenId> text = read_prompt_text(options);
   const auto opened = options.service.open();
   const int tokens = kind == "prefill" ? 1 : options.tokens;
-  std::vector<Run> runs;
+  std::vector<Batch> batches;
   for (int i = 0; i < options.repeat; ++i) {
-    auto prompt =
-        text.empty() ? random_prompt(options.context, i) : text_prompt(text, options.context, i);
-    runs.push_back(run_once(*opened.client, std::move(prompt), tokens));
-    std::cerr << "run " << i + 1 << " of " << options.repeat << ": " << summary(runs.back().done)
-              << "\n";
+    std::vector<std::vector<TokenId>> prompts;
+    for (int row = 0; row < options.batch; ++row) {
+      const int run = i * options.batch + row;
+      prompts.push_back(text.empty() ? random_prompt(options.context, run)
+                                     : text_prompt(text, options.context, run));
+    }
+    batches.push_back(run_batch(*opened.client, std::move(prompts), tokens));
+    std::cerr << "run " << i + 1 << " of " << options.repeat << ": "
+              << summary(batches.back().runs.back().done) << "\n";
   }
-  const Json json = figures(kind, options, opened.client->status().value_or_throw(), runs);
+  const Json json = figures(kind, options, opened.client->status().value_or_throw(), batches);
   if (options.json) {
     std::cout << json.dump() << std::endl;
   } else {
@@ -186,7 +256,11 @@ void add_kind(CLI::App& parent, const std::string& kind, const std::string& abou
         ->capture_default_str()
         ->check(CLI::Range(2, 1 << 24));
   }
-  app->add_option("--repeat", options->repeat, "Requests, one after another, no prefix in common")
+  app->add_option("--batch", options->batch, "Requests at a time (see --max-num-seqs)")
+      ->type_name("B")
+      ->capture_default_str()
+      ->check(positive);
+  app->add_option("--repeat", options->repeat, "Batches, one after another, no prefix in common")
       ->type_name("R")
       ->capture_default_str()
       ->check(positive);

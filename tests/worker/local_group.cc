@@ -31,10 +31,10 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
 }
 
 std::unique_ptr<kernels::Device> device_for(const ServiceConfig& config) {
-  if (config.device == "cuda") return kernels::make_cuda_device({});
+  const auto bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30));
+  if (config.device == "cuda") return kernels::make_cuda_device({.memory_bytes = bytes});
   return kernels::make_cpu_device(
-      {.num_threads = config.threads_per_rank,
-       .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30))});
+      {.num_threads = config.threads_per_rank, .memory_bytes = bytes});
 }
 
 }  // namespace

@@ -64,6 +64,7 @@ Engine::~Engine() { drain(); }
 
 void Engine::drain() {
   compute_->synchronize();
+  prefill_.drain();
   decode_.drain();
 }
 

@@ -27,7 +27,9 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       lse_(device,
            sizeof(float) * static_cast<std::size_t>(model.partition().heads.count * max_rows),
            kernels::MemoryUse::kActivations),
-      num_columns_(device, sizeof(std::int32_t), kernels::MemoryUse::kActivations) {
+      num_columns_(device, sizeof(std::int32_t), kernels::MemoryUse::kActivations),
+      copy_(device.make_stream(kernels::StreamKind::kCopy)),
+      computed_(device.make_event()) {
   constexpr auto kUse = kernels::MemoryUse::kPrefill;
   const kernels::KvShape& shape = model_.kv_shape();
   const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
@@ -35,8 +37,8 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
   const std::size_t kv = shape.element_bytes() * static_cast<std::size_t>(shape.num_kv_heads) *
                          static_cast<std::size_t>(max_tokens) * head_dim;
   hidden_ = {device_, model_.hidden_bytes(max_tokens), kUse};
-  k_ = {device_, kv, kUse};
-  v_ = {device_, kv, kUse};
+  for (LayerKv& layer : kv_)
+    layer = {{device_, kv, kUse}, {device_, kv, kUse}, device_.make_event()};
   if (!policy_.observes()) return;
   const std::size_t rows = kernels::kHistoryRows;
   const auto columns = static_cast<std::size_t>(blocks_for(max_tokens));
@@ -94,13 +96,17 @@ bool Prefill::run(Sequence& sequence, const PrefillItem& item, kernels::Stream& 
   next_layer_ = layer_done ? item.layer_end : item.layer_begin;
   next_token_ = layer_done ? sequence.reused_tokens : static_cast<int>(item.token_end);
   if (next_layer_ < model_.num_layers()) return false;
+  for (LayerKv& layer : kv_) layer.packed->wait(stream);  // decode reads the slots
   current_.reset();
   return true;
 }
 
 void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
                         kernels::Stream& stream) {
-  if (begin == sequence.reused_tokens && begin > 0) load_prefix(sequence, layer, stream);
+  if (begin == sequence.reused_tokens) {
+    kv_of(layer).packed->wait(stream);  // what this layer overwrites
+    if (begin > 0) load_prefix(sequence, layer, stream);
+  }
   for (int chunk = begin; chunk < end; chunk += act_.max_rows) {
     run_chunk(sequence, layer, chunk, std::min(act_.max_rows, end - chunk), stream);
   }
@@ -118,14 +124,14 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
   static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, rows, act_);
   rope.begin = begin;
   rope.kv_type = model_.kv_shape().kv_type;
-  rope.k_out = k_.data();
-  rope.v_out = v_.data();
+  rope.k_out = kv_of(layer).k.data();
+  rope.v_out = kv_of(layer).v.data();
   rope.scratch_tokens = sequence.prompt_length();
   device_.rope_prefill(rope, stream);
 
   device_.prefill_attention({.q = act_.q.data(),
-                             .k = k_.data(),
-                             .v = v_.data(),
+                             .k = kv_of(layer).k.data(),
+                             .v = kv_of(layer).v.data(),
                              .kv_type = model_.kv_shape().kv_type,
                              .scratch_tokens = sequence.prompt_length(),
                              .begin = begin,
@@ -164,8 +170,8 @@ void Prefill::keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream
 void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream) {
   const kernels::KvShape& shape = model_.kv_shape();
   const int blocks = sequence.reused_tokens / kBlockTokens;
-  store_.unpack({.k = k_.data(),
-                 .v = v_.data(),
+  store_.unpack({.k = kv_of(layer).k.data(),
+                 .v = kv_of(layer).v.data(),
                  .scratch_tokens = sequence.prompt_length(),
                  .num_kv_heads = shape.num_kv_heads,
                  .head_dim = shape.head_dim,
@@ -177,12 +183,15 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
                 stream);
 }
 
+// The layer's blocks leave on the copy stream, while the next layer is computed.
 void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& stream) {
+  computed_->record(stream);
+  computed_->wait(*copy_);
   const kernels::KvShape& shape = model_.kv_shape();
   const int length = sequence.prompt_length();
   const int reused_blocks = sequence.reused_tokens / kBlockTokens;
-  kernels::PackBlocksArgs pack{.k = k_.data(),
-                               .v = v_.data(),
+  kernels::PackBlocksArgs pack{.k = kv_of(layer).k.data(),
+                               .v = kv_of(layer).v.data(),
                                .scratch_tokens = length,
                                .num_kv_heads = shape.num_kv_heads,
                                .head_dim = shape.head_dim,
@@ -192,11 +201,12 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
                                .num_tokens = length,
                                .to_arena = false,
                                .sequence = sequence.alone().sequences};
-  if (reused_blocks > 0) store_.pack(pack, stream);  // to slots alone: the arena has them
+  if (reused_blocks > 0) store_.pack(pack, *copy_);  // to slots alone: the arena has them
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;
   pack.to_arena = model_.partition().writes_kv;
-  store_.pack(pack, stream);
+  store_.pack(pack, *copy_);
+  kv_of(layer).packed->record(*copy_);
 }
 
 // The history's first rows: the last queries' attention over the whole prompt.
@@ -206,7 +216,7 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
   const int tail = tail_rows(sequence);
   const int columns = blocks_for(length);
   device_.prefill_block_max({.q = tail_q_.data(),
-                             .k = k_.data(),
+                             .k = kv_of(layer).k.data(),
                              .kv_type = shape.kv_type,
                              .scratch_tokens = length,
                              .begin = length - tail,
