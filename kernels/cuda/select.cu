@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(kThreads) select_top_kernel(SelectTopArgs args
   const int num_candidates = max(0, first_local_block(*kv.length) - kSinkBlocks);
   const int heads_per_map = args.num_heads / (kv_heads * args.maps_per_kv_head);
   require(heads_per_map * kv_heads * args.maps_per_kv_head == args.num_heads);
-  require(num_candidates + kSinkBlocks <= args.pitch);
+  require(num_candidates == 0 || num_candidates + kSinkBlocks <= args.pitch);
   for (int kv_head = blockIdx.x; kv_head < kv_heads; kv_head += kHeadCtas) {
     float* scores =
         scratch + (static_cast<std::size_t>(row) * args.num_heads + kv_head) * 2 * args.pitch;
