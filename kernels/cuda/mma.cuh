@@ -54,6 +54,15 @@ __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint
   mma<T>(d, a[0], a[1], a[2], a[3], b0, b1);
 }
 
+// D = A B in fp16, sums too: d[0] is row g, d[1] row g + 8 of columns 2q, 2q + 1. That is where the
+// next product's operand B wants them.
+__device__ inline void mma_half(std::uint32_t (&d)[2], const std::uint32_t (&a)[4],
+                                std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%8};"
+      : "=r"(d[0]), "=r"(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0U));
+}
+
 // Four 8 x 8 matrices of 16-bit values from shared memory: lane 8 i + r points at row r of matrix i
 // (16 bytes), and gets elements 2q, 2q + 1 of row g of each.
 __device__ inline void load_matrices(std::uint32_t (&out)[4], const void* row) {

@@ -1,159 +1,455 @@
 // The predictor on the GPU: the CNN's scores of every map, streamed from step to step, then the
-// choice (best_blocks.cu). docs/predictor.md derives the streaming evaluation.
+// choice (best_blocks.cu). docs/predictor.md derives the streaming evaluation and the cold regime.
 //
-// Plain: a thread evaluates a column, in fp32.
-#include <cmath>
-
+//   slide    every span of 64 columns: cold segments' rows that enter, leave and stand at the
+//            window's edges; lists the other segments. Bound by reading 10 rows of history.
+//   hot      the listed segments, 8 at once, through the whole network on tensor cores.
+//   rebuild  spans whose sums start anew: after prefill, and where columns enter. Else nothing.
+//   choose   top-k and union.
+// Grids are persistent and read sizes from device memory, so one recorded graph serves every step.
 #include "common/check.h"
 #include "kernels/cuda/best_blocks.h"
+#include "kernels/cuda/cnn.cuh"
 #include "kernels/cuda/cuda_check.h"
-#include "kernels/cuda/map_state.cuh"
+#include "kernels/cuda/history_pair.cuh"
+#include "kernels/cuda/hot_list.cuh"
 #include "kernels/cuda/ops.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kLastRow = kHistoryRows - 1;
-constexpr int kFixedBits = 22;
-constexpr float kInterior = 8.0F;   // |s| is cut off here: 60 rows fit int32
-constexpr float kBoundary = 64.0F;  // and here: 4 rows fit
+constexpr int kSlideThreads = 256;
+constexpr int kHotThreads = 128;
+constexpr int kFirstInner = 2;  // window rows 2 .. 61 see no edge of the window
+constexpr int kLastInner = kHistoryRows - 3;
+constexpr int kSeenRows = 5;                         // of history, by a row of outputs
+constexpr unsigned kNewest = 1U << (kSeenRows - 1);  // of them: the others were checked before
 
 class CudaPredictor final : public Predictor {
  public:
   explicit CudaPredictor(const PredictorWeights& weights) {
-    FT_CUDA(cudaMalloc(reinterpret_cast<void**>(&weights_), sizeof weights));
-    FT_CUDA(cudaMemcpy(weights_, &weights, sizeof weights, cudaMemcpyHostToDevice));
+    const CnnTables tables = make_cnn_tables(weights);
+    FT_CUDA(cudaMalloc(reinterpret_cast<void**>(&tables_), sizeof tables));
+    FT_CUDA(cudaMemcpy(tables_, &tables, sizeof tables, cudaMemcpyHostToDevice));
   }
-  ~CudaPredictor() override { cudaFree(weights_); }
+  ~CudaPredictor() override { cudaFree(tables_); }
   CudaPredictor(const CudaPredictor&) = delete;
   CudaPredictor& operator=(const CudaPredictor&) = delete;
-  const PredictorWeights* weights() const { return weights_; }
+  const CnnTables* tables() const { return tables_; }
 
  private:
-  PredictorWeights* weights_ = nullptr;
+  CnnTables* tables_ = nullptr;
 };
 
-// The window of a map: row i is history row num_rows - 64 + i.
-template <typename T>
-struct Window {
-  const Map& map;
-  std::int64_t newest;  // num_rows - 1
-  int columns;
+__device__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+__device__ int warp_of_grid() {
+  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / 32;
+}
+__device__ int warps_of_grid() { return static_cast<int>(gridDim.x * blockDim.x) / 32; }
 
-  // 0 outside the candidates, before the first row, and for what is no probability.
-  __device__ float value(int row, int column, bool* good) const {
-    const std::int64_t r = newest - kLastRow + row;
-    if (r < 0 || column < 0 || column >= columns) return 0;
-    const float v = to_float(map.row<T>(r)[column]);
-    if (v >= 0 && v <= 2) return v;
-    *good = false;
-    return 0;
-  }
-};
-
-// s of a window row; rows [first, 63] are in the window.
 template <typename T>
-__device__ __noinline__ float evaluate(const PredictorWeights& w, const Window<T>& window, int row,
-                                       int column, int first) {
-  float hidden[3][3][16];
-  bool good = true;
-  for (int y = 0; y < 3; ++y) {
-    for (int x = 0; x < 3; ++x) {
-      const int r = row + y - 1;
-      const int c = column + x - 1;
-      const bool inside = r >= first && r <= kLastRow && c >= 0 && c < window.columns;
-      float patch[9];
-      for (int k = 0; k < 9; ++k) {
-        const int from = r + k / 3 - 1;
-        const bool seen = inside && from >= first && from <= kLastRow;
-        patch[k] = seen ? window.value(from, c + k % 3 - 1, &good) : 0;
-      }
-      for (int i = 0; i < 16; ++i) {
-        float sum = w.conv1_bias[i];
-        for (int k = 0; k < 9; ++k) sum = fmaf(w.conv1_weight[i * 9 + k], patch[k], sum);
-        hidden[y][x][i] = inside ? fmaxf(sum, 0) : 0;
-      }
-    }
-  }
-  float s = 0;
-  for (int o = 0; o < 32; ++o) {
-    float sum = w.conv2_bias[o];
-    for (int i = 0; i < 16; ++i) {
-      for (int k = 0; k < 9; ++k) {
-        sum = fmaf(w.conv2_weight[(o * 16 + i) * 9 + k], hidden[k / 3][k % 3][i], sum);
-      }
-    }
-    s = fmaf(w.conv3_weight[o], fmaxf(sum, 0), s);
-  }
-  return s;
+__device__ PairRows<T> rows_of(const Map& map) {
+  return {history_row<T>(map.state, 0, map.index, 0) + kSinkColumns, map.state.pitch,
+          map.candidates()};
 }
 
-__device__ std::int32_t fixed(float s, float saturation) {
-  const float bounded = fminf(fmaxf(s, -saturation), saturation);
-  return __float2int_rn(bounded * static_cast<float>(1 << kFixedBits));
+// Rows first + i, of the bits i, hold values that are none: scores are not to be used until the
+// last of them has left the window.
+__device__ void distrust(const Map& map, std::int64_t first, unsigned rows) {
+  if (rows == 0) return;
+  const std::int64_t row = first + 31 - __clz(static_cast<int>(rows));
+  atomicMax(reinterpret_cast<unsigned long long*>(&map.header().clean_from),
+            static_cast<unsigned long long>(row + kHistoryRows + 1));
 }
 
+// The column that this lane reads of a row, for segment g + 8 half of a span.
+__device__ int read_column(int span, int half) {
+  const int lane = lane_id();
+  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth - 2 + lane % 4 * 2;
+}
+// The first column that it writes of cold_products().
+__device__ int written_column(int span, int half) {
+  const int lane = lane_id();
+  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth + lane % 2 * 2;
+}
+__device__ int first_column(int span, int half) {
+  return span * kSpanColumns + (lane_id() / 4 + half * 8) * kSegmentWidth;
+}
+
+// A span's part of 5 history rows from `first` on. Bit i of the result: row i holds a value that is
+// none, among those that this lane reads.
 template <typename T>
-__device__ void check_rows(const Map& map, const Window<T>& window, int first_row) {
-  bool good = true;
-  for (int row = first_row; row <= kLastRow; ++row) {
-    good = true;
-    for (int c = static_cast<int>(threadIdx.x); c < window.columns; c += kThreads) {
-      window.value(row, c, &good);
+__device__ unsigned load_cold_rows(const PairRows<T>& rows, std::int64_t first, int span,
+                                   ColdRows& out) {
+  typename PairRows<T>::Raw raw[kSeenRows][2];
+#pragma unroll
+  for (int i = 0; i < kSeenRows; ++i) {
+    const T* row = rows.row(first + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) raw[i][half] = rows.load(row, read_column(span, half));
+  }
+  unsigned wrong_rows = 0;
+#pragma unroll
+  for (int i = 0; i < kSeenRows; ++i) {
+    bool wrong = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      out[i][half] = rows.convert(raw[i][half], read_column(span, half), &wrong);
     }
-    if (!good) {
-      const auto until = window.newest - kLastRow + row + kHistoryRows + 1;
-      atomicMax(reinterpret_cast<long long*>(&map.header().clean_from),
-                static_cast<long long>(until));
-    }
+    wrong_rows |= wrong ? 1U << i : 0U;
+  }
+  return wrong_rows;
+}
+
+// Cold, and not where the network pads.
+__device__ void find_cold_segments(const ColdTables& tables, const ColdRows& rows, int span,
+                                   int columns, bool (&cold)[2]) {
+  find_cold(tables, rows, cold);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int first = first_column(span, half);
+    if (first < columns && at_edge(first, columns)) cold[half] = false;
   }
 }
 
+// ---- slide -----------------------------------------------------------------------------------
+
+// Appends the span's hot segments: lane 4 g + q those of side q / 2, segment g + 8 (q % 2).
+__device__ void list_hot(const HotLists& lists, int sequence, const Map& map, int span,
+                         const bool (&cold)[kNumSides][2], int columns) {
+  const int lane = lane_id();
+  const int side = lane % 4 / 2;
+  const int half = lane % 2;
+  const bool is_cold =
+      side == 0 ? (half == 0 ? cold[0][0] : cold[0][1]) : (half == 0 ? cold[1][0] : cold[1][1]);
+  const bool hot = !is_cold && first_column(span, half) < columns;
+  const unsigned all = __ballot_sync(~0U, hot);
+  if (all == 0) return;
+  const unsigned of_side = all & (side == 0 ? 0x33333333U : 0xCCCCCCCCU);
+  const int list = lists.list(sequence, map.index, side);
+  unsigned at = 0;
+  if (lane % 2 == 0 && lane < 4 && of_side != 0) {
+    at = atomicAdd(&lists.counters[list], static_cast<unsigned>(__popc(of_side)));
+  }
+  at = __shfl_sync(~0U, at, side * 2) + static_cast<unsigned>(__popc(of_side & ((1U << lane) - 1)));
+  if (hot) {
+    const int segment = first_column(span, half) / kSegmentWidth;
+    *lists.entry(map.state, list, static_cast<int>(at)) = hot_entry(map.index, segment);
+  }
+}
+
 template <typename T>
-__device__ void update_map(const PredictorWeights& w, const Map& map) {
+__device__ void slide_span(const ColdTables& tables, const HotLists& lists, int sequence,
+                           const Map& map, int span) {
+  const PairRows<T> rows = rows_of<T>(map);
   const std::int64_t num_rows = map.num_rows();
-  const MapHeader before = map.header();
-  const Window<T> window{map, num_rows - 1, map.candidates()};
-  const bool known = before.num_rows > 0 && before.columns <= window.columns;
-  const bool slide = known && before.num_rows + 1 == num_rows;
-  const bool keep = slide || (known && before.num_rows == num_rows);
-  int first_rebuilt = keep ? window.columns : 0;
-  if (keep && before.columns < window.columns) first_rebuilt = max(0, before.columns - 2) / 4 * 4;
-  check_rows(map, window, first_rebuilt < window.columns ? 0 : kLastRow);
-  for (int c = static_cast<int>(threadIdx.x); c < window.columns; c += kThreads) {
-    std::int32_t sum = c < first_rebuilt ? map.sums()[c] : 0;
-    if (c < first_rebuilt && slide) {
-      sum += fixed(evaluate(w, window, 61, c, 0), kInterior) -
-             fixed(evaluate(w, window, 1, c, -1), kInterior);
+  const bool slides = progress_of(map.header(), num_rows, rows.columns).slides;
+  const bool is_inner = lane_id() % 4 < 2;  // what this lane gets of cold_products()
+  int2 value[2] = {};
+  if (is_inner) {
+    value[0] = *reinterpret_cast<const int2*>(map.sums() + written_column(span, 0));
+    value[1] = *reinterpret_cast<const int2*>(map.sums() + written_column(span, 1));
+  }
+  bool cold[kNumSides][2];
+#pragma unroll
+  for (int side = 0; side < kNumSides; ++side) {
+    ColdRows seen;
+    const std::int64_t first = num_rows - (side == kBottom ? kSeenRows : kHistoryRows + 1);
+    const unsigned wrong = load_cold_rows(rows, first, span, seen);
+    if (side == kBottom) distrust(map, first, wrong & kNewest);
+    find_cold_segments(tables, seen, span, rows.columns, cold[side]);
+    int2 added[2];
+    cold_products(tables, side, seen, added);
+    const int sign = is_inner ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int factor = cold[side][half] ? sign : 0;
+      value[half].x += factor * added[half].x;
+      value[half].y += factor * added[half].y;
     }
-    for (int row = 2; c >= first_rebuilt && row <= 61; ++row) {
-      sum += fixed(evaluate(w, window, row, c, 0), kInterior);
+  }
+  std::int32_t* out = is_inner ? map.sums() : map.boundary();
+  *reinterpret_cast<int2*>(out + written_column(span, 0)) = value[0];
+  *reinterpret_cast<int2*>(out + written_column(span, 1)) = value[1];
+  list_hot(lists, sequence, map, span, cold, rows.columns);
+}
+
+// Spans of a sequence's widest layer that is scored.
+__device__ int spans_of(const HistoryState& state) {
+  int spans = 0;
+  for (int layer = lane_id(); layer < state.num_layers; layer += 32) {
+    if (is_scored(state, layer)) {
+      spans = max(spans, num_spans(num_candidates(state.num_columns[layer])));
     }
-    map.sums()[c] = sum;
-    std::int32_t edge = 0;
-    for (const int row : {0, 1, 62, 63}) edge += fixed(evaluate(w, window, row, c, 0), kBoundary);
-    map.boundary()[c] = edge;
+  }
+  return spans;
+}
+
+__global__ void __launch_bounds__(kSlideThreads, 4)
+    slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
+  __shared__ ColdTables tables;
+  __shared__ int first_item[kMaxSequences + 1];
+  tables.load(*from);
+  const auto maps_of = [&](int i) { return states[i].num_layers * num_maps(states[i]); };
+  number_items(
+      rows, [&](int i) { return maps_of(i) * spans_of(states[i]); }, first_item);
+  int sequence = 0;
+  for (int item = warp_of_grid(); item < first_item[rows]; item += warps_of_grid()) {
+    while (first_item[sequence + 1] <= item) ++sequence;
+    const HistoryState& state = states[sequence];
+    const int i = item - first_item[sequence];
+    const int spans = (first_item[sequence + 1] - first_item[sequence]) / maps_of(sequence);
+    const Map map{state, i / spans};
+    const int span = i % spans;
+    if (!is_scored(state, map.layer()) || span >= num_spans(map.candidates())) continue;
+    with_history_type(state.type, [&](auto tag) {
+      slide_span<typename decltype(tag)::type>(tables, lists, sequence, map, span);
+    });
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    update_kernel(const PredictorWeights* weights, const HistoryState* states, int rows) {
-  __shared__ PredictorWeights w;
-  __shared__ int first_item[kMaxSequences + 1];
-  for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof w / 4); i += kThreads) {
-    reinterpret_cast<float*>(&w)[i] = reinterpret_cast<const float*>(weights)[i];
+// ---- hot -------------------------------------------------------------------------------------
+
+// A warp's task: up to 8 entries of one list. Lane 4 g + q holds entry g and its part of the
+// history. Entries are loaded two tasks ahead and history one, to be there when their turn comes.
+template <typename T>
+class HotTask {
+ public:
+  // Lists and first tasks: a list's tasks are [first_task[list], first_task[list + 1]).
+  __device__ HotTask(const HotLists& lists, const HistoryState* states, const int* first_task)
+      : lists_(lists), states_(states), first_task_(first_task) {}
+
+  // Notes the entries of a task, the next to begin.
+  __device__ void find(int task) {
+    while (first_task_[next_.list + 1] <= task) ++next_.list;
+    const int first = (task - first_task_[next_.list]) * 8;
+    next_.count = min(8, static_cast<int>(lists_.counters[next_.list]) - first);
+    const HistoryState& state = states_[lists_.sequence_of(next_.list)];
+    next_.entry = *lists_.entry(state, next_.list, first + min(lane_id() / 4, next_.count - 1));
   }
+
+  __device__ void begin() {
+    now_ = next_;
+    const Map map{state(), map_of(now_.entry)};
+    rows_ = rows_of<T>(map);
+    const int q = lane_id() % 4;
+    const std::int64_t first_row = map.num_rows() - (is_bottom() ? kSeenRows : kHistoryRows + 1);
+    const T* upper = rows_.row(first_row + q);
+    const T* lower = q < 3 ? rows_.row(first_row + q + 2) : nullptr;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      upper_[i] = rows_.load(upper, column() - 2 + 2 * i);
+      lower_[i] = rows_.load(lower, column() - 2 + 2 * i);
+    }
+  }
+
+  __device__ HotRows rows() const {
+    HotRows out;
+    bool ignored = false;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      out.upper[i] = rows_.convert(upper_[i], column() - 2 + 2 * i, &ignored);
+      out.lower[i] = rows_.convert(lower_[i], column() - 2 + 2 * i, &ignored);
+    }
+    return out;
+  }
+  __device__ bool is_bottom() const { return HotLists::side_of(now_.list) == kBottom; }
+  __device__ int column() const { return segment_of(now_.entry) * kSegmentWidth; }
+  __device__ int columns() const { return rows_.columns; }
+
+  // Adds a result to the map's sums.
+  struct Target {
+    const HistoryState* state;
+    std::uint32_t entry;
+    bool present;
+    int sign;
+  };
+  __device__ Target target() const {
+    const int segment = result_segment();
+    const std::uint32_t entry = __shfl_sync(~0U, now_.entry, segment * 4);
+    return {&state(), entry, segment < now_.count, is_bottom() ? 1 : -1};
+  }
+  __device__ static void add(const Target& target, const HotResult& result) {
+    if (!target.present) return;
+    const Map map{*target.state, map_of(target.entry)};
+    const int column = segment_of(target.entry) * kSegmentWidth + result_column();
+    atomicAdd(map.boundary() + column, result.edge);
+    if (progress_of(map.header(), map.num_rows(), map.candidates()).slides) {
+      atomicAdd(map.sums() + column, target.sign * result.inner);
+    }
+  }
+
+ private:
+  struct Found {
+    int list;
+    int count;
+    std::uint32_t entry;
+  };
+  __device__ const HistoryState& state() const { return states_[lists_.sequence_of(now_.list)]; }
+
+  const HotLists& lists_;
+  const HistoryState* states_;
+  const int* first_task_;
+  Found now_{};
+  Found next_{};
+  PairRows<T> rows_{};
+  typename PairRows<T>::Raw upper_[4];
+  typename PairRows<T>::Raw lower_[4];
+};
+
+template <typename T>
+__device__ void run_hot(const HotTables& tables, const HotWeights& weights, const HotLists& lists,
+                        const HistoryState* states, const int* first_task, int num_tasks) {
+  HotTask<T> task(lists, states, first_task);
+  const int stride = warps_of_grid();
+  int now = warp_of_grid();
+  if (now < num_tasks) task.find(now);
+  if (now < num_tasks) task.begin();
+  if (now + stride < num_tasks) task.find(now + stride);
+  for (; now < num_tasks; now += stride) {
+    const HotRows rows = task.rows();
+    const int column = task.column();
+    const int columns = task.columns();
+    const bool is_bottom = task.is_bottom();
+    const auto target = task.target();
+    if (now + stride < num_tasks) task.begin();
+    if (now + 2 * stride < num_tasks) task.find(now + 2 * stride);
+    HotTask<T>::add(
+        target, is_bottom ? evaluate_hot<HotKind::kBottom>(tables, weights, rows, column, columns)
+                          : evaluate_hot<HotKind::kTop>(tables, weights, rows, column, columns));
+  }
+}
+
+__global__ void __launch_bounds__(kHotThreads, 2)
+    hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
+  __shared__ HotTables tables;
+  __shared__ int first_task[kMaxSequences * kNumSides + 1];
+  tables.load(*from);
+  const int num_lists = lists.num_lists(rows);
   number_items(
-      rows, [&](int i) { return states[i].num_layers * num_maps(states[i]); }, first_item);
+      num_lists, [&](int i) { return (static_cast<int>(lists.counters[i]) + 7) / 8; }, first_task);
+  HotWeights weights;
+  weights.load(*from);
+  // One type serves all sequences of a batch.
+  with_history_type(states[0].type, [&](auto tag) {
+    run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task,
+                                          first_task[num_lists]);
+  });
+}
+
+// ---- rebuild ---------------------------------------------------------------------------------
+
+// Adds s of one inner row, of the segments of half a span that are not cold, to this lane's column.
+template <typename T>
+__device__ std::int32_t hot_inner(const HotTables& tables, const HotWeights& weights,
+                                  const PairRows<T>& rows, std::int64_t first_row, int span,
+                                  int half, bool cold) {
+  const unsigned all_cold = __ballot_sync(~0U, cold);
+  if (all_cold == ~0U) return 0;
+  const int q = lane_id() % 4;
+  const int column = first_column(span, half);
+  const T* upper = rows.row(first_row + q);
+  const T* lower = q < 3 ? rows.row(first_row + q + 2) : nullptr;
+  HotRows seen;
+  bool ignored = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int at = column - 2 + 2 * i;
+    seen.upper[i] = rows.convert(rows.load(upper, at), at, &ignored);
+    seen.lower[i] = rows.convert(rows.load(lower, at), at, &ignored);
+  }
+  const std::int32_t inner =
+      evaluate_hot<HotKind::kInner>(tables, weights, seen, column, rows.columns).inner;
+  return (all_cold >> (result_segment() * 4) & 1) != 0 ? 0 : inner;
+}
+
+template <typename T>
+__device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tables,
+                             const HotWeights& weights, const Map& map, int span, int first) {
+  const PairRows<T> rows = rows_of<T>(map);
+  const std::int64_t window = map.num_rows() - kHistoryRows;  // its first row
+  int2 cold_sum[2] = {};
+  std::int32_t hot_sum[2] = {};
+  for (int row = kFirstInner; row <= kLastInner; ++row) {
+    ColdRows seen;
+    const unsigned wrong = load_cold_rows(rows, window + row - 2, span, seen);
+    distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
+    bool cold[2];
+    find_cold_segments(cold_tables, seen, span, rows.columns, cold);
+    int2 added[2];
+    cold_products(cold_tables, kBottom, seen, added);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      cold_sum[half].x += cold[half] ? added[half].x : 0;
+      cold_sum[half].y += cold[half] ? added[half].y : 0;
+      hot_sum[half] += hot_inner(tables, weights, rows, window + row - 2, span, half, cold[half]);
+    }
+  }
+  // Cold sums first, which all columns have; then the others onto them.
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column = written_column(span, half);
+    if (lane_id() % 4 < 2 && column >= first) {
+      *reinterpret_cast<int2*>(map.sums() + column) = cold_sum[half];
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int column =
+        (span * kSpanSegments + half * 8 + result_segment()) * kSegmentWidth + result_column();
+    if (column >= first) map.sums()[column] += hot_sum[half];
+  }
+}
+
+// The first column of a layer whose sum starts anew; its candidates if none.
+__device__ int first_rebuilt(const HistoryState& state, int layer) {
+  const Map map{state, layer * num_maps(state)};
+  if (!is_scored(state, layer)) return map.candidates();
+  return progress_of(map.header(), map.num_rows(), map.candidates()).first_rebuilt;
+}
+__device__ int rebuilt_spans(const HistoryState& state, int layer) {
+  return num_spans(num_candidates(state.num_columns[layer])) -
+         first_rebuilt(state, layer) / kSpanColumns;
+}
+
+__global__ void __launch_bounds__(kHotThreads, 2)
+    rebuild_kernel(const CnnTables* from, const HistoryState* states, int rows) {
+  __shared__ ColdTables cold_tables;
+  __shared__ HotTables tables;
+  __shared__ int first_item[kMaxSequences + 1];
+  const auto maps_of = [&](int i) { return states[i].num_layers * num_maps(states[i]); };
+  number_items(
+      rows,
+      [&](int i) {
+        int spans = 0;
+        for (int layer = lane_id(); layer < states[i].num_layers; layer += 32) {
+          if (first_rebuilt(states[i], layer) < num_candidates(states[i].num_columns[layer])) {
+            spans = max(spans, rebuilt_spans(states[i], layer));
+          }
+        }
+        return spans * maps_of(i);
+      },
+      first_item);
+  if (first_item[rows] == 0) return;
+  cold_tables.load(*from);
+  tables.load(*from);
+  HotWeights weights;
+  weights.load(*from);
+  __syncthreads();
   int sequence = 0;
-  for (int item = static_cast<int>(blockIdx.x); item < first_item[rows];
-       item += static_cast<int>(gridDim.x)) {
+  for (int item = warp_of_grid(); item < first_item[rows]; item += warps_of_grid()) {
     while (first_item[sequence + 1] <= item) ++sequence;
-    const Map map{states[sequence], item - first_item[sequence]};
-    if (!map.is_scored()) continue;
-    with_history_type(map.state.type,
-                      [&](auto tag) { update_map<typename decltype(tag)::type>(w, map); });
+    const HistoryState& state = states[sequence];
+    const int i = item - first_item[sequence];
+    const int spans = (first_item[sequence + 1] - first_item[sequence]) / maps_of(sequence);
+    const Map map{state, i / spans};
+    const int first = first_rebuilt(state, map.layer());
+    const int span = first / kSpanColumns + i % spans;
+    if (first >= map.candidates() || span >= num_spans(map.candidates())) continue;
+    with_history_type(state.type, [&](auto tag) {
+      rebuild_span<typename decltype(tag)::type>(cold_tables, tables, weights, map, span, first);
+    });
   }
 }
 
@@ -171,12 +467,17 @@ std::size_t predictor_state_bytes(int max_columns) {
 void predict(const PredictArgs& args, CudaStream& stream) {
   FT_CHECK(args.rows <= kMaxSequences, args.rows);
   if (args.rows == 0) return;
-  static const int grid = 8 * num_sms();
-  const auto* predictor = static_cast<const CudaPredictor*>(args.predictor);
-  update_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream.handle()>>>(
-      predictor->weights(), args.states, args.rows);
+  static const auto sms = static_cast<unsigned>(num_sms());
+  const CnnTables* tables = static_cast<const CudaPredictor*>(args.predictor)->tables();
+  const HotLists lists = HotLists::of(args.rows, stream.counters());
+  slide_kernel<<<4 * sms, kSlideThreads, 0, stream.handle()>>>(tables, args.states, args.rows,
+                                                               lists);
   FT_CUDA(cudaGetLastError());
-  choose_blocks(args, 0, stream);
+  hot_kernel<<<2 * sms, kHotThreads, 0, stream.handle()>>>(tables, args.states, args.rows, lists);
+  FT_CUDA(cudaGetLastError());
+  rebuild_kernel<<<2 * sms, kHotThreads, 0, stream.handle()>>>(tables, args.states, args.rows);
+  FT_CUDA(cudaGetLastError());
+  choose_blocks(args, lists.num_lists(args.rows), stream);
 }
 
 }  // namespace foretoken::kernels::cuda

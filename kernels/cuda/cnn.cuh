@@ -1,0 +1,313 @@
+// The predictor's CNN on tensor cores, by the warp: the cold stencil of 16 segments of 4 columns,
+// and the whole network of 8 segments. cnn_tables.h says what the fragments hold.
+//
+// All sums over rows are of integers, and s of a segment in a row depends on its 5 x 8 values
+// alone, in one order of operations: a row leaves as it entered, wherever it was evaluated. Which
+// of cold and whole network does it depends on those values alone, too.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/cnn_tables.h"
+#include "kernels/cuda/map_layout.h"
+#include "kernels/cuda/mma.cuh"
+
+namespace foretoken::kernels::cuda {
+
+// |s| is cut off here, so that 60 interior rows fit int32; and what an edge adds, far beyond.
+inline constexpr std::int32_t kMostInterior = 8 << kFixedPointBits;
+inline constexpr std::int32_t kMostEdge = 64 << kFixedPointBits;
+
+__device__ inline __half2 as_half2(std::uint32_t pair) {
+  return reinterpret_cast<const __half2&>(pair);
+}
+__device__ inline std::uint32_t max_pair(std::uint32_t a, std::uint32_t b) {
+  const __half2 most = __hmax2(as_half2(a), as_half2(b));
+  return reinterpret_cast<const std::uint32_t&>(most);
+}
+
+// ---- cold ------------------------------------------------------------------------------------
+
+// The tables that the cold stencil needs; in shared memory.
+struct ColdTables {
+  std::uint32_t taps[kNumSides][3][2][kLanes];
+  float at_zero[kNumSides][2];
+  std::uint32_t limit;
+
+  __device__ void load(const CnnTables& from) {
+    const auto* source = &from.cold[0][0][0][0];
+    auto* target = &taps[0][0][0][0];
+    for (unsigned i = threadIdx.x; i < sizeof taps / 4; i += blockDim.x) target[i] = source[i];
+    if (threadIdx.x < 4) (&at_zero[0][0])[threadIdx.x] = (&from.cold_at_zero[0][0])[threadIdx.x];
+    if (threadIdx.x == 0) limit = from.cold_limit;
+  }
+};
+
+// rows[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g + q).
+using ColdRows = std::uint32_t[5][2];
+
+// out[half]: columns 2 (q % 2), + 1 of segment g + 8 half; of the inner row where q < 2, else of
+// the edge.
+__device__ inline void cold_products(const ColdTables& tables, int side, const ColdRows& rows,
+                                     int2 (&out)[2]) {
+  const unsigned lane = threadIdx.x % 32;
+  const float at_zero = tables.at_zero[side][lane % 4 / 2];
+  float d[4] = {at_zero, at_zero, at_zero, at_zero};
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    const bool has_odd = k < 2;
+    const std::uint32_t a[4] = {rows[2 * k][0], rows[2 * k][1], has_odd ? rows[2 * k + 1][0] : 0,
+                                has_odd ? rows[2 * k + 1][1] : 0};
+    mma<__half>(d, a, tables.taps[side][k][0][lane], tables.taps[side][k][1][lane]);
+  }
+  out[0] = {__float2int_rn(d[0]), __float2int_rn(d[1])};
+  out[1] = {__float2int_rn(d[2]), __float2int_rn(d[3])};
+}
+
+// Whether segments g and g + 8 are cold: all that they see stays below the limit.
+__device__ inline void find_cold(const ColdTables& tables, const ColdRows& rows, bool (&cold)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    std::uint32_t most = rows[0][half];
+#pragma unroll
+    for (int i = 1; i < 5; ++i) most = max_pair(most, rows[i][half]);
+    most = max_pair(most, __shfl_xor_sync(~0U, most, 1));
+    most = max_pair(most, __shfl_xor_sync(~0U, most, 2));
+    cold[half] = __hblt2(as_half2(most), as_half2(tables.limit));
+  }
+}
+
+// Where conv2 pads with zeros, hidden values are not affine.
+__device__ inline bool at_edge(int first_column, int columns) {
+  return first_column == 0 || first_column + kSegmentWidth >= columns;
+}
+
+// ---- the whole network -----------------------------------------------------------------------
+
+// conv2's weights, in the registers of a warp for as long as it lives.
+struct HotWeights {
+  std::uint32_t conv2[9][2][4];
+  std::uint32_t minus_bias1[2];
+
+  __device__ void load(const CnnTables& from) {
+    const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 18; ++i) {
+      const uint4 word = *reinterpret_cast<const uint4*>(from.conv2[i / 2][i % 2][lane]);
+      conv2[i / 2][i % 2][0] = word.x;
+      conv2[i / 2][i % 2][1] = word.y;
+      conv2[i / 2][i % 2][2] = word.z;
+      conv2[i / 2][i % 2][3] = word.w;
+    }
+    minus_bias1[0] = from.minus_bias1[0][lane];
+    minus_bias1[1] = from.minus_bias1[1][lane];
+  }
+};
+
+// The tables that are read from shared memory.
+struct HotTables {
+  std::uint32_t conv1[kNumTapRows][2][2][2][kLanes];
+  float minus_bias2[kNumOutputRows][4][kLanes];
+  float conv3[4][kLanes];
+  std::int32_t at_zero[kNumOutputRows];
+
+  __device__ void load(const CnnTables& from) {
+    for (unsigned i = threadIdx.x; i < sizeof conv1 / 4; i += blockDim.x) {
+      (&conv1[0][0][0][0][0])[i] = (&from.conv1[0][0][0][0][0])[i];
+    }
+    for (unsigned i = threadIdx.x; i < sizeof minus_bias2 / 4; i += blockDim.x) {
+      (&minus_bias2[0][0][0])[i] = (&from.minus_bias2[0][0][0])[i];
+    }
+    for (unsigned i = threadIdx.x; i < sizeof conv3 / 4; i += blockDim.x) {
+      (&conv3[0][0])[i] = (&from.conv3[0][0])[i];
+    }
+    if (threadIdx.x < kNumOutputRows) at_zero[threadIdx.x] = from.at_zero[threadIdx.x];
+  }
+};
+
+// What is evaluated of a segment's 5 history rows: those at the window's bottom, at its top, or any
+// five inside, of which the middle row's s alone.
+enum class HotKind { kBottom, kTop, kInner };
+
+// 8 segments' history: lane 4 g + q holds, of segment g, row q of the first four of the five rows
+// and row q + 2 (none for q = 3), as 4 pairs of columns -2 .. 5.
+struct HotRows {
+  std::uint32_t upper[4];
+  std::uint32_t lower[4];
+};
+
+// Hidden values of one column: [row][half of the channels], as operand B of conv2.
+//   kBottom, kInner   rows 60, 61, 62 and 63 as the window's last
+//   kTop              row 0 as the window's first, rows 0, 1, 2
+using HiddenColumn = std::uint32_t[4][2];
+
+template <HotKind kKind>
+__device__ void hidden_column(const HotTables& tables, const HotWeights& weights,
+                              const HotRows& rows, int pair, int column, HiddenColumn& out) {
+  const unsigned lane = threadIdx.x % 32;
+  const std::uint32_t patch[4] = {rows.upper[pair], rows.lower[pair], rows.upper[pair + 1],
+                                  rows.lower[pair + 1]};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const auto product = [&](TapRows taps, std::uint32_t(&d)[2]) {
+      mma_half(d, patch, tables.conv1[taps][column][half][0][lane],
+               tables.conv1[taps][column][half][1][lane]);
+      d[0] = max_pair(d[0], weights.minus_bias1[half]);
+      d[1] = max_pair(d[1], weights.minus_bias1[half]);
+    };
+    std::uint32_t upper[2];
+    std::uint32_t lower[2];
+    product(kUpperTaps, upper);
+    product(kLowerTaps, lower);
+    if constexpr (kKind == HotKind::kTop) {
+      std::uint32_t cut[2];
+      product(kCutTaps, cut);
+      out[0][half] = cut[0];
+      out[1][half] = upper[0];
+      out[2][half] = lower[0];
+      out[3][half] = upper[1];
+    } else {
+      out[0][half] = upper[0];
+      out[1][half] = lower[0];
+      out[2][half] = upper[1];
+      out[3][half] = lower[1];
+    }
+  }
+}
+
+// D of one row and column of outputs: [half of the outputs], operand D.
+using OutputColumn = float[2][4];
+
+// d += row `tap_row` of conv2's taps, over a hidden row of three columns.
+__device__ inline void add_products(OutputColumn& d, const HotWeights& weights, int tap_row,
+                                    const std::uint32_t (&left)[2],
+                                    const std::uint32_t (&middle)[2],
+                                    const std::uint32_t (&right)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mma<__half>(d[half], weights.conv2[tap_row * 3][half], left[0], left[1]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mma<__half>(d[half], weights.conv2[tap_row * 3 + 1][half], middle[0], middle[1]);
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    mma<__half>(d[half], weights.conv2[tap_row * 3 + 2][half], right[0], right[1]);
+  }
+}
+
+// This lane's part of s: of 4 output channels, for segments 2 q and 2 q + 1.
+__device__ inline void add_outputs(const OutputColumn& d, const HotTables& tables, OutputRow row,
+                                   float (&s)[2]) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const float weight = tables.conv3[k][lane];
+    const float least = tables.minus_bias2[row][k][lane];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      s[i] = fmaf(weight, fmaxf(d[k / 2][k % 2 * 2 + i], least), s[i]);
+    }
+  }
+}
+
+// Sums values[i] over the 8 lanes of equal q; the lane with g = i gets that sum.
+__device__ inline std::int32_t sum_scattered(std::int32_t (&values)[8]) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (int width = 4; width > 0; width /= 2) {
+    const bool high = (lane & (width * 4)) != 0;
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const std::int32_t sent = high ? values[i] : values[i + width];
+      const std::int32_t kept = high ? values[i + width] : values[i];
+      values[i] = kept + __shfl_xor_sync(~0U, sent, width * 4);
+    }
+  }
+  return values[0];
+}
+
+__device__ inline std::int32_t bounded(std::int32_t value, std::int32_t most) {
+  return min(max(value, -most), most);
+}
+
+// What a lane gets of 8 segments: column `column` of segment `segment`.
+struct HotResult {
+  std::int32_t inner;  // s of the row that enters, leaves or lies inside
+  std::int32_t edge;   // of the two at the window's edge; not of kInner
+};
+__device__ inline int result_segment() {
+  return static_cast<int>(threadIdx.x % 4 * 2 + threadIdx.x / 4 % 2);
+}
+__device__ inline int result_column() { return static_cast<int>(threadIdx.x % 32 / 8); }
+
+// first_column: of this lane's segment g; columns: candidates of its map.
+template <HotKind kKind>
+__device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& weights,
+                                  const HotRows& rows, int first_column, int columns) {
+  constexpr bool kInner = kKind == HotKind::kInner;
+  const bool any_edge = __any_sync(~0U, at_edge(first_column, columns));
+  std::int32_t inner[8];
+  std::int32_t edge[8];
+  HiddenColumn hidden[4];  // by column % 4
+#pragma unroll
+  for (int column = 0; column < 6; ++column) {
+    HiddenColumn& made = hidden[column % 4];
+    hidden_column<kKind>(tables, weights, rows, column / 2, column % 2, made);
+    const int at = first_column + column - 1;
+    if (any_edge && (at < 0 || at >= columns)) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) made[i / 2][i % 2] = weights.minus_bias1[i % 2];
+    }
+    if (column < 2) continue;
+    const HiddenColumn& left = hidden[(column - 2) % 4];
+    const HiddenColumn& middle = hidden[(column - 1) % 4];
+    OutputColumn first = {};   // the inner row
+    OutputColumn second = {};  // row 62 or 1
+    OutputColumn third = {};   // row 63 or 0
+    const auto add = [&](OutputColumn& d, int tap_row, int row) {
+      add_products(d, weights, tap_row, left[row], middle[row], made[row]);
+    };
+    float inner_s[2] = {};
+    float edge_s[2] = {};
+    if constexpr (kKind == HotKind::kTop) {
+      add(first, 1, 2);
+      add(third, 1, 0);
+      add(first, 2, 3);
+      add(third, 2, 2);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) second[i / 4][i % 4] = first[i / 4][i % 4];
+      add(first, 0, 1);
+      add(second, 0, 0);
+    } else {
+      add(first, 1, 1);
+      if constexpr (!kInner) add(second, 1, 2);
+      if constexpr (!kInner) add(third, 1, 3);
+      add(first, 2, 2);
+      if constexpr (!kInner) add(second, 2, 3);
+      add(first, 0, 0);
+      if constexpr (!kInner) add(second, 0, 1);
+      if constexpr (!kInner) add(third, 0, 2);
+    }
+    add_outputs(first, tables, kInnerRow, inner_s);
+    if constexpr (!kInner) {
+      add_outputs(second, tables, kInnerRow, edge_s);
+      add_outputs(third, tables, kKind == HotKind::kTop ? kFirstRow : kLastRow, edge_s);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      inner[(column - 2) * 2 + i] = __float2int_rn(inner_s[i]);
+      edge[(column - 2) * 2 + i] = __float2int_rn(edge_s[i]);
+    }
+  }
+  HotResult result{bounded(sum_scattered(inner) + tables.at_zero[kInnerRow], kMostInterior), 0};
+  if constexpr (!kInner) {
+    const OutputRow last = kKind == HotKind::kTop ? kFirstRow : kLastRow;
+    result.edge =
+        bounded(sum_scattered(edge) + tables.at_zero[kInnerRow] + tables.at_zero[last], kMostEdge);
+  }
+  return result;
+}
+
+}  // namespace foretoken::kernels::cuda

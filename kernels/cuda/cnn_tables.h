@@ -1,0 +1,45 @@
+// The predictor's network in the form that tensor cores take it: fragments of mma.m16n8k16, by lane
+// (mma.cuh), in fp16. docs/predictor.md derives the streaming evaluation and the cold regime.
+//
+// History values come scaled by 2^12, s goes out in 2^-22. Hidden values are held as
+//   h' = max(conv1(A), -b1)       so that h = h' + b1, and h = 0 (padding) is h' = -b1
+// and of conv2 D = conv2(h') alone is computed; its bias B takes in conv2 of b1:
+//   s = sum of w3 * (max(D, -B) + B)
+// So the products carry deviations, not biases, and fp16 loses little.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels::cuda {
+
+inline constexpr int kLanes = 32;
+inline constexpr float kValueScale = 4096.0F;
+
+// Rows of outputs that differ in the taps of conv2 that lie in the window.
+enum OutputRow { kInnerRow, kFirstRow, kLastRow, kNumOutputRows };
+// How conv1's three rows of taps lie on four rows of history: on the first three, on the last
+// three, or on the first three with no tap on the first (the row before the window).
+enum TapRows { kUpperTaps, kLowerTaps, kCutTaps, kNumTapRows };
+// The window's two edges: rows 59 .. 63, or -1 .. 3.
+enum Side { kBottom, kTop, kNumSides };
+
+struct CnnTables {
+  std::uint32_t conv2[9][2][kLanes][4];               // [tap, half of the outputs]: operand A
+  std::uint32_t conv1[kNumTapRows][2][2][2][kLanes];  // [, column of a pair, half, register]: B
+  std::uint32_t minus_bias1[2][kLanes];               // [half]: as conv1's result
+  float minus_bias2[kNumOutputRows][4][kLanes];       // of the lane's outputs: 8 i + lane / 4
+  float conv3[4][kLanes];                             // likewise
+  std::int32_t at_zero[kNumOutputRows];               // sum of w3 * B
+
+  // Cold: columns 0 .. 3 of a segment, of the row that enters or leaves, then of the two at the
+  // edge; a product over 5 rows (and one of zeros) x 8 columns.
+  std::uint32_t cold[kNumSides][3][2][kLanes];  // [, product, register]: B
+  float cold_at_zero[kNumSides][2];             // [, inner or edge]
+  std::uint32_t cold_limit;                     // of scaled values, fp16 twice: cold below
+};
+
+CnnTables make_cnn_tables(const PredictorWeights& weights);
+
+}  // namespace foretoken::kernels::cuda

@@ -1,0 +1,60 @@
+// The streaming state of one map of the attention history (HistoryState::stream) on the GPU:
+//
+//   header      MapHeader, padded to 64 bytes
+//   sums        [columns] int32: s of the window's interior rows 2 .. 61, summed, in 2^-22
+//   boundary    [columns] int32: s of rows 0, 1, 62, 63 of this step, summed likewise
+//   hot         [2, columns / 4] uint32: room for lists of segments (hot_list.cuh)
+//
+// so score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
+// Columns are candidates, rounded up to whole spans.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels::cuda {
+
+inline constexpr int kSinkColumns = kSinkTokens / kBlockTokens;
+inline constexpr int kLocalColumns = kLocalTokens / kBlockTokens;
+inline constexpr int kSegmentWidth = 4;   // columns that are cold or hot together
+inline constexpr int kSpanSegments = 16;  // what a warp evaluates at once
+inline constexpr int kSpanColumns = kSpanSegments * kSegmentWidth;
+inline constexpr int kFixedPointBits = 22;
+inline constexpr int kMaxPredictColumns = 1 << 16;  // a million tokens
+
+struct MapHeader {
+  std::int64_t num_rows;    // rows appended when the sums were made; 0: there are none
+  std::int64_t clean_from;  // windows that end before this row hold a value that is none
+  std::int32_t columns;     // candidates of the sums
+};
+inline constexpr std::size_t kMapHeaderBytes = 64;
+static_assert(sizeof(MapHeader) <= kMapHeaderBytes);
+
+// Candidate columns of a row of n columns: all but sink and the last local window.
+constexpr int num_candidates(int columns) {
+  const int candidates = columns - kSinkColumns - kLocalColumns;
+  return candidates > 0 ? candidates : 0;
+}
+constexpr int num_spans(int candidates) { return (candidates + kSpanColumns - 1) / kSpanColumns; }
+constexpr int padded_candidates(int max_columns) {
+  return num_spans(num_candidates(max_columns)) * kSpanColumns;
+}
+
+constexpr std::size_t sums_offset() { return kMapHeaderBytes; }
+constexpr std::size_t boundary_offset(int max_columns) {
+  return sums_offset() +
+         sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
+}
+constexpr std::size_t hot_offset(int max_columns) {
+  return boundary_offset(max_columns) +
+         sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
+}
+constexpr std::size_t map_state_bytes(int max_columns) {
+  return hot_offset(max_columns) +
+         2 * sizeof(std::uint32_t) *
+             static_cast<std::size_t>(padded_candidates(max_columns) / kSegmentWidth);
+}
+
+}  // namespace foretoken::kernels::cuda
