@@ -111,11 +111,11 @@ def compare(rounds):
 def make_engines(args):
     longest = max(args.contexts) + args.steps + 8
     engines = {}
-    for kind in ("f16", "f32"):
+    for kind in args.types:
         path = (args.out or args.gguf.parent) / f"{args.gguf.stem}.{kind}.gguf"
         if not path.exists():
             write_unquantized(args.gguf, path, kind)
-        for flash in (True, False):
+        for flash in [{"on": True, "off": False}[word] for word in args.flash]:
             name = f"llama.cpp {kind}{' flash' if flash else ''}"
             engines[name] = LlamaCpp(path, flash, longest, args.threads)
     for policy in ("full", "attention-predictor"):
@@ -129,6 +129,8 @@ def main():
     parser.add_argument("gguf", type=pathlib.Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 7000])
+    parser.add_argument("--types", choices=["f16", "f32"], nargs="+", default=["f16", "f32"])
+    parser.add_argument("--flash", choices=["on", "off"], nargs="+", default=["on", "off"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--out", type=pathlib.Path, help="folder of the converted GGUF files")
