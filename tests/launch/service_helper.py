@@ -83,7 +83,7 @@ class Service:
                 [str(word) for word in words], stdout=subprocess.PIPE, stderr=log, text=True
             )
         if ready:
-            wait_until(self._is_ready, what="readiness")
+            wait_until(self._is_ready, timeout=180, what="readiness")
 
     def _is_ready(self):
         code = self.process.poll()

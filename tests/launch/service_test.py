@@ -107,6 +107,21 @@ def test_a_bad_request_fails_alone(client, prompt, options):
     assert client.generate("x", max_tokens=2).usage["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize(
+    "flags, reason",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt=" + "abc " * 600], "the context has 512"),
+        (["--prompt=x", "--max-tokens=5000"], "the context has 512"),
+    ],
+)
+def test_the_command_tells_of_a_bad_request_and_exits_with_2(service, flags, reason):
+    done = run("generate", *service.connect, *flags)
+    assert done.returncode == 2
+    assert reason in done.stderr and done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
 def test_a_cancelled_request_frees_its_kv(client):
     before = client.status()["kv_slabs_used"]
     stream = client.stream("Once upon a time", max_tokens=400, ignore_eos=True)
