@@ -1,29 +1,34 @@
 #!/usr/bin/env bash
 # Makes a self-contained folder of Foretoken's programs, for machines where nothing can be installed.
 #
-#   bash launch/bundle.sh FOLDER [PROGRAM...]     default: the four programs of build/release/bin
+#   bash launch/bundle.sh [--cuda] [--tests] FOLDER
 #
-# FOLDER/bin has the programs, FOLDER/lib the libraries they need. Not in it, since they belong to the
-# machine: the C library, MPI (it must fit the machine's mpirun or srun), the GPU driver and the CUDA
-# libraries (cuBLAS, cuDNN, NCCL), unless --cuda is given first.
+# FOLDER/bin has the programs of build/release/bin, FOLDER/lib the libraries they need. Not in it, since
+# they belong to the machine: the C and C++ runtimes, MPI (it must fit the machine's mpirun or srun), the
+# GPU driver, and the CUDA libraries (cuBLAS, cuDNN, NCCL) unless --cuda is given. With --tests there is
+# also FOLDER/gpu.sh, which runs the GPU tests and benchmarks (tests/gpu.sh).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 with_cuda=false
-if [[ "${1:-}" == --cuda ]]; then
-  with_cuda=true
+programs=(foretoken foretoken-coordinator foretoken-worker foretoken-kvstore)
+extras=()
+while [[ "${1:-}" == --* ]]; do
+  case "$1" in
+    --cuda) with_cuda=true ;;
+    --tests)
+      programs+=(cuda_test worker_test cuda_ops_bench)
+      extras=(tests/gpu.sh tests/gpu/oracle.py tests/bench/transformers_peer.py)
+      ;;
+    *) break ;;
+  esac
   shift
-fi
-if (($# == 0)); then
-  echo "usage: $0 [--cuda] FOLDER [PROGRAM...]" >&2
+done
+if (($# != 1)) || [[ "$1" == --* ]]; then
+  echo "usage: $0 [--cuda] [--tests] FOLDER" >&2
   exit 2
 fi
 folder=$1
-shift
-programs=("$@")
-if ((${#programs[@]} == 0)); then
-  programs=(foretoken foretoken-coordinator foretoken-worker foretoken-kvstore)
-fi
 
 # The machine's own: the C and C++ runtimes, and MPI with what it brings.
 left_out='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|stdc\+\+|gcc_s|mpi.*|open-.*|pmix|hwloc|event.*|util|z)\.so.*)$'
@@ -46,4 +51,8 @@ for program in "${programs[@]}"; do
 done
 mkdir -p "$folder/share/foretoken"
 cp build/release/share/foretoken/* "$folder/share/foretoken/"
+for extra in "${extras[@]}"; do cp "$extra" "$folder/"; done
+if ((${#extras[@]} > 0)); then
+  python3 tests/gpu/make_bench_model.py "$folder/models/llama-8b"
+fi
 du -sh "$folder" | cut -f1 | sed "s|^|bundle: $folder, |" >&2

@@ -1,0 +1,92 @@
+#!/usr/bin/env bash
+# All GPU tests and benchmarks, on a machine with one GPU, from a bundle:
+#
+#   bash launch/bundle.sh --tests FOLDER     where Foretoken is built
+#   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
+#                                            transformers for the stages oracle and peer)
+#
+# Stages: kernels sanitize engine oracle ops decode batch prefill peer; default: all. Each leaves its
+# log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
+set -uo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+if (($# == 0)); then
+  echo "usage: $0 RESULTS [STAGE...]" >&2
+  exit 2
+fi
+results=$1
+shift
+stages=("$@")
+if ((${#stages[@]} == 0)); then
+  stages=(kernels sanitize engine oracle ops decode batch prefill peer)
+fi
+mkdir -p "$results"
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
+export FORETOKEN_KVSTORE=$here/bin/foretoken-kvstore
+
+# The service in the shape of Llama-3.1-8B, random weights, dense attention.
+bench() {
+  "$here/bin/foretoken" bench "$1" --model "$here/models/llama-8b" --load-format dummy \
+    --device cuda --kv-policy full --max-batched-tokens 8192 --json "${@:2}"
+}
+
+kernels() { timeout 300 "$here/bin/cuda_test"; }
+# Tests of the largest sizes take minutes under the checkers: they run the others.
+sanitize() {
+  local tool
+  for tool in memcheck racecheck; do
+    timeout 280 compute-sanitizer --tool "$tool" --error-exitcode 9 "$here/bin/cuda_test" \
+      --gtest_filter='CudaTest.*:Shapes/CudaLinear*/1x576*:Shapes/CudaDecodeAttention*/[0-2]:Select.Recent*:CudaSampleRow.*' ||
+      return 1
+  done
+}
+engine() { FORETOKEN_TEST_DEVICE=cuda timeout 200 "$here/bin/worker_test"; }
+oracle() {
+  timeout 400 python3 "$here/oracle.py" --bin "$here/bin" --tokenizer "$here/models/llama-8b" \
+    --json "$results/oracle.json"
+}
+ops() { timeout 200 "$here/bin/cuda_ops_bench" | tee "$results/ops.json"; }
+decode() {
+  local context
+  for context in 1024 8192 32768 130000; do
+    bench decode --context "$context" --tokens 128 --repeat 2 --max-model-len 131072 \
+      --kv-host-gib 40 | tee "$results/decode-$context.json" || return 1
+  done
+}
+batch() {
+  bench decode --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 --max-model-len 4096 \
+    --kv-host-gib 12 | tee "$results/batch-32.json"
+}
+prefill() {
+  local context
+  for context in 8192 32768 130000; do
+    bench prefill --context "$context" --repeat 4 --max-model-len 131072 --kv-host-gib 80 |
+      tee "$results/prefill-$context.json" || return 1
+  done
+}
+peer() { timeout 300 python3 "$here/transformers_peer.py" --json "$results/peer.json"; }
+
+failed=()
+for stage in "${stages[@]}"; do
+  echo "gpu: $stage" >&2
+  if ! "$stage" >"$results/$stage.log" 2>&1; then
+    failed+=("$stage")
+    echo "gpu: $stage failed:" >&2
+    tail -n 20 "$results/$stage.log" >&2
+  fi
+done
+python3 - "$results" "${failed[@]}" <<'PYTHON'
+import json, pathlib, sys
+results = pathlib.Path(sys.argv[1])
+found = {}
+for file in sorted(results.glob("*.json")):
+    if file.name != "summary.json":
+        try:
+            found[file.stem] = json.loads(file.read_text())
+        except ValueError:
+            found[file.stem] = None
+(results / "summary.json").write_text(json.dumps({"failed": sys.argv[2:], **found}, indent=1))
+PYTHON
+if ((${#failed[@]} > 0)); then
+  echo "gpu: failed: ${failed[*]}" >&2
+  exit 1
+fi
