@@ -286,6 +286,10 @@ struct PackBlocksArgs {
   int num_tokens;  // of the scratch, in all: rows past it are not read
   bool to_arena;   // false where another rank writes this head
   const SequenceKv* sequence;
+  // The sequence's slabs as the host knows them: then copy engines may write the arena, and the
+  // compute units stay free. Null: they aren't known here. Host; not read after the call.
+  std::byte* const* host_slabs = nullptr;  // [num_kv_heads, max_segments]
+  int max_segments = 0;
 };
 
 // The reverse, for a reused prefix: arena -> scratch, verified.

@@ -1,8 +1,12 @@
 // Ops that move KV between the prefill scratch, the slots and the arena. A warp moves a block, by
 // 16-byte loads and stores; arena memory is pinned host memory, and its checksums are written and
 // verified in the same pass. Bound by the host link, so few SMs are enough (docs/measurements.md).
+// Even few are too many beside prefill: cuBLAS's products take every SM whole, and one that is
+// taken from them makes a product wait. So a prompt's blocks are laid out in device memory, which
+// is quick, and leave by the copy engines.
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "common/check.h"
 #include "kernels/cuda/checksum.cuh"
@@ -77,8 +81,10 @@ __device__ Pair* scratch_pairs(Void* base, int scratch_tokens, int head, int blo
   return static_cast<Pair*>(base) + row * row_pairs;
 }
 
-// What lies past the last token is zero, so that the block's checksum is defined.
-__device__ void pack_block(const PackBlocksArgs& args, const SequenceKv& kv, int head, int block) {
+// What lies past the last token is zero, so that the block's checksum is defined. Where `staged` is
+// given, the block goes there instead of to the arena, and its checksum alone to the arena.
+__device__ void pack_block(const PackBlocksArgs& args, const SequenceKv& kv, int head, int block,
+                           WordPair* staged) {
   const int tokens = min(kBlockTokens, args.num_tokens - block * kBlockTokens);
   const int slot = block_to_slot(kv, args.layer, head)[block];
   if (tokens <= 0 || (!args.to_arena && slot == kAbsent)) return;
@@ -95,7 +101,9 @@ __device__ void pack_block(const PackBlocksArgs& args, const SequenceKv& kv, int
   };
   std::byte* slab = args.to_arena ? slab_of(kv, head, block) : nullptr;
   require(slab != nullptr || !args.to_arena);
-  WordPair* arena = slab == nullptr ? nullptr : arena_pairs(kv, slab, args.layer, block);
+  WordPair* arena = slab == nullptr     ? nullptr
+                    : staged != nullptr ? staged
+                                        : arena_pairs(kv, slab, args.layer, block);
   WordPair* device = slot == kAbsent ? nullptr : slot_pairs(kv, args.layer, head, slot);
   const std::uint64_t sum = move_block(2 * half, load, [=](int i, WordPair words) {
     if (arena != nullptr) arena[i] = words;
@@ -105,13 +113,17 @@ __device__ void pack_block(const PackBlocksArgs& args, const SequenceKv& kv, int
   *checksum_of(kv, slab, args.layer, block) = finish_checksum(sum, args.layer, block);
 }
 
-__global__ void __launch_bounds__(kThreads) pack_blocks_kernel(PackBlocksArgs args) {
+// staging: [num_kv_heads, num_blocks, block], or null.
+__global__ void __launch_bounds__(kThreads)
+    pack_blocks_kernel(PackBlocksArgs args, WordPair* staging) {
   const SequenceKv kv = *args.sequence;
   require(args.num_kv_heads == kv.shape.num_kv_heads);
   require(args.first_block + args.num_blocks <= kv.max_blocks);
   const int items = args.num_kv_heads * args.num_blocks;
   for (int item = warp_index(); item < items; item += num_warps()) {
-    pack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks);
+    pack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks,
+               staging == nullptr ? nullptr
+                                  : staging + static_cast<std::size_t>(item) * pairs_of(kv.shape));
   }
 }
 
@@ -239,11 +251,67 @@ int ctas_for(int items, const CudaStream& stream) {
 
 }  // namespace
 
+namespace {
+
+// Blocks of a head that are staged at a time: 8,192 tokens.
+constexpr int kStagedBlocks = 512;
+
+// The staged blocks, run by run, as one batch of copies.
+void send_staged(const PackBlocksArgs& args, std::byte* staging, CudaStream& stream) {
+  const KvShape shape{.num_layers = args.layer + 1,
+                      .num_kv_heads = args.num_kv_heads,
+                      .head_dim = args.head_dim,
+                      .kv_type = DataType::kBf16};  // or fp16: the same size
+  const int end = std::min(args.first_block + args.num_blocks,
+                           (args.num_tokens + kBlockTokens - 1) / kBlockTokens);
+  std::vector<void*> to;
+  std::vector<const void*> from;
+  std::vector<std::size_t> bytes;
+  for (int head = 0; head < args.num_kv_heads; ++head) {
+    for (int block = args.first_block; block < end;) {
+      const int run_end = std::min(end, (block / kSegmentBlocks + 1) * kSegmentBlocks);
+      std::byte* slab = args.host_slabs[head * args.max_segments + block / kSegmentBlocks];
+      FT_CHECK(slab != nullptr, args.layer, head, block);
+      to.push_back(slab + slab_block_offset(shape, args.layer, block));
+      from.push_back(staging +
+                     static_cast<std::size_t>(head * args.num_blocks + block - args.first_block) *
+                         shape.block_bytes());
+      bytes.push_back(static_cast<std::size_t>(run_end - block) * shape.block_bytes());
+      block = run_end;
+    }
+  }
+  if (to.empty()) return;
+  cudaMemcpyAttributes attributes{};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  attributes.flags = cudaMemcpyFlagPreferOverlapWithCompute;
+  std::size_t first = 0;
+  FT_CUDA(cudaMemcpyBatchAsync(to.data(), from.data(), bytes.data(), to.size(), &attributes, &first,
+                               1, stream.handle()));
+}
+
+void pack_by_copy_engine(PackBlocksArgs args, CudaStream& stream) {
+  const int end = args.first_block + args.num_blocks;
+  const std::size_t block_bytes = std::size_t{4} * kBlockTokens * args.head_dim;
+  for (; args.first_block < end; args.first_block += args.num_blocks) {
+    args.num_blocks = std::min(kStagedBlocks, end - args.first_block);
+    const int items = args.num_kv_heads * args.num_blocks;
+    std::byte* staging =
+        stream.scratch(static_cast<std::size_t>(args.num_kv_heads) * kStagedBlocks * block_bytes);
+    pack_blocks_kernel<<<(items + kWarps - 1) / kWarps, kThreads, 0, stream.handle()>>>(
+        args, reinterpret_cast<WordPair*>(staging));
+    FT_CUDA(cudaGetLastError());
+    send_staged(args, staging, stream);
+  }
+}
+
+}  // namespace
+
 void pack_blocks(const PackBlocksArgs& args, CudaStream& stream) {
   FT_CHECK(args.head_dim % 8 == 0, args.head_dim);
   const int items = args.num_kv_heads * args.num_blocks;
   if (items == 0) return;
-  pack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args);
+  if (args.to_arena && args.host_slabs != nullptr) return pack_by_copy_engine(args, stream);
+  pack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args, nullptr);
   FT_CUDA(cudaGetLastError());
 }
 

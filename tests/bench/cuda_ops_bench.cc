@@ -102,6 +102,8 @@ std::unique_ptr<Weight> weight(Bench& bench, int rows, int columns) {
   return bench.device().make_weight({&part, 1});
 }
 
+// What a copy of the same bytes costs: by the copy engine, and by a kernel (two thirds of its bytes
+// are read), which is what the roofline of a decode step is measured against.
 void copies(Bench& bench) {
   const std::size_t bytes = std::size_t{2} << 30;
   const DeviceBuffer from = bench.buffer(bytes);
@@ -109,6 +111,11 @@ void copies(Bench& bench) {
   const double us = bench.time(
       4, [&](int) { bench.device().copy(to.data(), from.data(), bytes, bench.stream()); });
   report("copy 2 GiB (bytes read and written)", us, 2.0 * static_cast<double>(bytes));
+  const int rows = static_cast<int>(bytes / 4 / kIntermediate);
+  const double kernel_us = bench.time(4, [&](int) {
+    bench.device().swiglu({from.data(), rows, kIntermediate, to.data()}, bench.stream());
+  });
+  report("swiglu 2 GiB in, 1 GiB out", kernel_us, 1.5 * static_cast<double>(bytes));
 }
 
 // The four products of a layer; enough copies of the weights that they don't stay in the cache.

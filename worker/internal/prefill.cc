@@ -200,7 +200,9 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
                                .num_blocks = reused_blocks,
                                .num_tokens = length,
                                .to_arena = false,
-                               .sequence = sequence.alone().sequences};
+                               .sequence = sequence.alone().sequences,
+                               .host_slabs = sequence.reservation().slabs.data(),
+                               .max_segments = sequence.kv().max_segments};
   if (reused_blocks > 0) store_.pack(pack, *copy_);  // to slots alone: the arena has them
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;

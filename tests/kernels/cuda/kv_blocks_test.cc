@@ -21,6 +21,7 @@ struct Side {
       : on(device),
         shape(shape_of),
         sequence(device, shape, kNumSlots, kMaxBlocks),
+        slabs(sequence.slab_addresses(shape)),
         k(device, random_bytes(scratch_bytes(), 2)),
         v(device, random_bytes(scratch_bytes(), 3)),
         mismatches(device, {7}) {}
@@ -33,7 +34,8 @@ struct Side {
     on.run(
         &Device::pack_blocks,
         PackBlocksArgs{k.data(), v.data(), kScratchTokens, shape.num_kv_heads, shape.head_dim,
-                       layer, first_block, num_blocks, num_tokens, to_arena, sequence.view.data()});
+                       layer, first_block, num_blocks, num_tokens, to_arena, sequence.view.data(),
+                       knows_slabs ? slabs.data() : nullptr, sequence.num_segments});
   }
   void unpack(int layer, int first_block, int num_blocks) {
     on.run(
@@ -50,6 +52,8 @@ struct Side {
   DeviceUnderTest& on;
   KvShape shape;
   DeviceSequence sequence;
+  std::vector<std::byte*> slabs;
+  bool knows_slabs = false;
   DeviceArray<std::byte> k;
   DeviceArray<std::byte> v;
   DeviceArray<std::uint32_t> mismatches;
@@ -114,6 +118,12 @@ TEST_P(KvBlocks, PacksAsTheCpu) {
       both([=](Side& side) { side.pack(0, first, blocks, tokens, to_arena); });
       expect_equal(*cuda, *cpu);
     }
+    both([=](Side& side) {  // by the copy engines
+      side.knows_slabs = true;
+      side.pack(0, first, blocks, tokens);
+      side.knows_slabs = false;
+    });
+    expect_equal(*cuda, *cpu);
   }
 }
 
