@@ -100,7 +100,9 @@ struct KvReport {
   std::int64_t blocks_fetched = 0;
   std::int64_t bytes_host = 0;  // fetched from host memory
   std::int64_t bytes_nvme = 0;
-  std::int64_t late = 0;           // blocks that were not there in time
+  std::int64_t late = 0;  // blocks that were not there in time
+  // Times that a map's scores were not finite, so that its latest blocks were taken instead.
+  std::int64_t predictor_fallbacks = 0;
   std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV
 };

@@ -39,6 +39,7 @@ class Engine {
 
  private:
   void release(SequenceId id, StepResult& result);
+  KvReport final_report(const Sequence& sequence);
   void publish(const PublishSegment& segment);
   void count_slabs(StepResult& result);
   AdmitResult admit(const AdmitSequence& admit);

@@ -138,6 +138,7 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_host", m.bytes_host);
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
+  f("predictor_fallbacks", m.predictor_fallbacks);
   f("device_bytes", m.device_bytes);
   f("full_kv_bytes", m.full_kv_bytes);
 }

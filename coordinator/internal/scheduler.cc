@@ -26,6 +26,7 @@ void add_to(KvReport& sum, const KvReport& part) {
   sum.bytes_host += part.bytes_host;
   sum.bytes_nvme += part.bytes_nvme;
   sum.late += part.late;
+  sum.predictor_fallbacks += part.predictor_fallbacks;
   sum.device_bytes += part.device_bytes;
   sum.full_kv_bytes += part.full_kv_bytes;
 }

@@ -77,6 +77,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     if (found == sequences_.end()) continue;  // not admitted here
     KvReport report;
     report.blocks_fetched = static_cast<std::int64_t>(found->second.tokens.size());
+    report.predictor_fallbacks = 2;
     result.stats.push_back({id, report});
     free(found->second);
     sequences_.erase(found);

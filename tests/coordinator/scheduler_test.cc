@@ -54,6 +54,7 @@ class SchedulerTest : public ::testing::Test {
       for (const auto id : to.releases) {
         KvReport report;
         report.blocks_fetched = 10;
+        report.predictor_fallbacks = 1;
         result.stats.push_back({id, report});
       }
       results.push_back(std::move(result));
@@ -124,6 +125,7 @@ TEST_F(SchedulerTest, WalksASequenceFromAdmissionToRelease) {
   const auto released = only<Released>(feed(answers(release)));
   ASSERT_EQ(released.size(), 1U);
   EXPECT_EQ(released[0].kv.blocks_fetched, 10 * kRanks);
+  EXPECT_EQ(released[0].kv.predictor_fallbacks, kRanks);
   EXPECT_EQ(scheduler_.num_sequences(), 0U);
   EXPECT_FALSE(scheduler_.next_plan());
 }

@@ -136,7 +136,10 @@ TEST_F(ServiceTest, StreamsTokensAndThenDone) {
   EXPECT_EQ(done[0].usage.prompt_tokens, 3);
   EXPECT_EQ(done[0].kv.budget_tokens, config_.kv_budget);
   EXPECT_EQ(service().num_requests(), 0U);
-  EXPECT_THAT(metrics_.text(), HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
+  EXPECT_EQ(done[0].kv.predictor_fallbacks, 2);
+  const std::string metrics = metrics_.text();
+  EXPECT_THAT(metrics, HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
+  EXPECT_THAT(metrics, HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 2"));
 }
 
 TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {

@@ -5,8 +5,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <random>
 
+#include "predictor/weights.h"
 #include "tests/worker/local_group.h"
 
 namespace foretoken::worker {
@@ -201,6 +205,32 @@ TEST_F(EngineTest, RecallOrdersThePolicies) {
   const double oracle = recall("oracle");
   const double window = recall("streaming-llm");
   EXPECT_GT(oracle, window);
+}
+
+// Weights that overflow float in the second layer: no map ever has finite scores.
+std::filesystem::path overflowing_weights() {
+  std::ifstream in(predictor::published_weights(), std::ios::binary);
+  std::string bytes(std::istreambuf_iterator<char>(in), {});
+  std::uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  constexpr float kHuge = 1e38F;
+  for (std::size_t at = sizeof header + header; at < bytes.size(); at += sizeof kHuge) {
+    std::memcpy(&bytes[at], &kHuge, sizeof kHuge);
+  }
+  const auto path = std::filesystem::path(testing::TempDir()) / "overflowing_weights.safetensors";
+  std::ofstream(path, std::ios::binary) << bytes;
+  return path;
+}
+
+TEST_F(EngineTest, TheReportCountsMapsThatHadNoFiniteScores) {
+  ServiceConfig config = service("attention-predictor", 256);
+  const auto prompt = random_prompt(1000, 12);
+  EXPECT_EQ(answer(config, prompt, {.max_tokens = 5}).report.predictor_fallbacks, 0);
+  config.predictor_weights = overflowing_weights();
+  const Answer blind = answer(config, prompt, {.max_tokens = 5});
+  // 3 layers x 2 maps, chosen for after the prompt and after each of the 4 steps.
+  EXPECT_EQ(blind.report.predictor_fallbacks, 5 * 6);
+  EXPECT_EQ(blind.tokens.size(), 5U);
 }
 
 TEST_F(EngineTest, ForcedTokensAreTakenAndScored) {

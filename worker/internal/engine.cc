@@ -107,9 +107,20 @@ void Engine::release(SequenceId id, StepResult& result) {
   const auto found = sequences_.find(id);
   if (found == sequences_.end()) return;  // its admission failed here, and not on another rank
   decode_.drain();
-  result.stats.push_back({id, found->second->report});
+  result.stats.push_back({id, final_report(*found->second)});
   sequences_.erase(found);
   if (const Status status = store_.release(id); !status) throw Exception(status.error());
+}
+
+KvReport Engine::final_report(const Sequence& sequence) {
+  KvReport report = sequence.report;
+  if (const std::uint32_t* counter = sequence.policy_state().history.fallbacks) {
+    std::uint32_t count = 0;
+    device_.copy_out(&count, counter, sizeof count, *compute_);
+    compute_->synchronize();
+    report.predictor_fallbacks = count;
+  }
+  return report;
 }
 
 void Engine::publish(const PublishSegment& segment) {
