@@ -40,8 +40,8 @@ Service::Group* Service::find_group(int number) {
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
-  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
-  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
+  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
   // Until all have come, one of them may belong to a life that is over.
   if (group->ranks.is_assembled()) {
     group->kill_at.reset();
@@ -52,17 +52,17 @@ void Service::on_message(const std::string& peer, const Hello& hello, TimePoint 
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {
   if (auto* group = find_group(ready.group)) {
-    on_events(*group, group->ranks.on_ready(peer, ready, now), now);
+    on_events(*group, group->ranks.on_ready(peer, ready), now);
   }
 }
 void Service::on_message(const std::string& peer, const StepResult& result, TimePoint now) {
   if (auto* group = find_group(result.group)) {
-    on_events(*group, group->ranks.on_result(peer, result, now), now);
+    on_events(*group, group->ranks.on_result(peer, result), now);
   }
 }
 void Service::on_message(const std::string&, const Heartbeat& heartbeat, TimePoint now) {
   if (auto* group = find_group(heartbeat.group)) {
-    on_events(*group, group->ranks.on_heartbeat(heartbeat, now), now);
+    on_events(*group, group->ranks.on_heartbeat(heartbeat), now);
   }
 }
 void Service::on_message(const std::string& peer, const WorkerFailed& failed, TimePoint now) {
@@ -290,7 +290,7 @@ void Service::pump(TimePoint now) {
 }
 
 bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
-  group.ranks.on_plan_sent(plan.step, now);
+  group.ranks.on_plan_sent(plan.step);
   const auto frame = encode(CoordinatorMessage(plan));
   for (const auto& peer : group.ranks.peers()) {
     const auto sent = outbox_.to_worker(peer, frame);
