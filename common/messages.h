@@ -271,8 +271,10 @@ struct WorkerFailed {
   int rank = 0;
   Error error;
 };
+// Answers each Heartbeat, so that a rank whose coordinator is gone ends by itself.
+struct HeartbeatEcho {};
 struct Shutdown {};
 using WorkerMessage = std::variant<Hello, Ready, StepResult, Heartbeat, WorkerFailed>;
-using CoordinatorMessage = std::variant<Welcome, StepPlan, Shutdown>;
+using CoordinatorMessage = std::variant<Welcome, StepPlan, HeartbeatEcho, Shutdown>;
 
 }  // namespace foretoken

@@ -58,7 +58,8 @@ class WorkerGroup {
   std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
   std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready);
   std::vector<GroupEvent> on_result(const std::string& peer, StepResult result);
-  std::vector<GroupEvent> on_heartbeat(const Heartbeat& heartbeat);
+  // False: it is of no rank of this epoch.
+  bool on_heartbeat(const Heartbeat& heartbeat);
   std::vector<GroupEvent> on_failed(const std::string& peer, const WorkerFailed& failed);
   std::vector<GroupEvent> on_time(TimePoint now);
 

@@ -4,6 +4,7 @@
 #include <sys/prctl.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <csignal>
 #include <optional>
 
@@ -45,6 +46,11 @@ int main(int argc, char** argv) {
       ->required();
   app.add_option("--key-file", config.key_file, "CURVE keys to connect with");
   app.add_option("--group", config.group, "number of this worker group")->capture_default_str();
+  app.add_option_function<int>(
+         "--coordinator-timeout-s",
+         [&config](int seconds) { config.coordinator_timeout = std::chrono::seconds(seconds); },
+         "silence of the coordinator after which this rank ends; 30 by default")
+      ->check(CLI::Range(1, 86'400));
 
   std::optional<Mpi> mpi;
   const int status = foretoken::run_program(app, argc, argv, "worker", [&] {

@@ -55,6 +55,8 @@ inline constexpr std::string_view kTypeName<Heartbeat> = "heartbeat";
 template <>
 inline constexpr std::string_view kTypeName<WorkerFailed> = "failed";
 template <>
+inline constexpr std::string_view kTypeName<HeartbeatEcho> = "heartbeat_echo";
+template <>
 inline constexpr std::string_view kTypeName<Shutdown> = "shutdown";
 
 // ---- client <-> coordinator ------------------------------------------------------------------
@@ -332,6 +334,8 @@ void visit_fields(F&& f, Is<WorkerFailed> auto& m) {
   f("rank", m.rank);
   f("error", m.error);
 }
+template <typename F>
+void visit_fields(F&&, Is<HeartbeatEcho> auto&) {}
 template <typename F>
 void visit_fields(F&&, Is<Shutdown> auto&) {}
 

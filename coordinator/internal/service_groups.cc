@@ -60,10 +60,12 @@ void Service::on_message(const std::string& peer, const StepResult& result, Time
     on_events(*group, group->ranks.on_result(peer, result), now);
   }
 }
-void Service::on_message(const std::string&, const Heartbeat& heartbeat, TimePoint now) {
-  if (auto* group = find_group(heartbeat.group)) {
-    on_events(*group, group->ranks.on_heartbeat(heartbeat), now);
-  }
+// A rank that is not, or no longer, one of a group gets no answer: it ends by itself.
+void Service::on_message(const std::string& peer, const Heartbeat& heartbeat, TimePoint) {
+  auto* group = find_group(heartbeat.group);
+  if (group == nullptr || !group->ranks.on_heartbeat(heartbeat)) return;
+  // Where it is gone meanwhile, its silence will tell.
+  static_cast<void>(outbox_.to_worker(peer, encode(CoordinatorMessage(HeartbeatEcho{}))));
 }
 void Service::on_message(const std::string& peer, const WorkerFailed& failed, TimePoint now) {
   if (auto* group = find_group(failed.group)) {

@@ -96,18 +96,18 @@ Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
   return events;
 }
 
-Events WorkerGroup::on_heartbeat(const Heartbeat& heartbeat) {
+bool WorkerGroup::on_heartbeat(const Heartbeat& heartbeat) {
   // Heartbeats have a connection of their own, so the peer is not the one that said hello.
   if (heartbeat.epoch != epoch_ || heartbeat.rank < 0 ||
       heartbeat.rank >= static_cast<int>(ranks_.size())) {
-    return {};
+    return false;
   }
   auto& rank = ranks_[static_cast<std::size_t>(heartbeat.rank)];
-  if (!rank.hello) return {};
+  if (!rank.hello) return false;
   if (rank.suspected) log().info("rank {} of group {} is heard again", heartbeat.rank, group_);
   rank.suspected = false;
   rank.heard = watched_;
-  return {};
+  return true;
 }
 
 Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& failed) {

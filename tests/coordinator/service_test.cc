@@ -101,6 +101,8 @@ class ServiceTest : public ::testing::Test, public Outbox {
         say(rank_->ready(welcome->epoch));
       } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
         say(rank_->run(*plan));
+      } else if (std::holds_alternative<HeartbeatEcho>(message)) {
+        ++echoes_;
       } else {
         ++shutdowns_;
       }
@@ -122,6 +124,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   std::string slow_;
   std::string gone_;
   int shutdowns_ = 0;
+  int echoes_ = 0;
 };
 
 TEST_F(ServiceTest, StreamsTokensAndThenDone) {
@@ -333,6 +336,14 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   ask(wish("r2", 500));
   for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, AnswersTheHeartbeatsOfItsRanksOnly) {
+  start_rank();
+  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  say(Heartbeat{Epoch{7}, 0, 0, StepNumber{1}});  // of a life before: that rank must end
+  work();
+  EXPECT_EQ(echoes_, 1);
 }
 
 TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {

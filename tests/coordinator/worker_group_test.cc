@@ -36,7 +36,7 @@ class WorkerGroupTest : public ::testing::Test {
     return group_.on_result(peer(rank), message);
   }
   void beat(int rank, Epoch epoch = Epoch{1}) {
-    EXPECT_TRUE(group_.on_heartbeat({epoch, 0, rank, StepNumber{0}}).empty());
+    group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
   }
   void assemble() {
     hello(0);
@@ -134,6 +134,19 @@ TEST_F(WorkerGroupTest, SilenceIsSuspectedThenFenced) {
   ASSERT_NE(find<GroupDead>(fenced), nullptr);
   EXPECT_TRUE(find<GroupDead>(fenced)->must_be_killed);
   EXPECT_THAT(find<GroupDead>(fenced)->error.message, HasSubstr("pid 100 on here"));
+}
+
+TEST_F(WorkerGroupTest, KnowsTheHeartbeatsOfItsOwnRanks) {
+  const auto knows = [this](int rank, Epoch epoch) {
+    return group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
+  };
+  EXPECT_FALSE(knows(0, Epoch{1}));  // it has not said hello
+  assemble();
+  EXPECT_TRUE(knows(0, Epoch{1}));
+  EXPECT_FALSE(knows(2, Epoch{1}));
+  EXPECT_FALSE(knows(0, Epoch{2}));
+  group_.begin_epoch(Epoch{2});
+  EXPECT_FALSE(knows(0, Epoch{1}));
 }
 
 TEST_F(WorkerGroupTest, ARankThatJoinedHasLongerForItsFirstHeartbeat) {
