@@ -249,7 +249,7 @@ struct StepResult {
   StepNumber step{};
   int group = 0;
   int rank = 0;
-  std::vector<AdmitResult> admits;
+  std::vector<AdmitResult> admits;    // of the plan's admits and starts
   std::vector<SequenceToken> tokens;  // rank 0 in full; others none
   std::uint64_t token_digest = 0;     // of the step's tokens: equal on every rank
   std::vector<SequenceStats> stats;   // of the sequences released by this plan

@@ -43,7 +43,7 @@ class Engine {
   void publish(const PublishSegment& segment);
   void count_slabs(StepResult& result);
   AdmitResult admit(const AdmitSequence& admit);
-  void start(const StartSequence& start);
+  AdmitResult start(const StartSequence& start);
   void prefill(const PrefillItem& item, StepResult& result);
   void decode(const std::vector<SequenceId>& ids, StepResult& result);
   Sequence& find(SequenceId id);

@@ -167,9 +167,7 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
 void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
-  auto& request = *find(found->second);
-  request.refusals = 0;
-  request.on_admitted(event.reused_tokens, now);
+  find(found->second)->on_admitted(event.reused_tokens, now);
 }
 
 void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint now) {
@@ -192,6 +190,7 @@ void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
+  request.refusals = 0;
   // A request that finished over an earlier token of this very step has no further one.
   const auto last = request.last_token_at();
   if (!request.accept(event.position, event.token, parts_.model.eos_ids, now)) {

@@ -338,6 +338,26 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
 }
 
+TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) {
+  start_rank();
+  auto shared = wish("first", 1);
+  shared.prompt_ids = std::vector<TokenId>(700, 5);
+  ask(shared);
+  work();
+  store_->refuse_starts = 1;
+  shared.request_id = "again";
+  ask(shared);
+  ask(wish("other"));
+  work();
+  EXPECT_EQ(store_->refuse_starts, 0);
+  ASSERT_EQ(told<DoneMessage>().size(), 3U);
+  EXPECT_EQ(told<DoneMessage>()[1].request_id, "other");  // its end made room
+  EXPECT_EQ(told<DoneMessage>()[2].request_id, "again");
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 0);
+}
+
 TEST_F(ServiceTest, AnswersTheHeartbeatsOfItsRanksOnly) {
   start_rank();
   say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});

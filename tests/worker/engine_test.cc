@@ -254,5 +254,37 @@ TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {
   EXPECT_EQ(group.store_stat().slabs_used, 0);
 }
 
+// Two sequences read a cached prefix; the group then agrees on none of it for the second one, and
+// nobody has slabs to swap for the shared ones.
+TEST_F(EngineTest, AStartWithoutRoomToSwapFailsThatSequenceAlone) {
+  const StoreProcess scarce(std::int64_t{4} << 20);  // 10 slabs a head
+  LocalGroup group(service("full"), small_model(), scarce);
+  const auto prompt = random_prompt(600, 13);
+  const LocalGroup::Options options{.max_tokens = 10, .publish = true};
+  const Answer before = group.generate(prompt, options);  // two segments stay cached
+  const auto admit = [&](int id, const std::vector<TokenId>& tokens) {
+    StepPlan plan;
+    plan.admits = {LocalGroup::admission(SequenceId(id), tokens, options)};
+    const AdmitResult result = group.run(plan).admits.at(0);
+    EXPECT_FALSE(result.error);
+    return result.reusable_tokens;
+  };
+  EXPECT_EQ(admit(101, prompt), 512);
+  EXPECT_EQ(admit(102, prompt), 512);
+  admit(103, random_prompt(1500, 14));  // takes the rest
+  StepPlan starts;
+  starts.starts = {{SequenceId{101}, 512}, {SequenceId{102}, 0}};
+  const StepResult started = group.run(starts);
+  ASSERT_EQ(started.admits.size(), 2U);
+  EXPECT_FALSE(started.admits[0].error);
+  ASSERT_TRUE(started.admits[1].error);
+  EXPECT_EQ(started.admits[1].error->code, ErrorCode::kExhausted);
+
+  StepPlan goes_on;
+  goes_on.releases = {SequenceId{102}};
+  goes_on.prefills = {{SequenceId{101}, 0, 3, 512, 600}};
+  EXPECT_EQ(group.run(goes_on).tokens.at(0).token.id, before.tokens[0]);
+}
+
 }  // namespace
 }  // namespace foretoken::worker

@@ -108,8 +108,8 @@ StepResult LocalGroup::run(StepPlan plan) {
   return engine_->run(plan);
 }
 
-std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,
-                               const Options& options) {
+AdmitSequence LocalGroup::admission(SequenceId id, const std::vector<TokenId>& prompt,
+                                    const Options& options) {
   AdmitSequence admit{.sequence = id,
                       .prompt = prompt,
                       .max_length = static_cast<std::int64_t>(prompt.size()) + options.max_tokens,
@@ -118,8 +118,13 @@ std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt
                       .prefix_keys = dense_keys(prompt)};
   admit.sampling.temperature = 0;
   admit.sampling.num_logprobs = 2;
+  return admit;
+}
+
+std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,
+                               const Options& options) {
   StepPlan plan;
-  plan.admits = {admit};
+  plan.admits = {admission(id, prompt, options)};
   const StepResult result = run(plan);
   if (result.admits.at(0).error) throw Exception(*result.admits[0].error);
   StepPlan start;

@@ -71,7 +71,7 @@ StepResult Engine::run(const StepPlan& plan) {
   for (const SequenceId id : plan.releases) release(id, result);
   for (const PublishSegment& segment : plan.publishes) publish(segment);
   for (const AdmitSequence& sequence : plan.admits) result.admits.push_back(admit(sequence));
-  for (const StartSequence& sequence : plan.starts) start(sequence);
+  for (const StartSequence& sequence : plan.starts) result.admits.push_back(start(sequence));
   for (const PrefillItem& item : plan.prefills) prefill(item, result);
   if (!plan.decodes.empty()) decode(plan.decodes, result);
   check_drawn(result.tokens);
@@ -160,14 +160,18 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
   return result;
 }
 
-void Engine::start(const StartSequence& start) {
+AdmitResult Engine::start(const StartSequence& start) {
+  AdmitResult result{start.sequence, start.reused_tokens, std::nullopt};
   Sequence& sequence = find(start.sequence);
   const int segments = static_cast<int>(start.reused_tokens / kSegmentTokens);
   if (const Status status = store_.use(sequence.reservation(), segments); !status) {
-    throw Exception(status.error());
+    if (status.error().code != ErrorCode::kExhausted) throw Exception(status.error());
+    result.error = status.error();
+    return result;
   }
   sequence.upload_slabs(*compute_);
   sequence.reused_tokens = segments * kSegmentTokens;
+  return result;
 }
 
 void Engine::prefill(const PrefillItem& item, StepResult& result) {
