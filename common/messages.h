@@ -229,6 +229,7 @@ struct StepPlan {
   std::vector<SequenceId> decodes;  // one more token each, from the last one sampled
 };
 
+// The answer to an AdmitSequence, and to a StartSequence.
 struct AdmitResult {
   SequenceId sequence{};
   std::int64_t reusable_tokens = 0;
@@ -244,6 +245,13 @@ struct SequenceStats {
   SequenceId sequence{};
   KvReport kv;  // policy and budget left empty
 };
+// Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
+// pre-faults its arena in the background, and an admission takes ready ones only.
+struct KvSlabs {
+  std::int64_t free = 0;
+  std::int64_t cached = 0;
+  std::int64_t ready = 0;
+};
 struct StepResult {
   Epoch epoch{};
   StepNumber step{};
@@ -254,9 +262,8 @@ struct StepResult {
   std::uint64_t token_digest = 0;     // of the step's tokens: equal on every rank
   std::vector<SequenceStats> stats;   // of the sequences released by this plan
   std::int64_t device_bytes_free = 0;
-  std::int64_t kv_slabs_free = 0;
-  std::int64_t kv_slabs_cached = 0;
-  std::int64_t step_us = 0;  // time the step took on this rank
+  std::optional<KvSlabs> kv_slabs;  // where the plan has admits, publishes or releases
+  std::int64_t step_us = 0;         // time the step took on this rank
 };
 struct Heartbeat {
   Epoch epoch{};

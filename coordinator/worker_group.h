@@ -76,8 +76,9 @@ class WorkerGroup {
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
   std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
   std::string describe() const;  // "1 of 2 ranks ready"
-  std::int64_t kv_slabs_free() const { return kv_slabs_free_; }
-  std::int64_t kv_slabs_cached() const { return kv_slabs_cached_; }
+  const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
+  // A rank's store is still making slabs ready: room may come at any moment.
+  bool store_fills() const { return is_ready() && kv_slabs_.ready < capacity().kv_slabs_total; }
 
  private:
   using Duration = TimePoint::duration;
@@ -102,8 +103,7 @@ class WorkerGroup {
   std::map<StepNumber, Due> due_;
   std::optional<TimePoint> last_look_;
   Duration watched_{};  // time in which we looked
-  std::int64_t kv_slabs_free_ = 0;
-  std::int64_t kv_slabs_cached_ = 0;
+  KvSlabs kv_slabs_;
 };
 
 }  // namespace foretoken::coordinator

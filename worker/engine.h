@@ -41,7 +41,7 @@ class Engine {
   void release(SequenceId id, StepResult& result);
   KvReport final_report(const Sequence& sequence);
   void publish(const PublishSegment& segment);
-  void count_slabs(StepResult& result);
+  KvSlabs count_slabs();
   AdmitResult admit(const AdmitSequence& admit);
   AdmitResult start(const StartSequence& start);
   void prefill(const PrefillItem& item, StepResult& result);

@@ -304,6 +304,13 @@ void visit_fields(F&& f, Is<SequenceStats> auto& m) {
 }
 
 template <typename F>
+void visit_fields(F&& f, Is<KvSlabs> auto& m) {
+  f("free", m.free);
+  f("cached", m.cached);
+  f("ready", m.ready);
+}
+
+template <typename F>
 void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("epoch", m.epoch);
   f("step", m.step);
@@ -314,8 +321,7 @@ void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("token_digest", m.token_digest);
   f("stats", m.stats);
   f("device_bytes_free", m.device_bytes_free);
-  f("kv_slabs_free", m.kv_slabs_free);
-  f("kv_slabs_cached", m.kv_slabs_cached);
+  f("kv_slabs", m.kv_slabs);
   f("step_us", m.step_us);
 }
 

@@ -9,11 +9,12 @@
 namespace foretoken::coordinator {
 namespace {
 
-constexpr std::chrono::seconds kRetryFull{1};        // a group that had no room
-constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
+constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
+constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
+constexpr std::chrono::seconds kRestartPatience{5};     // with a parent that saw the death itself
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
-// Of a request that has a group to itself, one a second: the store makes its slabs ready in the
-// background, which may take a minute on a busy machine.
+// Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
+// whose exit is awaited, may hold the room.
 constexpr int kMaxRefusals = 120;
 
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
@@ -155,8 +156,8 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   std::int64_t slowest_us = 0;
   for (const auto& rank : done.ranks) slowest_us = std::max(slowest_us, rank.step_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
-  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, group.ranks.kv_slabs_free(),
-                  group.ranks.kv_slabs_cached());
+  const KvSlabs& slabs = group.ranks.kv_slabs();
+  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);
@@ -176,14 +177,16 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   auto& request = *find(found->second);
   by_sequence_.erase(found);
   request.wait_again();
-  if (by_sequence_.empty()) ++request.refusals;  // nothing else runs that could make room
+  const bool filling = group.ranks.store_fills();
+  // Nothing else runs that could make room.
+  if (by_sequence_.empty() && !filling) ++request.refusals;
   const bool never_fits = segments_for(request.length() + request.tokens_left()) >
                           group.ranks.capacity().kv_slabs_total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
   waiting_.push_front(request.origin().id);
-  group.full_until = now + kRetryFull;
+  group.full_until = now + (filling ? kRetryFilling : kRetryFull);
 }
 
 void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {

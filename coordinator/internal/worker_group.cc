@@ -58,7 +58,7 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   if (rank == nullptr || rank->ready) return {};
   rank->ready = ready;
   rank->heard = watched_;
-  kv_slabs_free_ = ready.kv_slabs_total;
+  kv_slabs_ = {.free = ready.kv_slabs_total};
   if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
   for (const auto& other : ranks_) {
     if (other.ready->model_hash != capacity().model_hash) {
@@ -74,10 +74,7 @@ Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
   auto* rank = find(peer, result.epoch, result.rank);
   if (rank == nullptr) return {};
   rank->heard = watched_;
-  if (result.kv_slabs_free > 0 || result.kv_slabs_cached > 0) {
-    kv_slabs_free_ = result.kv_slabs_free;
-    kv_slabs_cached_ = result.kv_slabs_cached;
-  }
+  if (result.kv_slabs) kv_slabs_ = *result.kv_slabs;
   const auto due = due_.find(result.step);
   if (due == due_.end() || due->second.results.contains(result.rank)) {
     return {dead(ErrorCode::kInternal, result.rank,

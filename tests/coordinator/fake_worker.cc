@@ -109,7 +109,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     result.token_digest = mix(result.token_digest, static_cast<std::uint64_t>(token.token.id));
   }
   if (config_.rank != 0) result.tokens.clear();
-  result.kv_slabs_free = store_->slabs - store_->used;
+  result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
   return result;
 }
 
@@ -133,7 +133,7 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
   Sequence sequence;
   sequence.slabs = segments_for(admit.max_length);
   if (config_.rank == 0) {
-    if (store_->used + sequence.slabs > store_->slabs) {
+    if (store_->used + sequence.slabs > std::min(store_->slabs, store_->ready)) {
       result.error = Error{ErrorCode::kExhausted, "no slabs; raise --kv-host-gib"};
       return result;
     }

@@ -319,7 +319,7 @@ TEST_F(ServiceTest, WhatNeverFitsIsRefusedWithTheRanksReason) {
 
 TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   start_rank();
-  store_->slabs = 1;  // the store is still making the rest ready
+  store_->slabs = 1;  // a dead rank, say, still holds the rest
   ask(wish("r1", 500));
   const auto wait = [this] {
     work();
@@ -336,6 +336,23 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   ask(wish("r2", 500));
   for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
+  start_rank();
+  store_->ready = 0;
+  ask(wish("r1", 500));
+  const auto wait = [this](milliseconds time) {
+    work();
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    pass(time);
+  };
+  for (int i = 0; i < 1000; ++i) wait(milliseconds(50));  // however long it takes
+  ASSERT_TRUE(told<ErrorMessage>().empty());
+  store_->ready = 1024;
+  wait(milliseconds(50));
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
 }
 
 TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) {

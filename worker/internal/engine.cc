@@ -79,7 +79,7 @@ StepResult Engine::run(const StepPlan& plan) {
   if (rank_ != 0) result.tokens.clear();
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
-    count_slabs(result);
+    result.kv_slabs = count_slabs();
   }
   result.step_us = std::chrono::duration_cast<std::chrono::microseconds>(
                        std::chrono::steady_clock::now() - begin)
@@ -88,10 +88,11 @@ StepResult Engine::run(const StepPlan& plan) {
 }
 
 // Slabs that aren't ready yet count as free: they will be.
-void Engine::count_slabs(StepResult& result) {
+KvSlabs Engine::count_slabs() {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
-  result.kv_slabs_cached = stat.slabs_cached;
-  result.kv_slabs_free = stat.slabs_total - stat.slabs_used - stat.slabs_cached;
+  return {.free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
+          .cached = stat.slabs_cached,
+          .ready = stat.slabs_ready};
 }
 
 Sequence& Engine::find(SequenceId id) {
