@@ -100,7 +100,9 @@ struct KvReport {
   std::int64_t blocks_fetched = 0;
   std::int64_t bytes_host = 0;  // fetched from host memory
   std::int64_t bytes_nvme = 0;
-  std::int64_t late = 0;           // blocks that were not there in time
+  std::int64_t late = 0;  // blocks that were not there in time
+  // Times that a map's scores were not finite, so that its latest blocks were taken instead.
+  std::int64_t predictor_fallbacks = 0;
   std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV
 };
@@ -227,6 +229,7 @@ struct StepPlan {
   std::vector<SequenceId> decodes;  // one more token each, from the last one sampled
 };
 
+// The answer to an AdmitSequence, and to a StartSequence.
 struct AdmitResult {
   SequenceId sequence{};
   std::int64_t reusable_tokens = 0;
@@ -242,19 +245,25 @@ struct SequenceStats {
   SequenceId sequence{};
   KvReport kv;  // policy and budget left empty
 };
+// Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
+// pre-faults its arena in the background, and an admission takes ready ones only.
+struct KvSlabs {
+  std::int64_t free = 0;
+  std::int64_t cached = 0;
+  std::int64_t ready = 0;
+};
 struct StepResult {
   Epoch epoch{};
   StepNumber step{};
   int group = 0;
   int rank = 0;
-  std::vector<AdmitResult> admits;
+  std::vector<AdmitResult> admits;    // of the plan's admits and starts
   std::vector<SequenceToken> tokens;  // rank 0 in full; others none
   std::uint64_t token_digest = 0;     // of the step's tokens: equal on every rank
   std::vector<SequenceStats> stats;   // of the sequences released by this plan
   std::int64_t device_bytes_free = 0;
-  std::int64_t kv_slabs_free = 0;
-  std::int64_t kv_slabs_cached = 0;
-  std::int64_t step_us = 0;  // time the step took on this rank
+  std::optional<KvSlabs> kv_slabs;  // where the plan has admits, publishes or releases
+  std::int64_t step_us = 0;         // time the step took on this rank
 };
 struct Heartbeat {
   Epoch epoch{};
@@ -269,8 +278,10 @@ struct WorkerFailed {
   int rank = 0;
   Error error;
 };
+// Answers each Heartbeat, so that a rank whose coordinator is gone ends by itself.
+struct HeartbeatEcho {};
 struct Shutdown {};
 using WorkerMessage = std::variant<Hello, Ready, StepResult, Heartbeat, WorkerFailed>;
-using CoordinatorMessage = std::variant<Welcome, StepPlan, Shutdown>;
+using CoordinatorMessage = std::variant<Welcome, StepPlan, HeartbeatEcho, Shutdown>;
 
 }  // namespace foretoken

@@ -5,12 +5,11 @@
 #include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
-#include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 
-#include "common/log.h"
+#include "common/program.h"
 #include "coordinator/server.h"
 
 namespace {
@@ -65,20 +64,6 @@ int main(int argc, char** argv) {
       ->required();
   app.add_option("--worker-endpoint", config.worker_endpoint,
                  "Where ranks connect; ipc://RUNTIME_DIR/worker.sock by default");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : foretoken::exit_code(ErrorCode::kUsage);
-  }
-  foretoken::log_init("coordinator");
-  try {
-    serve(std::move(config), config_path);
-    return 0;
-  } catch (const Exception& failure) {
-    std::fprintf(stderr, "foretoken-coordinator: %s\n", failure.what());
-    return foretoken::exit_code(failure.error().code);
-  } catch (const std::exception& failure) {
-    std::fprintf(stderr, "foretoken-coordinator: %s\n", failure.what());
-    return 1;
-  }
+  return foretoken::run_program(app, argc, argv, "coordinator",
+                                [&] { serve(std::move(config), config_path); });
 }

@@ -1,8 +1,9 @@
 // Scheduler: decides what one worker group does in each step. A pure function of what it was told:
 // no clock, no I/O, so the same calls give the same plans.
 //
-// A sequence is added, admitted by all ranks, started with the prefix that all of them have,
-// prefilled layer by layer, decoded until it is released. At most kMaxInFlight plans are out at a
+// A sequence is added, admitted by all ranks, started with the prefix that all of them have (a rank
+// that must swap shared slabs for its own may fail to), prefilled layer by layer, decoded until it
+// is released. At most kMaxInFlight plans are out at a
 // time: the second is made before the first one's tokens are back, so a rank never waits for us.
 // Tokens of a sequence that was released meanwhile are dropped.
 //
@@ -43,7 +44,7 @@ struct Admitted {
   SequenceId sequence{};
   std::int64_t reused_tokens = 0;
 };
-// A rank had no room, or refused. The sequence is gone.
+// A rank had no room, or refused, at the admission or at the start. The sequence is gone.
 struct NotAdmitted {
   SequenceId sequence{};
   Error error;
@@ -87,7 +88,7 @@ class Scheduler {
   std::size_t num_in_flight() const { return in_flight_.size(); }
 
  private:
-  enum class Phase { kNew, kAdmitting, kAdmitted, kPrefilling, kDecoding };
+  enum class Phase { kNew, kAdmitting, kAdmitted, kStarting, kPrefilling, kDecoding };
   struct Sequence {
     NewSequence given;
     Phase phase = Phase::kNew;
@@ -104,6 +105,7 @@ class Scheduler {
   struct InFlight {
     StepNumber step{};
     std::vector<SequenceId> admits;
+    std::vector<SequenceId> starts;
     std::vector<SequenceId> prefilled;  // whose last item it holds
     std::vector<SequenceId> sampling;   // that draw a token
     std::vector<SequenceId> releases;
@@ -118,6 +120,7 @@ class Scheduler {
 
   Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                    std::vector<StepEvent>& events);
+  bool is_refused(const AdmitResult& answer, std::vector<StepEvent>& events);
   Status on_tokens(const InFlight& step, const StepResult& rank0, std::vector<StepEvent>& events);
   void on_prefilled(const InFlight& step);
   void on_releases(const InFlight& step, const std::vector<StepResult>& ranks,

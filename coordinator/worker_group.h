@@ -8,6 +8,8 @@
 //   after 1 s     without a heartbeat: it is suspected, and probed (a closed socket shows then)
 //   after 3 s     without a heartbeat (10 s after its Hello), or 120 s without the result of a
 //                 plan: it is fenced
+// These times are counted by on_time(), at most kLongestLook a call: where this process slept or
+// starved, what ranks sent lies unread, and their silence is ours.
 //
 // No I/O: what must be sent comes back as events. For one thread.
 // Example: tests/coordinator/worker_group_test.cc
@@ -43,6 +45,7 @@ using GroupEvent = std::variant<SendWelcome, GroupReady, StepDone, GroupDead>;
 
 class WorkerGroup {
  public:
+  static constexpr std::chrono::milliseconds kLongestLook{250};  // on_time() comes more often
   static constexpr std::chrono::milliseconds kSuspectAfter{1000};
   static constexpr std::chrono::milliseconds kFenceAfter{3000};
   static constexpr std::chrono::milliseconds kFirstHeartbeat{7000};  // before kFenceAfter begins
@@ -52,15 +55,16 @@ class WorkerGroup {
 
   // REQUIRES: message.group is this group. A Hello to a ready group is its death: the caller begins
   // the next epoch and hands in the Hello again.
-  std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello, TimePoint now);
-  std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready, TimePoint now);
-  std::vector<GroupEvent> on_result(const std::string& peer, StepResult result, TimePoint now);
-  std::vector<GroupEvent> on_heartbeat(const Heartbeat& heartbeat, TimePoint now);
+  std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
+  std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready);
+  std::vector<GroupEvent> on_result(const std::string& peer, StepResult result);
+  // False: it is of no rank of this epoch.
+  bool on_heartbeat(const Heartbeat& heartbeat);
   std::vector<GroupEvent> on_failed(const std::string& peer, const WorkerFailed& failed);
   std::vector<GroupEvent> on_time(TimePoint now);
 
   // A plan was sent to all ranks: its results are due.
-  void on_plan_sent(StepNumber step, TimePoint now) { due_.emplace(step, Due{now, {}}); }
+  void on_plan_sent(StepNumber step) { due_.emplace(step, Due{watched_, {}}); }
   // The next life begins: nobody has said hello yet.
   void begin_epoch(Epoch epoch);
 
@@ -72,19 +76,21 @@ class WorkerGroup {
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
   std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
   std::string describe() const;  // "1 of 2 ranks ready"
-  std::int64_t kv_slabs_free() const { return kv_slabs_free_; }
-  std::int64_t kv_slabs_cached() const { return kv_slabs_cached_; }
+  const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
+  // A rank's store is still making slabs ready: room may come at any moment.
+  bool store_fills() const { return is_ready() && kv_slabs_.ready < capacity().kv_slabs_total; }
 
  private:
+  using Duration = TimePoint::duration;
   struct Rank {
     std::string peer;
     std::optional<Hello> hello;
     std::optional<Ready> ready;
-    TimePoint heard;
+    Duration heard{};  // when watched_ was this
     bool suspected = false;
   };
   struct Due {
-    TimePoint sent;
+    Duration sent{};                    // when watched_ was this
     std::map<int, StepResult> results;  // by rank
   };
   Rank* find(const std::string& peer, Epoch epoch, int rank);
@@ -95,9 +101,9 @@ class WorkerGroup {
   Epoch epoch_{1};
   bool ready_ = false;
   std::map<StepNumber, Due> due_;
-  std::optional<TimePoint> last_time_;
-  std::int64_t kv_slabs_free_ = 0;
-  std::int64_t kv_slabs_cached_ = 0;
+  std::optional<TimePoint> last_look_;
+  Duration watched_{};  // time in which we looked
+  KvSlabs kv_slabs_;
 };
 
 }  // namespace foretoken::coordinator

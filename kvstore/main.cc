@@ -6,17 +6,15 @@
 
 #include <CLI/CLI.hpp>
 #include <csignal>
-#include <cstdio>
 #include <map>
 #include <string>
 
-#include "common/log.h"
+#include "common/program.h"
 #include "common/result.h"
 #include "kvstore/internal/server.h"
 
 namespace {
 
-using foretoken::ErrorCode;
 using foretoken::Exception;
 using foretoken::kernels::DataType;
 using foretoken::kvstore::FileDescriptor;
@@ -85,17 +83,5 @@ int main(int argc, char** argv) {
                "foretoken-kvstore");
   Options options;
   add_options(app, options);
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : foretoken::exit_code(ErrorCode::kUsage);
-  }
-  foretoken::log_init("kvstore");
-  try {
-    serve(options);
-  } catch (const Exception& error) {
-    std::fprintf(stderr, "foretoken-kvstore: %s\n", error.what());
-    return foretoken::exit_code(error.error().code);
-  }
-  return 0;
+  return foretoken::run_program(app, argc, argv, "kvstore", [&] { serve(options); });
 }

@@ -57,9 +57,9 @@ class Engine {
   void drain();
   void release(SequenceId id, StepResult& result);
   void publish(const PublishSegment& segment);
-  void count_slabs(StepResult& result);
+  KvSlabs count_slabs();
   AdmitResult admit(const AdmitSequence& admit);
-  void start(const StartSequence& start);
+  AdmitResult start(const StartSequence& start);
   void prefill(const PrefillItem& item, Pending& pending);
   void decode(const std::vector<SequenceId>& ids, Pending& pending);
   Sequence& find(SequenceId id);

@@ -2,13 +2,13 @@
 // shard:  mpirun -n 2 foretoken-worker --coordinator ENDPOINT --key-file F
 #include <mpi.h>
 #include <sys/prctl.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <chrono>
 #include <csignal>
-#include <cstdio>
+#include <optional>
 
-#include "common/log.h"
+#include "common/program.h"
 #include "worker/rank.h"
 
 namespace {
@@ -21,19 +21,19 @@ class Mpi {
     int provided = 0;
     MPI_Init_thread(argc, argv, MPI_THREAD_FUNNELED, &provided);
   }
-  ~Mpi() {
-    if (failed_with_ == 0) {
-      MPI_Finalize();
-    } else {
-      MPI_Abort(MPI_COMM_WORLD, failed_with_);
-    }
-  }
   Mpi(const Mpi&) = delete;
   Mpi& operator=(const Mpi&) = delete;
-  void fail(int status) { failed_with_ = status; }
+  ~Mpi() {
+    if (status_ == 0) {
+      MPI_Finalize();
+    } else {
+      MPI_Abort(MPI_COMM_WORLD, status_);
+    }
+  }
+  void end_with(int status) { status_ = status; }
 
  private:
-  int failed_with_ = 0;
+  int status_ = 0;
 };
 
 }  // namespace
@@ -46,21 +46,17 @@ int main(int argc, char** argv) {
       ->required();
   app.add_option("--key-file", config.key_file, "CURVE keys to connect with");
   app.add_option("--group", config.group, "number of this worker group")->capture_default_str();
-  CLI11_PARSE(app, argc, argv);
+  app.add_option_function<int>(
+         "--coordinator-timeout-s",
+         [&config](int seconds) { config.coordinator_timeout = std::chrono::seconds(seconds); },
+         "silence of the coordinator after which this rank ends; 30 by default")
+      ->check(CLI::Range(1, 86'400));
 
-  Mpi mpi(&argc, &argv);
-  foretoken::log_init("worker");
-  try {
+  std::optional<Mpi> mpi;
+  const int status = foretoken::run_program(app, argc, argv, "worker", [&] {
+    mpi.emplace(&argc, &argv);
     foretoken::worker::run_rank(config);
-    return 0;
-  } catch (const foretoken::Exception& failure) {
-    foretoken::log().error("{}", failure.what());
-    const int status = foretoken::exit_code(failure.error().code);
-    mpi.fail(status);
-    return status;
-  } catch (const std::exception& failure) {
-    foretoken::log().error("{}", failure.what());
-    mpi.fail(1);
-    return 1;
-  }
+  });
+  if (mpi) mpi->end_with(status);
+  return status;
 }

@@ -2,6 +2,7 @@
 // the model, runs plans until it is told to stop.
 #pragma once
 
+#include <chrono>
 #include <filesystem>
 #include <string>
 
@@ -13,10 +14,11 @@ struct RankConfig {
   std::string coordinator;         // ZeroMQ endpoint
   std::filesystem::path key_file;  // empty: no CURVE (ipc)
   int group = 0;
+  std::chrono::seconds coordinator_timeout{30};  // of silence, before this rank ends by itself
 };
 
-// Runs until Shutdown. Throws Exception for whatever ends it otherwise; the coordinator has been
-// told by then. REQUIRES: MPI is initialised.
+// Runs until Shutdown. Throws Exception for whatever ends it otherwise (kUnavailable where the
+// coordinator is gone); the coordinator has been told by then. REQUIRES: MPI is initialised.
 void run_rank(const RankConfig& config);
 
 }  // namespace foretoken::worker

@@ -55,6 +55,8 @@ inline constexpr std::string_view kTypeName<Heartbeat> = "heartbeat";
 template <>
 inline constexpr std::string_view kTypeName<WorkerFailed> = "failed";
 template <>
+inline constexpr std::string_view kTypeName<HeartbeatEcho> = "heartbeat_echo";
+template <>
 inline constexpr std::string_view kTypeName<Shutdown> = "shutdown";
 
 // ---- client <-> coordinator ------------------------------------------------------------------
@@ -138,6 +140,7 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_host", m.bytes_host);
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
+  f("predictor_fallbacks", m.predictor_fallbacks);
   f("device_bytes", m.device_bytes);
   f("full_kv_bytes", m.full_kv_bytes);
 }
@@ -301,6 +304,13 @@ void visit_fields(F&& f, Is<SequenceStats> auto& m) {
 }
 
 template <typename F>
+void visit_fields(F&& f, Is<KvSlabs> auto& m) {
+  f("free", m.free);
+  f("cached", m.cached);
+  f("ready", m.ready);
+}
+
+template <typename F>
 void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("epoch", m.epoch);
   f("step", m.step);
@@ -311,8 +321,7 @@ void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("token_digest", m.token_digest);
   f("stats", m.stats);
   f("device_bytes_free", m.device_bytes_free);
-  f("kv_slabs_free", m.kv_slabs_free);
-  f("kv_slabs_cached", m.kv_slabs_cached);
+  f("kv_slabs", m.kv_slabs);
   f("step_us", m.step_us);
 }
 
@@ -331,6 +340,8 @@ void visit_fields(F&& f, Is<WorkerFailed> auto& m) {
   f("rank", m.rank);
   f("error", m.error);
 }
+template <typename F>
+void visit_fields(F&&, Is<HeartbeatEcho> auto&) {}
 template <typename F>
 void visit_fields(F&&, Is<Shutdown> auto&) {}
 

@@ -59,6 +59,9 @@ struct Metrics::Impl {
   Counter& fetched = counter("foretoken_kv_blocks_fetched_total", "KV blocks brought to devices");
   Counter& host_bytes = counter("foretoken_kv_host_bytes_total", "KV bytes fetched from the host");
   Counter& late = counter("foretoken_prefetch_late_total", "Blocks that were not there in time");
+  Counter& fallbacks = counter("foretoken_predictor_fallbacks_total",
+                               "Times that a map had no finite scores, and its latest blocks were "
+                               "taken");
   Counter& recall_sum =
       counter("foretoken_predictor_recall_sum", "Attention mass kept, summed over audits");
   Counter& recall_count = counter("foretoken_predictor_recall_count", "Audited maps");
@@ -116,6 +119,7 @@ void Metrics::on_done(const DoneMessage& done) {
   impl_->fetched.Increment(static_cast<double>(done.kv.blocks_fetched));
   impl_->host_bytes.Increment(static_cast<double>(done.kv.bytes_host));
   impl_->late.Increment(static_cast<double>(done.kv.late));
+  impl_->fallbacks.Increment(static_cast<double>(done.kv.predictor_fallbacks));
   impl_->recall_sum.Increment(done.kv.recall_sum);
   impl_->recall_count.Increment(static_cast<double>(done.kv.recall_count));
   impl_->whole.Observe(done.timing.total_ms / 1000);

@@ -1,6 +1,7 @@
 #include "coordinator/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "common/check.h"
 
@@ -26,12 +27,29 @@ void add_to(KvReport& sum, const KvReport& part) {
   sum.bytes_host += part.bytes_host;
   sum.bytes_nvme += part.bytes_nvme;
   sum.late += part.late;
+  sum.predictor_fallbacks += part.predictor_fallbacks;
   sum.device_bytes += part.device_bytes;
   sum.full_kv_bytes += part.full_kv_bytes;
 }
 
 std::int64_t prompt_length(const NewSequence& sequence) {
   return static_cast<std::int64_t>(sequence.admit.prompt.size());
+}
+
+// What all ranks can do of an admission or a start: the least of their answers.
+Result<AdmitResult> joint_answer(SequenceId id, const std::vector<StepResult>& ranks) {
+  AdmitResult joint{id, std::numeric_limits<std::int64_t>::max(), std::nullopt};
+  for (const auto& rank : ranks) {
+    const auto answer = std::find_if(rank.admits.begin(), rank.admits.end(),
+                                     [id](const auto& a) { return a.sequence == id; });
+    if (answer == rank.admits.end()) return broken("no answer to the admission of " + name(id));
+    // Room may come; what is wrong stays wrong, so it is the one that counts.
+    if (answer->error && (!joint.error || joint.error->code == ErrorCode::kExhausted)) {
+      joint.error = answer->error;
+    }
+    joint.reusable_tokens = std::min(joint.reusable_tokens, answer->reusable_tokens);
+  }
+  return joint;
 }
 
 }  // namespace
@@ -130,7 +148,10 @@ void Scheduler::plan_admissions(StepPlan& plan, InFlight& step) {
       sequence.phase = Phase::kAdmitting;
     } else if (sequence.phase == Phase::kAdmitted) {
       plan.starts.push_back({id, sequence.reused});
-      sequence.phase = Phase::kPrefilling;
+      step.starts.push_back(id);
+      // Without a prefix there is nothing that a rank could fail to swap.
+      const bool may_fail = !sequence.given.admit.prefix_keys.empty();
+      sequence.phase = may_fail ? Phase::kStarting : Phase::kPrefilling;
       sequence.token = sequence.reused;
     }
   }
@@ -155,6 +176,7 @@ std::int64_t Scheduler::whole_budget() const {
 void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
   auto budget = whole_budget();
   for (auto& [id, sequence] : sequences_) {
+    if (sequence.phase == Phase::kStarting && !sequence.releasing) return;  // it comes first
     if (sequence.phase != Phase::kPrefilling || sequence.releasing) continue;
     while (sequence.layer < config_.num_layers) {
       const auto item = cut_prefill(sequence, budget);
@@ -218,31 +240,34 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
   return events;
 }
 
+// True, and an event, when a rank said no: the others let go of it too.
+bool Scheduler::is_refused(const AdmitResult& answer, std::vector<StepEvent>& events) {
+  if (!answer.error) return false;
+  auto& sequence = sequences_.at(answer.sequence);
+  sequence.releasing = true;
+  sequence.wanted = false;
+  events.push_back(NotAdmitted{answer.sequence, *answer.error});
+  return true;
+}
+
 Status Scheduler::on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                             std::vector<StepEvent>& events) {
   for (const auto id : step.admits) {
+    FT_ASSIGN_OR_RETURN(const auto answer, joint_answer(id, ranks));
     auto& sequence = sequences_.at(id);
-    auto reusable =
-        static_cast<std::int64_t>(sequence.given.admit.prefix_keys.size()) * kSegmentTokens;
-    std::optional<Error> error;
-    for (const auto& rank : ranks) {
-      const auto answer = std::find_if(rank.admits.begin(), rank.admits.end(),
-                                       [id](const auto& a) { return a.sequence == id; });
-      if (answer == rank.admits.end()) return broken("no answer to the admission of " + name(id));
-      // Room may come; what is wrong stays wrong, so it is the one that counts.
-      if (answer->error && (!error || error->code == ErrorCode::kExhausted)) error = answer->error;
-      reusable = std::min(reusable, answer->reusable_tokens / kSegmentTokens * kSegmentTokens);
-    }
-    if (sequence.releasing) continue;
-    if (error) {
-      sequence.releasing = true;
-      sequence.wanted = false;
-      events.push_back(NotAdmitted{id, *error});
-      continue;
-    }
-    sequence.reused = std::max<std::int64_t>(0, reusable);
+    if (sequence.releasing || is_refused(answer, events)) continue;
+    const auto wanted = std::ssize(sequence.given.admit.prefix_keys);
+    const auto segments =
+        std::clamp<std::int64_t>(answer.reusable_tokens / kSegmentTokens, 0, wanted);
+    sequence.reused = segments * kSegmentTokens;
     sequence.phase = Phase::kAdmitted;
     events.push_back(Admitted{id, sequence.reused});
+  }
+  for (const auto id : step.starts) {
+    FT_ASSIGN_OR_RETURN(const auto answer, joint_answer(id, ranks));
+    auto& sequence = sequences_.at(id);
+    if (sequence.releasing || is_refused(answer, events)) continue;
+    if (sequence.phase == Phase::kStarting) sequence.phase = Phase::kPrefilling;
   }
   return Ok{};
 }

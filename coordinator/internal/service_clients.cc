@@ -146,8 +146,8 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
       const auto total = ranks.capacity().kv_slabs_total;
       reply.device = ranks.capacity().device;
       reply.kv_slabs_total += total;
-      reply.kv_slabs_cached += ranks.kv_slabs_cached();
-      reply.kv_slabs_used += total - ranks.kv_slabs_free() - ranks.kv_slabs_cached();
+      reply.kv_slabs_cached += ranks.kv_slabs().cached;
+      reply.kv_slabs_used += total - ranks.kv_slabs().free - ranks.kv_slabs().cached;
       continue;
     }
     if (!reply.detail.empty()) reply.detail += "; ";

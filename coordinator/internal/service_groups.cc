@@ -9,11 +9,12 @@
 namespace foretoken::coordinator {
 namespace {
 
-constexpr std::chrono::seconds kRetryFull{1};        // a group that had no room
-constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
+constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
+constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
+constexpr std::chrono::seconds kRestartPatience{5};     // with a parent that saw the death itself
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
-// Of a request that has a group to itself, one a second: the store makes its slabs ready in the
-// background, which may take a minute on a busy machine.
+// Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
+// whose exit is awaited, may hold the room.
 constexpr int kMaxRefusals = 120;
 
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
@@ -40,8 +41,8 @@ Service::Group* Service::find_group(int number) {
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
-  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
-  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello, now), now);
+  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
   // Until all have come, one of them may belong to a life that is over.
   if (group->ranks.is_assembled()) {
     group->kill_at.reset();
@@ -52,18 +53,20 @@ void Service::on_message(const std::string& peer, const Hello& hello, TimePoint 
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {
   if (auto* group = find_group(ready.group)) {
-    on_events(*group, group->ranks.on_ready(peer, ready, now), now);
+    on_events(*group, group->ranks.on_ready(peer, ready), now);
   }
 }
 void Service::on_message(const std::string& peer, const StepResult& result, TimePoint now) {
   if (auto* group = find_group(result.group)) {
-    on_events(*group, group->ranks.on_result(peer, result, now), now);
+    on_events(*group, group->ranks.on_result(peer, result), now);
   }
 }
-void Service::on_message(const std::string&, const Heartbeat& heartbeat, TimePoint now) {
-  if (auto* group = find_group(heartbeat.group)) {
-    on_events(*group, group->ranks.on_heartbeat(heartbeat, now), now);
-  }
+// A rank that is not, or no longer, one of a group gets no answer: it ends by itself.
+void Service::on_message(const std::string& peer, const Heartbeat& heartbeat, TimePoint) {
+  auto* group = find_group(heartbeat.group);
+  if (group == nullptr || !group->ranks.on_heartbeat(heartbeat)) return;
+  // Where it is gone meanwhile, its silence will tell.
+  static_cast<void>(outbox_.to_worker(peer, encode(CoordinatorMessage(HeartbeatEcho{}))));
 }
 void Service::on_message(const std::string& peer, const WorkerFailed& failed, TimePoint now) {
   if (auto* group = find_group(failed.group)) {
@@ -153,8 +156,8 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   std::int64_t slowest_us = 0;
   for (const auto& rank : done.ranks) slowest_us = std::max(slowest_us, rank.step_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
-  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, group.ranks.kv_slabs_free(),
-                  group.ranks.kv_slabs_cached());
+  const KvSlabs& slabs = group.ranks.kv_slabs();
+  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);
@@ -165,9 +168,7 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
 void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
-  auto& request = *find(found->second);
-  request.refusals = 0;
-  request.on_admitted(event.reused_tokens, now);
+  find(found->second)->on_admitted(event.reused_tokens, now);
 }
 
 void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint now) {
@@ -176,20 +177,23 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   auto& request = *find(found->second);
   by_sequence_.erase(found);
   request.wait_again();
-  if (by_sequence_.empty()) ++request.refusals;  // nothing else runs that could make room
+  const bool filling = group.ranks.store_fills();
+  // Nothing else runs that could make room.
+  if (by_sequence_.empty() && !filling) ++request.refusals;
   const bool never_fits = segments_for(request.length() + request.tokens_left()) >
                           group.ranks.capacity().kv_slabs_total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
   waiting_.push_front(request.origin().id);
-  group.full_until = now + kRetryFull;
+  group.full_until = now + (filling ? kRetryFilling : kRetryFull);
 }
 
 void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
+  request.refusals = 0;
   // A request that finished over an earlier token of this very step has no further one.
   const auto last = request.last_token_at();
   if (!request.accept(event.position, event.token, parts_.model.eos_ids, now)) {
@@ -290,7 +294,7 @@ void Service::pump(TimePoint now) {
 }
 
 bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
-  group.ranks.on_plan_sent(plan.step, now);
+  group.ranks.on_plan_sent(plan.step);
   const auto frame = encode(CoordinatorMessage(plan));
   for (const auto& peer : group.ranks.peers()) {
     const auto sent = outbox_.to_worker(peer, frame);

@@ -33,7 +33,7 @@ GroupDead WorkerGroup::dead(ErrorCode code, int rank, const std::string& why,
   return {{code, who + " of group " + std::to_string(group_) + " " + why}, must_be_killed};
 }
 
-Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello, TimePoint now) {
+Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
   if (hello.world_size != static_cast<int>(ranks_.size()) || hello.rank < 0 ||
       hello.rank >= hello.world_size) {
     log().error("rank {} of {} said hello to group {}, which has {} ranks: not welcome", hello.rank,
@@ -49,16 +49,16 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello, TimePo
   rank = Rank{};
   rank.peer = peer;
   rank.hello = hello;
-  rank.heard = now + kFirstHeartbeat;
+  rank.heard = watched_ + kFirstHeartbeat;
   return {SendWelcome{peer}};
 }
 
-Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready, TimePoint now) {
+Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   auto* rank = find(peer, ready.epoch, ready.rank);
   if (rank == nullptr || rank->ready) return {};
   rank->ready = ready;
-  rank->heard = now;
-  kv_slabs_free_ = ready.kv_slabs_total;
+  rank->heard = watched_;
+  kv_slabs_ = {.free = ready.kv_slabs_total};
   if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
   for (const auto& other : ranks_) {
     if (other.ready->model_hash != capacity().model_hash) {
@@ -70,14 +70,11 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready, TimePo
   return {GroupReady{}};
 }
 
-Events WorkerGroup::on_result(const std::string& peer, StepResult result, TimePoint now) {
+Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
   auto* rank = find(peer, result.epoch, result.rank);
   if (rank == nullptr) return {};
-  rank->heard = now;
-  if (result.kv_slabs_free > 0 || result.kv_slabs_cached > 0) {
-    kv_slabs_free_ = result.kv_slabs_free;
-    kv_slabs_cached_ = result.kv_slabs_cached;
-  }
+  rank->heard = watched_;
+  if (result.kv_slabs) kv_slabs_ = *result.kv_slabs;
   const auto due = due_.find(result.step);
   if (due == due_.end() || due->second.results.contains(result.rank)) {
     return {dead(ErrorCode::kInternal, result.rank,
@@ -96,18 +93,18 @@ Events WorkerGroup::on_result(const std::string& peer, StepResult result, TimePo
   return events;
 }
 
-Events WorkerGroup::on_heartbeat(const Heartbeat& heartbeat, TimePoint now) {
+bool WorkerGroup::on_heartbeat(const Heartbeat& heartbeat) {
   // Heartbeats have a connection of their own, so the peer is not the one that said hello.
   if (heartbeat.epoch != epoch_ || heartbeat.rank < 0 ||
       heartbeat.rank >= static_cast<int>(ranks_.size())) {
-    return {};
+    return false;
   }
   auto& rank = ranks_[static_cast<std::size_t>(heartbeat.rank)];
-  if (!rank.hello) return {};
+  if (!rank.hello) return false;
   if (rank.suspected) log().info("rank {} of group {} is heard again", heartbeat.rank, group_);
   rank.suspected = false;
-  rank.heard = now;
-  return {};
+  rank.heard = watched_;
+  return true;
 }
 
 Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& failed) {
@@ -117,18 +114,13 @@ Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& faile
 }
 
 Events WorkerGroup::on_time(TimePoint now) {
-  // If it was us who slept, nobody else is to blame for the silence.
-  const auto slept = last_time_ ? now - *last_time_ : TimePoint::duration{};
-  last_time_ = now;
-  if (slept > kSuspectAfter) {
-    for (auto& rank : ranks_) rank.heard += slept;
-    for (auto& [step, due] : due_) due.sent += slept;
-  }
+  if (last_look_) watched_ += std::min<Duration>(now - *last_look_, kLongestLook);
+  last_look_ = now;
   Events events;
   for (std::size_t i = 0; i < ranks_.size(); ++i) {
     auto& rank = ranks_[i];
     if (!rank.hello) continue;
-    const auto silence = now - rank.heard;
+    const auto silence = watched_ - rank.heard;
     if (silence >= kFenceAfter) {
       return {dead(ErrorCode::kUnavailable, static_cast<int>(i), "was silent for 3 s",
                    /*must_be_killed=*/true)};
@@ -139,7 +131,7 @@ Events WorkerGroup::on_time(TimePoint now) {
       events.push_back(SendWelcome{rank.peer});
     }
   }
-  if (!due_.empty() && now - due_.begin()->second.sent >= kStepTimeout) {
+  if (!due_.empty() && watched_ - due_.begin()->second.sent >= kStepTimeout) {
     return {GroupDead{{ErrorCode::kTimeout,
                        "group " + std::to_string(group_) + " took more than 120 s for a step"},
                       /*must_be_killed=*/true}};

@@ -10,7 +10,6 @@ namespace foretoken::kernels {
 namespace {
 
 constexpr float kE5m3Scale = 4096.0F;  // the fp16 bits hold value * 2^12: 2^-29 .. 1 is in range
-constexpr int kE5m3Shift = 7;          // of fp16's 10 mantissa bits 3 stay
 
 float bf16_to_float(std::uint16_t bits) {
   return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);

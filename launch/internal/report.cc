@@ -33,6 +33,7 @@ Json to_json(const KvReport& kv) {
           {"bytes_host", kv.bytes_host},
           {"bytes_nvme", kv.bytes_nvme},
           {"late", kv.late},
+          {"predictor_fallbacks", kv.predictor_fallbacks},
           {"device_bytes", kv.device_bytes},
           {"full_kv_bytes", kv.full_kv_bytes}};
 }

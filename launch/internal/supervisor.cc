@@ -20,7 +20,6 @@ using std::chrono::milliseconds;
 constexpr std::size_t kMostRestarts = 5;
 constexpr std::chrono::minutes kRestartWindow{10};
 constexpr milliseconds kFirstPause{500};
-constexpr milliseconds kStartTimeout{30'000};  // of the store and the coordinator
 constexpr milliseconds kTick{200};
 constexpr milliseconds kStopTimeout{5'000};  // of a child after SIGTERM, before SIGKILL
 

@@ -77,6 +77,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     if (found == sequences_.end()) continue;  // not admitted here
     KvReport report;
     report.blocks_fetched = static_cast<std::int64_t>(found->second.tokens.size());
+    report.predictor_fallbacks = 2;
     result.stats.push_back({id, report});
     free(found->second);
     sequences_.erase(found);
@@ -89,14 +90,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     if (config_.rank == config_.world_size - 1) store_->published.insert(publish.key);
   }
   for (const auto& sequence : plan.admits) result.admits.push_back(admit(sequence));
-  for (const auto& start : plan.starts) {
-    auto& sequence = find(start.sequence);
-    require(!sequence.started && start.reused_tokens <= sequence.reusable &&
-                start.reused_tokens % kSegmentTokens == 0,
-            "a start follows what all ranks have");
-    sequence.started = true;
-    sequence.reused = sequence.token = start.reused_tokens;
-  }
+  for (const auto& sequence : plan.starts) result.admits.push_back(start(sequence));
   std::int64_t cost = 0;
   for (const auto& item : plan.prefills) {
     cost += (item.layer_end - item.layer_begin) * (item.token_end - item.token_begin);
@@ -115,7 +109,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     result.token_digest = mix(result.token_digest, static_cast<std::uint64_t>(token.token.id));
   }
   if (config_.rank != 0) result.tokens.clear();
-  result.kv_slabs_free = store_->slabs - store_->used;
+  result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
   return result;
 }
 
@@ -139,7 +133,7 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
   Sequence sequence;
   sequence.slabs = segments_for(admit.max_length);
   if (config_.rank == 0) {
-    if (store_->used + sequence.slabs > store_->slabs) {
+    if (store_->used + sequence.slabs > std::min(store_->slabs, store_->ready)) {
       result.error = Error{ErrorCode::kExhausted, "no slabs; raise --kv-host-gib"};
       return result;
     }
@@ -156,6 +150,22 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
   sequence.seed = admit.sampling.seed;
   sequence.forced = admit.forced_ids;
   sequences_[admit.sequence] = std::move(sequence);
+  return result;
+}
+
+AdmitResult FakeRank::start(const StartSequence& start) {
+  AdmitResult result{start.sequence, start.reused_tokens, std::nullopt};
+  auto& sequence = find(start.sequence);
+  require(!sequence.started && start.reused_tokens <= sequence.reusable &&
+              start.reused_tokens % kSegmentTokens == 0,
+          "a start follows what all ranks have");
+  if (sequence.reusable > 0 && store_->refuse_starts > 0) {
+    --store_->refuse_starts;
+    result.error = Error{ErrorCode::kExhausted, "no empty slabs to swap shared ones for"};
+    return result;
+  }
+  sequence.started = true;
+  sequence.reused = sequence.token = start.reused_tokens;
   return result;
 }
 

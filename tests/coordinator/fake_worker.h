@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <memory>
 #include <set>
@@ -18,6 +19,8 @@ namespace foretoken::coordinator {
 struct FakeStore {
   std::int64_t slabs = 1024;
   std::int64_t used = 0;
+  std::int64_t ready = std::numeric_limits<std::int64_t>::max();  // pre-faulted so far
+  int refuse_starts = 0;  // so many of sequences that share a prefix: there is no room to swap
   std::set<PrefixKey> published;
 };
 
@@ -67,6 +70,7 @@ class FakeRank {
   };
   Sequence& find(SequenceId id);
   AdmitResult admit(const AdmitSequence& admit);
+  AdmitResult start(const StartSequence& start);
   void prefill(const PrefillItem& item, StepResult& result);
   void sample(SequenceId id, StepResult& result);
   void free(const Sequence& sequence);

@@ -35,17 +35,19 @@ int main(int argc, char** argv) {
   StepNumber step{};
   while (true) {
     const auto frame = socket->receive(milliseconds(100));
-    send(Heartbeat{epoch, config.group, config.rank, step});
-    if (!frame) continue;
+    if (!frame) {
+      send(Heartbeat{epoch, config.group, config.rank, step});
+      continue;
+    }
     const auto message = decode_coordinator_message(*frame).value_or_throw();
     if (std::holds_alternative<Shutdown>(message)) return 0;
     if (const auto* welcome = std::get_if<Welcome>(&message)) {
       if (welcome->epoch == epoch) continue;  // a probe
       epoch = welcome->epoch;
       send(rank.ready(epoch));
-    } else {
+    } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
       std::this_thread::sleep_for(step_time);
-      auto result = rank.run(std::get<StepPlan>(message));
+      auto result = rank.run(*plan);
       step = result.step;
       send(result);
     }

@@ -51,9 +51,13 @@ class SchedulerTest : public ::testing::Test {
         result.admits.push_back({admit.sequence, reusable[std::size_t(rank)], std::nullopt});
         lengths_[admit.sequence] = static_cast<std::int64_t>(admit.prompt.size());
       }
+      for (const auto& start : to.starts) {
+        result.admits.push_back({start.sequence, start.reused_tokens, std::nullopt});
+      }
       for (const auto id : to.releases) {
         KvReport report;
         report.blocks_fetched = 10;
+        report.predictor_fallbacks = 1;
         result.stats.push_back({id, report});
       }
       results.push_back(std::move(result));
@@ -124,6 +128,7 @@ TEST_F(SchedulerTest, WalksASequenceFromAdmissionToRelease) {
   const auto released = only<Released>(feed(answers(release)));
   ASSERT_EQ(released.size(), 1U);
   EXPECT_EQ(released[0].kv.blocks_fetched, 10 * kRanks);
+  EXPECT_EQ(released[0].kv.predictor_fallbacks, kRanks);
   EXPECT_EQ(scheduler_.num_sequences(), 0U);
   EXPECT_FALSE(scheduler_.next_plan());
 }
@@ -147,9 +152,30 @@ TEST_F(SchedulerTest, ReusesWhatAllRanksHave) {
   // At least 64 tokens are always computed: (900 - 64) / 256 segments may be reused.
   EXPECT_THAT(admission.admits[0].prefix_keys, ElementsAre(key_of(10), key_of(11), key_of(12)));
   feed(answers(admission, {768, 512}));
-  const auto prefill = plan();
-  EXPECT_EQ(prefill.starts[0].reused_tokens, 512);
-  EXPECT_EQ(prefill.prefills[0].token_begin, 512);
+  const auto start = plan();
+  EXPECT_EQ(start.starts[0].reused_tokens, 512);
+  EXPECT_FALSE(scheduler_.next_plan());  // a rank may find no room for what it must swap
+  feed(answers(start));
+  EXPECT_EQ(plan().prefills[0].token_begin, 512);
+}
+
+TEST_F(SchedulerTest, AStartThatFailsOnOneRankReleasesAllOfThemAndHoldsUpNobody) {
+  scheduler_.add(sequence(1, 900, 1, 10));
+  scheduler_.add(sequence(2, 10, 5));
+  const auto admission = plan();
+  feed(answers(admission, {768, 512}));
+  const auto start = plan();
+  EXPECT_EQ(start.starts.size(), 2U);
+  EXPECT_THAT(start.prefills, IsEmpty());  // first come, first served
+  auto results = answers(start);
+  results[1].admits[0].error = Error{ErrorCode::kExhausted, "no empty slabs"};
+  const auto refused = only<NotAdmitted>(feed(results));
+  ASSERT_EQ(refused.size(), 1U);
+  EXPECT_EQ(refused[0].sequence, SequenceId{1});
+  const auto next = plan();
+  EXPECT_THAT(next.releases, ElementsAre(SequenceId{1}));
+  ASSERT_EQ(next.prefills.size(), 1U);
+  EXPECT_EQ(next.prefills[0].sequence, SequenceId{2});
 }
 
 TEST_F(SchedulerTest, LeastReusableLengths) {
@@ -178,6 +204,7 @@ TEST_F(SchedulerTest, PublishesPromptSegmentsOnceComputed) {
 TEST_F(SchedulerTest, ReusedSegmentsAreNotPublishedAgain) {
   scheduler_.add(sequence(1, 600, 5, 10));
   step({512, 512});
+  step();  // the start
   step();  // 88 tokens by 4 layers, of 256 token-layers a step: two steps
   step();
   EXPECT_THAT(plan().publishes, IsEmpty());
@@ -199,6 +226,7 @@ TEST_F(SchedulerTest, CutsPrefillByLayers) {
 TEST_F(SchedulerTest, CutsALayerThatNoStepCanHold) {
   scheduler_.add(sequence(1, 600, 1));
   step();
+  step();
   const auto first = plan();  // 256 token-layers: a segment
   ASSERT_EQ(first.prefills.size(), 1U);
   EXPECT_EQ(first.prefills[0].layer_end, 1);
@@ -219,6 +247,8 @@ TEST_F(SchedulerTest, PrefillItemsCoverEachLayerInOrder) {
       Scheduler scheduler({Epoch{1}, 4, 3, budget});
       scheduler.add(sequence(1, tokens, 1));
       ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
+      const bool has_prefix = tokens >= kSegmentTokens + kLocalTokens;  // its start is waited for
+      if (has_prefix) ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
       int layer = 0;
       std::int64_t token = 0;
       while (layer < 4) {
@@ -254,8 +284,11 @@ TEST_F(SchedulerTest, OthersDecodeWhileOnePrefills) {
   EXPECT_EQ(admission.admits.size(), 2U);
   EXPECT_THAT(admission.decodes, ElementsAre(SequenceId{1}));
   feed(answers(admission));
+  const auto start = plan();
+  EXPECT_EQ(start.starts.size(), 2U);
+  feed(answers(start));
   const auto prefill = plan();
-  EXPECT_EQ(prefill.starts.size(), 2U);
+  EXPECT_FALSE(prefill.prefills.empty());
   EXPECT_THAT(prefill.decodes, ElementsAre(SequenceId{1}));
   for (const auto& item : prefill.prefills) EXPECT_EQ(item.sequence, SequenceId{2});
 }

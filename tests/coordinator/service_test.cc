@@ -101,6 +101,8 @@ class ServiceTest : public ::testing::Test, public Outbox {
         say(rank_->ready(welcome->epoch));
       } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
         say(rank_->run(*plan));
+      } else if (std::holds_alternative<HeartbeatEcho>(message)) {
+        ++echoes_;
       } else {
         ++shutdowns_;
       }
@@ -122,6 +124,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   std::string slow_;
   std::string gone_;
   int shutdowns_ = 0;
+  int echoes_ = 0;
 };
 
 TEST_F(ServiceTest, StreamsTokensAndThenDone) {
@@ -136,7 +139,10 @@ TEST_F(ServiceTest, StreamsTokensAndThenDone) {
   EXPECT_EQ(done[0].usage.prompt_tokens, 3);
   EXPECT_EQ(done[0].kv.budget_tokens, config_.kv_budget);
   EXPECT_EQ(service().num_requests(), 0U);
-  EXPECT_THAT(metrics_.text(), HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
+  EXPECT_EQ(done[0].kv.predictor_fallbacks, 2);
+  const std::string metrics = metrics_.text();
+  EXPECT_THAT(metrics, HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
+  EXPECT_THAT(metrics, HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 2"));
 }
 
 TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {
@@ -313,7 +319,7 @@ TEST_F(ServiceTest, WhatNeverFitsIsRefusedWithTheRanksReason) {
 
 TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   start_rank();
-  store_->slabs = 1;  // the store is still making the rest ready
+  store_->slabs = 1;  // a dead rank, say, still holds the rest
   ask(wish("r1", 500));
   const auto wait = [this] {
     work();
@@ -330,6 +336,51 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   ask(wish("r2", 500));
   for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
+  start_rank();
+  store_->ready = 0;
+  ask(wish("r1", 500));
+  const auto wait = [this](milliseconds time) {
+    work();
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    pass(time);
+  };
+  for (int i = 0; i < 1000; ++i) wait(milliseconds(50));  // however long it takes
+  ASSERT_TRUE(told<ErrorMessage>().empty());
+  store_->ready = 1024;
+  wait(milliseconds(50));
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) {
+  start_rank();
+  auto shared = wish("first", 1);
+  shared.prompt_ids = std::vector<TokenId>(700, 5);
+  ask(shared);
+  work();
+  store_->refuse_starts = 1;
+  shared.request_id = "again";
+  ask(shared);
+  ask(wish("other"));
+  work();
+  EXPECT_EQ(store_->refuse_starts, 0);
+  ASSERT_EQ(told<DoneMessage>().size(), 3U);
+  EXPECT_EQ(told<DoneMessage>()[1].request_id, "other");  // its end made room
+  EXPECT_EQ(told<DoneMessage>()[2].request_id, "again");
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 0);
+}
+
+TEST_F(ServiceTest, AnswersTheHeartbeatsOfItsRanksOnly) {
+  start_rank();
+  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  say(Heartbeat{Epoch{7}, 0, 0, StepNumber{1}});  // of a life before: that rank must end
+  work();
+  EXPECT_EQ(echoes_, 1);
 }
 
 TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {

@@ -351,6 +351,7 @@ void Simulation::run() {
     if (pick(100) == 0 && service_->num_requests() < kMostAtOnce) submit();
     if (chance(config_.client_faults)) disturb_clients();
     if (chance(config_.rank_faults)) disturb_ranks();
+    if (chance(config_.start_faults)) ++groups_[pick(groups_.size())].store->refuse_starts;
     if (::testing::Test::HasFailure()) return;
   }
   heal();

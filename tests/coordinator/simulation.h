@@ -26,6 +26,7 @@ struct SimulationConfig {
   // Events in a million moves.
   int rank_faults = 0;
   int client_faults = 0;
+  int start_faults = 0;  // a rank finds no room for the slabs that it must swap
 };
 
 class Simulation : public Outbox {

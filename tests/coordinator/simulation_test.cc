@@ -60,7 +60,8 @@ TEST_F(SimulationTest, SeveralGroupsShareTheWork) {
 }
 
 TEST_F(SimulationTest, ScarceRoomDelaysButNothingFails) {
-  EXPECT_EQ(play({.num_requests = 50, .slabs = 6}, 3'000'000, 10).done, 500 * factor());
+  EXPECT_EQ(play({.num_requests = 50, .slabs = 6, .start_faults = 300}, 3'000'000, 10).done,
+            500 * factor());
 }
 
 TEST_F(SimulationTest, DisturbingClientsDisturbNobodyElse) {

@@ -30,5 +30,11 @@ TEST(Report, RecallIsAMeanAndNullWithoutAudit) {
   EXPECT_EQ(to_json(kv)["recall"], 0.75);
 }
 
+TEST(Report, CountsThePredictorsFallbacks) {
+  KvReport kv;
+  kv.predictor_fallbacks = 3;
+  EXPECT_EQ(to_json(kv)["predictor_fallbacks"], 3);
+}
+
 }  // namespace
 }  // namespace foretoken::launch

@@ -46,6 +46,7 @@ def test_generate_prints_the_fields_of_the_contract(model):
     assert answer["usage"]["prompt_tokens"] == len(answer["prompt_ids"])
     assert answer["kv"]["policy"] == "full"
     assert {"recall", "kl", "blocks_fetched", "bytes_host", "bytes_nvme", "late"} <= set(answer["kv"])
+    assert answer["kv"]["predictor_fallbacks"] == 0
     assert answer["timing_ms"]["total"] > 0
 
 

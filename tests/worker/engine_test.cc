@@ -6,8 +6,12 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <random>
 
+#include "predictor/weights.h"
 #include "tests/worker/local_group.h"
 
 namespace foretoken::worker {
@@ -207,6 +211,32 @@ TEST_F(EngineTest, RecallOrdersThePolicies) {
   EXPECT_GT(oracle, window);
 }
 
+// Weights that overflow float in the second layer: no map ever has finite scores.
+std::filesystem::path overflowing_weights() {
+  std::ifstream in(predictor::published_weights(), std::ios::binary);
+  std::string bytes(std::istreambuf_iterator<char>(in), {});
+  std::uint64_t header = 0;
+  std::memcpy(&header, bytes.data(), sizeof header);
+  constexpr float kHuge = 1e38F;
+  for (std::size_t at = sizeof header + header; at < bytes.size(); at += sizeof kHuge) {
+    std::memcpy(&bytes[at], &kHuge, sizeof kHuge);
+  }
+  const auto path = std::filesystem::path(testing::TempDir()) / "overflowing_weights.safetensors";
+  std::ofstream(path, std::ios::binary) << bytes;
+  return path;
+}
+
+TEST_F(EngineTest, TheReportCountsMapsThatHadNoFiniteScores) {
+  ServiceConfig config = service("attention-predictor", 256);
+  const auto prompt = random_prompt(1000, 12);
+  EXPECT_EQ(answer(config, prompt, {.max_tokens = 5}).report.predictor_fallbacks, 0);
+  config.predictor_weights = overflowing_weights();
+  const Answer blind = answer(config, prompt, {.max_tokens = 5});
+  // 3 layers x 2 maps, chosen for after the prompt and after each of the 4 steps.
+  EXPECT_EQ(blind.report.predictor_fallbacks, 5 * 6);
+  EXPECT_EQ(blind.tokens.size(), 5U);
+}
+
 TEST_F(EngineTest, ForcedTokensAreTakenAndScored) {
   const auto forced = random_prompt(10, 9);
   const Answer forced_answer =
@@ -226,6 +256,38 @@ TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {
   }
   EXPECT_EQ(group.device().memory_in_use(kernels::MemoryUse::kKvSlots), before);
   EXPECT_EQ(group.store_stat().slabs_used, 0);
+}
+
+// Two sequences read a cached prefix; the group then agrees on none of it for the second one, and
+// nobody has slabs to swap for the shared ones.
+TEST_F(EngineTest, AStartWithoutRoomToSwapFailsThatSequenceAlone) {
+  const StoreProcess scarce(std::int64_t{4} << 20);  // 10 slabs a head
+  LocalGroup group(service("full"), small_model(), scarce);
+  const auto prompt = random_prompt(600, 13);
+  const LocalGroup::Options options{.max_tokens = 10, .publish = true};
+  const Answer before = group.generate(prompt, options);  // two segments stay cached
+  const auto admit = [&](int id, const std::vector<TokenId>& tokens) {
+    StepPlan plan;
+    plan.admits = {LocalGroup::admission(SequenceId(id), tokens, options)};
+    const AdmitResult result = group.run(plan).admits.at(0);
+    EXPECT_FALSE(result.error);
+    return result.reusable_tokens;
+  };
+  EXPECT_EQ(admit(101, prompt), 512);
+  EXPECT_EQ(admit(102, prompt), 512);
+  admit(103, random_prompt(1500, 14));  // takes the rest
+  StepPlan starts;
+  starts.starts = {{SequenceId{101}, 512}, {SequenceId{102}, 0}};
+  const StepResult started = group.run(starts);
+  ASSERT_EQ(started.admits.size(), 2U);
+  EXPECT_FALSE(started.admits[0].error);
+  ASSERT_TRUE(started.admits[1].error);
+  EXPECT_EQ(started.admits[1].error->code, ErrorCode::kExhausted);
+
+  StepPlan goes_on;
+  goes_on.releases = {SequenceId{102}};
+  goes_on.prefills = {{SequenceId{101}, 0, 3, 512, 600}};
+  EXPECT_EQ(group.run(goes_on).tokens.at(0).token.id, before.tokens[0]);
 }
 
 }  // namespace

@@ -33,8 +33,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
 std::unique_ptr<kernels::Device> device_for(const ServiceConfig& config) {
   const auto bytes = static_cast<std::size_t>(config.device_memory_gib * (1 << 30));
   if (config.device == "cuda") return kernels::make_cuda_device({.memory_bytes = bytes});
-  return kernels::make_cpu_device(
-      {.num_threads = config.threads_per_rank, .memory_bytes = bytes});
+  return kernels::make_cpu_device({.num_threads = config.threads_per_rank, .memory_bytes = bytes});
 }
 
 }  // namespace
@@ -118,8 +117,8 @@ StepResult LocalGroup::run(StepPlan plan) {
   return engine_->collect();
 }
 
-std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,
-                               const Options& options) {
+AdmitSequence LocalGroup::admission(SequenceId id, const std::vector<TokenId>& prompt,
+                                    const Options& options) {
   AdmitSequence admit{.sequence = id,
                       .prompt = prompt,
                       .max_length = static_cast<std::int64_t>(prompt.size()) + options.max_tokens,
@@ -128,8 +127,13 @@ std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt
                       .prefix_keys = dense_keys(prompt)};
   admit.sampling.temperature = 0;
   admit.sampling.num_logprobs = 2;
+  return admit;
+}
+
+std::int64_t LocalGroup::admit(SequenceId id, const std::vector<TokenId>& prompt,
+                               const Options& options) {
   StepPlan plan;
-  plan.admits = {admit};
+  plan.admits = {admission(id, prompt, options)};
   const StepResult result = run(plan);
   if (result.admits.at(0).error) throw Exception(*result.admits[0].error);
   StepPlan start;

@@ -51,11 +51,14 @@ class LocalGroup {
   // Several at once, decoding in one batch.
   std::vector<Answer> generate_batch(const std::vector<std::vector<TokenId>>& prompts,
                                      const Options& options);
+  // Step by step.
+  static AdmitSequence admission(SequenceId id, const std::vector<TokenId>& prompt,
+                                 const Options& options);
+  StepResult run(StepPlan plan);
   kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
   kernels::Device& device() { return *device_; }
 
  private:
-  StepResult run(StepPlan plan);
   std::int64_t admit(SequenceId id, const std::vector<TokenId>& prompt, const Options& options);
   TokenInfo prefill(SequenceId id, int length, std::int64_t reused, const Options& options);
 

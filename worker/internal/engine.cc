@@ -79,12 +79,12 @@ void Engine::launch(const StepPlan& plan) {
   for (const SequenceId id : plan.releases) release(id, result);
   for (const PublishSegment& segment : plan.publishes) publish(segment);
   for (const AdmitSequence& sequence : plan.admits) result.admits.push_back(admit(sequence));
-  for (const StartSequence& sequence : plan.starts) start(sequence);
+  for (const StartSequence& sequence : plan.starts) result.admits.push_back(start(sequence));
   for (const PrefillItem& item : plan.prefills) prefill(item, pending);
   if (!plan.decodes.empty()) decode(plan.decodes, pending);
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
-    count_slabs(result);
+    result.kv_slabs = count_slabs();
   }
 }
 
@@ -109,10 +109,11 @@ StepResult Engine::collect() {
 }
 
 // Slabs that aren't ready yet count as free: they will be.
-void Engine::count_slabs(StepResult& result) {
+KvSlabs Engine::count_slabs() {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
-  result.kv_slabs_cached = stat.slabs_cached;
-  result.kv_slabs_free = stat.slabs_total - stat.slabs_used - stat.slabs_cached;
+  return {.free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
+          .cached = stat.slabs_cached,
+          .ready = stat.slabs_ready};
 }
 
 Sequence& Engine::find(SequenceId id) {
@@ -168,14 +169,18 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
   return result;
 }
 
-void Engine::start(const StartSequence& start) {
+AdmitResult Engine::start(const StartSequence& start) {
+  AdmitResult result{start.sequence, start.reused_tokens, std::nullopt};
   Sequence& sequence = find(start.sequence);
   const int segments = static_cast<int>(start.reused_tokens / kSegmentTokens);
   if (const Status status = store_.use(sequence.reservation(), segments); !status) {
-    throw Exception(status.error());
+    if (status.error().code != ErrorCode::kExhausted) throw Exception(status.error());
+    result.error = status.error();
+    return result;
   }
   sequence.upload_slabs(*compute_);
   sequence.reused_tokens = segments * kSegmentTokens;
+  return result;
 }
 
 void Engine::prefill(const PrefillItem& item, Pending& pending) {

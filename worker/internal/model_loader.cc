@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/check.h"
+#include "common/half.h"
 
 namespace foretoken::worker {
 namespace {
@@ -32,7 +33,7 @@ float float_from(const std::byte* data, TensorDtype dtype) {
   std::uint16_t bits = 0;
   std::memcpy(&bits, data, sizeof bits);
   if (dtype == TensorDtype::kBf16) return std::bit_cast<float>(std::uint32_t{bits} << 16);
-  return static_cast<float>(std::bit_cast<_Float16>(bits));
+  return float_from_half(bits);
 }
 
 std::vector<float> floats_from(const TensorView& view, Range range) {

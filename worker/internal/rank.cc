@@ -71,7 +71,8 @@ class Line {
   std::unique_ptr<DealerSocket> socket_;
 };
 
-// Says every 250 ms that this rank lives, and which step it completed last.
+// Says every 250 ms that this rank lives, and which step it completed last. The coordinator answers
+// each beat; where it no longer does, it is gone, or has given this rank up.
 class Heart {
  public:
   Heart(const RankConfig& config, Epoch epoch, int rank)
@@ -79,21 +80,39 @@ class Heart {
           beat(config, epoch, rank, stop);
         }) {}
   void completed(StepNumber step) { step_ = raw(step); }
+  bool lost_coordinator() const { return lost_; }
 
  private:
   void beat(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop) {
     try {
       Line line(config);
+      // Counted in beats, so that a time in which this process stood still is no silence.
+      const std::int64_t most = config.coordinator_timeout / kHeartbeatInterval;
+      std::int64_t unanswered = 0;
       while (!stop.stop_requested()) {
         line.send(Heartbeat{epoch, config.group, rank, StepNumber{step_.load()}});
-        std::this_thread::sleep_for(kHeartbeatInterval);
+        unanswered = is_answered(line) ? 0 : unanswered + 1;
+        if (unanswered >= most) lost_ = true;
       }
     } catch (const Exception& failure) {
       // The coordinator will miss the beats, and fence this rank.
       log().error("heartbeat stopped: {}", failure.what());
     }
   }
+
+  // Takes what comes until the next beat is due.
+  static bool is_answered(Line& line) {
+    const auto due = std::chrono::steady_clock::now() + kHeartbeatInterval;
+    bool answered = false;
+    for (auto left = kHeartbeatInterval; left > milliseconds(0);
+         left = std::chrono::ceil<milliseconds>(due - std::chrono::steady_clock::now())) {
+      answered = line.receive(left).has_value() || answered;
+    }
+    return answered;
+  }
+
   std::atomic<std::uint64_t> step_{0};
+  std::atomic<bool> lost_{false};
   std::jthread thread_;  // last: it starts when all else is ready
 };
 
@@ -224,21 +243,21 @@ bool only_computes(const StepPlan& plan) {
          plan.starts.empty();
 }
 
-void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, int group) {
+void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const RankConfig& config) {
   const auto finish_one = [&] {
     StepResult result = engine.collect();
-    result.group = group;
+    result.group = config.group;
     line.send(result);
     heart.completed(result.step);
   };
-  for (;;) {
+  while (!heart.lost_coordinator()) {
     const auto message = line.receive(engine.has_launched() ? milliseconds{0} : kIdlePoll);
     if (!message) {
       if (engine.has_launched()) finish_one();
       continue;
     }
     if (std::holds_alternative<Shutdown>(*message)) return;
-    const auto* plan = std::get_if<StepPlan>(&*message);
+    const auto* plan = std::get_if<StepPlan>(&*message);    // else a probe
     if (plan == nullptr || plan->epoch != epoch) continue;  // of a life before this one
     // The next step is on the device before the last one's tokens are read.
     if (engine.has_launched() && !only_computes(*plan)) finish_one();
@@ -246,6 +265,9 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, int grou
     engine.launch(*plan);
     if (behind_another || !engine.runs_ahead()) finish_one();
   }
+  throw Exception(ErrorCode::kUnavailable,
+                  "the coordinator at " + config.coordinator + " was silent for " +
+                      std::to_string(config.coordinator_timeout.count()) + " s: this rank ends");
 }
 
 }  // namespace
@@ -264,7 +286,7 @@ void run_rank(const RankConfig& config) {
     ready.rank = place.rank;
     ready.model_hash = worker.hash();
     line.send(ready);
-    serve_plans(line, heart, worker.engine(), welcome.epoch, config.group);
+    serve_plans(line, heart, worker.engine(), welcome.epoch, config);
   } catch (const Exception& failure) {
     line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
     throw;

@@ -161,8 +161,13 @@ void Sequence::make_prompt_resident(kernels::Stream& stream) {
 
 KvReport Sequence::final_report(kernels::Stream& stream) {
   std::array<std::uint64_t, 2> totals{};
+  std::uint32_t fallbacks = 0;
   device_.copy_out(totals.data(), fetches_.totals, sizeof totals, stream);
+  if (const std::uint32_t* counter = policy_state_->history.fallbacks) {
+    device_.copy_out(&fallbacks, counter, sizeof fallbacks, stream);
+  }
   stream.synchronize();
+  report.predictor_fallbacks = fallbacks;
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   report.bytes_host = report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <map>
 
+#include "common/half.h"
 #include "worker/model.h"
 
 namespace foretoken::worker {
@@ -74,9 +75,7 @@ class DummySource final : public WeightSource {
   }
 
   std::uint16_t encode(float value) const {
-    if (dtype_ == TensorDtype::kF16) {
-      return std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
-    }
+    if (dtype_ == TensorDtype::kF16) return half_from_float(value);
     return static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16);
   }
 
