@@ -21,6 +21,7 @@ CudaStream::CudaStream(StreamKind kind) : kind_(kind) {
 CudaStream::~CudaStream() {
   cudaStreamSynchronize(handle_);
   cudaFree(scratch_);
+  for (std::byte* scratch : recorded_scratch_) cudaFree(scratch);
   cudaFree(counters_);
   cudaStreamDestroy(handle_);
 }
@@ -28,17 +29,29 @@ CudaStream::~CudaStream() {
 void CudaStream::synchronize() { FT_CUDA(cudaStreamSynchronize(handle_)); }
 
 std::byte* CudaStream::scratch(std::size_t bytes) {
-  if (bytes <= scratch_bytes_) return scratch_;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   FT_CUDA(cudaStreamIsCapturing(handle_, &status));
-  FT_CHECK(status == cudaStreamCaptureStatusNone, bytes, scratch_bytes_);
-  synchronize();
-  FT_CUDA(cudaFree(scratch_));
+  const bool recording = status != cudaStreamCaptureStatusNone;
+  if (bytes > scratch_bytes_) {
+    FT_CHECK(!recording, bytes, scratch_bytes_);
+    grow_scratch(bytes);
+  }
+  scratch_recorded_ = scratch_recorded_ || recording;
+  return scratch_;
+}
+
+void CudaStream::grow_scratch(std::size_t bytes) {
+  if (scratch_recorded_) {
+    recorded_scratch_.push_back(scratch_);
+  } else {
+    synchronize();
+    FT_CUDA(cudaFree(scratch_));
+  }
   scratch_ = nullptr;
   scratch_bytes_ = 0;
+  scratch_recorded_ = false;
   FT_CUDA(cudaMalloc(&scratch_, bytes));
   scratch_bytes_ = bytes;
-  return scratch_;
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernels/device.h"
 
@@ -24,7 +25,8 @@ class CudaStream final : public Stream {
 
   // Device memory for one op's intermediate results, 256-byte aligned. The next op on this stream
   // gets the same bytes. Grows when asked for more than ever before, which waits for the stream:
-  // a sequence of ops must have run once before it is recorded into a graph.
+  // a sequence of ops must have run once before it is recorded into a graph. A graph has the
+  // address that was given while it was recorded, which stays valid as long as the stream.
   std::byte* scratch(std::size_t bytes);
 
   // kNumCounters zeros, for "the last block to arrive does the rest". Who counts one up sets it
@@ -33,10 +35,14 @@ class CudaStream final : public Stream {
   std::uint32_t* counters() const { return counters_; }
 
  private:
+  void grow_scratch(std::size_t bytes);
+
   StreamKind kind_;
   cudaStream_t handle_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
+  bool scratch_recorded_ = false;             // a graph has the address
+  std::vector<std::byte*> recorded_scratch_;  // outgrown, but a graph has their address
   std::uint32_t* counters_ = nullptr;
 };
 

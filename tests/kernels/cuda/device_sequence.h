@@ -172,7 +172,8 @@ struct DeviceFetches {
   DeviceFetches(DeviceUnderTest& on, const KvShape& shape, int max_entries)
       : entries(on, std::vector<FetchEntry>(entries_of(shape, max_entries))),
         counts(on, std::vector<std::int32_t>(entries_of(shape, 1))),
-        list{entries.data(), counts.data(), max_entries},
+        totals(on, {0, 0}),
+        list{entries.data(), counts.data(), max_entries, totals.data()},
         view(on, {list}) {}
 
   using Entries = std::vector<std::pair<int, int>>;  // block, slot
@@ -191,6 +192,7 @@ struct DeviceFetches {
 
   DeviceArray<FetchEntry> entries;
   DeviceArray<std::int32_t> counts;
+  DeviceArray<std::uint64_t> totals;
   FetchList list;
   DeviceArray<FetchList> view;
 };

@@ -128,6 +128,7 @@ TEST_P(Resolve, IsTheCpusEntryForEntry) {
     }
     for (std::size_t row = 0; row < cpu.sequences.size(); ++row) {
       ASSERT_EQ(cuda.fetches[row].listed(), cpu.fetches[row].listed()) << "row " << row;
+      ASSERT_EQ(cuda.fetches[row].totals.get(), cpu.fetches[row].totals.get());
       ASSERT_EQ(cuda.sequences[row].block_to_slot, cpu.sequences[row].block_to_slot);
       ASSERT_EQ(cuda.sequences[row].slot_to_block, cpu.sequences[row].slot_to_block);
     }

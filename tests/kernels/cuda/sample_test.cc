@@ -208,6 +208,7 @@ TEST_F(CudaSampleRow, DrawsAmongEqualLogits) {
 }
 
 // A graph that samples twice in a row: nothing of the first draw is left in the way of the second.
+// In between, the stream's scratch memory outgrows the one that the graph was recorded with.
 TEST_F(CudaSampleRow, RunsInAGraph) {
   Pair both;
   Device& device = *both.cuda.device;
@@ -231,6 +232,8 @@ TEST_F(CudaSampleRow, RunsInAGraph) {
   stream.synchronize();
   const TokenId first = out.get()[0].token;
   const auto graph = device.record(stream, step);
+  const int many = 100'000;
+  draw(both.cuda, RowMaker(many).logits(8, false), many, std::vector<HostRow>(8, {kGreedy, {0}}));
   graph->launch(stream);
   graph->launch(stream);
   stream.synchronize();
