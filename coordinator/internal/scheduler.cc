@@ -246,7 +246,7 @@ bool Scheduler::is_refused(const AdmitResult& answer, std::vector<StepEvent>& ev
   auto& sequence = sequences_.at(answer.sequence);
   sequence.releasing = true;
   sequence.wanted = false;
-  events.push_back(NotAdmitted{answer.sequence, *answer.error});
+  events.emplace_back(NotAdmitted{answer.sequence, *answer.error});
   return true;
 }
 
@@ -261,7 +261,7 @@ Status Scheduler::on_admits(const InFlight& step, const std::vector<StepResult>&
         std::clamp<std::int64_t>(answer.reusable_tokens / kSegmentTokens, 0, wanted);
     sequence.reused = segments * kSegmentTokens;
     sequence.phase = Phase::kAdmitted;
-    events.push_back(Admitted{id, sequence.reused});
+    events.emplace_back(Admitted{id, sequence.reused});
   }
   for (const auto id : step.starts) {
     FT_ASSIGN_OR_RETURN(const auto answer, joint_answer(id, ranks));
@@ -284,7 +284,7 @@ Status Scheduler::on_tokens(const InFlight& step, const StepResult& rank0,
                                     [id](const auto& t) { return t.sequence == id; });
     if (token == rank0.tokens.end()) return broken("no token of " + name(id));
     const auto& sequence = sequences_.at(id);
-    if (!sequence.releasing) events.push_back(Sampled{id, token->position, token->token});
+    if (!sequence.releasing) events.emplace_back(Sampled{id, token->position, token->token});
   }
   return Ok{};
 }
