@@ -325,9 +325,10 @@ __device__ void mark_current(const Head& head) {
 __global__ void __launch_bounds__(kThreads, 2)
     choose_kernel(const PredictArgs args, std::uint32_t* counters, int num_counters) {
   __shared__ Shared shared;
-  number_items(
-      args.rows, [&](int i) { return args.states[i].num_layers * args.states[i].num_kv_heads; },
-      shared.first_item);
+  for (int i = static_cast<int>(threadIdx.x); i < args.rows; i += kThreads) {
+    shared.first_item[i] = args.states[i].num_layers * args.states[i].num_kv_heads;
+  }
+  sum_up(args.rows, shared.first_item);
   if (blockIdx.x == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < num_counters; i += kThreads) counters[i] = 0;
   }

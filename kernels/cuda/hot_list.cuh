@@ -12,13 +12,15 @@
 
 namespace foretoken::kernels::cuda {
 
-// An entry: a map of the sequence (all layers' maps), and a segment of it.
-__device__ inline std::uint32_t hot_entry(int map, int segment) {
-  return static_cast<std::uint32_t>(map) << 16 | static_cast<std::uint32_t>(segment);
+// An entry: a map of the sequence (all layers' maps), a segment of it, and whether its sums slide.
+__device__ inline std::uint32_t hot_entry(int map, int segment, bool slides) {
+  return static_cast<std::uint32_t>(map) << 16 | (slides ? 0x8000U : 0U) |
+         static_cast<std::uint32_t>(segment);
 }
 __device__ inline int map_of(std::uint32_t entry) { return static_cast<int>(entry >> 16); }
-__device__ inline int segment_of(std::uint32_t entry) { return static_cast<int>(entry & 0xFFFFU); }
-static_assert(kMaxPredictColumns / kSegmentWidth <= 1 << 16);
+__device__ inline bool slides(std::uint32_t entry) { return (entry & 0x8000U) != 0; }
+__device__ inline int segment_of(std::uint32_t entry) { return static_cast<int>(entry & 0x7FFFU); }
+static_assert(kMaxPredictColumns / kSegmentWidth <= 0x8000);
 
 struct HotLists {
   std::uint32_t* counters;  // [sequences, shards, sides]

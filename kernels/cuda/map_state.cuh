@@ -51,31 +51,66 @@ __device__ inline Progress progress_of(const MapHeader& header, std::int64_t num
   return {slides, max(0, header.columns - 2) / kSegmentWidth * kSegmentWidth};
 }
 
-// Numbers the items of all sequences, one sequence after the other: first[i] is the first item of
-// sequence i, first[num_sequences] how many there are. count_of(i) is called by all lanes of one
-// warp, and the greatest of their answers counts. To be called by all threads of the CTA.
 inline constexpr int kMaxSequences = 1024;
-template <typename CountOf>
-__device__ void number_items(int num_sequences, const CountOf& count_of, int* first) {
+
+// counts[i] becomes the sum of those before it, counts[num] that of all. By all threads of the CTA,
+// which have written the counts.
+__device__ inline void sum_up(int num, int* counts) {
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int lane = static_cast<int>(threadIdx.x);
+    int before = 0;
+    for (int first = 0; first < num; first += 32) {
+      const int count = first + lane < num ? counts[first + lane] : 0;
+      int through = count;
+      for (int offset = 1; offset < 32; offset *= 2) {
+        const int other = __shfl_up_sync(~0U, through, offset);
+        if (lane >= offset) through += other;
+      }
+      if (first + lane < num) counts[first + lane] = before + through - count;
+      before += __shfl_sync(~0U, through, 31);
+    }
+    if (lane == 0) counts[num] = before;
+  }
+  __syncthreads();
+}
+
+// Numbers the items of all sequences, one sequence after the other: first[i] is the first item of
+// sequence i, first[num_sequences] how many there are. A sequence has num_maps times the greatest
+// of units_of(state, layer) items. To be called by all threads of the CTA.
+template <typename UnitsOf>
+__device__ void number_items(const HistoryState* states, int num_sequences, const UnitsOf& units_of,
+                             int* first) {
   const int warps = static_cast<int>(blockDim.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < num_sequences; i += warps) {
-    int count = count_of(i);
+    int units = 0;
+    for (int layer = lane; layer < states[i].num_layers; layer += 32) {
+      units = max(units, units_of(states[i], layer));
+    }
     for (int offset = 16; offset > 0; offset /= 2) {
-      count = max(count, __shfl_xor_sync(~0U, count, offset));
+      units = max(units, __shfl_xor_sync(~0U, units, offset));
     }
-    first[i] = count;
+    first[i] = units * states[i].num_layers * num_maps(states[i]);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int total = 0;
-    for (int i = 0; i < num_sequences; ++i) {
-      const int count = first[i];
-      first[i] = total;
-      total += count;
-    }
-    first[num_sequences] = total;
-  }
-  __syncthreads();
+  sum_up(num_sequences, first);
+}
+
+// An item: one of a map's units.
+struct Item {
+  int sequence;
+  int map;  // among all layers' maps
+  int unit;
+};
+// *sequence is where the search starts: items are asked for in rising order.
+__device__ inline Item find_item(const HistoryState* states, const int* first, int item,
+                                 int* sequence) {
+  while (first[*sequence + 1] <= item) ++*sequence;
+  const HistoryState& state = states[*sequence];
+  const int units =
+      (first[*sequence + 1] - first[*sequence]) / (state.num_layers * num_maps(state));
+  const int i = item - first[*sequence];
+  return {*sequence, i / units, i % units};
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -76,18 +76,25 @@ __device__ int first_column(int span, int half) {
   return span * kSpanColumns + (lane_id() / 4 + half * 8) * kSegmentWidth;
 }
 
-// A span's part of 5 history rows from `first` on. Bit i of the result: row i holds a value that is
-// none, among those that this lane reads.
+// A span's part of 5 history rows, as they lie in memory.
 template <typename T>
-__device__ unsigned load_cold_rows(const PairRows<T>& rows, std::int64_t first, int span,
-                                   ColdRows& out) {
-  typename PairRows<T>::Raw raw[kSeenRows][2];
+using RawColdRows = typename PairRows<T>::Raw[kSeenRows][2];
+
+template <typename T>
+__device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int span,
+                               RawColdRows<T>& out) {
 #pragma unroll
   for (int i = 0; i < kSeenRows; ++i) {
     const T* row = rows.row(first + i);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) raw[i][half] = rows.load(row, read_column(span, half));
+    for (int half = 0; half < 2; ++half) out[i][half] = rows.load(row, read_column(span, half));
   }
+}
+
+// Bit i of the result: row i holds a value that is none, among those that this lane reads.
+template <typename T>
+__device__ unsigned convert_cold_rows(const PairRows<T>& rows, const RawColdRows<T>& raw, int span,
+                                      ColdRows& out) {
   unsigned wrong_rows = 0;
 #pragma unroll
   for (int i = 0; i < kSeenRows; ++i) {
@@ -116,7 +123,7 @@ __device__ void find_cold_segments(const ColdTables& tables, const ColdRows& row
 
 // Appends the span's hot segments: lane 4 g + q those of side q / 2, segment g + 8 (q % 2).
 __device__ void list_hot(const HotLists& lists, int sequence, const Map& map, int span,
-                         const bool (&cold)[kNumSides][2], int columns) {
+                         const bool (&cold)[kNumSides][2], int columns, bool slides) {
   const int lane = lane_id();
   const int side = lane % 4 / 2;
   const int half = lane % 2;
@@ -134,7 +141,7 @@ __device__ void list_hot(const HotLists& lists, int sequence, const Map& map, in
   at = __shfl_sync(~0U, at, side * 2) + static_cast<unsigned>(__popc(of_side & ((1U << lane) - 1)));
   if (hot) {
     const int segment = first_column(span, half) / kSegmentWidth;
-    *lists.entry(map.state, list, static_cast<int>(at)) = hot_entry(map.index, segment);
+    *lists.entry(map.state, list, static_cast<int>(at)) = hot_entry(map.index, segment, slides);
   }
 }
 
@@ -144,6 +151,10 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
   const PairRows<T> rows = rows_of<T>(map);
   const std::int64_t num_rows = map.num_rows();
   const bool slides = progress_of(map.header(), num_rows, rows.columns).slides;
+  const std::int64_t first_row[kNumSides] = {num_rows - kSeenRows, num_rows - kHistoryRows - 1};
+  RawColdRows<T> raw[kNumSides];
+  load_cold_rows(rows, first_row[kBottom], span, raw[kBottom]);
+  load_cold_rows(rows, first_row[kTop], span, raw[kTop]);
   const bool is_inner = lane_id() % 4 < 2;  // what this lane gets of cold_products()
   int2 value[2] = {};
   if (is_inner) {
@@ -154,9 +165,8 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
 #pragma unroll
   for (int side = 0; side < kNumSides; ++side) {
     ColdRows seen;
-    const std::int64_t first = num_rows - (side == kBottom ? kSeenRows : kHistoryRows + 1);
-    const unsigned wrong = load_cold_rows(rows, first, span, seen);
-    if (side == kBottom) distrust(map, first, wrong & kNewest);
+    const unsigned wrong = convert_cold_rows(rows, raw[side], span, seen);
+    if (side == kBottom) distrust(map, first_row[side], wrong & kNewest);
     find_cold_segments(tables, seen, span, rows.columns, cold[side]);
     int2 added[2];
     cold_products(tables, side, seen, added);
@@ -171,18 +181,7 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
   std::int32_t* out = is_inner ? map.sums() : map.boundary();
   *reinterpret_cast<int2*>(out + written_column(span, 0)) = value[0];
   *reinterpret_cast<int2*>(out + written_column(span, 1)) = value[1];
-  list_hot(lists, sequence, map, span, cold, rows.columns);
-}
-
-// Spans of a sequence's widest layer that is scored.
-__device__ int spans_of(const HistoryState& state) {
-  int spans = 0;
-  for (int layer = lane_id(); layer < state.num_layers; layer += 32) {
-    if (is_scored(state, layer)) {
-      spans = max(spans, num_spans(num_candidates(state.num_columns[layer])));
-    }
-  }
-  return spans;
+  list_hot(lists, sequence, map, span, cold, rows.columns, slides);
 }
 
 __global__ void __launch_bounds__(kSlideThreads, 4)
@@ -190,20 +189,19 @@ __global__ void __launch_bounds__(kSlideThreads, 4)
   __shared__ ColdTables tables;
   __shared__ int first_item[kMaxSequences + 1];
   tables.load(*from);
-  const auto maps_of = [&](int i) { return states[i].num_layers * num_maps(states[i]); };
   number_items(
-      rows, [&](int i) { return maps_of(i) * spans_of(states[i]); }, first_item);
+      states, rows,
+      [](const HistoryState& state, int layer) {
+        return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
+      },
+      first_item);
   int sequence = 0;
-  for (int item = warp_of_grid(); item < first_item[rows]; item += warps_of_grid()) {
-    while (first_item[sequence + 1] <= item) ++sequence;
-    const HistoryState& state = states[sequence];
-    const int i = item - first_item[sequence];
-    const int spans = (first_item[sequence + 1] - first_item[sequence]) / maps_of(sequence);
-    const Map map{state, i / spans};
-    const int span = i % spans;
-    if (!is_scored(state, map.layer()) || span >= num_spans(map.candidates())) continue;
-    with_history_type(state.type, [&](auto tag) {
-      slide_span<typename decltype(tag)::type>(tables, lists, sequence, map, span);
+  for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
+    const Item item = find_item(states, first_item, i, &sequence);
+    const Map map{states[item.sequence], item.map};
+    if (!is_scored(map.state, map.layer()) || item.unit >= num_spans(map.candidates())) continue;
+    with_history_type(map.state.type, [&](auto tag) {
+      slide_span<typename decltype(tag)::type>(tables, lists, item.sequence, map, item.unit);
     });
   }
 }
@@ -274,9 +272,7 @@ class HotTask {
     const Map map{*target.state, map_of(target.entry)};
     const int column = segment_of(target.entry) * kSegmentWidth + result_column();
     atomicAdd(map.boundary() + column, result.edge);
-    if (progress_of(map.header(), map.num_rows(), map.candidates()).slides) {
-      atomicAdd(map.sums() + column, target.sign * result.inner);
-    }
+    if (slides(target.entry)) atomicAdd(map.sums() + column, target.sign * result.inner);
   }
 
  private:
@@ -326,8 +322,10 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   __shared__ int first_task[kMaxSequences * kNumSides + 1];
   tables.load(*from);
   const int num_lists = lists.num_lists(rows);
-  number_items(
-      num_lists, [&](int i) { return (static_cast<int>(lists.counters[i]) + 7) / 8; }, first_task);
+  for (int i = static_cast<int>(threadIdx.x); i < num_lists; i += kHotThreads) {
+    first_task[i] = (static_cast<int>(lists.counters[i]) + 7) / 8;
+  }
+  sum_up(num_lists, first_task);
   HotWeights weights;
   weights.load(*from);
   // One type serves all sequences of a batch.
@@ -372,7 +370,9 @@ __device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tab
   std::int32_t hot_sum[2] = {};
   for (int row = kFirstInner; row <= kLastInner; ++row) {
     ColdRows seen;
-    const unsigned wrong = load_cold_rows(rows, window + row - 2, span, seen);
+    RawColdRows<T> raw;
+    load_cold_rows(rows, window + row - 2, span, raw);
+    const unsigned wrong = convert_cold_rows(rows, raw, span, seen);
     distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
     bool cold[2];
     find_cold_segments(cold_tables, seen, span, rows.columns, cold);
@@ -409,8 +409,9 @@ __device__ int first_rebuilt(const HistoryState& state, int layer) {
   return progress_of(map.header(), map.num_rows(), map.candidates()).first_rebuilt;
 }
 __device__ int rebuilt_spans(const HistoryState& state, int layer) {
-  return num_spans(num_candidates(state.num_columns[layer])) -
-         first_rebuilt(state, layer) / kSpanColumns;
+  const int candidates = num_candidates(state.num_columns[layer]);
+  const int first = first_rebuilt(state, layer);
+  return first < candidates ? num_spans(candidates) - first / kSpanColumns : 0;
 }
 
 __global__ void __launch_bounds__(kHotThreads, 2)
@@ -418,19 +419,7 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   __shared__ ColdTables cold_tables;
   __shared__ HotTables tables;
   __shared__ int first_item[kMaxSequences + 1];
-  const auto maps_of = [&](int i) { return states[i].num_layers * num_maps(states[i]); };
-  number_items(
-      rows,
-      [&](int i) {
-        int spans = 0;
-        for (int layer = lane_id(); layer < states[i].num_layers; layer += 32) {
-          if (first_rebuilt(states[i], layer) < num_candidates(states[i].num_columns[layer])) {
-            spans = max(spans, rebuilt_spans(states[i], layer));
-          }
-        }
-        return spans * maps_of(i);
-      },
-      first_item);
+  number_items(states, rows, rebuilt_spans, first_item);
   if (first_item[rows] == 0) return;
   cold_tables.load(*from);
   tables.load(*from);
@@ -438,17 +427,14 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   weights.load(*from);
   __syncthreads();
   int sequence = 0;
-  for (int item = warp_of_grid(); item < first_item[rows]; item += warps_of_grid()) {
-    while (first_item[sequence + 1] <= item) ++sequence;
-    const HistoryState& state = states[sequence];
-    const int i = item - first_item[sequence];
-    const int spans = (first_item[sequence + 1] - first_item[sequence]) / maps_of(sequence);
-    const Map map{state, i / spans};
-    const int first = first_rebuilt(state, map.layer());
-    const int span = first / kSpanColumns + i % spans;
-    if (first >= map.candidates() || span >= num_spans(map.candidates())) continue;
-    with_history_type(state.type, [&](auto tag) {
-      rebuild_span<typename decltype(tag)::type>(cold_tables, tables, weights, map, span, first);
+  for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
+    const Item item = find_item(states, first_item, i, &sequence);
+    const Map map{states[item.sequence], item.map};
+    if (item.unit >= rebuilt_spans(map.state, map.layer())) continue;
+    const int first = first_rebuilt(map.state, map.layer());
+    with_history_type(map.state.type, [&](auto tag) {
+      rebuild_span<typename decltype(tag)::type>(cold_tables, tables, weights, map,
+                                                 first / kSpanColumns + item.unit, first);
     });
   }
 }

@@ -100,11 +100,11 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
   graph.set_intermediate_data_type(fe::DataType_t::FLOAT);
   graph.set_compute_data_type(fe::DataType_t::FLOAT);
   auto attention = fe::graph::SDPA_attributes();
-  attention.set_name("prefill_attention")
-      .set_generate_stats(s.with_lse)
-      .set_attn_scale(s.scale)
-      .set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
-      .set_diagonal_band_right_bound(0);
+  attention.set_name("prefill_attention").set_generate_stats(s.with_lse).set_attn_scale(s.scale);
+  if (s.rows > 1) {  // one row sees all tokens
+    attention.set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
+        .set_diagonal_band_right_bound(0);
+  }
   const auto [out, lse] = graph.sdpa(graph.tensor(input(kQ, "q", q_dims, q_strides)),
                                      graph.tensor(input(kK, "k", k_dims, k_strides)),
                                      graph.tensor(input(kV, "v", k_dims, k_strides)), attention);

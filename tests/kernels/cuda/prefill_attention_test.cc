@@ -108,7 +108,10 @@ TEST_P(CudaPrefill, AttentionEqualsTheCpus) {
     for (std::size_t i = 0; i < want.lse.size(); ++i) {
       ASSERT_NEAR(got.lse[i], want.lse[i], 1e-3) << i;
     }
-    EXPECT_EQ(attend(pair.cuda, s, chunk, false).out, got.out) << "without LSE";
+    const Attended without_lse = attend(pair.cuda, s, chunk, false);
+    for (std::size_t i = 0; i < want.out.size(); ++i) {
+      ASSERT_NEAR(without_lse.out[i], want.out[i], tolerance) << i << ", without LSE";
+    }
   }
 }
 

@@ -1,0 +1,471 @@
+// The predictor of the CUDA device: against golden data, against the CPU device, and its sums
+// against sums made anew.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <random>
+
+#include "kernels/cpu/cnn.h"
+#include "kernels/cpu/map_stream.h"
+#include "kernels/cuda/map_layout.h"
+#include "predictor/weights.h"
+#include "tests/kernels/cuda/history_on_device.h"
+#include "tests/predictor/golden.h"
+
+namespace foretoken::kernels {
+namespace {
+
+constexpr unsigned kSeed = 20261123;
+// Operands of the tensor cores are fp16 with 11 significant bits; scores spread by 6e-3.
+constexpr double kScoreTolerance = 2e-4;
+constexpr double kRelativeTolerance = 0x1p-11;  // random rows are far hotter than attention
+constexpr int kSink = kSinkTokens / kBlockTokens;
+
+const PredictorWeights& weights() {
+  static const auto w = predictor::read_weights(predictor::published_weights()).value_or_throw();
+  return w;
+}
+
+// The histories of some sequences on one device, and what predict() chooses from them.
+class Batch {
+ public:
+  Batch(DeviceUnderTest& on, const std::vector<HistoryShape>& shapes)
+      : on_(on), predictor_(on.device->make_predictor(weights())) {
+    std::vector<HistoryState> states;
+    std::vector<Selection> selections;
+    for (const HistoryShape& s : shapes) {
+      histories_.emplace_back(on, s);
+      states.push_back(histories_.back().state());
+      const auto heads = static_cast<std::size_t>(s.num_layers * s.num_kv_heads);
+      blocks_.emplace_back(
+          on, std::vector<std::int32_t>(heads * static_cast<std::size_t>(s.max_per_head), -7));
+      counts_.emplace_back(on, std::vector<std::int32_t>(heads, -7));
+      selections.push_back({blocks_.back().data(), counts_.back().data(), s.max_per_head});
+    }
+    states_.emplace_back(on, states);
+    selections_.emplace_back(on, selections);
+  }
+
+  // Appends one row to every map of a sequence: values [layers, maps, columns].
+  void append(std::size_t sequence, const std::vector<float>& values, int columns) {
+    const HistoryShape& s = histories_[sequence].shape();
+    const auto row = static_cast<std::size_t>(s.num_maps() * columns);
+    const DeviceArray<float> lse(on_, std::vector<float>(static_cast<std::size_t>(s.num_maps())));
+    const DeviceArray<std::int32_t> num_columns(on_, {columns});
+    for (int layer = 0; layer < s.num_layers; ++layer) {
+      std::vector<float> logits(values.begin() + static_cast<std::ptrdiff_t>(row) * layer,
+                                values.begin() + static_cast<std::ptrdiff_t>(row) * (layer + 1));
+      for (float& value : logits) value = std::log(value);
+      const DeviceArray<float> block_max(on_, logits);
+      HistoryAppendArgs args{};
+      args.states = states_[0].data() + sequence;
+      args.num_sequences = 1;
+      args.layer = layer;
+      args.block_max = block_max.data();
+      args.lse = lse.data();
+      args.rows = 1;
+      args.pitch = columns;
+      args.num_heads = s.num_maps();
+      args.num_columns = num_columns.data();
+      on_.run(&Device::history_append, args);
+    }
+  }
+
+  PredictArgs args() {
+    return {predictor_.get(), states_[0].data(), selections_[0].data(),
+            static_cast<int>(histories_.size())};
+  }
+  void predict() { on_.run(&Device::predict, args()); }
+  // One call a sequence: the CPU device wants the sequences of a call to be of one shape.
+  void predict_each() {
+    for (std::size_t i = 0; i < histories_.size(); ++i) {
+      PredictArgs one = args();
+      one.states += i;
+      one.selections += i;
+      one.rows = 1;
+      on_.run(&Device::predict, one);
+    }
+  }
+
+  std::vector<int> selected(std::size_t sequence, int head_of_layers) const {
+    const auto count = counts_[sequence].get()[static_cast<std::size_t>(head_of_layers)];
+    const auto blocks = blocks_[sequence].get();
+    const auto first = blocks.begin() + static_cast<std::ptrdiff_t>(head_of_layers) *
+                                            histories_[sequence].shape().max_per_head;
+    return {first, first + count};
+  }
+  HistoryOnDevice& history(std::size_t sequence) { return histories_[sequence]; }
+
+ private:
+  DeviceUnderTest& on_;
+  std::unique_ptr<Predictor> predictor_;
+  std::vector<HistoryOnDevice> histories_;
+  std::vector<DeviceArray<std::int32_t>> blocks_;
+  std::vector<DeviceArray<std::int32_t>> counts_;
+  std::vector<DeviceArray<HistoryState>> states_;
+  std::vector<DeviceArray<Selection>> selections_;
+};
+
+// Sums and boundary of the candidates of a map, as the CUDA device keeps them.
+struct CudaSums {
+  std::vector<std::int32_t> inner;
+  std::vector<std::int32_t> boundary;
+};
+CudaSums cuda_sums(const HistoryOnDevice& history, int layer, int map) {
+  const HistoryShape& s = history.shape();
+  const std::vector<std::byte> stream = history.stream();
+  const auto candidates = static_cast<std::size_t>(
+      cuda::num_candidates(history.num_columns()[static_cast<std::size_t>(layer)]));
+  const std::byte* state = stream.data() + static_cast<std::size_t>(layer * s.num_maps() + map) *
+                                               cuda::map_state_bytes(s.max_columns);
+  CudaSums out{std::vector<std::int32_t>(candidates), std::vector<std::int32_t>(candidates)};
+  std::memcpy(out.inner.data(), state + cuda::sums_offset(), candidates * 4);
+  std::memcpy(out.boundary.data(), state + cuda::boundary_offset(s.max_columns), candidates * 4);
+  return out;
+}
+std::vector<float> cuda_scores(const HistoryOnDevice& history, int layer, int map) {
+  const CudaSums sums = cuda_sums(history, layer, map);
+  std::vector<float> scores(sums.inner.size());
+  for (std::size_t c = 0; c < scores.size(); ++c) {
+    const double sum = static_cast<double>(sums.inner[c]) + sums.boundary[c];
+    scores[c] = static_cast<float>(weights().conv3_bias +
+                                   sum / (1 << cuda::kFixedPointBits) / kHistoryRows);
+  }
+  return scores;
+}
+// The CPU's memory is the host's, and a repeated update changes nothing.
+std::vector<float> cpu_scores(const HistoryOnDevice& history, int layer, int map) {
+  static const CnnFilters filters(weights());
+  MapStream stream;
+  stream.update(filters, history.state(), layer, map);
+  return {stream.scores().begin(), stream.scores().end()};
+}
+
+int num_common(const std::vector<int>& a, const std::vector<int>& b) {
+  std::vector<int> both;
+  std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
+  return static_cast<int>(both.size());
+}
+
+class CudaPredict : public CudaTest {};
+
+// ---- golden data -----------------------------------------------------------------------------
+
+class CudaPredictGolden : public CudaTest, public testing::WithParamInterface<HistoryType> {};
+
+TEST_P(CudaPredictGolden, ScoresAndChoicesAgreeOver200StepsWithEnteringColumns) {
+  const HistoryType type = GetParam();
+  const predictor::Golden golden = predictor::read_golden();
+  ASSERT_GE(golden.steps, 200);
+  Pair pair;
+  Batch batch(pair.cuda, {{.num_kv_heads = golden.maps,
+                           .max_columns = golden.columns,
+                           .top_k = golden.k,
+                           .max_per_head = golden.k,
+                           .type = type}});
+  for (int r = 0; r < kHistoryRows; ++r) {
+    std::vector<float> row;
+    for (int m = 0; m < golden.maps; ++m) {
+      const auto values = golden.prefill_row(m, r);
+      row.insert(row.end(), values.begin(), values.end());
+    }
+    batch.append(0, row, golden.prefill_columns);
+  }
+  double max_error = 0;
+  int common = 0;
+  for (int step = 0; step < golden.steps; ++step) {
+    batch.predict();
+    for (int m = 0; m < golden.maps; ++m) {
+      const auto scores = cuda_scores(batch.history(0), 0, m);
+      for (std::size_t c = 0; c < scores.size(); ++c) {
+        const double error =
+            std::abs(scores[c] - golden.score(step, m, kSink + static_cast<int>(c)));
+        max_error = std::max(max_error, error);
+      }
+      const auto best = golden.best(step, m);
+      std::vector<int> expected(best.begin(), best.end());
+      std::sort(expected.begin(), expected.end());
+      common += num_common(batch.selected(0, m), expected);
+    }
+    const int columns = blocks_for(golden.length[static_cast<std::size_t>(step)]);
+    std::vector<float> row;
+    for (int m = 0; m < golden.maps; ++m) {
+      const auto values = golden.step_rows(step).subspan(
+          static_cast<std::size_t>(m * golden.columns), static_cast<std::size_t>(columns));
+      row.insert(row.end(), values.begin(), values.end());
+    }
+    batch.append(0, row, columns);
+  }
+  const double overlap = static_cast<double>(common) / (golden.steps * golden.maps * golden.k);
+  std::printf("max error %.2e, top-%d overlap %.4f %%\n", max_error, golden.k, 100 * overlap);
+  // The history's own rounding comes on top of the evaluation's
+  // (tests/predictor/streaming_test.cc).
+  EXPECT_LE(max_error, kScoreTolerance + (type == HistoryType::kFp32   ? 2e-6
+                                          : type == HistoryType::kBf16 ? 1e-3
+                                                                       : 1e-2));
+  EXPECT_GE(overlap, type == HistoryType::kE5m3 ? 0.98 : 0.999);
+  EXPECT_EQ(batch.history(0).fallbacks(), 0U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Types, CudaPredictGolden,
+                         testing::Values(HistoryType::kFp32, HistoryType::kBf16,
+                                         HistoryType::kE5m3));
+
+// ---- the CPU device --------------------------------------------------------------------------
+
+// Heavy-tailed, and every other dozen of columns is idle, so that hot and cold segments both occur;
+// values that the type holds exactly, so that both devices have the same history.
+std::vector<float> random_values(const HistoryShape& s, int columns, std::mt19937& random) {
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(s.num_layers * s.num_maps() * columns));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const bool idle = i % static_cast<std::size_t>(columns) / 12 % 2 == 1;
+    const float value = std::min(1.0F, std::exp(2.0F * normal(random) - 6.0F));
+    values[i] = idle ? 1e-4F * value : value;
+  }
+  std::vector<std::byte> stored(values.size() * bytes_of(s.type));
+  encode_history(s.type, values.data(), static_cast<int>(values.size()), stored.data());
+  decode_history(s.type, stored.data(), 0, static_cast<int>(values.size()), values.data());
+  return values;
+}
+
+// The same sequences on both devices.
+class Twins {
+ public:
+  Twins(DeviceUnderTest& cpu_device, DeviceUnderTest& cuda_device,
+        const std::vector<HistoryShape>& shapes)
+      : cpu(cpu_device, shapes), cuda(cuda_device, shapes), shapes_(shapes), random_(kSeed) {}
+
+  void append(std::size_t sequence, int columns) {
+    append(sequence, random_values(shapes_[sequence], columns, random_), columns);
+  }
+  void append(std::size_t sequence, const std::vector<float>& values, int columns) {
+    cpu.append(sequence, values, columns);
+    cuda.append(sequence, values, columns);
+  }
+  void predict() {
+    cpu.predict_each();
+    cuda.predict();
+  }
+  // Scores within the tolerance, counts the blocks that both chose.
+  void compare(const char* what) {
+    for (std::size_t i = 0; i < shapes_.size(); ++i) {
+      const HistoryShape& s = shapes_[i];
+      EXPECT_EQ(cuda.history(i).fallbacks(), cpu.history(i).fallbacks()) << what;
+      for (int head = 0; head < s.num_layers * s.num_kv_heads; ++head) {
+        const auto want = cpu.selected(i, head);
+        const auto got = cuda.selected(i, head);
+        EXPECT_TRUE(std::is_sorted(got.begin(), got.end())) << what;
+        EXPECT_LE(got.size(), static_cast<std::size_t>(s.max_per_head)) << what;
+        common += num_common(got, want);
+        chosen += static_cast<int>(std::max(want.size(), got.size()));
+      }
+      for (int layer = 0; layer < s.num_layers; ++layer) {
+        for (int map = 0; map < s.num_maps(); ++map) compare_scores(i, layer, map, what);
+      }
+    }
+  }
+  double overlap() const { return chosen == 0 ? 1 : static_cast<double>(common) / chosen; }
+
+  Batch cpu;
+  Batch cuda;
+  int common = 0;
+  int chosen = 0;
+
+ private:
+  void compare_scores(std::size_t sequence, int layer, int map, const char* what) {
+    const auto columns = cpu.history(sequence).num_columns()[static_cast<std::size_t>(layer)];
+    if (num_candidates(columns) <= shapes_[sequence].top_k) return;  // none are made
+    const auto want = cpu_scores(cpu.history(sequence), layer, map);
+    const auto got = cuda_scores(cuda.history(sequence), layer, map);
+    ASSERT_EQ(got.size(), want.size());
+    for (std::size_t c = 0; c < want.size(); ++c) {
+      ASSERT_NEAR(got[c], want[c], kScoreTolerance + kRelativeTolerance * std::abs(want[c]))
+          << what << ", sequence " << sequence << " layer " << layer << " map " << map << " column "
+          << c << " of " << want.size();
+    }
+  }
+
+  std::vector<HistoryShape> shapes_;
+  std::mt19937 random_;
+};
+
+class CudaPredictTypes : public CudaTest, public testing::WithParamInterface<HistoryType> {};
+INSTANTIATE_TEST_SUITE_P(Types, CudaPredictTypes,
+                         testing::Values(HistoryType::kFp32, HistoryType::kBf16,
+                                         HistoryType::kE5m3));
+
+// Sequences of different lengths and shapes in one call; unions of query heads' maps, truncated.
+TEST_P(CudaPredictTypes, EqualsTheCpuForManySequences) {
+  Pair pair;
+  std::vector<HistoryShape> shapes = {
+      {.num_layers = 2,
+       .num_kv_heads = 2,
+       .maps_per_kv_head = 4,
+       .max_columns = 330,
+       .top_k = 24,
+       .max_per_head = 40},
+      {.num_layers = 3, .num_kv_heads = 1, .max_columns = 75, .top_k = 8, .max_per_head = 8},
+      {.num_layers = 1,
+       .num_kv_heads = 3,
+       .maps_per_kv_head = 2,
+       .max_columns = 141,
+       .top_k = 16,
+       .max_per_head = 32},
+      {.num_layers = 1, .num_kv_heads = 1, .max_columns = 40, .top_k = 40, .max_per_head = 40}};
+  for (HistoryShape& s : shapes) s.type = GetParam();
+  Twins twins(pair.cpu, pair.cuda, shapes);
+  const auto columns = [&](std::size_t i, int step) {
+    return shapes[i].max_columns - 5 + step / 8;
+  };
+  const int first_rows[] = {64, 64, 3, 70};
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    for (int r = 0; r < first_rows[i]; ++r) twins.append(i, columns(i, 0));
+  }
+  for (int step = 0; step < 40; ++step) {
+    twins.predict();
+    twins.compare(("step " + std::to_string(step)).c_str());
+    for (std::size_t i = 0; i < shapes.size(); ++i) twins.append(i, columns(i, step + 1));
+  }
+  EXPECT_GE(twins.overlap(), 0.999);
+}
+
+TEST_P(CudaPredictTypes, EqualsTheCpuAtSmallSizes) {
+  Pair pair;
+  for (const int candidates : {1, 2, 3, 4, 5, 7, 8, 9, 63, 64, 65}) {
+    const HistoryShape shape{.max_columns = candidates + 8,
+                             .top_k = std::max(1, candidates / 4),
+                             .max_per_head = std::max(1, candidates / 4),
+                             .type = GetParam()};
+    for (const int rows : {1, 2, 5, 63, 64, 66}) {
+      Twins twins(pair.cpu, pair.cuda, {shape});
+      for (int r = 0; r < rows; ++r) {
+        twins.append(0, shape.max_columns);
+        // Every other run slides from the first row on; the rest start anew at the end.
+        if (rows % 2 == 1 || r + 1 == rows) twins.predict();
+      }
+      twins.compare(
+          (std::to_string(candidates) + " candidates, " + std::to_string(rows) + " rows").c_str());
+    }
+  }
+}
+
+TEST_P(CudaPredictTypes, SurvivesSkippedRowsRepeatedCallsAndManyNewColumns) {
+  Pair pair;
+  const HistoryShape shape{.max_columns = 200, .top_k = 4, .max_per_head = 4, .type = GetParam()};
+  Twins twins(pair.cpu, pair.cuda, {shape});
+  const auto append = [&](int rows, int columns) {
+    for (int i = 0; i < rows; ++i) twins.append(0, columns);
+  };
+  const auto check = [&](const char* what) {
+    twins.predict();
+    twins.compare(what);
+  };
+  append(64, 20);
+  check("first");
+  check("repeated");
+  append(1, 20);
+  check("slid");
+  append(2, 20);
+  check("a row skipped");
+  append(80, 20);
+  check("more than a window skipped");
+  append(1, 21);
+  check("a new column");
+  append(1, 150);
+  check("many new columns");
+  append(1, 200);
+  check("the greatest length");
+}
+
+// More candidates than the choice keeps in registers, and more chosen than it has threads.
+TEST_F(CudaPredict, EqualsTheCpuAtTheGreatestSizes) {
+  Pair pair;
+  for (const int k : {56, 250, 1000}) {
+    const HistoryShape shape{.num_kv_heads = 2, .max_columns = 9000, .top_k = k, .max_per_head = k};
+    Twins twins(pair.cpu, pair.cuda, {shape});
+    for (int r = 0; r < 64; ++r) twins.append(0, 8998);
+    for (int step = 0; step < 3; ++step) {
+      twins.predict();
+      twins.compare(("k " + std::to_string(k)).c_str());
+      twins.append(0, 8999 + step / 2);
+    }
+    EXPECT_GE(twins.overlap(), 0.999);
+  }
+}
+
+// ---- exactness -------------------------------------------------------------------------------
+
+TEST_P(CudaPredictTypes, SumsStayBitEqualToNewOnesWhileColumnsEnter) {
+  Pair pair;
+  const HistoryShape shape{
+      .num_kv_heads = 3, .max_columns = 190, .top_k = 8, .max_per_head = 8, .type = GetParam()};
+  Batch batch(pair.cuda, {shape});
+  std::mt19937 random(kSeed);
+  constexpr int kSteps = 200;
+  int compared = 0;
+  for (int step = 0; step < kHistoryRows + kSteps; ++step) {
+    const int columns = 170 + step / 16;
+    batch.append(0, random_values(shape, columns, random), columns);
+    if (step < kHistoryRows - 1) continue;
+    batch.predict();
+    if (step % 16 > 1 && step % 8 != 7) continue;
+    std::vector<CudaSums> slid;
+    for (int m = 0; m < shape.num_maps(); ++m) slid.push_back(cuda_sums(batch.history(0), 0, m));
+    batch.history(0).forget_sums();
+    batch.predict();
+    for (int m = 0; m < shape.num_maps(); ++m) {
+      const CudaSums anew = cuda_sums(batch.history(0), 0, m);
+      ASSERT_EQ(anew.inner, slid[static_cast<std::size_t>(m)].inner) << "step " << step;
+      ASSERT_EQ(anew.boundary, slid[static_cast<std::size_t>(m)].boundary) << "step " << step;
+    }
+    ++compared;
+  }
+  EXPECT_GT(compared, 40);
+}
+
+// A value that is no probability makes scores unusable until its row has left, and no longer.
+TEST_P(CudaPredictTypes, DistrustsAWindowWithAValueThatIsNone) {
+  Pair pair;
+  const HistoryShape shape{
+      .maps_per_kv_head = 2, .max_columns = 60, .top_k = 5, .max_per_head = 7, .type = GetParam()};
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 3.0F}) {
+    Twins twins(pair.cpu, pair.cuda, {shape});
+    for (int r = 0; r < 64; ++r) twins.append(0, 60);
+    twins.predict();
+    std::mt19937 random(kSeed);
+    std::vector<float> row = random_values(shape, 60, random);
+    row[30] = bad;  // of the first map alone
+    twins.append(0, row, 60);
+    for (int step = 0; step < 66; ++step) {
+      twins.predict();
+      twins.compare("bad value");
+      twins.append(0, 60);
+    }
+    EXPECT_EQ(twins.cuda.history(0).fallbacks(), 64U) << bad;
+    EXPECT_GE(twins.overlap(), 0.999);
+  }
+}
+
+TEST_F(CudaPredict, RunsFromARecordedGraph) {
+  Pair pair;
+  const HistoryShape shape{.num_kv_heads = 2, .max_columns = 120, .top_k = 9, .max_per_head = 9};
+  Twins twins(pair.cpu, pair.cuda, {shape});
+  for (int r = 0; r < 64; ++r) twins.append(0, 100);
+  twins.predict();
+  const auto graph = pair.cuda.device->record(
+      *pair.cuda.stream, [&] { pair.cuda.device->predict(twins.cuda.args(), *pair.cuda.stream); });
+  for (int step = 0; step < 20; ++step) {
+    twins.append(0, 101 + step / 2);
+    twins.cpu.predict_each();
+    graph->launch(*pair.cuda.stream);
+    pair.cuda.stream->synchronize();
+    twins.compare("from a graph");
+  }
+}
+
+}  // namespace
+}  // namespace foretoken::kernels
