@@ -7,6 +7,7 @@
 
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "kernels/device.h"
@@ -33,5 +34,7 @@ std::unique_ptr<Collective> make_single_collective();
 // Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
 // it. Throws Exception(kDevice) when they can't connect, or in a program built without CUDA.
 std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device);
+// Of the library that is loaded, as 2.28.3; empty in a program built without CUDA.
+std::string nccl_version();
 
 }  // namespace foretoken::worker

@@ -6,9 +6,11 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <csignal>
+#include <iostream>
 #include <optional>
 
 #include "common/program.h"
+#include "worker/device_probe.h"
 #include "worker/rank.h"
 
 namespace {
@@ -42,8 +44,14 @@ int main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
   CLI::App app{"One tensor-parallel rank of a Foretoken worker group", "foretoken-worker"};
   foretoken::worker::RankConfig config;
-  app.add_option("--coordinator", config.coordinator, "ZeroMQ endpoint of the coordinator")
-      ->required();
+  bool probes = false;
+  auto* probe =
+      app.add_flag("--probe-devices", probes, "say what GPUs there are, as JSON, and end");
+  auto* coordinator =
+      app.add_option("--coordinator", config.coordinator, "ZeroMQ endpoint of the coordinator");
+  app.callback([&] {
+    if (!*probe && !*coordinator) throw CLI::RequiredError("--coordinator");
+  });
   app.add_option("--key-file", config.key_file, "CURVE keys to connect with");
   app.add_option("--group", config.group, "number of this worker group")->capture_default_str();
   app.add_option_function<int>(
@@ -54,6 +62,10 @@ int main(int argc, char** argv) {
 
   std::optional<Mpi> mpi;
   const int status = foretoken::run_program(app, argc, argv, "worker", [&] {
+    if (probes) {
+      std::cout << foretoken::worker::probe_devices() << std::endl;
+      return;
+    }
     mpi.emplace(&argc, &argv);
     foretoken::worker::run_rank(config);
   });

@@ -10,10 +10,12 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "launch/internal/files.h"
 #include "launch/internal/machine.h"
@@ -34,7 +36,7 @@ Finding finding(Health health, std::string what, std::string found, std::string 
 std::string first_line_of(const std::string& command) {
   FILE* pipe = popen((command + " 2>/dev/null").c_str(), "r");
   if (pipe == nullptr) return "";
-  std::array<char, 256> line{};
+  std::array<char, 16384> line{};
   const bool read = std::fgets(line.data(), line.size(), pipe) != nullptr;
   const bool ended_well = pclose(pipe) == 0;
   if (!read || !ended_well) return "";
@@ -142,12 +144,49 @@ Finding check_python() {
                  "`model fetch` and `model import` need it: bash launch/setup.sh");
 }
 
-Finding check_gpu() {
-  void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
-  const bool found = driver != nullptr;
-  if (found) dlclose(driver);
-  return finding(Health::kOk, "GPU driver",
-                 found ? "there is one" : "none: --device auto takes the CPU", "");
+bool has_library(const char* name) {
+  void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+  if (library == nullptr) return false;
+  dlclose(library);
+  return true;
+}
+
+Finding describe_gpu(const nlohmann::json& device) {
+  const std::string what = fmt::format("GPU {}", device.at("index").get<int>());
+  if (device.contains("error")) {
+    return finding(Health::kFail, what, device["error"].get<std::string>(),
+                   "free or mend the device, or serve with --device cpu");
+  }
+  const double in = device.at("to_device_bytes_per_s").get<double>() / 1e9;
+  const double out = device.at("from_device_bytes_per_s").get<double>() / 1e9;
+  constexpr double kSlowLink = 20;  // GB/s: PCIe 4.0 x16 gives 25, 5.0 gives 53
+  return finding(
+      std::min(in, out) >= kSlowLink ? Health::kOk : Health::kWarn, what,
+      fmt::format("{}, {:.0f} GiB, host link {:.0f} / {:.0f} GB/s in / out",
+                  device.at("name").get<std::string>(),
+                  device.at("memory_bytes").get<double>() / kGib, in, out),
+      "KV comes over this link: look for a narrow slot (nvidia-smi -q -d PCIE) or other load");
+}
+
+// The worker's program looks at the devices: this command links no CUDA.
+std::vector<Finding> check_gpus() {
+  if (!has_library("libcuda.so.1")) {
+    return {finding(Health::kOk, "GPU driver", "none: --device auto takes the CPU", "")};
+  }
+  const std::string answer = first_line_of(
+      fmt::format("'{}' --probe-devices", sibling_program("foretoken-worker").string()));
+  const auto json = nlohmann::json::parse(answer, nullptr, false);
+  if (json.is_discarded()) {
+    return {finding(Health::kFail, "GPUs", "foretoken-worker can't look at them",
+                    "run foretoken-worker --probe-devices and see what it says")};
+  }
+  std::vector<Finding> found;
+  const std::string nccl = json.at("nccl").get<std::string>();
+  found.push_back(finding(nccl.empty() ? Health::kWarn : Health::kOk, "NCCL",
+                          nccl.empty() ? "this is a build without CUDA" : nccl,
+                          "build where nvcc is found to serve on GPUs"));
+  for (const auto& device : json.at("devices")) found.push_back(describe_gpu(device));
+  return found;
 }
 
 }  // namespace
@@ -165,9 +204,12 @@ std::string_view name_of(Health health) {
 }
 
 std::vector<Finding> examine_machine(int port) {
-  return {check_cpu(),       check_cores(),          check_memory(),   check_memory_lock(),
-          check_mpi(),       check_runtime_folder(), check_port(port), check_disk(),
-          check_direct_io(), check_python(),         check_gpu()};
+  std::vector<Finding> found = {check_cpu(),         check_cores(), check_memory(),
+                                check_memory_lock(), check_mpi(),   check_runtime_folder(),
+                                check_port(port),    check_disk(),  check_direct_io(),
+                                check_python()};
+  for (Finding& gpu : check_gpus()) found.push_back(std::move(gpu));
+  return found;
 }
 
 }  // namespace foretoken::launch

@@ -136,4 +136,12 @@ std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device) {
   return std::make_unique<NcclCollective>(device);
 }
 
+// NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.
+std::string nccl_version() {
+  int version = 0;
+  check_nccl(ncclGetVersion(&version), "version");
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
+
 }  // namespace foretoken::worker

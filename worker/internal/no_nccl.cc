@@ -8,4 +8,6 @@ std::unique_ptr<Collective> make_nccl_collective(kernels::Device&) {
   throw Exception(ErrorCode::kDevice, "this program was built without CUDA, and so without NCCL");
 }
 
+std::string nccl_version() { return ""; }
+
 }  // namespace foretoken::worker
