@@ -8,6 +8,6 @@ target_compile_options(foretoken_warnings INTERFACE
 target_include_directories(foretoken_warnings INTERFACE ${PROJECT_SOURCE_DIR})
 
 if(FORETOKEN_SANITIZE)
-  add_compile_options(-fsanitize=${FORETOKEN_SANITIZE} -fno-sanitize-recover=all -g1)
+  add_compile_options(-fsanitize=${FORETOKEN_SANITIZE} -fno-sanitize-recover=all)
   add_link_options(-fsanitize=${FORETOKEN_SANITIZE})
 endif()

@@ -39,8 +39,10 @@ template <typename T>
 void fill_one(T& value, int& counter) {
   if constexpr (std::is_enum_v<T>) {
     value = T{static_cast<std::underlying_type_t<T>>(++counter)};
+  } else if constexpr (std::is_unsigned_v<T>) {
+    value = static_cast<T>(++counter);
   } else if constexpr (std::is_arithmetic_v<T>) {
-    value = static_cast<T>(static_cast<T>(++counter) * static_cast<T>(-1.25));
+    value = static_cast<T>(-1.25 * ++counter);
   } else {
     visit_fields([&](std::string_view, auto& field) { fill(field, counter); }, value);
   }
