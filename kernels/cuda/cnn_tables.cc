@@ -2,9 +2,8 @@
 
 #include <cuda_fp16.h>
 
-#include <array>
-#include <bit>
 #include <cmath>
+#include <cstddef>
 
 #include "kernels/cpu/cnn.h"
 #include "kernels/cuda/map_layout.h"
@@ -53,19 +52,18 @@ class Maker {
   }
 
  private:
-  double conv1(int i, int y, int x) const {
-    return w_.conv1_weight[static_cast<std::size_t>(i * 9 + y * 3 + x)];
-  }
-  double bias1(int i) const { return w_.conv1_bias[static_cast<std::size_t>(i)]; }
+  static std::size_t at(int i) { return static_cast<std::size_t>(i); }
+  double conv1(int i, int y, int x) const { return w_.conv1_weight[at(i * 9 + y * 3 + x)]; }
+  double bias1(int i) const { return w_.conv1_bias[at(i)]; }
   double conv2(int o, int i, int tap) const {
-    return w_.conv2_weight[static_cast<std::size_t>((o * kChannels1 + i) * 9 + tap)];
+    return w_.conv2_weight[at((o * kChannels1 + i) * 9 + tap)];
   }
-  double conv3(int o) const { return w_.conv3_weight[static_cast<std::size_t>(o)]; }
+  double conv3(int o) const { return w_.conv3_weight[at(o)]; }
 
   // B: conv2's bias and its product with b1. Where b1 <= 0 the channel is off at zero history: h'
   // is -b1 then, as fp16 rounds it, and its product must cancel exactly.
   double bias2(OutputRow row, int o) const {
-    double sum = w_.conv2_bias[static_cast<std::size_t>(o)];
+    double sum = w_.conv2_bias[at(o)];
     for (int tap = 0; tap < 9; ++tap) {
       const bool outside = (row == kFirstRow && tap / 3 == 0) || (row == kLastRow && tap / 3 == 2);
       for (int i = 0; i < kChannels1 && !outside; ++i) {
@@ -99,13 +97,13 @@ class Maker {
       for (int k = 0; k < 8; ++k) {
         const int column = k / 4;
         const int half = k / 2 % 2;
-        const int at = k % 2;
+        const int reg = k % 2;
         double tap[2] = {0, 0};
         for (int e = 0; e < 2; ++e) {
-          const int x = at * 2 + e - column;
+          const int x = reg * 2 + e - column;
           if (used && x >= 0 && x < 3) tap[e] = conv1(half * 8 + lane / 4, y, x);
         }
-        out_.conv1[taps][column][half][at][lane] = pack(tap[0], tap[1]);
+        out_.conv1[taps][column][half][reg][lane] = pack(tap[0], tap[1]);
       }
     }
   }

@@ -130,7 +130,14 @@ struct PrefillAttention::Impl {
     fe::cudnn_dlhandle = library;
     check_cudnn(fe::detail::create_handle(&handle), "cudnnCreate");
   }
-  ~Impl() { fe::detail::destroy_handle(handle); }
+  ~Impl() {
+    plans.clear();
+    try {
+      fe::detail::destroy_handle(handle);
+    } catch (const std::exception&) {
+      // libcudnn lacks the call, so there is no way to give the handle back.
+    }
+  }
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
