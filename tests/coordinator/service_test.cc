@@ -347,7 +347,7 @@ TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
     say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
     pass(time);
   };
-  for (int i = 0; i < 1000; ++i) wait(milliseconds(50));  // however long it takes
+  for (int i = 0; i < 150; ++i) wait(milliseconds(50));  // more often than others are refused
   ASSERT_TRUE(told<ErrorMessage>().empty());
   store_->ready = 1024;
   wait(milliseconds(50));
