@@ -17,7 +17,8 @@ struct Finding {
 
 std::string_view name_of(Health health);  // "ok", "warn", "fail"
 
-// Looks at the machine; takes about a second, and one more a GPU. `port`: what a service would bind.
+// Looks at the machine; takes about a second, and one more a GPU. `port`: what a service would
+// bind.
 std::vector<Finding> examine_machine(int port);
 
 }  // namespace foretoken::launch

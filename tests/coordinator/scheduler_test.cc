@@ -248,7 +248,9 @@ TEST_F(SchedulerTest, PrefillItemsCoverEachLayerInOrder) {
       scheduler.add(sequence(1, tokens, 1));
       ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
       const bool has_prefix = tokens >= kSegmentTokens + kLocalTokens;  // its start is waited for
-      if (has_prefix) ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
+      if (has_prefix) {
+        ASSERT_TRUE(scheduler.on_results(answers(*scheduler.next_plan())));
+      }
       int layer = 0;
       std::int64_t token = 0;
       while (layer < 4) {

@@ -3,6 +3,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <filesystem>
@@ -209,7 +210,9 @@ class WeightFiles : public PolicyTest {
     std::ifstream in(published_weights(), std::ios::binary);
     bytes_.assign(std::istreambuf_iterator<char>(in), {});
     ASSERT_FALSE(bytes_.empty()) << published_weights();
-    path_ = std::filesystem::path(testing::TempDir()) / "weights_test.safetensors";
+    // Tests run side by side, each in a process of its own.
+    path_ = std::filesystem::path(testing::TempDir()) /
+            (std::to_string(getpid()) + "-weights_test.safetensors");
   }
   void TearDown() override { std::filesystem::remove(path_); }
 
