@@ -38,6 +38,7 @@ run_sanitized() {
   mkdir -p "$reports"
   local -x ASAN_OPTIONS="log_path=$reports/asan"
   local -x UBSAN_OPTIONS="print_stacktrace=1:log_path=$reports/ubsan"
+  local -x FORETOKEN_SIMULATION_FACTOR=0.2 FORETOKEN_FAULTS=400
   local -x TSAN_OPTIONS="suppressions=$PWD/tests/tsan.supp:log_path=$reports/tsan"
   run_ctest "$preset" unit "$cores" || status=$?
   if [[ -n "$(ls -A "$reports")" ]]; then

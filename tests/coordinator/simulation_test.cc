@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdlib>
 
 #include "common/log.h"
@@ -15,16 +16,16 @@ struct Totals {
   int deaths = 0;
 };
 
-// FORETOKEN_SIMULATION_FACTOR=100 plays a hundred times as many games.
-int factor() {
+// FORETOKEN_SIMULATION_FACTOR=100 plays a hundred times as many games, 0.2 a fifth of them.
+int games(int usual) {
   const char* text = std::getenv("FORETOKEN_SIMULATION_FACTOR");
-  return text != nullptr ? std::atoi(text) : 1;
+  return text != nullptr ? std::max(1, static_cast<int>(usual * std::atof(text))) : usual;
 }
 
 // Seeds first, first + 1, ...; each prints itself when something breaks.
-Totals play(SimulationConfig config, std::uint64_t first, int games) {
+Totals play(SimulationConfig config, std::uint64_t first, int count) {
   Totals totals;
-  for (int i = 0; i < games * factor(); ++i) {
+  for (int i = 0; i < count; ++i) {
     config.seed = first + static_cast<std::uint64_t>(i);
     SCOPED_TRACE("seed " + std::to_string(config.seed));
     Simulation simulation(config);
@@ -44,35 +45,37 @@ class SimulationTest : public ::testing::Test {
 };
 
 TEST_F(SimulationTest, WithoutFaultsEveryRequestGetsItsTokens) {
-  const auto totals = play({.num_requests = 100}, 1, 20);
-  EXPECT_EQ(totals.done, 2000 * factor());
+  const auto totals = play({.num_requests = 100}, 1, games(20));
+  EXPECT_EQ(totals.done, 100 * games(20));
   EXPECT_EQ(totals.failed, 0);
   EXPECT_EQ(totals.deaths, 0);
 }
 
 TEST_F(SimulationTest, DenseServiceReusesWhatItGenerated) {
-  EXPECT_EQ(play({.num_requests = 100, .kv_policy = "full"}, 1'000'000, 10).done, 1000 * factor());
+  EXPECT_EQ(play({.num_requests = 100, .kv_policy = "full"}, 1'000'000, games(10)).done,
+            100 * games(10));
 }
 
 TEST_F(SimulationTest, SeveralGroupsShareTheWork) {
-  EXPECT_EQ(play({.num_requests = 100, .num_groups = 3, .world_size = 1}, 2'000'000, 10).done,
-            1000 * factor());
+  EXPECT_EQ(
+      play({.num_requests = 100, .num_groups = 3, .world_size = 1}, 2'000'000, games(10)).done,
+      100 * games(10));
 }
 
 TEST_F(SimulationTest, ScarceRoomDelaysButNothingFails) {
-  EXPECT_EQ(play({.num_requests = 50, .slabs = 6, .start_faults = 300}, 3'000'000, 10).done,
-            500 * factor());
+  EXPECT_EQ(play({.num_requests = 50, .slabs = 6, .start_faults = 300}, 3'000'000, games(10)).done,
+            50 * games(10));
 }
 
 TEST_F(SimulationTest, DisturbingClientsDisturbNobodyElse) {
-  const auto totals = play({.num_requests = 100, .client_faults = 5000}, 4'000'000, 25);
-  EXPECT_GT(totals.done, 2000);
+  const auto totals = play({.num_requests = 100, .client_faults = 5000}, 4'000'000, games(25));
+  EXPECT_GT(totals.done, 80 * games(25));
 }
 
 TEST_F(SimulationTest, DyingGroupsLoseAndDoubleNoToken) {
-  const auto totals = play({.num_requests = 100, .rank_faults = 4000}, 5'000'000, 25);
-  EXPECT_GT(totals.deaths, 100);
-  EXPECT_GT(totals.done, 2000);
+  const auto totals = play({.num_requests = 100, .rank_faults = 4000}, 5'000'000, games(25));
+  EXPECT_GT(totals.deaths, 4 * games(25));
+  EXPECT_GT(totals.done, 80 * games(25));
 }
 
 TEST_F(SimulationTest, EverythingAtOnce) {
@@ -82,9 +85,9 @@ TEST_F(SimulationTest, EverythingAtOnce) {
                             .slabs = 12,
                             .rank_faults = 4000,
                             .client_faults = 3000},
-                           6'000'000, 25);
-  EXPECT_GT(totals.deaths, 50);
-  EXPECT_GT(totals.done, 1500);
+                           6'000'000, games(25));
+  EXPECT_GT(totals.deaths, 2 * games(25));
+  EXPECT_GT(totals.done, 60 * games(25));
 }
 
 TEST_F(SimulationTest, TheSameSeedPlaysTheSameGame) {
