@@ -94,6 +94,7 @@ class WorkerGroup {
     std::map<int, StepResult> results;  // by rank
   };
   Rank* find(const std::string& peer, Epoch epoch, int rank);
+  void take_slabs(const std::vector<StepResult>& ranks);
   GroupDead dead(ErrorCode code, int rank, const std::string& why, bool must_be_killed) const;
 
   const int group_;

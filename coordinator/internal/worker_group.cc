@@ -70,11 +70,27 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   return {GroupReady{}};
 }
 
+// Each rank counts the node's slabs after its own part of the step, which may be before another
+// rank's part. The last one's count is wanted: after admissions it has the least room, after
+// releases alone the most.
+void WorkerGroup::take_slabs(const std::vector<StepResult>& ranks) {
+  const bool admits =
+      std::ranges::any_of(ranks, [](const StepResult& rank) { return !rank.admits.empty(); });
+  const auto room = [](const KvSlabs& slabs) { return slabs.free + slabs.cached; };
+  std::optional<KvSlabs> last;
+  for (const StepResult& rank : ranks) {
+    if (!rank.kv_slabs) continue;
+    const bool is_later =
+        !last || (admits ? room(*rank.kv_slabs) < room(*last) : room(*rank.kv_slabs) > room(*last));
+    if (is_later) last = rank.kv_slabs;
+  }
+  if (last) kv_slabs_ = *last;
+}
+
 Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
   auto* rank = find(peer, result.epoch, result.rank);
   if (rank == nullptr) return {};
   rank->heard = watched_;
-  if (result.kv_slabs) kv_slabs_ = *result.kv_slabs;
   const auto due = due_.find(result.step);
   if (due == due_.end() || due->second.results.contains(result.rank)) {
     return {dead(ErrorCode::kInternal, result.rank,
@@ -87,6 +103,7 @@ Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
   while (!due_.empty() && due_.begin()->second.results.size() == ranks_.size()) {
     StepDone done;
     for (auto& [number, part] : due_.begin()->second.results) done.ranks.push_back(std::move(part));
+    take_slabs(done.ranks);
     due_.erase(due_.begin());
     events.push_back(std::move(done));
   }

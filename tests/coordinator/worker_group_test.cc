@@ -111,6 +111,28 @@ TEST_F(WorkerGroupTest, AStepIsDoneWhenAllRanksAnswered) {
   EXPECT_NE(find<StepDone>(result(0, 2)), nullptr);
 }
 
+// Each rank counts the store's slabs when its own part of a step is done.
+TEST_F(WorkerGroupTest, TheLastCountOfSlabsHolds) {
+  assemble();
+  const auto answer = [&](int rank, int step, std::int64_t free, bool admits) {
+    StepResult message;
+    message.epoch = Epoch{1};
+    message.rank = rank;
+    message.step = StepNumber(step);
+    message.kv_slabs = KvSlabs{.free = free, .cached = 0, .ready = 10};
+    if (admits) message.admits = {{SequenceId{1}, 0, std::nullopt}};
+    group_.on_result(peer(rank), message);
+  };
+  group_.on_plan_sent(StepNumber{1});
+  answer(1, 1, 6, /*admits=*/true);
+  answer(0, 1, 8, /*admits=*/true);
+  EXPECT_EQ(group_.kv_slabs().free, 6) << "both ranks have reserved by then";
+  group_.on_plan_sent(StepNumber{2});
+  answer(0, 2, 10, /*admits=*/false);
+  answer(1, 2, 8, /*admits=*/false);
+  EXPECT_EQ(group_.kv_slabs().free, 10) << "both ranks have released by then";
+}
+
 TEST_F(WorkerGroupTest, AnAnswerThatNobodyAskedForIsDeath) {
   assemble();
   EXPECT_TRUE(find<GroupDead>(result(0, 1))->must_be_killed);
