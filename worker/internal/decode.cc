@@ -40,10 +40,11 @@ struct Decode::Tables {
     }
   }
 
+  // With a null base it only counts.
   Rows lay_out(std::byte* base) const {
     std::size_t used = 0;
     const auto take = [&]<typename T>(T*& part) {
-      part = reinterpret_cast<T*>(base + used);
+      part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
       used += (max_rows * sizeof(T) + 63) / 64 * 64;
     };
     Rows rows{};
