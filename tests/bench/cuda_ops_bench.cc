@@ -1,7 +1,5 @@
 // What the ops of a decode step and of prefill cost on a GPU, in the shape of Llama-3.1-8B, beside
-// what a copy of the same bytes costs. Prints one JSON object.
-//
-
+// what a copy costs. Prints one JSON object.
 #include <algorithm>
 #include <bit>
 #include <chrono>
@@ -102,8 +100,7 @@ std::unique_ptr<Weight> weight(Bench& bench, int rows, int columns) {
   return bench.device().make_weight({&part, 1});
 }
 
-// What a copy of the same bytes costs: by the copy engine, and by a kernel (two thirds of its bytes
-// are read), which is what the roofline of a decode step is measured against.
+// A copy by the driver, and a kernel that streams: two thirds of its bytes are read.
 void copies(Bench& bench) {
   const std::size_t bytes = std::size_t{2} << 30;
   const DeviceBuffer from = bench.buffer(bytes);
