@@ -3,6 +3,7 @@
 #include <cublasLt.h>
 
 #include <map>
+#include <string>
 #include <tuple>
 
 #include "common/check.h"
@@ -176,6 +177,11 @@ std::unique_ptr<Weight> make_cuda_weight(Device& device, DataType activation,
                                          std::span<const WeightPart> parts) {
   auto weight = std::make_unique<CudaWeight>();
   weight->columns = parts[0].columns;
+  if (weight->columns % 8 != 0) {
+    throw Exception(ErrorCode::kDevice, "a weight of " + std::to_string(weight->columns) +
+                                            " columns: the CUDA device takes multiples of 8; "
+                                            "serve with --device cpu, or on fewer ranks");
+  }
   for (const WeightPart& part : parts) {
     FT_CHECK(part.columns == weight->columns, part.columns, weight->columns);
     weight->rows += part.rows;

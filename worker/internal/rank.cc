@@ -162,6 +162,11 @@ bool wants_cuda(const ServiceConfig& config) {
 // A GPU a rank; where the launcher shows each rank its own alone, that is number 0 of one.
 std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const ModelConfig& model,
                                           const Place& place) {
+  if (model.head_dim != 64 && model.head_dim != 128) {
+    throw Exception(ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
+                                            ": the CUDA device takes 64 and 128; serve with "
+                                            "--device cpu");
+  }
   const int devices = std::max(1, kernels::num_cuda_devices());
   return kernels::make_cuda_device({.index = place.rank_on_node % devices,
                                     .activation_type = model.dtype == ModelDtype::kF16
