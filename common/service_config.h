@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -38,6 +39,7 @@ struct ServiceConfig {
   std::string calibrate_with = "exact";      // exact | none
   int audit_every = 0;                       // steps; 0: off
   std::string predictor_weights;             // empty: the published Llama-3.1 weights
+  std::string trace;  // benchmarks: churn=P, blocks of which P % are new a step; empty: off
 
   // KV store.
   double kv_host_gib = 0;        // arena; 0: a quarter of the machine's memory, at most 64
@@ -61,6 +63,9 @@ struct ServiceConfig {
 
   bool operator==(const ServiceConfig&) const = default;
 };
+
+// The P of a --trace churn=P, as a share; nullopt for any other text.
+std::optional<float> trace_churn(std::string_view trace);
 
 // Checks ranges and names of every field; the error (kConfig) names the flag and what it takes.
 Status validate(const ServiceConfig& config);

@@ -413,6 +413,16 @@ struct SelectRecentArgs {
   int count;
 };
 
+// A benchmark's choice, which needs no attention: `count` blocks a head, of which the given share
+// is new from each step to the next (kernels/trace_choice.h). For the coming token, at *length.
+struct SelectTraceArgs {
+  const SequenceKv* sequences;  // [rows]
+  Selection* selections;        // [rows]
+  int rows;
+  int count;
+  float churn;  // 0 .. 1
+};
+
 // ---- sampling --------------------------------------------------------------------------------
 
 struct SampleRow {
@@ -518,6 +528,7 @@ class Device {
   virtual void predict(const PredictArgs& args, Stream& stream) = 0;
   virtual void select_top(const SelectTopArgs& args, Stream& stream) = 0;
   virtual void select_recent(const SelectRecentArgs& args, Stream& stream) = 0;
+  virtual void select_trace(const SelectTraceArgs& args, Stream& stream) = 0;
   virtual void sample(const SampleArgs& args, Stream& stream) = 0;
 };
 

@@ -35,6 +35,9 @@ struct PolicyConfig {
   BudgetPer budget_per = BudgetPer::kQueryHead;
   kernels::HistoryType history_type = kernels::HistoryType::kBf16;
   HistoryFill history_fill = HistoryFill::kZero;
+  // A benchmark's: what the predictor chose is replaced by a trace in which this share of the
+  // blocks is new from step to step (kernels/trace_choice.h). Its work is done all the same.
+  std::optional<float> trace_churn = {};
   std::filesystem::path weights;  // safetensors of the CNN; empty: the published Llama-3.1 weights
 };
 

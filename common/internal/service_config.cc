@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -36,6 +37,7 @@ void visit_config(F&& f, auto& c) {
   f("calibrate_with", c.calibrate_with);
   f("audit_every", c.audit_every);
   f("predictor_weights", c.predictor_weights);
+  f("trace", c.trace);
   f("kv_host_gib", c.kv_host_gib);
   f("on_late", c.on_late);
   f("guard_arena", c.guard_arena);
@@ -161,6 +163,19 @@ Status check_budget(const ServiceConfig& config) {
   return Ok{};
 }
 
+Status check_trace(const ServiceConfig& config) {
+  if (config.trace.empty()) return Ok{};
+  if (!trace_churn(config.trace)) {
+    return config_error("trace",
+                        "takes churn=P, P a number in [0, 100], not \"" + config.trace + "\"");
+  }
+  if (config.kv_policy != "attention-predictor") {
+    return config_error("trace", "replaces the choice of --kv-policy attention-predictor, not of " +
+                                     config.kv_policy);
+  }
+  return Ok{};
+}
+
 // ---- JSON ------------------------------------------------------------------------------------
 
 template <typename T>
@@ -206,7 +221,19 @@ Status validate(const ServiceConfig& config) {
   FT_RETURN_IF_ERROR(check_choices(config));
   FT_RETURN_IF_ERROR(check_ranges(config, kIntRanges));
   FT_RETURN_IF_ERROR(check_ranges(config, kRealRanges));
+  FT_RETURN_IF_ERROR(check_trace(config));
   return check_budget(config);
+}
+
+std::optional<float> trace_churn(std::string_view trace) {
+  constexpr std::string_view kName = "churn=";
+  if (!trace.starts_with(kName)) return std::nullopt;
+  trace.remove_prefix(kName.size());
+  float percent = 0;
+  const auto [end, error] = std::from_chars(trace.data(), trace.data() + trace.size(), percent);
+  if (error != std::errc{} || end != trace.data() + trace.size()) return std::nullopt;
+  if (!(percent >= 0 && percent <= 100)) return std::nullopt;
+  return percent / 100;
 }
 
 std::string to_json(const ServiceConfig& config) {

@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "kernels/cpu/best_blocks.h"
 #include "kernels/cpu/cpu_device.h"
+#include "kernels/trace_choice.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -51,6 +52,15 @@ void select_recent_of_sequence(const SequenceKv& kv, int count, const Selection&
   }
 }
 
+void select_trace_of_sequence(const SequenceKv& kv, const TraceChoice& choice,
+                              const Selection& selection) {
+  for (int head = 0; head < kv.shape.num_layers * kv.shape.num_kv_heads; ++head) {
+    std::int32_t* blocks = selection.blocks + std::ptrdiff_t{head} * selection.max_selected;
+    for (int i = 0; i < choice.count; ++i) blocks[i] = choice.block(head, i);
+    selection.counts[head] = choice.count;
+  }
+}
+
 }  // namespace
 
 void CpuDevice::select_top(const SelectTopArgs& args, Stream& stream) {
@@ -71,6 +81,18 @@ void CpuDevice::select_recent(const SelectRecentArgs& args, Stream& stream) {
       const Selection& selection = args.selections[row];
       FT_CHECK(args.count >= 0 && args.count <= selection.max_selected, args.count);
       select_recent_of_sequence(args.sequences[row], args.count, selection);
+    }
+  });
+}
+
+void CpuDevice::select_trace(const SelectTraceArgs& args, Stream& stream) {
+  enqueue(stream, [args] {
+    for (int row = 0; row < args.rows; ++row) {
+      const Selection& selection = args.selections[row];
+      FT_CHECK(args.count >= 0 && args.count <= selection.max_selected, args.count);
+      select_trace_of_sequence(args.sequences[row],
+                               trace_choice(*args.sequences[row].length, args.count, args.churn),
+                               selection);
     }
   });
 }

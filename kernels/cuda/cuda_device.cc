@@ -251,6 +251,9 @@ void CudaDevice::select_top(const SelectTopArgs& args, Stream& stream) {
 void CudaDevice::select_recent(const SelectRecentArgs& args, Stream& stream) {
   cuda::select_recent(args, as_cuda(stream));
 }
+void CudaDevice::select_trace(const SelectTraceArgs& args, Stream& stream) {
+  cuda::select_trace(args, as_cuda(stream));
+}
 void CudaDevice::sample(const SampleArgs& args, Stream& stream) {
   cuda::sample(args, as_cuda(stream));
 }

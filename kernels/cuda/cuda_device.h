@@ -61,6 +61,7 @@ class CudaDevice final : public Device {
   void predict(const PredictArgs& args, Stream& stream) override;
   void select_top(const SelectTopArgs& args, Stream& stream) override;
   void select_recent(const SelectRecentArgs& args, Stream& stream) override;
+  void select_trace(const SelectTraceArgs& args, Stream& stream) override;
   void sample(const SampleArgs& args, Stream& stream) override;
 
  private:

@@ -45,6 +45,7 @@ void predict(const PredictArgs& args, CudaStream& stream);
 // select.cu
 void select_top(const SelectTopArgs& args, CudaStream& stream);
 void select_recent(const SelectRecentArgs& args, CudaStream& stream);
+void select_trace(const SelectTraceArgs& args, CudaStream& stream);
 
 // sample.cu
 void sample(const SampleArgs& args, CudaStream& stream);

@@ -11,6 +11,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/trace_choice.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -189,6 +190,20 @@ __global__ void __launch_bounds__(kThreads) select_recent_kernel(SelectRecentArg
   }
 }
 
+__global__ void __launch_bounds__(kThreads) select_trace_kernel(SelectTraceArgs args) {
+  const SequenceKv& kv = args.sequences[blockIdx.y];
+  const Selection selection = args.selections[blockIdx.y];
+  require(args.count <= selection.max_selected);
+  const TraceChoice choice = trace_choice(*kv.length, args.count, args.churn);
+  const int heads = kv.shape.num_layers * kv.shape.num_kv_heads;
+  for (int head = blockIdx.x; head < heads; head += static_cast<int>(gridDim.x)) {
+    std::int32_t* blocks =
+        selection.blocks + static_cast<std::size_t>(head) * selection.max_selected;
+    for (int i = threadIdx.x; i < choice.count; i += kThreads) blocks[i] = choice.block(head, i);
+    if (threadIdx.x == 0) selection.counts[head] = choice.count;
+  }
+}
+
 }  // namespace
 
 void select_top(const SelectTopArgs& args, CudaStream& stream) {
@@ -206,6 +221,14 @@ void select_recent(const SelectRecentArgs& args, CudaStream& stream) {
   if (args.rows == 0) return;
   const dim3 ctas(4 * kHeadCtas, static_cast<unsigned>(args.rows));
   select_recent_kernel<<<ctas, kThreads, 0, stream.handle()>>>(args);
+  FT_CUDA(cudaGetLastError());
+}
+
+void select_trace(const SelectTraceArgs& args, CudaStream& stream) {
+  FT_CHECK(args.count >= 0 && args.churn >= 0 && args.churn <= 1, args.count, args.churn);
+  if (args.rows == 0) return;
+  const dim3 ctas(4 * kHeadCtas, static_cast<unsigned>(args.rows));
+  select_trace_kernel<<<ctas, kThreads, 0, stream.handle()>>>(args);
   FT_CUDA(cudaGetLastError());
 }
 

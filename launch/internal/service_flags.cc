@@ -54,6 +54,9 @@ constexpr std::array kFlags = {
                 "dense forward)"},
     ServiceFlag{"predictor_weights", kPolicy, "FILE",
                 "Predictor weights as safetensors (default: the published ones)"},
+    ServiceFlag{"trace", kPolicy, "churn=P",
+                "For benchmarks: the predictor runs, but the blocks are made up, P % of them new "
+                "from step to step (answers are worthless)"},
 
     ServiceFlag{"kv_host_gib", kStore, "X",
                 "Host memory of the node's KV store (0: a quarter of the machine's, at most 64)"},

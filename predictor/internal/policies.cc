@@ -67,6 +67,13 @@ void AttentionPredictorPolicy::select_ahead(const DecodeBatch& batch, kernels::S
   args.selections = batch.selections;
   args.rows = batch.rows;
   device().predict(args, stream);
+  if (!config().trace_churn) return;
+  device().select_trace({.sequences = batch.sequences,
+                         .selections = batch.selections,
+                         .rows = batch.rows,
+                         .count = setup().maps.max_per_head,
+                         .churn = *config().trace_churn},
+                        stream);
 }
 
 }  // namespace foretoken::predictor

@@ -49,6 +49,21 @@ TEST(ServiceConfig, NamesTheFlagAndWhatItTakes) {
               HasSubstr("--gpu-memory-utilization"));
 }
 
+TEST(ServiceConfig, ATraceNamesItsChurn) {
+  EXPECT_EQ(trace_churn("churn=8"), 0.08F);
+  EXPECT_EQ(trace_churn("churn=0"), 0.0F);
+  EXPECT_EQ(trace_churn("churn=100"), 1.0F);
+  for (const char* wrong : {"", "8", "churn=", "churn=101", "churn=-1", "churn=8%", "churn=nan"}) {
+    EXPECT_EQ(trace_churn(wrong), std::nullopt) << wrong;
+  }
+  EXPECT_EQ(why<std::string>(&ServiceConfig::trace, "churn=2.5"), "accepted");
+  EXPECT_THAT(why<std::string>(&ServiceConfig::trace, "8"), HasSubstr("--trace takes churn=P"));
+  auto config = valid();
+  config.kv_policy = "full";
+  config.trace = "churn=8";
+  ASSERT_FALSE(validate(config));
+}
+
 TEST(ServiceConfig, ComesBackFromJson) {
   auto config = valid();
   config.kv_policy = "oracle";

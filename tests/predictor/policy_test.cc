@@ -86,6 +86,27 @@ TEST_F(PolicyTest, ABudgetWithoutACriticalBlockIsAnError) {
   }
 }
 
+TEST_F(PolicyTest, ATraceTakesThePlaceOfWhatThePredictorChose) {
+  PolicyConfig config = predictor_config(PredictPer::kKvHead);
+  config.trace_churn = 1.0F;
+  const auto policy = make(config);
+  const auto state = policy->admit(40'000, *stream_);
+  std::int32_t length = 40'000 - 16;
+  kernels::SequenceKv kv{};
+  kv.length = &length;
+  kv.shape.num_layers = 1;
+  kv.shape.num_kv_heads = 2;
+  const auto choose = [&] {
+    policy->select_ahead({1, &kv, &state->history, &state->selection}, *stream_);
+    return std::vector<std::int32_t>(state->selection.blocks, state->selection.blocks + 56);
+  };
+  const auto first = choose();
+  ++length;
+  const auto second = choose();
+  EXPECT_EQ(state->selection.counts[0], 56);
+  for (std::size_t i = 0; i < first.size(); ++i) EXPECT_NE(first[i], second[i]) << i;
+}
+
 TEST_F(PolicyTest, StateTakesTheBytesThatItAnnounced) {
   for (const PolicyKind kind : {PolicyKind::kFull, PolicyKind::kStreamingLlm,
                                 PolicyKind::kAttentionPredictor, PolicyKind::kOracle}) {

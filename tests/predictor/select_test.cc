@@ -148,6 +148,45 @@ TEST_F(SelectOps, RecentAreTheBlocksBeforeTheLocalWindow) {
   }
 }
 
+// The share of `after` that `before` lacks.
+double new_share(const std::vector<int>& before, const std::vector<int>& after) {
+  const auto is_new = [&](int block) {
+    return std::find(before.begin(), before.end(), block) == before.end();
+  };
+  return static_cast<double>(std::count_if(after.begin(), after.end(), is_new)) /
+         static_cast<double>(after.size());
+}
+
+TEST_F(SelectOps, ATraceHasItsShareOfNewBlocksInEveryStep) {
+  for (const float churn : {0.0F, 0.02F, 0.08F, 0.2F, 1.0F}) {
+    Chosen chosen(4, 136);
+    std::vector<int> before;
+    for (int length = 130'000; length < 130'040; ++length) {
+      use(length);
+      device_->select_trace({&kv_, chosen.selection_address(), 1, 136, churn}, *stream_);
+      const std::vector<int> blocks = chosen.of(3);
+      ASSERT_EQ(blocks.size(), 136U);
+      EXPECT_TRUE(std::ranges::is_sorted(blocks, std::ranges::less_equal())) << "twice the same";
+      EXPECT_GE(blocks.front(), 4);
+      EXPECT_LT(blocks.back(), (length + 1 - 64) / 16);
+      if (!before.empty()) {
+        EXPECT_NEAR(new_share(before, blocks), churn, 0.02) << length;
+      }
+      before = blocks;
+    }
+  }
+}
+
+TEST_F(SelectOps, ATraceTakesAllWhereThereAreFewerCandidates) {
+  use(240);  // candidates are blocks 4 .. 10
+  Chosen chosen(4, 20);
+  device_->select_trace({&kv_, chosen.selection_address(), 1, 20, 0.5F}, *stream_);
+  EXPECT_THAT(chosen.of(0), ElementsAre(4, 5, 6, 7, 8, 9, 10));
+  use(0);
+  device_->select_trace({&kv_, chosen.selection_address(), 1, 20, 0.5F}, *stream_);
+  EXPECT_THAT(chosen.of(0), ElementsAre());
+}
+
 TEST_F(SelectOps, TopTakesTheGreatestExactProbabilities) {
   use(240);  // candidates are blocks 4 .. 10: 240 - 63 = token 177 lies in block 11
   constexpr int kPitch = 16;

@@ -145,6 +145,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
                                                         : kernels::HistoryType::kBf16;
   policy.history_fill =
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
+  policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
   return policy;
 }

@@ -164,31 +164,46 @@ TEST_F(ResolveNothing, TakesNoRowsAndNoLayers) {
 
 class Select : public CudaTest {};
 
+// What `select` chooses on one device, of sequences of several lengths.
+template <typename SelectOp>
+std::vector<std::vector<std::vector<std::int32_t>>> choose(DeviceUnderTest& on, SelectOp select) {
+  const KvShape shape{3, 11, 8, DataType::kFp16};
+  std::deque<DeviceSequence> sequences;
+  std::deque<DeviceSelection> selections;
+  std::vector<SequenceKv> kv;
+  std::vector<Selection> chosen;
+  for (const int length : {0, 100, 142, 143, 900, 30'000}) {
+    sequences.emplace_back(on, shape, 4, 8);
+    sequences.back().length.set({length});
+    selections.emplace_back(on, shape, 1500);
+    kv.push_back(sequences.back().kv);
+    chosen.push_back(selections.back().selection);
+  }
+  const DeviceArray<SequenceKv> device_kv(on, kv);
+  const DeviceArray<Selection> device_chosen(on, chosen);
+  select(on, device_kv.data(), device_chosen.data(), static_cast<int>(kv.size()));
+  std::vector<std::vector<std::vector<std::int32_t>>> all;
+  for (const DeviceSelection& selection : selections) all.push_back(selection.chosen());
+  return all;
+}
+
 TEST_F(Select, RecentAreTheCpus) {
   Pair pair;
-  const KvShape shape{3, 11, 8, DataType::kFp16};
   for (const int count : {0, 1, 50, 1500}) {
-    const auto choose = [&](DeviceUnderTest& on) {
-      std::deque<DeviceSequence> sequences;
-      std::deque<DeviceSelection> selections;
-      std::vector<SequenceKv> kv;
-      std::vector<Selection> chosen;
-      for (const int length : {0, 100, 142, 143, 900, 30'000}) {
-        sequences.emplace_back(on, shape, 4, 8);
-        sequences.back().length.set({length});
-        selections.emplace_back(on, shape, 1500);
-        kv.push_back(sequences.back().kv);
-        chosen.push_back(selections.back().selection);
-      }
-      const DeviceArray<SequenceKv> device_kv(on, kv);
-      const DeviceArray<Selection> device_chosen(on, chosen);
-      on.run(&Device::select_recent, SelectRecentArgs{device_kv.data(), device_chosen.data(),
-                                                      static_cast<int>(kv.size()), count});
-      std::vector<std::vector<std::vector<std::int32_t>>> all;
-      for (const DeviceSelection& selection : selections) all.push_back(selection.chosen());
-      return all;
+    const auto select = [&](DeviceUnderTest& on, auto* kv, auto* chosen, int rows) {
+      on.run(&Device::select_recent, SelectRecentArgs{kv, chosen, rows, count});
     };
-    EXPECT_EQ(choose(pair.cuda), choose(pair.cpu)) << count;
+    EXPECT_EQ(choose(pair.cuda, select), choose(pair.cpu, select)) << count;
+  }
+}
+
+TEST_F(Select, TracesAreTheCpus) {
+  Pair pair;
+  for (const int count : {0, 1, 50, 1500}) {
+    const auto select = [&](DeviceUnderTest& on, auto* kv, auto* chosen, int rows) {
+      on.run(&Device::select_trace, SelectTraceArgs{kv, chosen, rows, count, 0.08F});
+    };
+    EXPECT_EQ(choose(pair.cuda, select), choose(pair.cpu, select)) << count;
   }
 }
 
