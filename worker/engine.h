@@ -5,6 +5,7 @@
 // that contradicts the ones before it).
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <deque>
 #include <map>
@@ -40,6 +41,8 @@ class Engine {
   // Waits for the oldest plan that was launched. REQUIRES: there is one.
   StepResult collect();
   bool has_launched() const { return !pending_.empty(); }
+  // Whether the oldest plan's work is done: collect() will not wait.
+  bool has_ended() const;
   // Whether launch() returns before the work is done.
   bool runs_ahead() const { return !device_.runs_at_once(); }
 
@@ -51,6 +54,7 @@ class Engine {
   struct Pending {
     StepResult result;
     std::vector<std::unique_ptr<Sampler::Draw>> draws;
+    kernels::Event* ended = nullptr;
     std::chrono::steady_clock::time_point launched;
   };
 
@@ -77,6 +81,7 @@ class Engine {
   Decode decode_;
   kernels::DeviceBuffer first_logits_;  // [1, vocab] after a prompt
   std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::array<std::unique_ptr<kernels::Event>, 2> ended_;  // plans take turns
   std::deque<Pending> pending_;
   std::chrono::steady_clock::time_point collected_;  // the last plan
 };

@@ -58,7 +58,9 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
       sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size)),
       decode_(decode_config(config, max_model_len), model_, device_, store_, policy_, sampler_),
       first_logits_(device_, sizeof(float) * static_cast<std::size_t>(model_.config().vocab_size),
-                    kernels::MemoryUse::kActivations) {}
+                    kernels::MemoryUse::kActivations) {
+  for (auto& event : ended_) event = device_.make_event();
+}
 
 Engine::~Engine() { drain(); }
 
@@ -71,6 +73,7 @@ void Engine::drain() {
 void Engine::launch(const StepPlan& plan) {
   Pending& pending = pending_.emplace_back();
   pending.launched = std::chrono::steady_clock::now();
+  pending.ended = ended_[raw(plan.step) % ended_.size()].get();
   StepResult& result = pending.result;
   result.epoch = plan.epoch;
   result.step = plan.step;
@@ -86,13 +89,17 @@ void Engine::launch(const StepPlan& plan) {
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     result.kv_slabs = count_slabs();
   }
+  pending.ended->record(*compute_);
 }
+
+bool Engine::has_ended() const { return has_launched() && pending_.front().ended->done(); }
 
 StepResult Engine::collect() {
   FT_CHECK(has_launched());
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
   StepResult& result = pending.result;
+  pending.ended->synchronize();
   for (auto& draw : pending.draws) {
     const auto tokens = sampler_.collect(std::move(draw));
     result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());

@@ -21,6 +21,7 @@ using std::chrono::milliseconds;
 constexpr milliseconds kHeartbeatInterval{250};
 constexpr milliseconds kWelcomeTimeout{30'000};
 constexpr milliseconds kIdlePoll{1'000};
+constexpr milliseconds kStepPoll{1};  // while the device works; a plan that comes ends it at once
 
 std::string host_name() {
   std::array<char, 256> name{};
@@ -257,9 +258,13 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
     heart.completed(result.step);
   };
   while (!heart.lost_coordinator()) {
-    const auto message = line.receive(engine.has_launched() ? milliseconds{0} : kIdlePoll);
+    // The next plan comes while this one runs, but not at once: who waits for the device first
+    // launches it too late, and the device stands idle in between.
+    const auto message = line.receive(!engine.has_launched() ? kIdlePoll
+                                      : engine.has_ended()   ? milliseconds{0}
+                                                             : kStepPoll);
     if (!message) {
-      if (engine.has_launched()) finish_one();
+      if (engine.has_ended()) finish_one();
       continue;
     }
     if (std::holds_alternative<Shutdown>(*message)) return;
