@@ -335,27 +335,28 @@ struct ResolveArgs {
   int num_layers;
 };
 
-// Brings a layer's fetch lists from the arena into the slots; verifies each block's checksum.
+// Brings some layers' fetch lists from the arena into the slots; verifies each block's checksum.
 // A mismatch: the block is made absent (tables say so), and *mismatches counts it.
 struct GatherArgs {
   const SequenceKv* sequences;  // [rows]
   const FetchList* fetches;     // [rows]
   int rows;
-  int layer;
+  int layer;  // the first of num_layers
   std::uint32_t* mismatches;
+  int num_layers = 1;
 };
 
 // ---- prediction ------------------------------------------------------------------------------
 
-// Attention rows of one layer into the histories. Row value of a map and block:
+// Attention rows of some layers into the histories. Row value of a map and block:
 //   mean over the map's query heads of exp(block_max - lse)
 // Blocks without a value (not attended): 0, or their last value where the history holds.
 struct HistoryAppendArgs {
   const HistoryState* states;  // [num_sequences]
   int num_sequences;
-  int layer;
-  const float* block_max;  // [num_sequences, num_heads, rows, pitch] logits
-  const float* lse;        // [num_sequences, num_heads, rows]
+  int layer;               // the first of num_layers
+  const float* block_max;  // [num_layers, num_sequences, num_heads, rows, pitch] logits
+  const float* lse;        // [num_layers, num_sequences, num_heads, rows]
   int rows;                // 1 in a decode step, up to 64 after prefill (oldest first)
   int pitch;
   // By slot: columns are found through this table ([num_kv_heads, num_slots] of the layer, from
@@ -364,6 +365,7 @@ struct HistoryAppendArgs {
   int num_heads;
   const std::int32_t* num_columns;  // [num_sequences] ceil(tokens attended / 16)
   bool hold;
+  int num_layers = 1;
 };
 
 // The CNN, one model for all layers and heads (docs/predictor.md). float32.

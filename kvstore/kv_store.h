@@ -113,12 +113,13 @@ class KvStore {
   // Slabs a head in the arena, as the store said at connect.
   std::int64_t slabs_per_head() const;
 
-  // Enqueues the gather of `layer` on `stream` (a copy stream) and records the layer's event.
-  void fetch(int layer, const kernels::SequenceKv* sequences, const kernels::FetchList* fetches,
-             int rows, kernels::Stream& stream);
-  // Later work of `stream` starts after the layer's last fetch. No-op if there was none.
+  // Enqueues the gather of layers [layer, layer + num_layers) on `stream` (a copy stream).
+  void fetch(int layer, int num_layers, const kernels::SequenceKv* sequences,
+             const kernels::FetchList* fetches, int rows, kernels::Stream& stream);
+  // Later work of `stream` starts after the last fetch that began with `layer`. No-op if there was
+  // none.
   void wait(int layer, kernels::Stream& stream);
-  // Whether the layer's last fetch has ended; true if there was none.
+  // Whether the last fetch that began with `layer` has ended; true if there was none.
   bool fetched(int layer) const;
 
   void pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream);

@@ -62,14 +62,15 @@ struct DecodeBatch {
   kernels::Selection* selections = nullptr;
 };
 
-// What a layer's attention left behind: logits' block maxima and LSE.
+// What attention left behind, of one layer or of several: logits' block maxima and LSE.
 struct AttentionRows {
-  const float* block_max = nullptr;  // [sequences, num_heads, rows, pitch] device
-  const float* lse = nullptr;        // [sequences, num_heads, rows] device
+  const float* block_max = nullptr;  // [num_layers, sequences, num_heads, rows, pitch] device
+  const float* lse = nullptr;        // [num_layers, sequences, num_heads, rows] device
   int rows = 1;
   int pitch = 0;
   const std::int32_t* num_columns = nullptr;  // [sequences] device: ceil(tokens attended / 16)
   bool by_slot = false;                       // block_max's columns are slots, not blocks
+  int num_layers = 1;
 };
 
 class Policy {
@@ -89,7 +90,7 @@ class Policy {
   // The last queries of the prompt, oldest first, up to 64, by block. state: one sequence.
   virtual void observe_prefill(const kernels::HistoryState* state, int layer,
                                const AttentionRows& rows, kernels::Stream& stream) = 0;
-  // One decode step's row of a layer, for every sequence of the batch.
+  // One decode step's rows of the layers from `layer` on, for every sequence of the batch.
   virtual void observe_decode(const DecodeBatch& batch, int layer, const AttentionRows& rows,
                               kernels::Stream& stream) = 0;
 

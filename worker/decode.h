@@ -1,7 +1,8 @@
 // Decode: one token of each sequence of a batch. At its head the gathers of what the last step
-// predicted are started, layer by layer on the copy stream; each layer joins its own, attends what
-// is resident, and leaves its attention row to the policy. At its tail the token is drawn, the
-// policy chooses the coming step's blocks, and the resolver turns the choice into fetch lists.
+// predicted are started, some layers at a time on the copy stream; a layer joins its own, attends
+// what is resident, and notes its attention row. At its tail the token is drawn; beside that, since
+// it doesn't depend on the token, the policy takes the rows of all layers and chooses the coming
+// step's blocks, and the resolver turns the choice into fetch lists.
 //
 // A step only enqueues, so the host may enqueue the next one before this one has run. Everything
 // that changes from step to step lies in device memory; so one step of a number of rows is
@@ -54,13 +55,15 @@ class Decode {
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
   void start_fetches(kernels::Stream& compute);
+  int layers_to_fetch(int layer) const;
   void run_layer(int layer, kernels::Stream& compute);
   void rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void fetch_at_query(int layer, kernels::Stream& compute);
   void attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
-  void observe(int layer, kernels::Stream& compute);
-  void write_through(kernels::Stream& compute);
-  void choose(kernels::Stream& compute);
+  void observe_exactly(int layer, kernels::Stream& compute);
+  void observe_attended(kernels::Stream& compute);
+  void write_through();
+  void choose();
   bool recordable() const;
   // Exact rows of one row of the batch (keys alone): exact_max_, exact_lse_.
   void score_exactly(int layer, int row, kernels::Stream& compute);
@@ -69,6 +72,8 @@ class Decode {
   void measure_kl(int row, kernels::Stream& compute);
   void count_late(int layer, kernels::Stream& compute);
   bool calibrates(const Sequence& sequence, int layer) const;
+  bool any_calibrates(int layer) const;
+  predictor::AttentionRows attended_rows(int layer, int num_layers) const;
   bool audits(const Sequence& sequence) const;
   kernels::DecodeAttentionArgs attention_args(int layer, const predictor::DecodeBatch& batch,
                                               int first_row) const;
@@ -81,14 +86,16 @@ class Decode {
   predictor::Policy& policy_;
   Sampler& sampler_;
   std::unique_ptr<kernels::Stream> copy_;
+  std::unique_ptr<kernels::Stream> side_;     // a step's choice, beside its logits
   std::unique_ptr<kernels::Event> resolved_;  // compute: fetch lists stand
   std::unique_ptr<kernels::Event> written_;   // copy: write-through has read its slots
   std::unique_ptr<kernels::Event> advanced_;  // compute: lengths count the step's token
+  std::unique_ptr<kernels::Event> chosen_;    // side: tables and fetch lists of the coming step
   Activations act_;
   kernels::DeviceBuffer hidden_;     // [max_rows, hidden]
   kernels::DeviceBuffer logits_;     // [max_rows, vocab]
-  kernels::DeviceBuffer lse_;        // [max_rows, heads]
-  kernels::DeviceBuffer block_max_;  // [max_rows, heads, pitch], by slot
+  kernels::DeviceBuffer lse_;        // [layers, rows, heads]
+  kernels::DeviceBuffer block_max_;  // [layers, rows, heads, pitch], by slot; where it is wanted
   kernels::DeviceBuffer exact_lse_;  // [heads]
   kernels::DeviceBuffer exact_max_;  // [heads, exact_pitch_], by block
   int pitch_ = 0;

@@ -88,7 +88,8 @@ class DecodeAttention {
       const SequenceKv& kv = args.sequences[row];
       check_shape(args.num_heads, args.num_kv_heads, args.head_dim, kv.shape.kv_type);
       check_open_block(kv);
-      FT_CHECK(columns.count(kv) <= args.pitch, columns.count(kv), args.pitch);
+      FT_CHECK(args.block_max == nullptr || columns.count(kv) <= args.pitch, columns.count(kv),
+               args.pitch);
       first_part_.push_back(num_parts());
       const int parts = divide_up(columns.count(kv), kPartBlocks);
       for (int part = 0; part < parts * args.num_kv_heads; ++part) {

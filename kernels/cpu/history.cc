@@ -31,21 +31,29 @@ class ColumnMap {
   int count_;
 };
 
-ColumnMap column_map(const HistoryAppendArgs& args, int sequence, int kv_head, int columns) {
+// Which of the args' layers, sequences and maps.
+struct Place {
+  int layer;  // of the args': args.layer + this
+  int sequence;
+  int map;
+};
+
+ColumnMap column_map(const HistoryAppendArgs& args, const Place& place, int kv_head, int columns) {
   if (args.sequences == nullptr) return {nullptr, columns};
-  const SequenceKv& kv = args.sequences[sequence];
-  const std::ptrdiff_t head = args.layer * kv.shape.num_kv_heads + kv_head;
+  const SequenceKv& kv = args.sequences[place.sequence];
+  const std::ptrdiff_t head = (args.layer + place.layer) * kv.shape.num_kv_heads + kv_head;
   return {kv.slot_to_block + head * kv.num_slots, std::min(kv.num_slots, args.pitch)};
 }
 
 // values[c] = mean over the map's heads of exp(block_max - lse), or kNoValue.
-void row_values(const HistoryAppendArgs& args, int sequence, int first_head, int num_heads, int row,
+void row_values(const HistoryAppendArgs& args, const Place& place, int num_heads, int row,
                 const ColumnMap& map, std::vector<float>& values) {
   std::fill(values.begin(), values.end(), kNoValue);
   const float share = 1.0F / static_cast<float>(num_heads);
-  for (int h = first_head; h < first_head + num_heads; ++h) {
-    const std::ptrdiff_t at =
-        (static_cast<std::ptrdiff_t>(sequence) * args.num_heads + h) * args.rows + row;
+  const std::ptrdiff_t sequence =
+      static_cast<std::ptrdiff_t>(place.layer) * args.num_sequences + place.sequence;
+  for (int h = place.map * num_heads; h < (place.map + 1) * num_heads; ++h) {
+    const std::ptrdiff_t at = (sequence * args.num_heads + h) * args.rows + row;
     const float* maxima = args.block_max + at * args.pitch;
     const float lse = args.lse[at];
     for (int i = 0; i < map.count(); ++i) {
@@ -60,27 +68,28 @@ void row_values(const HistoryAppendArgs& args, int sequence, int first_head, int
 
 // Appends the rows of one map. Columns beyond a row's own are stored as zeros, so that a later,
 // wider window reads zero there.
-void append_map(const HistoryAppendArgs& args, int sequence, int map) {
-  const HistoryState& state = args.states[sequence];
-  const int columns = args.num_columns[sequence];
+void append_map(const HistoryAppendArgs& args, const Place& place) {
+  const HistoryState& state = args.states[place.sequence];
+  const int columns = args.num_columns[place.sequence];
+  const int layer = args.layer + place.layer;
   const auto type = static_cast<HistoryType>(state.type);
   const int heads_per_map = args.num_heads / num_maps(state);
-  const ColumnMap to_column = column_map(args, sequence, map / state.maps_per_kv_head, columns);
+  const ColumnMap to_column = column_map(args, place, place.map / state.maps_per_kv_head, columns);
   std::vector<float> values(static_cast<std::size_t>(columns));
   std::vector<float> last(static_cast<std::size_t>(columns), 0.0F);
   std::vector<float> stored(static_cast<std::size_t>(state.pitch), 0.0F);
 
-  std::int64_t r = state.num_rows[args.layer];
+  std::int64_t r = state.num_rows[layer];
   if (args.hold && r > 0) {
-    decode_history(type, history_row(state, args.layer, map, r - 1), 0, columns, last.data());
+    decode_history(type, history_row(state, layer, place.map, r - 1), 0, columns, last.data());
   }
   for (int row = 0; row < args.rows; ++row, ++r) {
-    row_values(args, sequence, map * heads_per_map, heads_per_map, row, to_column, values);
+    row_values(args, place, heads_per_map, row, to_column, values);
     for (std::size_t c = 0; c < values.size(); ++c) {
       if (values[c] == kNoValue) values[c] = args.hold ? last[c] : 0.0F;
     }
     std::copy(values.begin(), values.end(), stored.begin());
-    encode_history(type, stored.data(), state.pitch, history_row(state, args.layer, map, r));
+    encode_history(type, stored.data(), state.pitch, history_row(state, layer, place.map, r));
     last.swap(values);
   }
 }
@@ -95,19 +104,26 @@ void CpuDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
     FT_CHECK(maps > 0 && args.num_heads % maps == 0, args.num_heads, maps);
     for (int s = 0; s < args.num_sequences; ++s) {
       const HistoryState& state = args.states[s];
-      FT_CHECK(num_maps(state) == maps && args.layer < state.num_layers, s, args.layer);
+      FT_CHECK(num_maps(state) == maps && args.layer + args.num_layers <= state.num_layers, s,
+               args.layer, args.num_layers);
       FT_CHECK(args.num_columns[s] <= state.max_columns, s, args.num_columns[s]);
     }
-    const int num_tasks = args.num_sequences * maps;
-    const auto append = [&](int task, int) { append_map(args, task / maps, task % maps); };
-    if (args.num_sequences * args.num_heads * args.rows * args.pitch <= kSerialValues) {
+    const int num_tasks = args.num_layers * args.num_sequences * maps;
+    const auto append = [&](int task, int) {
+      const int sequence = task / maps % args.num_sequences;
+      append_map(args, {task / maps / args.num_sequences, sequence, task % maps});
+    };
+    if (args.num_layers * args.num_sequences * args.num_heads * args.rows * args.pitch <=
+        kSerialValues) {
       for (int task = 0; task < num_tasks; ++task) append(task, 0);
     } else {
       pool_.parallel_for(num_tasks, append);
     }
     for (int s = 0; s < args.num_sequences; ++s) {
-      args.states[s].num_rows[args.layer] += args.rows;
-      args.states[s].num_columns[args.layer] = args.num_columns[s];
+      for (int layer = args.layer; layer < args.layer + args.num_layers; ++layer) {
+        args.states[s].num_rows[layer] += args.rows;
+        args.states[s].num_columns[layer] = args.num_columns[s];
+      }
     }
   });
 }

@@ -194,10 +194,12 @@ void CpuDevice::advance(const AdvanceArgs& args, Stream& stream) {
 
 void CpuDevice::gather(const GatherArgs& args, Stream& stream) {
   enqueue(stream, [args] {
-    for (int row = 0; row < args.rows; ++row) {
-      const SequenceKv& kv = args.sequences[row];
-      for (int head = 0; head < kv.shape.num_kv_heads; ++head) {
-        gather_head(kv, args.fetches[row], args.layer, head, args.mismatches);
+    for (int layer = args.layer; layer < args.layer + args.num_layers; ++layer) {
+      for (int row = 0; row < args.rows; ++row) {
+        const SequenceKv& kv = args.sequences[row];
+        for (int head = 0; head < kv.shape.num_kv_heads; ++head) {
+          gather_head(kv, args.fetches[row], layer, head, args.mismatches);
+        }
       }
     }
   });

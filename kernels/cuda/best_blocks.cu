@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "kernels/cuda/best_blocks.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/map_state.cuh"
 
 namespace foretoken::kernels::cuda {

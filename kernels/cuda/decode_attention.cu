@@ -307,8 +307,8 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const 
   const int skipped = blockIdx.y / p.num_kv_heads * kHeads;  // heads of the group before these
   const int first_head = kv_head * p.group + skipped;
   const int num_heads = min(kHeads, p.group - skipped);
-  wait_for_earlier_kernels();
 
+  // None of this changes within a step, so it is read before the step's earlier kernels are done.
   const SequenceKv& kv = p.sequences[row];
   const int num_tokens = *kv.length + 1;
   const int num_slots = min(kv.num_slots, (num_tokens + kBlockTokens - 1) / kBlockTokens);
@@ -322,17 +322,19 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const 
   const T* slots = reinterpret_cast<const T*>(kv.slots + slot_offset(kv, p.layer, kv_head, 0));
   constexpr int kBlockElements = 2 * kBlockTokens * kHeadDim;
 
+  wait_for_earlier_kernels();
+
   QueryTile<T, kHeadDim> query;
   query.load(p.q + (static_cast<std::size_t>(row) * p.num_heads + first_head) * kHeadDim, num_heads,
              g, q);
   Accumulator<kHeadDim> acc;
   const int end = min(num_slots, (share + 1) * per_share);
   for (int slot = share * per_share + warp; slot < end; slot += kWarps) {
+    BlockTile<kHeadDim> tile;  // of an empty slot too, which is not used: the table is slow to read
+    tile.load(slots + static_cast<std::size_t>(slot) * kBlockElements, g, q);
     const int block = slot_to_block[slot];
     float2 block_max{kNothing, kNothing};
     if (block != kAbsent) {
-      BlockTile<kHeadDim> tile;
-      tile.load(slots + static_cast<std::size_t>(slot) * kBlockElements, g, q);
       block_max = attend<T, kHeadDim>(tile, query, num_tokens - block * kBlockTokens, p.scale_log2,
                                       g, q, acc);
     }

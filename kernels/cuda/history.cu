@@ -2,6 +2,8 @@
 //
 // A thread makes 8 columns of a map's row, or of all its rows where a row may hold values of the
 // one before. Where block_max is by slot, a CTA first notes the slots of its columns' blocks.
+#include <algorithm>
+
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/history_value.cuh"
@@ -14,12 +16,14 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 8;                        // of a thread
 constexpr int kSpanColumns = kThreads * kColumns;  // of a CTA at a time
 constexpr int kMaxSpans = 8;                       // CTAs of a row; they go on with further spans
+constexpr int kMapCtas = 8;                        // of a layer's maps; they go on likewise
 constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that was not attended
 
-// A map of one sequence, and the rows that a CTA makes.
+// A map of one sequence and layer, and the rows that a CTA makes.
 struct Job {
   const HistoryAppendArgs& args;
   const HistoryState& state;
+  int layer;  // of the args': args.layer + this
   int sequence;
   int map;
   int heads_per_map;
@@ -37,7 +41,8 @@ __device__ void find_columns(const Job& job, int first, std::int32_t* places) {
   if (args.sequences == nullptr) return;
   __syncthreads();
   const SequenceKv& kv = args.sequences[job.sequence];
-  const int head = args.layer * kv.shape.num_kv_heads + job.map / job.state.maps_per_kv_head;
+  const int head =
+      (args.layer + job.layer) * kv.shape.num_kv_heads + job.map / job.state.maps_per_kv_head;
   const std::int32_t* blocks = kv.slot_to_block + static_cast<std::ptrdiff_t>(head) * kv.num_slots;
   const int slots = min(kv.num_slots, args.pitch);
   for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kThreads) {
@@ -55,8 +60,9 @@ __device__ void row_values(const Job& job, int row, const std::int32_t (&places)
   for (float& value : values) value = kNoValue;
   for (int h = 0; h < job.heads_per_map; ++h) {
     const int head = job.map * job.heads_per_map + h;
-    const auto at =
-        (static_cast<std::ptrdiff_t>(job.sequence) * args.num_heads + head) * args.rows + row;
+    const auto sequence =
+        static_cast<std::ptrdiff_t>(job.layer) * args.num_sequences + job.sequence;
+    const auto at = (sequence * args.num_heads + head) * args.rows + row;
     const float* maxima = args.block_max + at * args.pitch;
     const float lse = args.lse[at];
 #pragma unroll
@@ -73,7 +79,7 @@ __device__ void row_values(const Job& job, int row, const std::int32_t (&places)
 template <typename T>
 __device__ void append_columns(const Job& job, int first, const std::int32_t (&places)[kColumns]) {
   const HistoryState& state = job.state;
-  const int layer = job.args.layer;
+  const int layer = job.args.layer + job.layer;
   const std::int64_t start = state.num_rows[layer];
   const int columns = job.args.num_columns[job.sequence];
   float last[kColumns] = {};
@@ -98,65 +104,70 @@ __device__ void append_columns(const Job& job, int first, const std::int32_t (&p
   }
 }
 
-// The last CTA to come here counts the rows: the others have read the old count.
-__device__ void count_rows(const HistoryAppendArgs& args, std::uint32_t* arrived) {
+// A CTA's span of columns, from `first` on. places: [kSpanColumns] shared.
+__device__ void append_span(const Job& job, int first, std::int32_t* places) {
+  find_columns(job, first, places);
+  __syncthreads();
+  const int column = static_cast<int>(threadIdx.x) * kColumns;
+  std::int32_t mine[kColumns];
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) mine[c] = places[column + c];
+  __syncthreads();  // before the next span's are noted
+  if (first + column >= job.state.pitch) return;
+  with_history_type(job.state.type, [&](auto tag) {
+    append_columns<typename decltype(tag)::type>(job, first + column, mine);
+  });
+}
+
+// The last CTA of a layer to come here counts the rows: the others have read the old count.
+__device__ void count_rows(const HistoryAppendArgs& args, int layer, std::uint32_t* arrived) {
   __shared__ bool is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    const unsigned ctas = gridDim.x * gridDim.y * gridDim.z;
-    is_last = atomicInc(arrived, ctas - 1) == ctas - 1;  // and sets it back to zero
+    const unsigned ctas =
+        gridDim.x * gridDim.y * gridDim.z / static_cast<unsigned>(args.num_layers);
+    is_last = atomicInc(arrived + layer, ctas - 1) == ctas - 1;  // and sets it back to zero
   }
   __syncthreads();
   if (!is_last) return;
   for (int s = static_cast<int>(threadIdx.x); s < args.num_sequences; s += kThreads) {
-    args.states[s].num_rows[args.layer] += args.rows;
-    args.states[s].num_columns[args.layer] = args.num_columns[s];
+    args.states[s].num_rows[args.layer + layer] += args.rows;
+    args.states[s].num_columns[args.layer + layer] = args.num_columns[s];
   }
 }
 
-// Grid: [spans, query heads (maps may be fewer), sequences x parts of the rows].
+// Grid: [spans, maps, layers x sequences x parts of the rows].
 __global__ void __launch_bounds__(kThreads)
     append_kernel(const HistoryAppendArgs args, int rows_per_cta, std::uint32_t* arrived) {
   __shared__ std::int32_t places[kSpanColumns];
   const int parts = args.rows / rows_per_cta;
-  const int sequence = static_cast<int>(blockIdx.z) / parts;
+  const int sequence = static_cast<int>(blockIdx.z) / parts % args.num_sequences;
+  const int layer = static_cast<int>(blockIdx.z) / parts / args.num_sequences;
   const HistoryState& state = args.states[sequence];
   const int first_row = static_cast<int>(blockIdx.z) % parts * rows_per_cta;
-  const int map = static_cast<int>(blockIdx.y);
-  const Job job{args,
-                state,
-                sequence,
-                map,
-                args.num_heads / num_maps(state),
-                first_row,
-                first_row + rows_per_cta};
   const int span = static_cast<int>(blockIdx.x) * kSpanColumns;
   const int stride = static_cast<int>(gridDim.x) * kSpanColumns;
-  for (int first = span; map < num_maps(state) && first < state.pitch; first += stride) {
-    find_columns(job, first, places);
-    __syncthreads();
-    const int column = static_cast<int>(threadIdx.x) * kColumns;
-    std::int32_t mine[kColumns];
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) mine[c] = places[column + c];
-    __syncthreads();  // before the next span's are noted
-    if (first + column >= state.pitch) continue;
-    with_history_type(state.type, [&](auto tag) {
-      append_columns<typename decltype(tag)::type>(job, first + column, mine);
-    });
+  for (int map = blockIdx.y; map < num_maps(state); map += static_cast<int>(gridDim.y)) {
+    const Job job{args,      state,
+                  layer,     sequence,
+                  map,       args.num_heads / num_maps(state),
+                  first_row, first_row + rows_per_cta};
+    for (int first = span; first < state.pitch; first += stride) append_span(job, first, places);
   }
-  count_rows(args, arrived);
+  count_rows(args, layer, arrived);
 }
 
 }  // namespace
 
 void history_append(const HistoryAppendArgs& args, CudaStream& stream) {
   FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
-  if (args.num_sequences == 0) return;
+  if (args.num_sequences == 0 || args.num_layers == 0) return;
+  FT_CHECK(args.num_layers <= CudaStream::kNumCounters, args.num_layers);
   // Rows that hold values wait for the row before; others don't.
   const int rows_per_cta = args.hold ? args.rows : 1;
-  const dim3 grid(kMaxSpans, static_cast<unsigned>(args.num_heads),
-                  static_cast<unsigned>(args.num_sequences * (args.rows / rows_per_cta)));
+  const dim3 grid(
+      kMaxSpans, static_cast<unsigned>(std::min(kMapCtas, args.num_heads)),
+      static_cast<unsigned>(args.num_layers * args.num_sequences * (args.rows / rows_per_cta)));
   append_kernel<<<grid, kThreads, 0, stream.handle()>>>(args, rows_per_cta, stream.counters());
   FT_CUDA(cudaGetLastError());
 }

@@ -196,18 +196,18 @@ __global__ void __launch_bounds__(kThreads) write_through_kernel(WriteThroughArg
   }
 }
 
-__device__ void gather_entry(const GatherArgs& args, int row, int head, int index) {
+__device__ void gather_entry(const GatherArgs& args, int layer, int row, int head, int index) {
   const SequenceKv& kv = args.sequences[row];
   const FetchList& fetches = args.fetches[row];
   const auto [block, slot] =
-      fetches.entries[head_index(kv, args.layer, head) * fetches.max_entries + index];
-  WordPair* to = slot_pairs(kv, args.layer, head, slot);
+      fetches.entries[head_index(kv, layer, head) * fetches.max_entries + index];
+  WordPair* to = slot_pairs(kv, layer, head, slot);
   const bool good =
-      read_block(kv, args.layer, head, block, [to](int i, WordPair words) { to[i] = words; });
+      read_block(kv, layer, head, block, [to](int i, WordPair words) { to[i] = words; });
   if (good || lane_index() != 0) return;
   atomicAdd(args.mismatches, 1U);
-  block_to_slot(kv, args.layer, head)[block] = kAbsent;
-  slot_to_block(kv, args.layer, head)[slot] = kAbsent;
+  block_to_slot(kv, layer, head)[block] = kAbsent;
+  slot_to_block(kv, layer, head)[slot] = kAbsent;
 }
 
 // The first of ends[0, kThreads), which never fall, that is above `value`.
@@ -220,24 +220,31 @@ __device__ int first_above(const int* ends, int value) {
 }
 
 // A list's length is known to the device alone: each CTA adds up the lengths of all lists (one for
-// each row and head), and its warps take every num_warps()-th entry.
+// each layer, row and head, in this order), and its warps take every num_warps()-th entry.
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
   __shared__ int ends[kThreads];
   __shared__ int warp_totals[32];
   const int heads = args.sequences[0].shape.num_kv_heads;
-  const int lists = args.rows * heads;
+  const int lists_a_layer = args.rows * heads;
+  const int lists = args.num_layers * lists_a_layer;
   int next = warp_index();
   for (int first = 0; first < lists; first += kThreads) {
     const int list = first + static_cast<int>(threadIdx.x);
-    const int count =
-        list < lists ? args.fetches[list / heads].counts[args.layer * heads + list % heads] : 0;
+    int count = 0;
+    if (list < lists) {
+      const int layer = args.layer + list / lists_a_layer;
+      const int row = list % lists_a_layer / heads;
+      count = args.fetches[row].counts[layer * heads + list % heads];
+    }
     int total = 0;
     ends[threadIdx.x] = inclusive_sum<kThreads>(count, warp_totals, &total);
     __syncthreads();
     for (; next < total; next += num_warps()) {
       const int found = first_above(ends, next);
       const int index = next - (found == 0 ? 0 : ends[found - 1]);
-      gather_entry(args, (first + found) / heads, (first + found) % heads, index);
+      const int of = first + found;
+      gather_entry(args, args.layer + of / lists_a_layer, of % lists_a_layer / heads, of % heads,
+                   index);
     }
     next -= total;
     __syncthreads();  // `ends` is written again

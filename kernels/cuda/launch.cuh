@@ -10,6 +10,15 @@
 
 namespace foretoken::kernels::cuda {
 
+// Multiprocessors of the device: what a persistent grid is a multiple of.
+inline int num_sms() {
+  int device = 0;
+  int count = 0;
+  FT_CUDA(cudaGetDevice(&device));
+  FT_CUDA(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
 // Lets the next kernel's blocks start as soon as there is room beside this kernel's.
 __device__ inline void allow_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

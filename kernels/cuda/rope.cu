@@ -67,13 +67,14 @@ __global__ void rope_kernel(const RopeInput<T> in, const Target target) {
   __shared__ float cosine[kHalf];
   __shared__ float sine[kHalf];
   allow_next_kernel();
-  wait_for_earlier_kernels();
   const int row = blockIdx.x;
+  // Positions don't change within a step.
   for (int i = threadIdx.x; i < kHalf; i += blockDim.x) {
     const float angle = static_cast<float>(target.position(row)) * in.inv_freq[i];
     sincosf(angle, &sine[i], &cosine[i]);
   }
   __syncthreads();
+  wait_for_earlier_kernels();
   const int lane = threadIdx.x % 32;
   const int head = blockIdx.y * kWarps + threadIdx.x / 32;
   const int num_all = in.num_heads + 2 * in.num_kv_heads;

@@ -212,10 +212,11 @@ std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->layout().s
 
 // ---- ops --------------------------------------------------------------------------------------
 
-void KvStore::fetch(int layer, const kernels::SequenceKv* sequences,
+void KvStore::fetch(int layer, int num_layers, const kernels::SequenceKv* sequences,
                     const kernels::FetchList* fetches, int rows, kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] {
-    impl_->device.gather({sequences, fetches, rows, layer, impl_->mismatch_counter()}, stream);
+    impl_->device.gather({sequences, fetches, rows, layer, impl_->mismatch_counter(), num_layers},
+                         stream);
   });
   impl_->fetched[static_cast<std::size_t>(layer)]->record(stream);
 }

@@ -34,6 +34,7 @@ kernels::HistoryAppendArgs AttentionPredictorPolicy::append_args(int layer,
   args.layer = layer;
   args.block_max = rows.block_max;
   args.lse = rows.lse;
+  args.num_layers = rows.num_layers;
   args.rows = rows.rows;
   args.pitch = rows.pitch;
   args.num_heads = setup().shape.num_heads;

@@ -184,7 +184,7 @@ class Bench {
   }
   void gather(FetchTable& fetches) {
     for (int layer = 0; layer < kShape.num_layers; ++layer) {
-      store_->fetch(layer, &kv_.view, &fetches.view, 1, *copy_);
+      store_->fetch(layer, 1, &kv_.view, &fetches.view, 1, *copy_);
     }
     copy_->synchronize();
   }

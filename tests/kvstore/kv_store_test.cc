@@ -115,7 +115,7 @@ TEST_F(KvStoreTest, FetchBringsBlocksAndWaitOrdersThem) {
       fetches.entries[kv.head(layer, head) * 4] = {30 + head, 2};
     }
   }
-  for (int layer = 0; layer < 3; ++layer) store->fetch(layer, &kv.view, &fetches.view, 1, *copy);
+  for (int layer = 0; layer < 3; ++layer) store->fetch(layer, 1, &kv.view, &fetches.view, 1, *copy);
   for (int layer = 0; layer < 3; ++layer) {
     store->wait(layer, *compute);
     for (int head = 0; head < 2; ++head) {
@@ -127,7 +127,7 @@ TEST_F(KvStoreTest, FetchBringsBlocksAndWaitOrdersThem) {
     }
   }
   reservation->slabs[1][kernels::slab_block_offset(shape, 2, 30) + 5] ^= std::byte{1};
-  store->fetch(2, &kv.view, &fetches.view, 1, *copy);
+  store->fetch(2, 1, &kv.view, &fetches.view, 1, *copy);
   EXPECT_EQ(store->checksum_failures(*copy), 1U);
   EXPECT_EQ(kv.slot(2, 0, 30), kernels::kAbsent);
 }
@@ -229,7 +229,7 @@ TEST_F(KvStoreTest, OpsWorkUnderTheGuard) {
   FetchTable fetches(shape, 4);
   std::ranges::fill(fetches.counts, 1);
   for (std::size_t i = 0; i < fetches.counts.size(); ++i) fetches.entries[i * 4] = {5, 3};
-  store->fetch(0, &kv.view, &fetches.view, 1, *copy);
+  store->fetch(0, 1, &kv.view, &fetches.view, 1, *copy);
   store->wait(0, *compute);
   EXPECT_EQ(std::memcmp(kv.slot_data(0, 0, 3), k.data() + 5 * 16 * 128, 16 * 128), 0);
   EXPECT_EQ(store->checksum_failures(*copy), 0U);

@@ -74,20 +74,25 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       policy_(policy),
       sampler_(sampler),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
+      side_(device.make_stream(kernels::StreamKind::kCompute)),
       resolved_(device.make_event()),
       written_(device.make_event()),
       advanced_(device.make_event()),
+      chosen_(device.make_event()),
       act_(device, model.config(), model.partition(), config.max_rows, config.max_rows),
       hidden_(device, model.hidden_bytes(config.max_rows), kernels::MemoryUse::kActivations),
       logits_(floats(device, config.max_rows * model.config().vocab_size)),
-      lse_(floats(device, config.max_rows * model.partition().heads.count)),
+      lse_(floats(device, std::int64_t{model.num_layers()} * config.max_rows *
+                              model.partition().heads.count)),
       exact_lse_(floats(device, model.partition().heads.count)),
       pitch_(slots_for(policy, blocks_for(config.max_model_len))),
       exact_pitch_(blocks_for(config.max_model_len)),
       tables_(std::make_unique<Tables>(device, config.max_rows)) {
   const int heads = model.partition().heads.count;
-  block_max_ =
-      floats(device, std::int64_t{config.max_rows} * heads * std::max(pitch_, exact_pitch_));
+  if (policy.observes()) {
+    block_max_ =
+        floats(device, std::int64_t{model.num_layers()} * config.max_rows * heads * pitch_);
+  }
   exact_max_ = floats(device, std::int64_t{heads} * exact_pitch_);
   if (config.audit_every > 0) {
     dense_logits_ = floats(device, config.max_rows * model.config().vocab_size);
@@ -176,18 +181,29 @@ void Decode::forward(kernels::Stream& compute) {
   model_.embed_next(batch_.sequences, batch_.rows, hidden_.data(), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) run_layer(layer, compute);
   device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
-  write_through(compute);
+  advanced_->record(compute);
+  write_through();
+  choose();
   model_.logits(batch_.rows, act_, hidden_.data(), logits_.as<float>(), compute);
   sampler_.run(logits_.as<float>(), batch_.rows, compute);
-  choose(compute);
+  chosen_->wait(compute);
   written_->wait(compute);  // the step's end: slots and lengths may change
+}
+
+// How many layers the gather that begins with `layer` brings at once. On a GPU each join takes its
+// microseconds and gathers stay ahead of the layers, so that joins may become rarer.
+int Decode::layers_to_fetch(int layer) const {
+  constexpr int kMost = 4;
+  return device_.runs_at_once() ? 1 : std::clamp(layer, 1, kMost);
 }
 
 void Decode::start_fetches(kernels::Stream& compute) {
   resolved_->record(compute);
   resolved_->wait(*copy_);
-  for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    store_.fetch(layer, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
+  for (int layer = 0; layer < model_.num_layers();) {
+    const int count = std::min(layers_to_fetch(layer), model_.num_layers() - layer);
+    store_.fetch(layer, count, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
+    layer += count;
   }
 }
 
@@ -200,7 +216,7 @@ void Decode::run_layer(int layer, kernels::Stream& compute) {
   rope(layer, batch_, compute);
   if (policy_.selects_at_query()) fetch_at_query(layer, compute);
   attend(layer, batch_, compute);
-  if (policy_.observes()) observe(layer, compute);
+  if (any_calibrates(layer)) observe_exactly(layer, compute);
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
@@ -216,8 +232,7 @@ void Decode::rope(int layer, const predictor::DecodeBatch& batch, kernels::Strea
 }
 
 // The block that the step has filled, beside the rest of the step. REQUIRES: lengths are advanced.
-void Decode::write_through(kernels::Stream& compute) {
-  advanced_->record(compute);
+void Decode::write_through() {
   advanced_->wait(*copy_);
   store_.write_through({.sequences = batch_.sequences,
                         .rows = batch_.rows,
@@ -226,16 +241,20 @@ void Decode::write_through(kernels::Stream& compute) {
   written_->record(*copy_);
 }
 
-// What the coming step shall have.
-void Decode::choose(kernels::Stream& compute) {
-  policy_.select_ahead(batch_, compute);
+// What the coming step shall have. Needs nothing of the token that is being drawn, so it runs
+// beside the greatest product of the step. REQUIRES: as write_through.
+void Decode::choose() {
+  advanced_->wait(*side_);
+  if (policy_.observes()) observe_attended(*side_);
+  policy_.select_ahead(batch_, *side_);
   device_.resolve({.sequences = batch_.sequences,
                    .selections = batch_.selections,
                    .fetches = tables_->device.fetches,
                    .rows = batch_.rows,
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
-                  compute);
+                  *side_);
+  chosen_->record(*side_);
 }
 
 void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
@@ -253,7 +272,7 @@ void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
                   compute);
   resolved_->record(compute);
   resolved_->wait(*copy_);
-  store_.fetch(layer, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
+  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
   store_.wait(layer, compute);
 }
 
@@ -264,6 +283,7 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
   const std::size_t q_row =
       kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(heads * head_dim);
   const auto skip = static_cast<std::size_t>(first_row);
+  const std::ptrdiff_t row = (std::ptrdiff_t{layer} * batch_.rows + first_row) * heads;
   return {.q = act_.q.as<std::byte>() + q_row * skip,
           .sequences = batch.sequences,
           .rows = batch.rows,
@@ -273,8 +293,8 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .head_dim = head_dim,
           .scale = model_.attention_scale(),
           .out = act_.attn.as<std::byte>() + q_row * skip,
-          .lse = lse_.as<float>() + skip * static_cast<std::size_t>(heads),
-          .block_max = policy_.observes() ? block_max_.as<float>() : nullptr,
+          .lse = lse_.as<float>() + row,
+          .block_max = policy_.observes() ? block_max_.as<float>() + row * pitch_ : nullptr,
           .pitch = pitch_};
 }
 
@@ -284,7 +304,7 @@ void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Str
     device_.decode_attention(args, compute);
     return;
   }
-  args.pitch = exact_pitch_;
+  FT_CHECK(args.block_max == nullptr);  // pitch_ is not by block
   store_.streamed_attention({args, nullptr}, compute);
 }
 
@@ -306,21 +326,25 @@ predictor::AttentionRows Decode::exact_rows(int row) const {
           .by_slot = false};
 }
 
+bool Decode::any_calibrates(int layer) const {
+  return std::ranges::any_of(rows_, [&](const Sequence* row) { return calibrates(*row, layer); });
+}
+
+// Of the batch, from `layer` on.
+predictor::AttentionRows Decode::attended_rows(int layer, int num_layers) const {
+  const std::ptrdiff_t row = std::ptrdiff_t{layer} * batch_.rows * model_.partition().heads.count;
+  return {.block_max = block_max_.as<float>() + row * pitch_,
+          .lse = lse_.as<float>() + row,
+          .rows = 1,
+          .pitch = pitch_,
+          .num_columns = tables_->device.num_columns,
+          .by_slot = true,
+          .num_layers = num_layers};
+}
+
 // A row that calibrates at this layer gets the exact row, the others what they attended.
-void Decode::observe(int layer, kernels::Stream& compute) {
+void Decode::observe_exactly(int layer, kernels::Stream& compute) {
   const int heads = model_.partition().heads.count;
-  predictor::AttentionRows attended{.block_max = block_max_.as<float>(),
-                                    .lse = lse_.as<float>(),
-                                    .rows = 1,
-                                    .pitch = pitch_,
-                                    .num_columns = tables_->device.num_columns,
-                                    .by_slot = true};
-  const bool any = std::any_of(rows_.begin(), rows_.end(),
-                               [&](const Sequence* row) { return calibrates(*row, layer); });
-  if (!any) {
-    policy_.observe_decode(batch_, layer, attended, compute);
-    return;
-  }
   for (int row = 0; row < batch_.rows; ++row) {
     const Sequence& sequence = *rows_[static_cast<std::size_t>(row)];
     if (calibrates(sequence, layer)) {
@@ -328,11 +352,23 @@ void Decode::observe(int layer, kernels::Stream& compute) {
       policy_.observe_decode(sequence.alone(), layer, exact_rows(row), compute);
       continue;
     }
-    predictor::AttentionRows own = attended;
+    predictor::AttentionRows own = attended_rows(layer, 1);
     own.block_max += static_cast<std::ptrdiff_t>(row) * heads * pitch_;
     own.lse += static_cast<std::ptrdiff_t>(row) * heads;
     own.num_columns += row;
     policy_.observe_decode(sequence.alone(), layer, own, compute);
+  }
+}
+
+// Layers without an exact row, as many in one launch as lie side by side.
+void Decode::observe_attended(kernels::Stream& compute) {
+  for (int first = 0; first < model_.num_layers();) {
+    int end = first;
+    while (end < model_.num_layers() && !any_calibrates(end)) ++end;
+    if (end > first) {
+      policy_.observe_decode(batch_, first, attended_rows(first, end - first), compute);
+    }
+    first = end + 1;
   }
 }
 
@@ -356,7 +392,7 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
     if (fetches_blocks_) store_.wait(layer, compute);  // slots in flight are read and written here
     rope(layer, batch, compute);
     kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
-    args.pitch = exact_pitch_;
+    args.block_max = nullptr;
     store_.streamed_attention({args, nullptr}, compute);
     model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
   }
@@ -370,8 +406,8 @@ void Decode::measure_recall(int layer, int row, kernels::Stream& compute) {
   const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
   std::vector<float> kept(heads);
   std::vector<float> all(heads);
-  device_.copy_out(kept.data(), lse_.as<float>() + static_cast<std::size_t>(row) * heads,
-                   heads * sizeof(float), compute);
+  device_.copy_out(kept.data(), attention_args(layer, batch_, row).lse, heads * sizeof(float),
+                   compute);
   device_.copy_out(all.data(), exact_lse_.data(), heads * sizeof(float), compute);
   compute.synchronize();
   for (std::size_t head = 0; head < heads; ++head) {
