@@ -37,6 +37,7 @@ struct ServedModel {
   std::string name;
   std::optional<Tokenizer> tokenizer;  // none: prompts must be ids, and there is no text
   int num_layers = 1;
+  double attention_tokens = 4096;  // see StepTimes
   std::int64_t vocab_size = 0;
   std::int64_t context = 0;  // tokens
   std::vector<TokenId> eos_ids;

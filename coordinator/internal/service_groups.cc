@@ -17,6 +17,11 @@ constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as
 // whose exit is awaited, may hold the room.
 constexpr int kMaxRefusals = 120;
 
+std::optional<std::chrono::milliseconds> max_inter_token(const ServiceConfig& config) {
+  if (config.max_inter_token_ms == 0) return std::nullopt;
+  return std::chrono::milliseconds(config.max_inter_token_ms);
+}
+
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
 
 }  // namespace
@@ -97,8 +102,12 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   group.last_death.clear();
   group.full_until.reset();
   group.scheduler = std::make_unique<Scheduler>(
-      SchedulerConfig{group.ranks.epoch(), parts_.model.num_layers, parts_.config.max_num_seqs,
-                      parts_.config.max_batched_tokens});
+      SchedulerConfig{.epoch = group.ranks.epoch(),
+                      .num_layers = parts_.model.num_layers,
+                      .max_num_seqs = parts_.config.max_num_seqs,
+                      .max_batched_tokens = parts_.config.max_batched_tokens,
+                      .max_inter_token = max_inter_token(parts_.config),
+                      .attention_tokens = parts_.model.attention_tokens});
   const auto& ready = group.ranks.capacity();
   log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
              raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);

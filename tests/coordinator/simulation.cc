@@ -74,6 +74,7 @@ Simulation::Simulation(const SimulationConfig& config)
   service.tensor_parallel_size = config.world_size;
   service.max_num_seqs = rank_config_.max_num_seqs;
   service.max_batched_tokens = 128;
+  service.max_inter_token_ms = config.max_inter_token_ms;
   service.max_requests_per_client = 1000;
   service.request_timeout_s = 100000;
   ServedModel model;
