@@ -108,6 +108,14 @@ class Weight {
   int columns = 0;  // input features
 };
 
+// Rows in host memory of any kind.
+struct HostRows {
+  const std::byte* data = nullptr;
+  std::size_t count = 0;
+  std::size_t row_bytes = 0;
+  std::size_t stride_bytes = 0;
+};
+
 // Rows of a host matrix [rows, columns], row stride in bytes; parts are stacked in order.
 struct WeightPart {
   const std::byte* data = nullptr;  // host
@@ -493,6 +501,10 @@ class Device {
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream& stream) = 0;
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
 
+  // Brings rows to the device, one behind the other, as fast as several threads and the link can:
+  // for weights. Returns when they are there. For one caller at a time.
+  virtual void upload(void* device, const HostRows& rows) = 0;
+
   // Host memory that copies reach without a detour, so that they run beside the host.
   virtual void* allocate_pinned(std::size_t bytes) = 0;
   virtual void release_pinned(void* host) = 0;
@@ -502,7 +514,8 @@ class Device {
   virtual std::byte* register_host(std::byte* host, std::size_t bytes) = 0;
   virtual void unregister_host(std::byte* host) = 0;
 
-  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns.
+  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns. For one
+  // caller at a time: it uses several threads itself.
   virtual std::unique_ptr<Weight> make_weight(std::span<const WeightPart> parts) = 0;
   virtual std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) = 0;
   // Bytes of one map's streaming state beside its ring of rows, for max_columns.

@@ -166,6 +166,11 @@ void CudaDevice::fill_zero(void* device, std::size_t bytes, Stream& stream) {
   FT_CUDA(cudaMemsetAsync(device, 0, bytes, as_cuda(stream).handle()));
 }
 
+void CudaDevice::upload(void* device, const HostRows& rows) {
+  if (!uploader_) uploader_ = std::make_unique<Uploader>(config_.index);
+  uploader_->upload(device, rows);
+}
+
 void* CudaDevice::allocate_pinned(std::size_t bytes) {
   void* host = nullptr;
   FT_CUDA(cudaHostAlloc(&host, bytes, cudaHostAllocPortable));

@@ -9,6 +9,7 @@
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/uploader.h"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
@@ -32,6 +33,7 @@ class CudaDevice final : public Device {
   void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
+  void upload(void* device, const HostRows& rows) override;
   void* allocate_pinned(std::size_t bytes) override;
   void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;
@@ -71,6 +73,7 @@ class CudaDevice final : public Device {
   cudaStream_t memory_stream_ = nullptr;  // what the pool's allocations are ordered on
   Linear linear_;
   PrefillAttention prefill_attention_;
+  std::unique_ptr<Uploader> uploader_;  // once something was uploaded
   std::array<std::atomic<std::size_t>, static_cast<std::size_t>(MemoryUse::kCount)> in_use_{};
 };
 

@@ -95,8 +95,13 @@ void Supervisor::start() {
 
 void Supervisor::start_group(Group& group) {
   group.start_at.reset();
-  group.process = std::make_unique<Process>(
-      worker_group_command(config_.service, config_.files, group.number, config_.launcher));
+  Command command =
+      worker_group_command(config_.service, config_.files, group.number, config_.launcher);
+  // Through mpirun's pipes a rank can't see it.
+  if (!config_.quiet && isatty(STDERR_FILENO) == 1) {
+    command.environment.emplace_back("FORETOKEN_PROGRESS", "bar");
+  }
+  group.process = std::make_unique<Process>(command);
 }
 
 // Over ipc the folder's mode guards the socket.

@@ -6,6 +6,8 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <string_view>
 #include <thread>
 
 #include "common/log.h"
@@ -191,6 +193,15 @@ std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const P
   return wants_cuda(config) ? make_nccl_collective(device) : make_mpi_collective();
 }
 
+// `foretoken serve` says by the environment whether its own stderr, where mpirun takes ours, is a
+// terminal. One bar is enough there.
+LoadProgress::Style progress_style(const RankConfig& config, const Place& place) {
+  if (place.rank != 0) return LoadProgress::Style::kNone;
+  const char* said = std::getenv("FORETOKEN_PROGRESS");
+  const bool bar = config.group == 0 && said != nullptr && std::string_view(said) == "bar";
+  return bar ? LoadProgress::Style::kBar : LoadProgress::Style::kLog;
+}
+
 // Everything a rank is made of, in the order it is built.
 class Worker {
  public:
@@ -208,7 +219,9 @@ class Worker {
         config_.load_format == "dummy"
             ? make_dummy_source(model_config_)
             : make_folder_source(ModelWeights::open(config_.model).value_or_throw());
-    model_ = Model::load(model_config_, *weights, part, *device_, *collective_).value_or_throw();
+    LoadProgress progress(progress_style(config, place));
+    model_ = Model::load(model_config_, *weights, part, *device_, *collective_, progress)
+                 .value_or_throw();
     policy_ =
         predictor::make_policy(policy_config(config_),
                                {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
@@ -286,6 +299,7 @@ void run_rank(const RankConfig& config) {
   Heart heart(config, welcome.epoch, place.rank);
   try {
     Worker worker(config, welcome, place);
+    if (place.rank == 0) log().info("{}", worker.engine().memory_plan());
     Ready ready = worker.engine().capacity();
     ready.epoch = welcome.epoch;
     ready.group = config.group;
