@@ -434,21 +434,21 @@ struct SelectTraceArgs {
 // ---- sampling --------------------------------------------------------------------------------
 
 struct SampleRow {
-  float temperature;         // 0: greedy
-  std::int32_t top_k;        // 0: off
-  float top_p;               // 1: off
-  float min_p;               // 0: off
-  float repetition_penalty;  // 1: off
-  float presence_penalty;    // 0: off
-  float frequency_penalty;   // 0: off
-  std::uint64_t seed;
-  std::int64_t position;  // of the token that is sampled
-  TokenId* tokens;        // [num_tokens, and one more where `append`] prompt then output
-  std::int32_t num_prompt;
-  std::int32_t num_tokens;
-  bool append;  // the drawn token goes to tokens[num_tokens], where the next step reads it
-  std::int32_t num_logprobs;  // of the best tokens, <= kMaxLogprobs
-  TokenId forced;             // taken instead of sampling (its logprob is reported); < 0: none
+  float temperature = 0;         // 0: greedy
+  std::int32_t top_k = 0;        // 0: off
+  float top_p = 1;               // 1: off
+  float min_p = 0;               // 0: off
+  float repetition_penalty = 1;  // 1: off
+  float presence_penalty = 0;    // 0: off
+  float frequency_penalty = 0;   // 0: off
+  std::uint64_t seed = 0;
+  std::int64_t position = 0;  // of the token that is sampled
+  TokenId* tokens = nullptr;  // [num_tokens, and one more where `append`] prompt then output
+  std::int32_t num_prompt = 0;
+  std::int32_t num_tokens = 0;
+  bool append = false;  // the drawn token goes to tokens[num_tokens], where the next step reads it
+  std::int32_t num_logprobs = 0;  // of the best tokens, <= kMaxLogprobs
+  TokenId forced = -1;            // taken instead of sampling (its logprob is reported); < 0: none
 };
 inline constexpr int kMaxLogprobs = 20;
 
