@@ -76,7 +76,8 @@ enum class StreamKind { kCompute, kCopy };
 class Stream {
  public:
   virtual ~Stream() = default;
-  // Blocks the host until all that was enqueued has run. Rethrows what an op threw.
+  // Blocks the host until all that was enqueued has run. Rethrows what an op threw. On a GPU these
+  // waits, and an event's, have a deadline of 100 s, and throw Exception(kDevice) past it.
   virtual void synchronize() = 0;
   // What other libraries of the device know it by (cudaStream_t); null on the CPU.
   virtual void* native_handle() const { return nullptr; }
@@ -485,6 +486,11 @@ class Device {
   virtual DataType activation_type() const = 0;
   // True where an op of a compute stream has run when its call returns.
   virtual bool runs_at_once() const = 0;
+
+  // Called now and then by a wait for this device that takes long; what it throws ends the wait.
+  // For what makes a wait endless without the device's knowing, as a peer's death. Not while one
+  // waits.
+  virtual void set_wait_check(std::function<void()> check) = 0;
 
   // Memory. allocate() throws Exception(kExhausted) naming use, wanted and free bytes.
   virtual void* allocate(std::size_t bytes, MemoryUse use) = 0;

@@ -31,6 +31,7 @@ class CpuDevice final : public Device {
   DataType activation_type() const override { return DataType::kFp32; }
   bool runs_at_once() const override { return true; }
 
+  void set_wait_check(std::function<void()>) override {}
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;

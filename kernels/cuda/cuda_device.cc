@@ -13,7 +13,9 @@ namespace {
 
 class CudaEvent final : public Event {
  public:
-  CudaEvent() { FT_CUDA(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming)); }
+  explicit CudaEvent(const Waiter& waiter) : waiter_(waiter) {
+    FT_CUDA(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming));
+  }
   ~CudaEvent() override { cudaEventDestroy(handle_); }
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
@@ -25,18 +27,13 @@ class CudaEvent final : public Event {
   void wait(Stream& stream) override {
     if (recorded_) FT_CUDA(cudaStreamWaitEvent(as_cuda(stream).handle(), handle_, 0));
   }
-  bool done() const override {
-    if (!recorded_) return true;
-    const cudaError_t status = cudaEventQuery(handle_);
-    if (status == cudaErrorNotReady) return false;
-    check(status, "cudaEventQuery");
-    return true;
-  }
+  bool done() const override { return !recorded_ || is_done(cudaEventQuery(handle_)); }
   void synchronize() override {
-    if (recorded_) FT_CUDA(cudaEventSynchronize(handle_));
+    if (recorded_) waiter_.wait_for(handle_);
   }
 
  private:
+  const Waiter& waiter_;
   cudaEvent_t handle_ = nullptr;
   bool recorded_ = false;
 };
@@ -102,6 +99,10 @@ CudaDevice::~CudaDevice() {
 
 DeviceInfo CudaDevice::info() const { return info_; }
 
+void CudaDevice::set_wait_check(std::function<void()> check) {
+  waiter_.set_check(std::move(check));
+}
+
 void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
   std::size_t total = 0;
   for (const auto& in_use : in_use_) total += in_use;
@@ -109,7 +110,7 @@ void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
   const bool fits = total + bytes <= info_.memory_bytes;
   if (fits && bytes > 0 &&
       cudaMallocFromPoolAsync(&data, bytes, pool_, memory_stream_) == cudaSuccess) {
-    FT_CUDA(cudaStreamSynchronize(memory_stream_));  // usable on every stream from here on
+    waiter_.wait_for(memory_stream_);  // usable on every stream from here on
   }
   if (data == nullptr && bytes > 0) {
     cudaGetLastError();
@@ -134,9 +135,9 @@ std::size_t CudaDevice::memory_in_use(MemoryUse use) const {
 }
 
 std::unique_ptr<Stream> CudaDevice::make_stream(StreamKind kind) {
-  return std::make_unique<CudaStream>(kind);
+  return std::make_unique<CudaStream>(kind, waiter_);
 }
-std::unique_ptr<Event> CudaDevice::make_event() { return std::make_unique<CudaEvent>(); }
+std::unique_ptr<Event> CudaDevice::make_event() { return std::make_unique<CudaEvent>(waiter_); }
 
 std::unique_ptr<Graph> CudaDevice::record(Stream& stream, const std::function<void()>& ops) {
   const cudaStream_t handle = as_cuda(stream).handle();

@@ -10,6 +10,7 @@
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/prefill_attention.h"
 #include "kernels/cuda/uploader.h"
+#include "kernels/cuda/waiter.h"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
@@ -23,6 +24,7 @@ class CudaDevice final : public Device {
   DataType activation_type() const override { return config_.activation_type; }
   bool runs_at_once() const override { return false; }
 
+  void set_wait_check(std::function<void()> check) override;
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;
@@ -68,6 +70,7 @@ class CudaDevice final : public Device {
 
  private:
   CudaDeviceConfig config_;
+  Waiter waiter_;
   DeviceInfo info_;
   cudaMemPool_t pool_ = nullptr;
   cudaStream_t memory_stream_ = nullptr;  // what the pool's allocations are ordered on

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/waiter.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -46,7 +47,7 @@ class Uploader::Lane {
   void send(std::byte* device, const HostRows& rows) {
     Buffer& buffer = buffers_[next_];
     next_ = (next_ + 1) % buffers_.size();
-    FT_CUDA(cudaEventSynchronize(buffer.emptied));
+    Waiter().wait_for(buffer.emptied);
     const std::size_t bytes = rows.count * rows.row_bytes;
     if (rows.stride_bytes == rows.row_bytes) {
       std::memcpy(buffer.host, rows.data, bytes);
@@ -59,7 +60,7 @@ class Uploader::Lane {
     FT_CUDA(cudaMemcpyAsync(device, buffer.host, bytes, cudaMemcpyHostToDevice, stream_));
     FT_CUDA(cudaEventRecord(buffer.emptied, stream_));
   }
-  void finish() { FT_CUDA(cudaStreamSynchronize(stream_)); }
+  void finish() { Waiter().wait_for(stream_); }
 
  private:
   struct Buffer {

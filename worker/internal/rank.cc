@@ -297,18 +297,22 @@ void run_rank(const RankConfig& config) {
   Line line(config);
   const Welcome welcome = join(line, config, place);
   Heart heart(config, welcome.epoch, place.rank);
+  std::unique_ptr<Worker> worker;
   try {
-    Worker worker(config, welcome, place);
-    if (place.rank == 0) log().info("{}", worker.engine().memory_plan());
-    Ready ready = worker.engine().capacity();
+    worker = std::make_unique<Worker>(config, welcome, place);
+    if (place.rank == 0) log().info("{}", worker->engine().memory_plan());
+    Ready ready = worker->engine().capacity();
     ready.epoch = welcome.epoch;
     ready.group = config.group;
     ready.rank = place.rank;
-    ready.model_hash = worker.hash();
+    ready.model_hash = worker->hash();
     line.send(ready);
-    serve_plans(line, heart, worker.engine(), welcome.epoch, config);
+    serve_plans(line, heart, worker->engine(), welcome.epoch, config);
   } catch (const Exception& failure) {
     line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
+    // Its parts would wait for the device before they end, and that may be what failed. The
+    // process, which is about to end, gives all back.
+    static_cast<void>(worker.release());
     throw;
   }
 }
