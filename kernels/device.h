@@ -568,5 +568,10 @@ struct CudaDeviceConfig {
 std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig& config);
 // 0 without a GPU, a driver, or CUDA in this program.
 int num_cuda_devices();
+// Why that is 0, and what to do.
+std::string why_no_cuda_device();
+// What tells a GPU from all others, whoever asks, by its number in this process. Throws
+// Exception(kDevice).
+std::string cuda_device_id(int index);
 
 }  // namespace foretoken::kernels

@@ -56,6 +56,11 @@ class CudaGraph final : public Graph {
   cudaGraphExec_t exec_ = nullptr;
 };
 
+// CUDA's number: major * 1000 + minor * 10.
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 // The device's memory that may be allocated: what was asked for, or what is free if that is less
 // (others use the device too).
 std::size_t memory_limit(const CudaDeviceConfig& config) {
@@ -275,6 +280,28 @@ int num_cuda_devices() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
   return status == cudaSuccess ? count : 0;  // no driver and no device alike
+}
+
+std::string why_no_cuda_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  constexpr const char* kElse = ", or use --device cpu; `foretoken doctor` shows more";
+  if (status == cudaSuccess || status == cudaErrorNoDevice) {
+    return std::string("the driver shows no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES") + kElse;
+  }
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return std::string("no NVIDIA driver is loaded: install one") + kElse;
+  if (status != cudaErrorInsufficientDriver) return cudaGetErrorString(status) + std::string(kElse);
+  return "the NVIDIA driver is too old: it takes CUDA up to " + cuda::version_name(driver) +
+         ", this program needs " + cuda::version_name(CUDART_VERSION) + ": update it" + kElse;
+}
+
+std::string cuda_device_id(int index) {
+  cudaDeviceProp properties{};
+  FT_CUDA(cudaGetDeviceProperties(&properties, index));
+  return {properties.uuid.bytes, sizeof properties.uuid.bytes};
 }
 
 }  // namespace foretoken::kernels
