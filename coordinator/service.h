@@ -129,6 +129,7 @@ class Service {
   void on_step_event(Group& group, const Released& event, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void ask_for_restart(Group& group);
+  void tell_parent(const char* event, const Group& group);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   void start_waiting(TimePoint now);

@@ -93,8 +93,7 @@ void Service::on_event(Group& group, const SendWelcome& event, TimePoint now) {
   const Welcome welcome{group.ranks.epoch(), to_json(parts_.config), parts_.store_socket};
   const auto sent = outbox_.to_worker(event.peer, encode(CoordinatorMessage(welcome)));
   if (sent || !group.ranks.is_ready()) return;
-  on_event(group, GroupDead{{ErrorCode::kUnavailable, "a rank's connection is closed"}, false},
-           now);
+  on_event(group, group.ranks.on_lost(event.peer), now);
 }
 
 void Service::on_event(Group& group, const GroupReady&, TimePoint) {
@@ -123,12 +122,20 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   requeue(group, now);
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
-  if (event.must_be_killed) ask_for_restart(group);
+  if (event.must_be_killed) {
+    ask_for_restart(group);
+  } else {
+    tell_parent("group_dead", group);
+  }
 }
 
 void Service::ask_for_restart(Group& group) {
   group.kill_at.reset();
-  outbox_.to_parent(nlohmann::json{{"event", "restart_group"},
+  tell_parent("restart_group", group);
+}
+
+void Service::tell_parent(const char* event, const Group& group) {
+  outbox_.to_parent(nlohmann::json{{"event", event},
                                    {"group", group.ranks.group()},
                                    {"epoch", raw(group.ranks.epoch())},
                                    {"reason", group.last_death}}
@@ -308,11 +315,7 @@ bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
   for (const auto& peer : group.ranks.peers()) {
     const auto sent = outbox_.to_worker(peer, frame);
     if (sent) continue;
-    on_event(group,
-             GroupDead{{ErrorCode::kUnavailable,
-                        "a rank's connection is closed: " + sent.error().message},
-                       /*must_be_killed=*/false},
-             now);
+    on_event(group, group.ranks.on_lost(peer), now);
     return false;
   }
   return true;
