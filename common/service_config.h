@@ -49,6 +49,7 @@ struct ServiceConfig {
   // Scheduling and limits.
   int max_num_seqs = 8;          // sequences that decode in one step
   int max_batched_tokens = 512;  // of prefill, a step
+  int max_inter_token_ms = 200;  // of a step that decodes, prefill beside it included; 0: no bound
   int max_waiting = 1024;        // requests; more are turned away
   int max_requests_per_client = 64;
   int request_timeout_s = 600;

@@ -10,11 +10,14 @@
 // Prefill is layer-major (docs/architecture.md): a step has a budget of max_batched_tokens *
 // num_layers token-layers. Where a layer of the whole prompt fits the budget, an item takes as many
 // whole layers as fit; else a layer is cut into token ranges. One sequence is in prefill at a time,
-// first come first served; all others decode in the same steps.
+// first come first served; all others decode in the same steps. Beside them the budget is also what
+// max_inter_token leaves, by the times of the steps before (StepTimes), but never less than a block
+// of one layer.
 //
 // For one thread. Example: tests/coordinator/scheduler_test.cc
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -23,6 +26,7 @@
 #include <vector>
 
 #include "common/messages.h"
+#include "coordinator/step_times.h"
 
 namespace foretoken::coordinator {
 
@@ -31,6 +35,8 @@ struct SchedulerConfig {
   int num_layers = 1;
   int max_num_seqs = 8;
   int max_batched_tokens = 512;
+  std::optional<std::chrono::milliseconds> max_inter_token = {};  // of a step that decodes
+  double attention_tokens = 4096;                                 // see StepTimes
 };
 
 struct NewSequence {
@@ -65,7 +71,8 @@ class Scheduler {
  public:
   static constexpr std::size_t kMaxInFlight = 2;
 
-  explicit Scheduler(const SchedulerConfig& config) : config_(config) {}
+  explicit Scheduler(const SchedulerConfig& config)
+      : config_(config), times_(config.attention_tokens) {}
 
   // Whether a sequence may be added now. A prompt whose first segment another one is about to
   // publish waits for that, so that it can be reused.
@@ -109,14 +116,26 @@ class Scheduler {
     std::vector<SequenceId> prefilled;  // whose last item it holds
     std::vector<SequenceId> sampling;   // that draw a token
     std::vector<SequenceId> releases;
+    int num_decodes = 0;
+    double prefill_units = 0;  // as StepTimes counts
+  };
+  // Prefill that a step may hold.
+  struct Budget {
+    std::int64_t token_layers = 0;
+    std::optional<double> units = {};  // as StepTimes counts; none: as many as there are
   };
 
   void plan_publishes_and_releases(StepPlan& plan, InFlight& step);
   void plan_admissions(StepPlan& plan, InFlight& step);
   void plan_decodes(StepPlan& plan, InFlight& step);
   void plan_prefills(StepPlan& plan, InFlight& step);
-  std::int64_t whole_budget() const;  // token-layers of a step
-  std::optional<PrefillItem> cut_prefill(Sequence& sequence, std::int64_t budget) const;
+  Budget whole_budget(const StepPlan& plan) const;
+  // Tokens of one layer, from `begin` on, that the budget allows.
+  std::int64_t tokens_within(const Budget& budget, std::int64_t begin) const;
+  std::optional<PrefillItem> cut_prefill(Sequence& sequence, const Budget& whole,
+                                         const Budget& left) const;
+  void spend(const PrefillItem& item, Budget& left, InFlight& step) const;
+  void learn(const InFlight& step, const std::vector<StepResult>& ranks);
 
   Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                    std::vector<StepEvent>& events);
@@ -130,6 +149,8 @@ class Scheduler {
   std::uint64_t last_step_ = 0;
   std::map<SequenceId, Sequence> sequences_;  // in the order they were added
   std::deque<InFlight> in_flight_;
+  StepTimes times_;
+  StepTimes::Step unmeasured_;  // steps that nobody waited for: their time falls to the next one
 };
 
 }  // namespace foretoken::coordinator

@@ -37,6 +37,7 @@ struct ServedModel {
   std::string name;
   std::optional<Tokenizer> tokenizer;  // none: prompts must be ids, and there is no text
   int num_layers = 1;
+  double attention_tokens = 4096;  // see StepTimes
   std::int64_t vocab_size = 0;
   std::int64_t context = 0;  // tokens
   std::vector<TokenId> eos_ids;
@@ -128,6 +129,7 @@ class Service {
   void on_step_event(Group& group, const Released& event, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void ask_for_restart(Group& group);
+  void tell_parent(const char* event, const Group& group);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   void start_waiting(TimePoint now);

@@ -62,6 +62,8 @@ class WorkerGroup {
   bool on_heartbeat(const Heartbeat& heartbeat);
   std::vector<GroupEvent> on_failed(const std::string& peer, const WorkerFailed& failed);
   std::vector<GroupEvent> on_time(TimePoint now);
+  // The connection of a rank is closed.
+  GroupDead on_lost(const std::string& peer) const;
 
   // A plan was sent to all ranks: its results are due.
   void on_plan_sent(StepNumber step) { due_.emplace(step, Due{watched_, {}}); }

@@ -76,7 +76,8 @@ enum class StreamKind { kCompute, kCopy };
 class Stream {
  public:
   virtual ~Stream() = default;
-  // Blocks the host until all that was enqueued has run. Rethrows what an op threw.
+  // Blocks the host until all that was enqueued has run. Rethrows what an op threw. On a GPU these
+  // waits, and an event's, have a deadline of 100 s, and throw Exception(kDevice) past it.
   virtual void synchronize() = 0;
   // What other libraries of the device know it by (cudaStream_t); null on the CPU.
   virtual void* native_handle() const { return nullptr; }
@@ -106,6 +107,14 @@ class Weight {
   virtual ~Weight() = default;
   int rows = 0;     // output features
   int columns = 0;  // input features
+};
+
+// Rows in host memory of any kind.
+struct HostRows {
+  const std::byte* data = nullptr;
+  std::size_t count = 0;
+  std::size_t row_bytes = 0;
+  std::size_t stride_bytes = 0;
 };
 
 // Rows of a host matrix [rows, columns], row stride in bytes; parts are stacked in order.
@@ -428,21 +437,21 @@ struct SelectTraceArgs {
 // ---- sampling --------------------------------------------------------------------------------
 
 struct SampleRow {
-  float temperature;         // 0: greedy
-  std::int32_t top_k;        // 0: off
-  float top_p;               // 1: off
-  float min_p;               // 0: off
-  float repetition_penalty;  // 1: off
-  float presence_penalty;    // 0: off
-  float frequency_penalty;   // 0: off
-  std::uint64_t seed;
-  std::int64_t position;  // of the token that is sampled
-  TokenId* tokens;        // [num_tokens, and one more where `append`] prompt then output
-  std::int32_t num_prompt;
-  std::int32_t num_tokens;
-  bool append;  // the drawn token goes to tokens[num_tokens], where the next step reads it
-  std::int32_t num_logprobs;  // of the best tokens, <= kMaxLogprobs
-  TokenId forced;             // taken instead of sampling (its logprob is reported); < 0: none
+  float temperature = 0;         // 0: greedy
+  std::int32_t top_k = 0;        // 0: off
+  float top_p = 1;               // 1: off
+  float min_p = 0;               // 0: off
+  float repetition_penalty = 1;  // 1: off
+  float presence_penalty = 0;    // 0: off
+  float frequency_penalty = 0;   // 0: off
+  std::uint64_t seed = 0;
+  std::int64_t position = 0;  // of the token that is sampled
+  TokenId* tokens = nullptr;  // [num_tokens, and one more where `append`] prompt then output
+  std::int32_t num_prompt = 0;
+  std::int32_t num_tokens = 0;
+  bool append = false;  // the drawn token goes to tokens[num_tokens], where the next step reads it
+  std::int32_t num_logprobs = 0;  // of the best tokens, <= kMaxLogprobs
+  TokenId forced = -1;            // taken instead of sampling (its logprob is reported); < 0: none
 };
 inline constexpr int kMaxLogprobs = 20;
 
@@ -480,6 +489,11 @@ class Device {
   // True where an op of a compute stream has run when its call returns.
   virtual bool runs_at_once() const = 0;
 
+  // Called now and then by a wait for this device that takes long; what it throws ends the wait.
+  // For what makes a wait endless without the device's knowing, as a peer's death. Not while one
+  // waits.
+  virtual void set_wait_check(std::function<void()> check) = 0;
+
   // Memory. allocate() throws Exception(kExhausted) naming use, wanted and free bytes.
   virtual void* allocate(std::size_t bytes, MemoryUse use) = 0;
   virtual void release(void* data, std::size_t bytes, MemoryUse use) = 0;
@@ -495,6 +509,10 @@ class Device {
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream& stream) = 0;
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
 
+  // Brings rows to the device, one behind the other, as fast as several threads and the link can:
+  // for weights. Returns when they are there. For one caller at a time.
+  virtual void upload(void* device, const HostRows& rows) = 0;
+
   // Host memory that copies reach without a detour, so that they run beside the host.
   virtual void* allocate_pinned(std::size_t bytes) = 0;
   virtual void release_pinned(void* host) = 0;
@@ -504,7 +522,8 @@ class Device {
   virtual std::byte* register_host(std::byte* host, std::size_t bytes) = 0;
   virtual void unregister_host(std::byte* host) = 0;
 
-  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns.
+  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns. For one
+  // caller at a time: it uses several threads itself.
   virtual std::unique_ptr<Weight> make_weight(std::span<const WeightPart> parts) = 0;
   virtual std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) = 0;
   // Bytes of one map's streaming state beside its ring of rows, for max_columns.
@@ -551,5 +570,10 @@ struct CudaDeviceConfig {
 std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig& config);
 // 0 without a GPU, a driver, or CUDA in this program.
 int num_cuda_devices();
+// Why that is 0, and what to do.
+std::string why_no_cuda_device();
+// What tells a GPU from all others, whoever asks, by its number in this process. Throws
+// Exception(kDevice).
+std::string cuda_device_id(int index);
 
 }  // namespace foretoken::kernels

@@ -5,10 +5,12 @@
 namespace foretoken::kernels {
 
 std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig&) {
-  throw Exception(ErrorCode::kDevice,
-                  "this program was built without CUDA; build where nvcc is found, or use "
-                  "--device cpu");
+  throw Exception(ErrorCode::kDevice, why_no_cuda_device());
 }
 int num_cuda_devices() { return 0; }
+std::string why_no_cuda_device() {
+  return "this program was built without CUDA; build where nvcc is found, or use --device cpu";
+}
+std::string cuda_device_id(int) { throw Exception(ErrorCode::kDevice, why_no_cuda_device()); }
 
 }  // namespace foretoken::kernels

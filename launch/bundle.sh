@@ -18,7 +18,7 @@ while [[ "${1:-}" == --* ]]; do
     --cuda) with_cuda=true ;;
     --tests)
       programs+=(cuda_test worker_test cuda_ops_bench)
-      extras=(tests/gpu.sh tests/gpu/oracle.py tests/bench/transformers_peer.py)
+      extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/oracle.py tests/bench/transformers_peer.py)
       ;;
     *) break ;;
   esac

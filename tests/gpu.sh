@@ -5,8 +5,8 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for the stages oracle and peer)
 #
-# Stages: kernels sanitize engine oracle ops decode batch prefill peer; default: all. Each leaves its
-# log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
+# Stages: kernels sanitize engine faults oracle ops decode batch prefill peer; default: all. Each
+# leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# == 0)); then
@@ -17,7 +17,7 @@ results=$1
 shift
 stages=("$@")
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine oracle ops decode batch prefill peer)
+  stages=(kernels sanitize engine faults oracle ops decode batch prefill peer)
 fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
@@ -40,6 +40,10 @@ sanitize() {
   done
 }
 engine() { FORETOKEN_TEST_DEVICE=cuda timeout 200 "$here/bin/worker_test"; }
+faults() {
+  timeout 120 python3 "$here/faults.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+    --json "$results/faults.json"
+}
 oracle() {
   timeout 400 python3 "$here/oracle.py" --bin "$here/bin" --tokenizer "$here/models/llama-8b" \
     --json "$results/oracle.json"

@@ -10,6 +10,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <string>
 
 #include "common/messages.h"
 #include "common/service_config.h"
@@ -48,6 +49,8 @@ class Engine {
 
   // What this rank can hold, for Ready; epoch, group, rank and hash are the caller's to fill in.
   Ready capacity() const;
+  // What the device's memory is planned for, as a table for people.
+  std::string memory_plan() const;
 
  private:
   // A plan that was launched: what is known of its result, and what is still being drawn.

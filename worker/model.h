@@ -15,6 +15,7 @@
 #include "common/safetensors.h"
 #include "kernels/device.h"
 #include "worker/collective.h"
+#include "worker/load_progress.h"
 #include "worker/partition.h"
 
 namespace foretoken::worker {
@@ -49,11 +50,11 @@ struct Activations {
 
 class Model {
  public:
-  // Reads this rank's part of every tensor. Error: kModelFile. Throws Exception(kExhausted) when
-  // it doesn't fit the device.
+  // Reads this rank's part of every tensor; `progress` hears of each. Error: kModelFile. Throws
+  // Exception(kExhausted) when it doesn't fit the device.
   static Result<std::unique_ptr<Model>> load(const ModelConfig& config, const WeightSource& weights,
                                              const Partition& part, kernels::Device& device,
-                                             Collective& collective);
+                                             Collective& collective, LoadProgress& progress);
   ~Model();
 
   const ModelConfig& config() const { return config_; }

@@ -80,7 +80,13 @@ class Sequence {
 // Slots a KV head: sink, local window and the policy's choice, or every block there can be.
 int slots_for(const predictor::Policy& policy, int max_blocks);
 // Device bytes that a sequence of max_tokens takes.
-std::size_t sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
-                           int max_tokens);
+struct SequenceBytes {
+  std::size_t kv_slots = 0;
+  std::size_t tables = 0;
+  std::size_t history = 0;
+  std::size_t total() const { return kv_slots + tables + history; }
+};
+SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
+                             int max_tokens);
 
 }  // namespace foretoken::worker

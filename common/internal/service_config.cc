@@ -43,6 +43,7 @@ void visit_config(F&& f, auto& c) {
   f("guard_arena", c.guard_arena);
   f("max_num_seqs", c.max_num_seqs);
   f("max_batched_tokens", c.max_batched_tokens);
+  f("max_inter_token_ms", c.max_inter_token_ms);
   f("max_waiting", c.max_waiting);
   f("max_requests_per_client", c.max_requests_per_client);
   f("request_timeout_s", c.request_timeout_s);
@@ -103,6 +104,7 @@ constexpr std::array kIntRanges = {
     Range<int>{"audit_every", &ServiceConfig::audit_every, 0, 1 << 20},
     Range<int>{"max_num_seqs", &ServiceConfig::max_num_seqs, 1, 4096},
     Range<int>{"max_batched_tokens", &ServiceConfig::max_batched_tokens, 1, 1 << 20},
+    Range<int>{"max_inter_token_ms", &ServiceConfig::max_inter_token_ms, 0, 1 << 20},
     Range<int>{"max_waiting", &ServiceConfig::max_waiting, 1, 1 << 20},
     Range<int>{"max_requests_per_client", &ServiceConfig::max_requests_per_client, 1, 1 << 20},
     Range<int>{"request_timeout_s", &ServiceConfig::request_timeout_s, 1, 1 << 20},

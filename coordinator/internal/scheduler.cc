@@ -167,21 +167,44 @@ void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
     plan.decodes.push_back(id);
     step.sampling.push_back(id);
   }
+  step.num_decodes = static_cast<int>(plan.decodes.size());
 }
 
-std::int64_t Scheduler::whole_budget() const {
-  return std::int64_t{config_.max_batched_tokens} * config_.num_layers;
+Scheduler::Budget Scheduler::whole_budget(const StepPlan& plan) const {
+  Budget budget{std::int64_t{config_.max_batched_tokens} * config_.num_layers};
+  if (config_.max_inter_token && !plan.decodes.empty()) {
+    budget.units = times_.units_beside_decodes(*config_.max_inter_token);
+  }
+  return budget;
+}
+
+std::int64_t Scheduler::tokens_within(const Budget& budget, std::int64_t begin) const {
+  if (!budget.units) return budget.token_layers;
+  return std::min(budget.token_layers, times_.tokens_within(*budget.units, begin));
+}
+
+void Scheduler::spend(const PrefillItem& item, Budget& left, InFlight& step) const {
+  const int layers = item.layer_end - item.layer_begin;
+  const double units = layers * times_.units(item.token_begin, item.token_end);
+  left.token_layers -= layers * (item.token_end - item.token_begin);
+  if (left.units) left.units = std::max(0.0, *left.units - units);
+  step.prefill_units += units;
 }
 
 void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
-  auto budget = whole_budget();
+  auto whole = whole_budget(plan);
+  auto left = whole;
   for (auto& [id, sequence] : sequences_) {
     if (sequence.phase == Phase::kStarting && !sequence.releasing) return;  // it comes first
     if (sequence.phase != Phase::kPrefilling || sequence.releasing) continue;
+    if (whole.units && plan.prefills.empty()) {
+      const auto least = times_.units(sequence.token, sequence.token + kBlockTokens);
+      left.units = whole.units = std::max(*whole.units, least);
+    }
     while (sequence.layer < config_.num_layers) {
-      const auto item = cut_prefill(sequence, budget);
+      const auto item = cut_prefill(sequence, whole, left);
       if (!item) return;
-      budget -= (item->layer_end - item->layer_begin) * (item->token_end - item->token_begin);
+      spend(*item, left, step);
       plan.prefills.push_back(*item);
     }
     sequence.phase = Phase::kDecoding;
@@ -193,23 +216,31 @@ void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
 
 // The next item of a prompt; nullopt when it had better wait for the next step: a layer is cut only
 // where a whole step can't hold it, and then by whole segments or blocks.
-std::optional<PrefillItem> Scheduler::cut_prefill(Sequence& sequence, std::int64_t budget) const {
+std::optional<PrefillItem> Scheduler::cut_prefill(Sequence& sequence, const Budget& whole,
+                                                  const Budget& left) const {
   const auto length = prompt_length(sequence.given);
   PrefillItem item{sequence.given.admit.sequence, sequence.layer, sequence.layer + 1,
                    sequence.token, length};
-  const auto left = length - sequence.token;
-  if (left > budget) {
-    const std::int64_t unit = whole_budget() >= kSegmentTokens ? kSegmentTokens
-                              : whole_budget() >= kBlockTokens ? kBlockTokens
-                                                               : 1;
-    if (left <= whole_budget() || budget < unit) return std::nullopt;
-    item.token_end = sequence.token + budget / unit * unit;
+  const auto rest = length - sequence.token;
+  const auto fits = tokens_within(left, sequence.token);
+  if (rest > fits) {
+    const auto most = tokens_within(whole, sequence.token);
+    const std::int64_t unit = most >= kSegmentTokens ? kSegmentTokens
+                              : most >= kBlockTokens ? kBlockTokens
+                                                     : 1;
+    if (rest <= most || fits < unit) return std::nullopt;
+    item.token_end = sequence.token + fits / unit * unit;
     sequence.token = item.token_end;
     return item;
   }
   if (sequence.token == sequence.reused) {
-    item.layer_end = static_cast<int>(
-        std::min<std::int64_t>(config_.num_layers, sequence.layer + budget / left));
+    auto layers = left.token_layers / rest;
+    if (left.units) {
+      const double one = times_.units(sequence.token, length);
+      layers = std::clamp<std::int64_t>(static_cast<std::int64_t>(*left.units / one), 1, layers);
+    }
+    item.layer_end =
+        static_cast<int>(std::min<std::int64_t>(config_.num_layers, sequence.layer + layers));
   }
   sequence.layer = item.layer_end;
   sequence.token = sequence.reused;
@@ -232,12 +263,27 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
                     std::to_string(raw(step.step)));
     }
   }
+  learn(step, ranks);
   std::vector<StepEvent> events;
   FT_RETURN_IF_ERROR(on_admits(step, ranks, events));
   FT_RETURN_IF_ERROR(on_tokens(step, ranks.front(), events));
   on_prefilled(step);
   on_releases(step, ranks, events);
   return events;
+}
+
+// A rank waits for the tokens of a step alone: the time of one that draws none shows in the next
+// that does.
+void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks) {
+  if (step.prefill_units == 0 && step.num_decodes == 0) return;
+  std::int64_t slowest_us = 0;
+  for (const auto& rank : ranks) slowest_us = std::max(slowest_us, rank.step_us);
+  unmeasured_.prefill_units += step.prefill_units;
+  unmeasured_.num_decodes += step.num_decodes;
+  unmeasured_.time += std::chrono::microseconds(slowest_us);
+  if (step.sampling.empty()) return;
+  times_.learn(unmeasured_);
+  unmeasured_ = {};
 }
 
 // True, and an event, when a rank said no: the others let go of it too.

@@ -6,6 +6,19 @@
 
 namespace foretoken::coordinator {
 
+namespace {
+
+// Keys whose scores and values take as many operations as all products of a layer, a query.
+double attention_tokens(const ModelConfig& shape) {
+  const std::int64_t q_width = shape.num_heads * shape.head_dim;
+  const std::int64_t kv_width = shape.num_kv_heads * shape.head_dim;
+  const std::int64_t weights =
+      shape.hidden_size * (2 * q_width + 2 * kv_width + 3 * shape.intermediate_size);
+  return static_cast<double>(weights) / static_cast<double>(2 * q_width);
+}
+
+}  // namespace
+
 Result<ServedModel> read_served_model(const ServiceConfig& config) {
   FT_ASSIGN_OR_RETURN(const auto shape, read_model_config(config.model));
   ServedModel model;
@@ -14,6 +27,7 @@ Result<ServedModel> read_served_model(const ServiceConfig& config) {
                : folder.has_filename()           ? folder.filename().string()
                                                  : folder.parent_path().filename().string();
   model.num_layers = static_cast<int>(shape.num_layers);
+  model.attention_tokens = attention_tokens(shape);
   model.vocab_size = shape.vocab_size;
   model.context = config.max_model_len > 0 ? config.max_model_len : shape.max_position;
   if (model.context > shape.max_position) {

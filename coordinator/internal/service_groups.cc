@@ -17,6 +17,11 @@ constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as
 // whose exit is awaited, may hold the room.
 constexpr int kMaxRefusals = 120;
 
+std::optional<std::chrono::milliseconds> max_inter_token(const ServiceConfig& config) {
+  if (config.max_inter_token_ms == 0) return std::nullopt;
+  return std::chrono::milliseconds(config.max_inter_token_ms);
+}
+
 double seconds(TimePoint::duration time) { return std::chrono::duration<double>(time).count(); }
 
 }  // namespace
@@ -88,8 +93,7 @@ void Service::on_event(Group& group, const SendWelcome& event, TimePoint now) {
   const Welcome welcome{group.ranks.epoch(), to_json(parts_.config), parts_.store_socket};
   const auto sent = outbox_.to_worker(event.peer, encode(CoordinatorMessage(welcome)));
   if (sent || !group.ranks.is_ready()) return;
-  on_event(group, GroupDead{{ErrorCode::kUnavailable, "a rank's connection is closed"}, false},
-           now);
+  on_event(group, group.ranks.on_lost(event.peer), now);
 }
 
 void Service::on_event(Group& group, const GroupReady&, TimePoint) {
@@ -97,8 +101,12 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   group.last_death.clear();
   group.full_until.reset();
   group.scheduler = std::make_unique<Scheduler>(
-      SchedulerConfig{group.ranks.epoch(), parts_.model.num_layers, parts_.config.max_num_seqs,
-                      parts_.config.max_batched_tokens});
+      SchedulerConfig{.epoch = group.ranks.epoch(),
+                      .num_layers = parts_.model.num_layers,
+                      .max_num_seqs = parts_.config.max_num_seqs,
+                      .max_batched_tokens = parts_.config.max_batched_tokens,
+                      .max_inter_token = max_inter_token(parts_.config),
+                      .attention_tokens = parts_.model.attention_tokens});
   const auto& ready = group.ranks.capacity();
   log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
              raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);
@@ -114,12 +122,20 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   requeue(group, now);
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
-  if (event.must_be_killed) ask_for_restart(group);
+  if (event.must_be_killed) {
+    ask_for_restart(group);
+  } else {
+    tell_parent("group_dead", group);
+  }
 }
 
 void Service::ask_for_restart(Group& group) {
   group.kill_at.reset();
-  outbox_.to_parent(nlohmann::json{{"event", "restart_group"},
+  tell_parent("restart_group", group);
+}
+
+void Service::tell_parent(const char* event, const Group& group) {
+  outbox_.to_parent(nlohmann::json{{"event", event},
                                    {"group", group.ranks.group()},
                                    {"epoch", raw(group.ranks.epoch())},
                                    {"reason", group.last_death}}
@@ -299,11 +315,7 @@ bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
   for (const auto& peer : group.ranks.peers()) {
     const auto sent = outbox_.to_worker(peer, frame);
     if (sent) continue;
-    on_event(group,
-             GroupDead{{ErrorCode::kUnavailable,
-                        "a rank's connection is closed: " + sent.error().message},
-                       /*must_be_killed=*/false},
-             now);
+    on_event(group, group.ranks.on_lost(peer), now);
     return false;
   }
   return true;

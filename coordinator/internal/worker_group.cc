@@ -130,6 +130,14 @@ Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& faile
                /*must_be_killed=*/false)};
 }
 
+GroupDead WorkerGroup::on_lost(const std::string& peer) const {
+  const auto rank = std::find_if(ranks_.begin(), ranks_.end(),
+                                 [&](const Rank& r) { return r.hello && r.peer == peer; });
+  FT_CHECK(rank != ranks_.end(), peer.size());
+  return dead(ErrorCode::kUnavailable, static_cast<int>(rank - ranks_.begin()),
+              "is gone: its connection is closed", /*must_be_killed=*/false);
+}
+
 Events WorkerGroup::on_time(TimePoint now) {
   if (last_look_) watched_ += std::min<Duration>(now - *last_look_, kLongestLook);
   last_look_ = now;

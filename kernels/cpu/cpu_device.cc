@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -225,6 +226,18 @@ void CpuDevice::copy(void* to, const void* from, std::size_t bytes, Stream& stre
 void CpuDevice::fill_zero(void* device, std::size_t bytes, Stream& stream) {
   if (bytes == 0) return;
   enqueue(stream, [=] { std::memset(device, 0, bytes); });
+}
+
+void CpuDevice::upload(void* device, const HostRows& rows) {
+  constexpr std::size_t kTasks = 64;  // as many as even out
+  const std::size_t task_rows = (rows.count + kTasks - 1) / kTasks;
+  pool_.parallel_for(kTasks, [&](int task, int) {
+    const std::size_t first = static_cast<std::size_t>(task) * task_rows;
+    for (std::size_t row = first; row < std::min(rows.count, first + task_rows); ++row) {
+      std::memcpy(static_cast<std::byte*>(device) + row * rows.row_bytes,
+                  rows.data + row * rows.stride_bytes, rows.row_bytes);
+    }
+  });
 }
 
 void* CpuDevice::allocate_pinned(std::size_t bytes) {

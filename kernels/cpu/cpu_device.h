@@ -31,6 +31,7 @@ class CpuDevice final : public Device {
   DataType activation_type() const override { return DataType::kFp32; }
   bool runs_at_once() const override { return true; }
 
+  void set_wait_check(std::function<void()>) override {}
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;
@@ -41,6 +42,7 @@ class CpuDevice final : public Device {
   void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
+  void upload(void* device, const HostRows& rows) override;
   void* allocate_pinned(std::size_t bytes) override;
   void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <utility>
 
 #include "common/result.h"
 
@@ -12,7 +13,11 @@ namespace foretoken::kernels::cuda {
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // a launch error would be reported again by the next call
-  throw Exception(ErrorCode::kDevice, std::string(what) + ": " + cudaGetErrorString(status));
+  std::string message = std::string(what) + ": " + cudaGetErrorString(status);
+  if (status == cudaErrorMemoryAllocation) {
+    message += "; others use this GPU too, or --gpu-memory-utilization leaves too little beside it";
+  }
+  throw Exception(ErrorCode::kDevice, std::move(message));
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -13,7 +13,9 @@ namespace {
 
 class CudaEvent final : public Event {
  public:
-  CudaEvent() { FT_CUDA(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming)); }
+  explicit CudaEvent(const Waiter& waiter) : waiter_(waiter) {
+    FT_CUDA(cudaEventCreateWithFlags(&handle_, cudaEventDisableTiming));
+  }
   ~CudaEvent() override { cudaEventDestroy(handle_); }
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
@@ -25,18 +27,13 @@ class CudaEvent final : public Event {
   void wait(Stream& stream) override {
     if (recorded_) FT_CUDA(cudaStreamWaitEvent(as_cuda(stream).handle(), handle_, 0));
   }
-  bool done() const override {
-    if (!recorded_) return true;
-    const cudaError_t status = cudaEventQuery(handle_);
-    if (status == cudaErrorNotReady) return false;
-    check(status, "cudaEventQuery");
-    return true;
-  }
+  bool done() const override { return !recorded_ || is_done(cudaEventQuery(handle_)); }
   void synchronize() override {
-    if (recorded_) FT_CUDA(cudaEventSynchronize(handle_));
+    if (recorded_) waiter_.wait_for(handle_);
   }
 
  private:
+  const Waiter& waiter_;
   cudaEvent_t handle_ = nullptr;
   bool recorded_ = false;
 };
@@ -58,6 +55,11 @@ class CudaGraph final : public Graph {
  private:
   cudaGraphExec_t exec_ = nullptr;
 };
+
+// CUDA's number: major * 1000 + minor * 10.
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
 
 // The device's memory that may be allocated: what was asked for, or what is free if that is less
 // (others use the device too).
@@ -102,6 +104,10 @@ CudaDevice::~CudaDevice() {
 
 DeviceInfo CudaDevice::info() const { return info_; }
 
+void CudaDevice::set_wait_check(std::function<void()> check) {
+  waiter_.set_check(std::move(check));
+}
+
 void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
   std::size_t total = 0;
   for (const auto& in_use : in_use_) total += in_use;
@@ -109,7 +115,7 @@ void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
   const bool fits = total + bytes <= info_.memory_bytes;
   if (fits && bytes > 0 &&
       cudaMallocFromPoolAsync(&data, bytes, pool_, memory_stream_) == cudaSuccess) {
-    FT_CUDA(cudaStreamSynchronize(memory_stream_));  // usable on every stream from here on
+    waiter_.wait_for(memory_stream_);  // usable on every stream from here on
   }
   if (data == nullptr && bytes > 0) {
     cudaGetLastError();
@@ -134,9 +140,9 @@ std::size_t CudaDevice::memory_in_use(MemoryUse use) const {
 }
 
 std::unique_ptr<Stream> CudaDevice::make_stream(StreamKind kind) {
-  return std::make_unique<CudaStream>(kind);
+  return std::make_unique<CudaStream>(kind, waiter_);
 }
-std::unique_ptr<Event> CudaDevice::make_event() { return std::make_unique<CudaEvent>(); }
+std::unique_ptr<Event> CudaDevice::make_event() { return std::make_unique<CudaEvent>(waiter_); }
 
 std::unique_ptr<Graph> CudaDevice::record(Stream& stream, const std::function<void()>& ops) {
   const cudaStream_t handle = as_cuda(stream).handle();
@@ -164,6 +170,11 @@ void CudaDevice::copy(void* to, const void* from, std::size_t bytes, Stream& str
 }
 void CudaDevice::fill_zero(void* device, std::size_t bytes, Stream& stream) {
   FT_CUDA(cudaMemsetAsync(device, 0, bytes, as_cuda(stream).handle()));
+}
+
+void CudaDevice::upload(void* device, const HostRows& rows) {
+  if (!uploader_) uploader_ = std::make_unique<Uploader>(config_.index);
+  uploader_->upload(device, rows);
 }
 
 void* CudaDevice::allocate_pinned(std::size_t bytes) {
@@ -269,6 +280,28 @@ int num_cuda_devices() {
   const cudaError_t status = cudaGetDeviceCount(&count);
   cudaGetLastError();
   return status == cudaSuccess ? count : 0;  // no driver and no device alike
+}
+
+std::string why_no_cuda_device() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  cudaGetLastError();
+  constexpr const char* kElse = ", or use --device cpu; `foretoken doctor` shows more";
+  if (status == cudaSuccess || status == cudaErrorNoDevice) {
+    return std::string("the driver shows no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES") + kElse;
+  }
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  if (driver == 0) return std::string("no NVIDIA driver is loaded: install one") + kElse;
+  if (status != cudaErrorInsufficientDriver) return cudaGetErrorString(status) + std::string(kElse);
+  return "the NVIDIA driver is too old: it takes CUDA up to " + cuda::version_name(driver) +
+         ", this program needs " + cuda::version_name(CUDART_VERSION) + ": update it" + kElse;
+}
+
+std::string cuda_device_id(int index) {
+  cudaDeviceProp properties{};
+  FT_CUDA(cudaGetDeviceProperties(&properties, index));
+  return {properties.uuid.bytes, sizeof properties.uuid.bytes};
 }
 
 }  // namespace foretoken::kernels

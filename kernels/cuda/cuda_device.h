@@ -9,6 +9,8 @@
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/prefill_attention.h"
+#include "kernels/cuda/uploader.h"
+#include "kernels/cuda/waiter.h"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
@@ -22,6 +24,7 @@ class CudaDevice final : public Device {
   DataType activation_type() const override { return config_.activation_type; }
   bool runs_at_once() const override { return false; }
 
+  void set_wait_check(std::function<void()> check) override;
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;
@@ -32,6 +35,7 @@ class CudaDevice final : public Device {
   void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
+  void upload(void* device, const HostRows& rows) override;
   void* allocate_pinned(std::size_t bytes) override;
   void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;
@@ -66,11 +70,13 @@ class CudaDevice final : public Device {
 
  private:
   CudaDeviceConfig config_;
+  Waiter waiter_;
   DeviceInfo info_;
   cudaMemPool_t pool_ = nullptr;
   cudaStream_t memory_stream_ = nullptr;  // what the pool's allocations are ordered on
   Linear linear_;
   PrefillAttention prefill_attention_;
+  std::unique_ptr<Uploader> uploader_;  // once something was uploaded
   std::array<std::atomic<std::size_t>, static_cast<std::size_t>(MemoryUse::kCount)> in_use_{};
 };
 

@@ -7,7 +7,7 @@
 
 namespace foretoken::kernels::cuda {
 
-CudaStream::CudaStream(StreamKind kind) : kind_(kind) {
+CudaStream::CudaStream(StreamKind kind, const Waiter& waiter) : kind_(kind), waiter_(waiter) {
   int lowest = 0;
   int highest = 0;
   FT_CUDA(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
@@ -26,7 +26,7 @@ CudaStream::~CudaStream() {
   cudaStreamDestroy(handle_);
 }
 
-void CudaStream::synchronize() { FT_CUDA(cudaStreamSynchronize(handle_)); }
+void CudaStream::synchronize() { waiter_.wait_for(handle_); }
 
 std::byte* CudaStream::scratch(std::size_t bytes) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;

@@ -7,13 +7,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/cuda/waiter.h"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
 
 class CudaStream final : public Stream {
  public:
-  explicit CudaStream(StreamKind kind);
+  CudaStream(StreamKind kind, const Waiter& waiter);
   ~CudaStream() override;
   CudaStream(const CudaStream&) = delete;
   CudaStream& operator=(const CudaStream&) = delete;
@@ -37,7 +38,8 @@ class CudaStream final : public Stream {
  private:
   void grow_scratch(std::size_t bytes);
 
-  StreamKind kind_;
+  const StreamKind kind_;
+  const Waiter& waiter_;
   cudaStream_t handle_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;

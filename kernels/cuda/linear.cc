@@ -200,8 +200,7 @@ std::unique_ptr<Weight> make_cuda_weight(Device& device, DataType activation,
       staged = {device, part_row_bytes * rows, MemoryUse::kWeights};
       landing = staged.data();
     }
-    FT_CUDA(cudaMemcpy2D(landing, part_row_bytes, part.data, part.row_stride_bytes, part_row_bytes,
-                         rows, cudaMemcpyHostToDevice));
+    device.upload(landing, {part.data, rows, part_row_bytes, part.row_stride_bytes});
     if (part.type != activation) convert(landing, part.type, rows * columns, to, activation);
     to += row_bytes * rows;
   }

@@ -84,7 +84,12 @@ std::string ExitStatus::describe() const {
   if (signal != 0) {
     return "was ended by signal " + std::to_string(signal) + " (" + strsignal(signal) + ")";
   }
-  return "exited with code " + std::to_string(code);
+  // As shells and mpirun tell of a child that a signal ended.
+  constexpr int kSignalBase = 128;
+  const std::string text = "exited with code " + std::to_string(code);
+  if (code <= kSignalBase || code >= kSignalBase + NSIG) return text;
+  return text + " (signal " + std::to_string(code - kSignalBase) + ", " +
+         strsignal(code - kSignalBase) + ")";
 }
 
 Process::Process(const Command& command) : name_(command.name) {

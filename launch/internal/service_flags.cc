@@ -67,6 +67,9 @@ constexpr std::array kFlags = {
 
     ServiceFlag{"max_num_seqs", kLimits, "N", "Sequences that decode in one step"},
     ServiceFlag{"max_batched_tokens", kLimits, "N", "Prefill tokens of one step"},
+    ServiceFlag{"max_inter_token_ms", kLimits, "N",
+                "Beside decoding sequences prefill is cut so that a step takes N ms at most (0: it "
+                "isn't cut)"},
     ServiceFlag{"max_waiting", kLimits, "N", "Requests that may wait; more are turned away"},
     ServiceFlag{"max_requests_per_client", kLimits, "N", "Requests of one client at a time"},
     ServiceFlag{"request_timeout_s", kLimits, "S", "Longest life of a request"},

@@ -95,8 +95,14 @@ void Supervisor::start() {
 
 void Supervisor::start_group(Group& group) {
   group.start_at.reset();
-  group.process = std::make_unique<Process>(
-      worker_group_command(config_.service, config_.files, group.number, config_.launcher));
+  group.cause.clear();
+  Command command =
+      worker_group_command(config_.service, config_.files, group.number, config_.launcher);
+  // Through mpirun's pipes a rank can't see it.
+  if (!config_.quiet && isatty(STDERR_FILENO) == 1) {
+    command.environment.emplace_back("FORETOKEN_PROGRESS", "bar");
+  }
+  group.process = std::make_unique<Process>(command);
 }
 
 // Over ipc the folder's mode guards the socket.
@@ -165,16 +171,25 @@ void Supervisor::on_coordinator_line(const std::string& line) {
     endpoint_ = json.value("endpoint", "");
     connect_client();
     for (Group& group : groups_) start_group(group);
+  } else if (event == "group_dead") {
+    if (Group* group = find_group(json.value("group", -1))) {
+      group->cause = json.value("reason", "");
+    }
   } else if (event == "restart_group") {
-    const int number = json.value("group", -1);
-    for (Group& group : groups_) {
-      if (group.number == number && group.process) {
-        restart_group(group, json.value("reason", "the coordinator asked for it"));
-      }
+    Group* group = find_group(json.value("group", -1));
+    if (group != nullptr && group->process) {
+      restart_group(*group, json.value("reason", "the coordinator asked for it"));
     }
   } else {
     say("the coordinator said what I don't know: " + line);
   }
+}
+
+Supervisor::Group* Supervisor::find_group(int number) {
+  for (Group& group : groups_) {
+    if (group.number == number) return &group;
+  }
+  return nullptr;
 }
 
 // ---- children --------------------------------------------------------------------------------
@@ -195,12 +210,18 @@ void Supervisor::check_children() {
   }
 }
 
+std::string Supervisor::describe_end(const Group& group, const ExitStatus& status) const {
+  const std::string what = group.process->name() + " " + status.describe() +
+                           (ready_ ? "" : " while it loaded the model");
+  return group.cause.empty() ? what : what + ": " + group.cause;
+}
+
 void Supervisor::on_group_end(Group& group, const ExitStatus& status) {
-  const std::string what = group.process->name() + " " + status.describe();
+  const std::string what = describe_end(group, status);
   if (draining_) {
     group.process.reset();
   } else if (!ready_) {
-    throw Exception(code_of(status), what + " while it loaded the model");
+    throw Exception(code_of(status), what);
   } else {
     restart_group(group, what);
   }
@@ -231,7 +252,8 @@ void Supervisor::watch_loading() {
   if (!client_ || draining_) return;
   const auto status = client_->status();
   if (!status) return;  // not yet; if the coordinator has died, check_children() says so
-  if (status->detail != last_detail_ && !config_.quiet && !status->detail.empty()) {
+  const bool is_news = status->detail != last_detail_ && status->state != "failed";
+  if (is_news && !config_.quiet && !status->detail.empty()) {  // of a failure our end tells
     say(status->state + ": " + status->detail);
   }
   last_detail_ = status->detail;

@@ -58,6 +58,7 @@ class Supervisor {
     int number = 0;
     std::unique_ptr<Process> process = {};
     RestartLimit limit = {};
+    std::string cause = {};  // of its death, if the coordinator has said it
     std::optional<RestartLimit::Clock::time_point> start_at = {};  // set: waits for its restart
   };
 
@@ -72,6 +73,9 @@ class Supervisor {
   void on_coordinator_line(const std::string& line);
   void check_children();
   void on_group_end(Group& group, const ExitStatus& status);
+  Group* find_group(int number);
+  // "worker group 0 exited with code 5: rank 0 (pid 7 on host) of group 0 failed: ..."
+  std::string describe_end(const Group& group, const ExitStatus& status) const;
   void restart_group(Group& group, const std::string& reason);
   void start_due_groups();
   void watch_loading();

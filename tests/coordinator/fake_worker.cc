@@ -108,6 +108,8 @@ StepResult FakeRank::run(const StepPlan& plan) {
     result.token_digest = mix(result.token_digest, raw(token.sequence));
     result.token_digest = mix(result.token_digest, static_cast<std::uint64_t>(token.token.id));
   }
+  result.step_us = config_.token_layer_us * cost;
+  if (!plan.decodes.empty()) result.step_us += config_.decode_us;
   if (config_.rank != 0) result.tokens.clear();
   result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
   return result;

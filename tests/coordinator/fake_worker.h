@@ -35,6 +35,9 @@ struct FakeRankConfig {
   int vocab = 257;
   int eos = 256;
   int eos_every = 64;  // one token in so many is the end token; 0: none
+  // What a step says that it took.
+  std::int64_t decode_us = 1000;
+  std::int64_t token_layer_us = 10;
 };
 
 // The token that follows these.

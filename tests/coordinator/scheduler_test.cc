@@ -295,6 +295,108 @@ TEST_F(SchedulerTest, OthersDecodeWhileOnePrefills) {
   for (const auto& item : prefill.prefills) EXPECT_EQ(item.sequence, SequenceId{2});
 }
 
+// A group whose steps take as long as this says, of which the scheduler knows the form alone: keys
+// cost half of what it believes.
+class BoundedSchedulerTest : public SchedulerTest {
+ protected:
+  static constexpr int kTokens = 5000;  // of the prompt that comes second
+  static constexpr double kDecodeUs = 4000;
+  static constexpr double kBoundUs = 20'000;
+
+  BoundedSchedulerTest() : SchedulerTest(config()) {}
+  static SchedulerConfig config() {
+    return {.epoch = Epoch{1},
+            .num_layers = 4,
+            .max_num_seqs = 3,
+            .max_batched_tokens = 10'000,
+            .max_inter_token = std::chrono::milliseconds(20),
+            .attention_tokens = 1000};
+  }
+
+  double time_of(const StepPlan& plan) const {
+    double us = plan.decodes.empty() ? 0 : kDecodeUs;
+    for (const auto& item : plan.prefills) {
+      const double middle = static_cast<double>(item.token_begin + item.token_end) / 2;
+      us += static_cast<double>(item.layer_end - item.layer_begin) *
+            static_cast<double>(item.token_end - item.token_begin) * unit_us_ * (1 + middle / 2000);
+    }
+    return us;
+  }
+  void take(const StepPlan& plan) {
+    auto results = answers(plan);
+    results[1].step_us = static_cast<std::int64_t>(time_of(plan));  // the slower rank counts
+    feed(results);
+  }
+  // The second prompt's plans, while the first sequence decodes.
+  std::vector<StepPlan> plans_beside_a_decode() {
+    scheduler_.add(sequence(1, 100, 100'000));
+    take(plan());
+    take(plan());
+    scheduler_.add(sequence(2, kTokens, 2, 50));
+    std::vector<StepPlan> plans;
+    while (lengths_[SequenceId{2}] <= kTokens) {
+      plans.push_back(plan());
+      take(plans.back());
+    }
+    return plans;
+  }
+
+  double unit_us_ = 1.5;
+};
+
+TEST_F(BoundedSchedulerTest, StepsBesideADecodeKeepToTheBound) {
+  double longest = 0;
+  double sum = 0;
+  int prefills = 0;
+  for (const auto& made : plans_beside_a_decode()) {
+    EXPECT_THAT(made.decodes, ::testing::Contains(SequenceId{1}));
+    longest = std::max(longest, time_of(made));
+    if (made.prefills.empty()) continue;
+    sum += time_of(made);
+    ++prefills;
+  }
+  EXPECT_LT(longest, 1.1 * kBoundUs);
+  EXPECT_GT(sum / prefills, 0.6 * kBoundUs) << "in " << prefills << " steps";
+}
+
+TEST_F(BoundedSchedulerTest, AdaptsToAGroupThatBecomesSlower) {
+  scheduler_.add(sequence(1, 100, 100'000));
+  take(plan());
+  take(plan());
+  scheduler_.add(sequence(2, kTokens, 2, 50));
+  for (int i = 0; i < 5; ++i) take(plan());
+  unit_us_ *= 3;
+  take(plan());  // here it shows
+  while (lengths_[SequenceId{2}] <= kTokens) {
+    const auto made = plan();
+    EXPECT_LT(time_of(made), 1.1 * kBoundUs);
+    take(made);
+  }
+}
+
+TEST_F(BoundedSchedulerTest, APromptGetsOnWhateverItsTokensCost) {
+  unit_us_ = 1e6;
+  scheduler_.add(sequence(1, 10, 100));
+  take(plan());
+  take(plan());
+  scheduler_.add(sequence(2, 200, 2));
+  take(plan());
+  const auto made = plan();
+  ASSERT_EQ(made.prefills.size(), 1U);
+  EXPECT_EQ(made.prefills[0].layer_end, 1);
+  EXPECT_EQ(made.prefills[0].token_end, kBlockTokens);
+}
+
+TEST_F(BoundedSchedulerTest, WhereNobodyDecodesAStepTakesTheWholeBudget) {
+  scheduler_.add(sequence(1, kTokens, 2));
+  take(plan());
+  take(plan());
+  const auto made = plan();
+  ASSERT_EQ(made.prefills.size(), 1U);
+  EXPECT_EQ(made.prefills[0].layer_end, 4);
+  EXPECT_EQ(made.prefills[0].token_end, kTokens);
+}
+
 TEST_F(SchedulerTest, HasRoomForAsManyAsMayDecode) {
   for (int id = 1; id <= 3; ++id) {
     ASSERT_TRUE(scheduler_.has_room({}));

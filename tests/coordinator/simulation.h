@@ -23,6 +23,7 @@ struct SimulationConfig {
   int world_size = 2;
   std::string kv_policy = "attention-predictor";
   std::int64_t slabs = 24;
+  int max_inter_token_ms = 0;
   // Events in a million moves.
   int rank_faults = 0;
   int client_faults = 0;

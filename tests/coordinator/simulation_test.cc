@@ -62,6 +62,11 @@ TEST_F(SimulationTest, SeveralGroupsShareTheWork) {
       100 * games(10));
 }
 
+TEST_F(SimulationTest, PrefillCutToABoundOnStepsLosesNothing) {
+  EXPECT_EQ(play({.num_requests = 100, .max_inter_token_ms = 2}, 8'000'000, games(10)).done,
+            100 * games(10));
+}
+
 TEST_F(SimulationTest, ScarceRoomDelaysButNothingFails) {
   EXPECT_EQ(play({.num_requests = 50, .slabs = 6, .start_faults = 300}, 3'000'000, games(10)).done,
             50 * games(10));
@@ -83,6 +88,7 @@ TEST_F(SimulationTest, EverythingAtOnce) {
                             .num_groups = 2,
                             .kv_policy = "full",
                             .slabs = 12,
+                            .max_inter_token_ms = 2,
                             .rank_faults = 4000,
                             .client_faults = 3000},
                            6'000'000, games(25));

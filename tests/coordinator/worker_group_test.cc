@@ -171,6 +171,13 @@ TEST_F(WorkerGroupTest, KnowsTheHeartbeatsOfItsOwnRanks) {
   EXPECT_FALSE(knows(0, Epoch{1}));
 }
 
+TEST_F(WorkerGroupTest, ARankWhoseConnectionIsClosedIsNamed) {
+  assemble();
+  const GroupDead dead = group_.on_lost(peer(1));
+  EXPECT_THAT(dead.error.message, HasSubstr("rank 1 (pid 101 on here) of group 0 is gone"));
+  EXPECT_FALSE(dead.must_be_killed);
+}
+
 TEST_F(WorkerGroupTest, ARankThatJoinedHasLongerForItsFirstHeartbeat) {
   hello(0);
   EXPECT_TRUE(pass(milliseconds(7500)).empty());

@@ -47,6 +47,19 @@ TEST(DeviceMemory, BuffersMove) {
   EXPECT_EQ(device->memory_in_use(MemoryUse::kTables), 0U);
 }
 
+TEST(DeviceMemory, UploadsRowsOneBehindTheOther) {
+  TestDevice test;
+  std::vector<std::byte> host(1000);
+  for (std::size_t i = 0; i < host.size(); ++i) host[i] = static_cast<std::byte>(i % 251);
+  for (const std::size_t count : {0, 1, 3, 99}) {
+    const DeviceBuffer rows(*test.device, 7 * count, MemoryUse::kWeights);
+    test.device->upload(rows.data(), {host.data(), count, 7, 10});
+    for (std::size_t row = 0; row < count; ++row) {
+      EXPECT_EQ(std::memcmp(rows.as<std::byte>() + 7 * row, host.data() + 10 * row, 7), 0) << row;
+    }
+  }
+}
+
 TEST(DeviceMemory, CopiesAndClears) {
   TestDevice test;
   const std::vector<int> numbers = {1, 2, 3, 4};

@@ -13,21 +13,7 @@
 namespace foretoken::kernels {
 namespace {
 
-constexpr SampleRow kGreedy{.temperature = 0,
-                            .top_k = 0,
-                            .top_p = 1,
-                            .min_p = 0,
-                            .repetition_penalty = 1,
-                            .presence_penalty = 0,
-                            .frequency_penalty = 0,
-                            .seed = 7,
-                            .position = 0,
-                            .tokens = nullptr,
-                            .num_prompt = 0,
-                            .num_tokens = 0,
-                            .append = false,
-                            .num_logprobs = 0,
-                            .forced = -1};
+constexpr SampleRow kGreedy{.seed = 7};
 
 class Sample : public ::testing::Test {
  protected:

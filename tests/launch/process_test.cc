@@ -51,6 +51,8 @@ TEST(Process, ReportsExitCodeAndSignal) {
   Process bad(shell("exit 3"));
   EXPECT_EQ(bad.wait(10s)->code, 3);
   EXPECT_EQ(bad.wait(10s)->describe(), "exited with code 3");
+  EXPECT_EQ((ExitStatus{.code = 137, .signal = 0}.describe()),
+            "exited with code 137 (signal 9, Killed)");
   Process killed(shell("kill -9 $$"));
   EXPECT_EQ(killed.wait(10s)->signal, SIGKILL);
 }

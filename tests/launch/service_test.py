@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import socket
 import threading
@@ -213,6 +214,29 @@ def test_a_port_in_use_exits_with_6(model):
     assert "in use" in done.stderr
 
 
+def last_line(text):
+    return text.strip().splitlines()[-1]
+
+
+@pytest.mark.skipif(pathlib.Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_a_missing_gpu_exits_with_5_and_names_rank_and_cause(model):
+    size = [flag for flag in SMALL if flag != "--device=cpu"]
+    served = run("serve", model, *size, "--device=cuda", "--port=0")
+    asked = run("generate", "--model", model, *size, "--device=cuda", "--prompt=x")
+    assert (served.returncode, asked.returncode) == (5, 5)
+    assert "rank 0 (pid" in last_line(served.stderr) and "--device cpu" in last_line(served.stderr)
+    assert "--device cpu" in asked.stderr
+
+
+def test_too_little_device_memory_exits_with_5_and_says_what_to_do(model):
+    done = run("serve", model, "--device=cpu", "--kv-host-gib=0.25", "--port=0",
+               "--device-memory-gib=0.001")  # fmt: skip
+    assert done.returncode == 5
+    assert "rank 0 (pid" in last_line(done.stderr)
+    assert "wanted for weights" in last_line(done.stderr)
+    assert "raise --device-memory-gib" in last_line(done.stderr)
+
+
 def test_a_client_without_the_key_gets_nothing(service):
     with Client(service.endpoint, None, silence_timeout=1.0) as stranger:
         with pytest.raises(ServiceError) as error:
@@ -254,6 +278,7 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
                 ids += piece.ids
             assert ids == undisturbed
             assert client.status()["worker_restarts"] == 1
+        assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
 
 
 def test_a_lost_store_ends_the_service_with_its_reason(model):

@@ -291,5 +291,14 @@ TEST_F(EngineTest, AStartWithoutRoomToSwapFailsThatSequenceAlone) {
   EXPECT_EQ(group.run(goes_on).tokens.at(0).token.id, before.tokens[0]);
 }
 
+TEST_F(EngineTest, MemoryPlanNamesEachUseAndTheLongestSequence) {
+  LocalGroup group(service("attention-predictor"), small_model(), store_);
+  const std::string plan = group.engine().memory_plan();
+  for (const char* row : {"\n  weights ", "\n  prefill scratch ", "\n  free, for sequences ",
+                          "\n  a sequence of 2048 tokens ", "\n    KV slots "}) {
+    EXPECT_NE(plan.find(row), std::string::npos) << row << "in\n" << plan;
+  }
+}
+
 }  // namespace
 }  // namespace foretoken::worker

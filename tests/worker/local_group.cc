@@ -73,7 +73,8 @@ LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
     : model_config_(model), device_(device_for(config)), collective_(make_single_collective()) {
   const Partition part = make_partition(model, 0, 1).value_or_throw();
   const auto weights = make_dummy_source(model);
-  model_ = Model::load(model, *weights, part, *device_, *collective_).value_or_throw();
+  LoadProgress progress(LoadProgress::Style::kNone);
+  model_ = Model::load(model, *weights, part, *device_, *collective_, progress).value_or_throw();
   policy_ =
       predictor::make_policy(policy_config(config, history),
                              {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)

@@ -57,6 +57,7 @@ class LocalGroup {
   StepResult run(StepPlan plan);
   kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
   kernels::Device& device() { return *device_; }
+  const Engine& engine() { return *engine_; }
 
  private:
   std::int64_t admit(SequenceId id, const std::vector<TokenId>& prompt, const Options& options);

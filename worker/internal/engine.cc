@@ -43,6 +43,10 @@ void check_drawn(const std::vector<SequenceToken>& tokens) {
   }
 }
 
+std::string memory_row(std::string_view what, std::size_t bytes) {
+  return fmt::format("\n  {:<32}{:>10.1f}", what, static_cast<double>(bytes) / (1 << 20));
+}
+
 }  // namespace
 
 Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
@@ -220,8 +224,8 @@ std::int64_t Engine::device_bytes_free() const {
 Ready Engine::capacity() const {
   Ready ready;
   const kernels::DeviceInfo info = device_.info();
-  const std::size_t longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_);
-  const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens);
+  const std::size_t longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_).total();
+  const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens).total();
   ready.device = info.name;
   ready.max_model_len = max_model_len_;
   ready.device_bytes_total = static_cast<std::int64_t>(info.memory_bytes);
@@ -235,6 +239,22 @@ Ready Engine::capacity() const {
       (longest - std::min(longest, shortest)) / static_cast<std::size_t>(span));
   ready.sequence_bytes_fixed = static_cast<std::int64_t>(shortest);
   return ready;
+}
+
+std::string Engine::memory_plan() const {
+  const kernels::DeviceInfo info = device_.info();
+  const SequenceBytes longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_);
+  const auto free = static_cast<std::size_t>(device_bytes_free());
+  std::string plan = "device memory of " + info.name + ", MiB:";
+  for (int i = 0; i < static_cast<int>(kernels::MemoryUse::kCount); ++i) {
+    const auto use = static_cast<kernels::MemoryUse>(i);
+    plan += memory_row(name_of(use), device_.memory_in_use(use));
+  }
+  plan += memory_row("free, for sequences", free) + memory_row("in all", info.memory_bytes);
+  plan += memory_row(fmt::format("a sequence of {} tokens", max_model_len_), longest.total());
+  plan += memory_row("  KV slots", longest.kv_slots) + memory_row("  tables", longest.tables);
+  plan += memory_row("  attention history", longest.history);
+  return plan + fmt::format("\n  such sequences that fit at once: {}", free / longest.total());
 }
 
 }  // namespace foretoken::worker

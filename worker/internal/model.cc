@@ -49,9 +49,9 @@ Model::~Model() = default;
 
 Result<std::unique_ptr<Model>> Model::load(const ModelConfig& config, const WeightSource& weights,
                                            const Partition& part, kernels::Device& device,
-                                           Collective& collective) {
+                                           Collective& collective, LoadProgress& progress) {
   std::unique_ptr<Model> model(new Model(config, part, device, collective));
-  FT_RETURN_IF_ERROR(ModelLoader(*model, weights).load());
+  FT_RETURN_IF_ERROR(ModelLoader(*model, weights, progress).load());
   return model;
 }
 

@@ -48,14 +48,22 @@ std::vector<float> floats_from(const TensorView& view, Range range) {
 
 }  // namespace
 
-ModelLoader::ModelLoader(Model& model, const WeightSource& weights)
+ModelLoader::ModelLoader(Model& model, const WeightSource& weights, LoadProgress& progress)
     : model_(model),
       weights_(weights),
       config_(model.config_),
       part_(model.part_),
-      stream_(model.device_.make_stream(kernels::StreamKind::kCompute)) {}
+      progress_(progress) {}
+
+std::int64_t ModelLoader::total_bytes() const {
+  const std::int64_t heads = 2 * (part_.heads.count + part_.kv_heads.count) * config_.head_dim;
+  const std::int64_t layer = config_.hidden_size * (heads + 3 * part_.intermediate.count);
+  const std::int64_t tables = 2 * part_.vocab.count * config_.hidden_size;
+  return (config_.num_layers * layer + tables) * (config_.dtype == ModelDtype::kF32 ? 4 : 2);
+}
 
 Status ModelLoader::load() {
+  progress_.begin(total_bytes());
   FT_RETURN_IF_ERROR(load_embedding());
   model_.layers_.resize(static_cast<std::size_t>(config_.num_layers));
   for (int i = 0; i < static_cast<int>(config_.num_layers); ++i) {
@@ -67,6 +75,7 @@ Status ModelLoader::load() {
     inv_freq.push_back(static_cast<float>(value));
   }
   FT_ASSIGN_OR_RETURN(model_.inv_freq_, upload(inv_freq));
+  progress_.end();
   return Ok{};
 }
 
@@ -79,10 +88,10 @@ Status ModelLoader::load_embedding() {
       kernels::DeviceBuffer(model_.device_, row * static_cast<std::size_t>(part_.vocab.count),
                             kernels::MemoryUse::kWeights);
   model_.embedding_type_ = data_type(view.dtype);
-  model_.device_.copy_in(model_.embedding_.data(),
-                         view.bytes.data() + row * static_cast<std::size_t>(part_.vocab.begin),
-                         model_.embedding_.bytes(), *stream_);
-  stream_->synchronize();
+  model_.device_.upload(model_.embedding_.data(),
+                        {view.bytes.data() + row * static_cast<std::size_t>(part_.vocab.begin),
+                         static_cast<std::size_t>(part_.vocab.count), row, row});
+  progress_.add(static_cast<std::int64_t>(model_.embedding_.bytes()));
   return Ok{};
 }
 
@@ -173,7 +182,12 @@ Result<std::unique_ptr<kernels::Weight>> ModelLoader::matrix(std::span<const Sli
                      .columns = slice.columns.count,
                      .row_stride_bytes = stride});
   }
-  return model_.device_.make_weight(parts);
+  auto weight = model_.device_.make_weight(parts);
+  for (const kernels::WeightPart& part : parts) {
+    progress_.add(std::int64_t{part.rows} * part.columns *
+                  static_cast<std::int64_t>(kernels::bytes_of(part.type)));
+  }
+  return weight;
 }
 
 Result<kernels::DeviceBuffer> ModelLoader::vector(const std::string& name, std::int64_t size) {
@@ -196,8 +210,8 @@ Result<kernels::DeviceBuffer> ModelLoader::biases(std::span<const Slice> slices)
 Result<kernels::DeviceBuffer> ModelLoader::upload(const std::vector<float>& values) {
   kernels::DeviceBuffer buffer(model_.device_, values.size() * sizeof(float),
                                kernels::MemoryUse::kWeights);
-  model_.device_.copy_in(buffer.data(), values.data(), buffer.bytes(), *stream_);
-  stream_->synchronize();
+  model_.device_.upload(buffer.data(), {std::as_bytes(std::span(values)).data(), values.size(),
+                                        sizeof(float), sizeof(float)});
   return buffer;
 }
 

@@ -9,7 +9,7 @@ namespace foretoken::worker {
 
 class ModelLoader {
  public:
-  ModelLoader(Model& model, const WeightSource& weights);
+  ModelLoader(Model& model, const WeightSource& weights, LoadProgress& progress);
   Status load();
 
  private:
@@ -33,12 +33,13 @@ class ModelLoader {
   Result<kernels::DeviceBuffer> biases(std::span<const Slice> slices);
   Result<kernels::DeviceBuffer> upload(const std::vector<float>& values);
   Range head_rows(Range heads) const;
+  std::int64_t total_bytes() const;  // of this rank's matrices, in the model's type
 
   Model& model_;
   const WeightSource& weights_;
   const ModelConfig& config_;
   const Partition& part_;
-  std::unique_ptr<kernels::Stream> stream_;
+  LoadProgress& progress_;
 };
 
 }  // namespace foretoken::worker

@@ -54,8 +54,12 @@ class NcclCollective final : public Collective {
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));
     wait_until_ready("connecting the ranks");
+    device_.set_wait_check([this] { check_peers(); });
   }
-  ~NcclCollective() override { ncclCommAbort(comm_); }
+  ~NcclCollective() override {
+    device_.set_wait_check([] {});
+    ncclCommAbort(comm_);
+  }
   NcclCollective(const NcclCollective&) = delete;
   NcclCollective& operator=(const NcclCollective&) = delete;
 
@@ -95,6 +99,12 @@ class NcclCollective final : public Collective {
   static void check_started(ncclResult_t status) {
     if (status != ncclInProgress) check_nccl(status, "start");
   }
+  // A wait for the device may be a wait for ranks that will never come.
+  void check_peers() const {
+    ncclResult_t state = ncclSuccess;
+    check_nccl(ncclCommGetAsyncError(comm_, &state), "state");
+    if (state != ncclInProgress) check_nccl(state, "all-reduce with the other ranks");
+  }
   void wait_until_ready(const char* what) {
     const auto deadline = std::chrono::steady_clock::now() + kConnectTimeout;
     for (;;) {
@@ -102,8 +112,10 @@ class NcclCollective final : public Collective {
       check_nccl(ncclCommGetAsyncError(comm_, &state), what);
       if (state != ncclInProgress) return check_nccl(state, what);
       if (std::chrono::steady_clock::now() > deadline) {
-        throw Exception(ErrorCode::kDevice, std::string("NCCL ") + what +
-                                                " took longer than 60 s; see NCCL_DEBUG=INFO");
+        throw Exception(ErrorCode::kDevice,
+                        std::string("NCCL ") + what +
+                            " took longer than 60 s: a rank is missing, or can't be "
+                            "reached; NCCL_DEBUG=INFO says more");
       }
       std::this_thread::yield();
     }

@@ -6,12 +6,16 @@
 #include <array>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
+#include <string_view>
 #include <thread>
+#include <vector>
 
 #include "common/log.h"
 #include "common/socket.h"
 #include "common/wire.h"
 #include "worker/engine.h"
+#include "worker/internal/gpu_choice.h"
 
 namespace foretoken::worker {
 namespace {
@@ -34,17 +38,42 @@ struct Place {
   int rank = 0;
   int world_size = 1;
   int rank_on_node = 0;
+  int ranks_on_node = 1;
 
   static Place ask_mpi() {
     Place place;
     MPI_Comm_rank(MPI_COMM_WORLD, &place.rank);
     MPI_Comm_size(MPI_COMM_WORLD, &place.world_size);
-    MPI_Comm node = MPI_COMM_NULL;
-    MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, place.rank, MPI_INFO_NULL, &node);
-    MPI_Comm_rank(node, &place.rank_on_node);
-    MPI_Comm_free(&node);
+    const NodeRanks node(place.rank);
+    MPI_Comm_rank(node.comm, &place.rank_on_node);
+    MPI_Comm_size(node.comm, &place.ranks_on_node);
     return place;
   }
+
+  // What each rank of this node says, by its number there. Every rank calls it, with texts of one
+  // length.
+  std::vector<std::string> ask_node(const std::string& word) const {
+    const NodeRanks node(rank);
+    const int bytes = static_cast<int>(word.size());
+    std::string all(word.size() * static_cast<std::size_t>(ranks_on_node), ' ');
+    MPI_Allgather(word.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, node.comm);
+    std::vector<std::string> words;
+    for (std::size_t at = 0; at < all.size(); at += word.size()) {
+      words.push_back(all.substr(at, word.size()));
+    }
+    return words;
+  }
+
+ private:
+  struct NodeRanks {
+    explicit NodeRanks(int rank) {
+      MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &comm);
+    }
+    ~NodeRanks() { MPI_Comm_free(&comm); }
+    NodeRanks(const NodeRanks&) = delete;
+    NodeRanks& operator=(const NodeRanks&) = delete;
+    MPI_Comm comm = MPI_COMM_NULL;
+  };
 };
 
 // The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
@@ -161,25 +190,38 @@ bool wants_cuda(const ServiceConfig& config) {
   return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
 }
 
-// A GPU a rank; where the launcher shows each rank its own alone, that is number 0 of one.
-std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const ModelConfig& model,
-                                          const Place& place) {
+// The number of this rank's own GPU.
+int own_gpu(int group, const Place& place) {
+  const int devices = kernels::num_cuda_devices();
+  if (devices == 0) throw Exception(ErrorCode::kDevice, kernels::why_no_cuda_device());
+  const int index = choose_gpu({.group = group,
+                                .rank_on_node = place.rank_on_node,
+                                .ranks_on_node = place.ranks_on_node,
+                                .num_devices = devices})
+                        .value_or_throw();
+  const Status own =
+      check_own_gpu(place.ask_node(kernels::cuda_device_id(index)), place.rank_on_node);
+  if (!own) throw Exception(own.error());
+  return index;
+}
+
+std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, int group,
+                                          const ModelConfig& model, const Place& place) {
   if (model.head_dim != 64 && model.head_dim != 128) {
     throw Exception(ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
                                             ": the CUDA device takes 64 and 128; serve with "
                                             "--device cpu");
   }
-  const int devices = std::max(1, kernels::num_cuda_devices());
-  return kernels::make_cuda_device({.index = place.rank_on_node % devices,
+  return kernels::make_cuda_device({.index = own_gpu(group, place),
                                     .activation_type = model.dtype == ModelDtype::kF16
                                                            ? kernels::DataType::kFp16
                                                            : kernels::DataType::kBf16,
                                     .memory_fraction = config.gpu_memory_utilization});
 }
 
-std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, const ModelConfig& model,
-                                             const Place& place) {
-  if (wants_cuda(config)) return make_gpu(config, model, place);
+std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, int group,
+                                             const ModelConfig& model, const Place& place) {
+  if (wants_cuda(config)) return make_gpu(config, group, model, place);
   constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
   return kernels::make_cpu_device(
       {.num_threads = config.threads_per_rank,
@@ -192,6 +234,30 @@ std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const P
   return wants_cuda(config) ? make_nccl_collective(device) : make_mpi_collective();
 }
 
+// `foretoken serve` says by the environment whether its own stderr, where mpirun takes ours, is a
+// terminal. One bar is enough there.
+LoadProgress::Style progress_style(const RankConfig& config, const Place& place) {
+  if (place.rank != 0) return LoadProgress::Style::kNone;
+  const char* said = std::getenv("FORETOKEN_PROGRESS");
+  const bool bar = config.group == 0 && said != nullptr && std::string_view(said) == "bar";
+  return bar ? LoadProgress::Style::kBar : LoadProgress::Style::kLog;
+}
+
+// At the start, unlike later, device memory that is full stays full.
+template <typename Make>
+auto at_start(const ServiceConfig& config, const Make& make) {
+  try {
+    return make();
+  } catch (const Exception& failure) {
+    if (failure.error().code != ErrorCode::kExhausted) throw;
+    const std::string more = wants_cuda(config)
+                                 ? "raise --gpu-memory-utilization or --tensor-parallel-size"
+                                 : "raise --device-memory-gib";
+    throw Exception(ErrorCode::kDevice, failure.error().message + "; " + more +
+                                            ", or lower --max-model-len or --max-batched-tokens");
+  }
+}
+
 // Everything a rank is made of, in the order it is built.
 class Worker {
  public:
@@ -199,7 +265,7 @@ class Worker {
       : config_(service_config_from_json(welcome.config_json).value_or_throw()),
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
-        device_(make_device(config_, model_config_, place)),
+        device_(make_device(config_, config.group, model_config_, place)),
         collective_(make_collective(config_, place, *device_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
@@ -209,11 +275,17 @@ class Worker {
         config_.load_format == "dummy"
             ? make_dummy_source(model_config_)
             : make_folder_source(ModelWeights::open(config_.model).value_or_throw());
-    model_ = Model::load(model_config_, *weights, part, *device_, *collective_).value_or_throw();
-    policy_ =
-        predictor::make_policy(policy_config(config_),
-                               {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
-            .value_or_throw();
+    LoadProgress progress(progress_style(config, place));
+    model_ = at_start(config_, [&] {
+      return Model::load(model_config_, *weights, part, *device_, *collective_, progress)
+          .value_or_throw();
+    });
+    policy_ = at_start(config_, [&] {
+      return predictor::make_policy(policy_config(config_),
+                                    {.kv = model_->kv_shape(), .num_heads = part.heads.count},
+                                    *device_)
+          .value_or_throw();
+    });
     store_ =
         kvstore::KvStore::connect({.socket_path = welcome.store_socket,
                                    .group = config.group,
@@ -226,8 +298,10 @@ class Worker {
                                    .guard_arena = config_.guard_arena},
                                   *device_)
             .value_or_throw();
-    engine_ = std::make_unique<Engine>(config_, max_model_len,
-                                       Engine::Parts{*device_, *store_, *policy_, *model_});
+    engine_ = at_start(config_, [&] {
+      return std::make_unique<Engine>(config_, max_model_len,
+                                      Engine::Parts{*device_, *store_, *policy_, *model_});
+    });
   }
   Engine& engine() { return *engine_; }
   const std::string& hash() const { return model_hash_; }
@@ -289,17 +363,22 @@ void run_rank(const RankConfig& config) {
   Line line(config);
   const Welcome welcome = join(line, config, place);
   Heart heart(config, welcome.epoch, place.rank);
+  std::unique_ptr<Worker> worker;
   try {
-    Worker worker(config, welcome, place);
-    Ready ready = worker.engine().capacity();
+    worker = std::make_unique<Worker>(config, welcome, place);
+    if (place.rank == 0) log().info("{}", worker->engine().memory_plan());
+    Ready ready = worker->engine().capacity();
     ready.epoch = welcome.epoch;
     ready.group = config.group;
     ready.rank = place.rank;
-    ready.model_hash = worker.hash();
+    ready.model_hash = worker->hash();
     line.send(ready);
-    serve_plans(line, heart, worker.engine(), welcome.epoch, config);
+    serve_plans(line, heart, worker->engine(), welcome.epoch, config);
   } catch (const Exception& failure) {
     line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
+    // Its parts would wait for the device before they end, and that may be what failed. The
+    // process, which is about to end, gives all back.
+    static_cast<void>(worker.release());
     throw;
   }
 }

@@ -63,12 +63,13 @@ int slots_for(const predictor::Policy& policy, int max_blocks) {
   return std::min(max_blocks, kSinkBlocks + kLocalBlocks + *selected);
 }
 
-std::size_t sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
-                           int max_tokens) {
+SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
+                             int max_tokens) {
   const int max_blocks = blocks_for(max_tokens);
   const int num_slots = slots_for(policy, max_blocks);
-  return slot_bytes(shape, num_slots) + TableLayout(shape, max_blocks, num_slots).layout.bytes() +
-         policy.state_bytes(max_tokens);
+  return {.kv_slots = slot_bytes(shape, num_slots),
+          .tables = TableLayout(shape, max_blocks, num_slots).layout.bytes(),
+          .history = policy.state_bytes(max_tokens)};
 }
 
 Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,

@@ -17,21 +17,7 @@ constexpr unsigned kSeed = 20261123;
 // The normalizer's terms are of float accuracy on the GPU, of double accuracy on the CPU.
 constexpr float kLogprobTolerance = 4e-6F;
 
-constexpr SampleRow kGreedy{.temperature = 0,
-                            .top_k = 0,
-                            .top_p = 1,
-                            .min_p = 0,
-                            .repetition_penalty = 1,
-                            .presence_penalty = 0,
-                            .frequency_penalty = 0,
-                            .seed = 7,
-                            .position = 0,
-                            .tokens = nullptr,
-                            .num_prompt = 0,
-                            .num_tokens = 0,
-                            .append = false,
-                            .num_logprobs = 0,
-                            .forced = -1};
+constexpr SampleRow kGreedy{.seed = 7};
 
 // A row and the tokens before it, as the host has them.
 struct HostRow {

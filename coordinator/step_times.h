@@ -1,0 +1,48 @@
+// StepTimes: what one worker group's steps cost, learned from those that were measured, so that
+// prefill beside decoding sequences can be cut to a time.
+//
+// Prefill is counted in units: 1 for a token's pass through a layer, and in addition what its
+// attention costs, position / attention_tokens. A step takes as long as its decoding sequences and
+// its prefill units together. Both costs follow a slower step at once and a faster one by a
+// quarter: too little prefill in one step is made up for in the next, too much was waited for.
+//
+// No clock: times come in. For one thread. Example: tests/coordinator/step_times_test.cc
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+
+namespace foretoken::coordinator {
+
+class StepTimes {
+ public:
+  using Microseconds = std::chrono::duration<double, std::micro>;
+  struct Step {
+    double prefill_units = 0;
+    int num_decodes = 0;
+    Microseconds time{};
+  };
+
+  // attention_tokens: so many keys cost a query what the rest of its layer costs; > 0.
+  explicit StepTimes(double attention_tokens) : attention_tokens_(attention_tokens) {}
+
+  // Of tokens [begin, end) of a sequence in one layer.
+  double units(std::int64_t begin, std::int64_t end) const;
+  // The most tokens from `begin` on whose units in one layer are at most `units`.
+  std::int64_t tokens_within(double units, std::int64_t begin) const;
+
+  void learn(const Step& step);
+
+  // Prefill units that fit into a step beside what decodes, so that it takes `bound`; 0 while their
+  // cost isn't known. Where decoding alone takes more than 4/5 of the bound, prefill gets a quarter
+  // of decoding's time, and the step takes longer: a prompt must not starve.
+  double units_beside_decodes(Microseconds bound) const;
+
+ private:
+  double attention_tokens_;
+  std::optional<double> decode_us_;  // of a step's decoding sequences
+  std::optional<double> unit_us_;
+};
+
+}  // namespace foretoken::coordinator

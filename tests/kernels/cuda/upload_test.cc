@@ -1,0 +1,45 @@
+// upload on the GPU: rows of any length and stride, in one chunk and in many.
+#include <cstring>
+
+#include "tests/kernels/cuda/cuda_test.h"
+#include "tests/kernels/test_device.h"
+
+namespace foretoken::kernels {
+namespace {
+
+struct Shape {
+  std::size_t count;
+  std::size_t row_bytes;
+  std::size_t stride_bytes;
+};
+
+class CudaUpload : public CudaTest, public testing::WithParamInterface<Shape> {};
+
+TEST_P(CudaUpload, BringsEveryByte) {
+  const Shape shape = GetParam();
+  std::vector<std::byte> host(shape.count * shape.stride_bytes);
+  for (std::size_t i = 0; i < host.size(); ++i) host[i] = static_cast<std::byte>(i % 251);
+  const auto device = make_cuda_device({});
+  const auto stream = device->make_stream(StreamKind::kCompute);
+  const DeviceBuffer rows(*device, shape.count * shape.row_bytes, MemoryUse::kWeights);
+  device->upload(rows.data(), {host.data(), shape.count, shape.row_bytes, shape.stride_bytes});
+  std::vector<std::byte> back(rows.bytes());
+  device->copy_out(back.data(), rows.data(), back.size(), *stream);
+  stream->synchronize();
+  for (std::size_t row = 0; row < shape.count; ++row) {
+    ASSERT_EQ(std::memcmp(back.data() + row * shape.row_bytes,
+                          host.data() + row * shape.stride_bytes, shape.row_bytes),
+              0)
+        << "row " << row;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, CudaUpload,
+                         testing::Values(Shape{0, 8, 8}, Shape{1, 2, 2}, Shape{3, 7, 10},
+                                         Shape{999, 8192, 8192}, Shape{5000, 8192, 28672},
+                                         Shape{2, (std::size_t{9} << 20) + 5,
+                                               (std::size_t{9} << 20) + 8},
+                                         Shape{1, std::size_t{300} << 20, std::size_t{300} << 20}));
+
+}  // namespace
+}  // namespace foretoken::kernels
