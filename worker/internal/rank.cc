@@ -12,6 +12,7 @@
 #include "common/socket.h"
 #include "common/wire.h"
 #include "worker/engine.h"
+#include "worker/internal/make_device.h"
 
 namespace foretoken::worker {
 namespace {
@@ -156,35 +157,6 @@ std::string identity_of(const ServiceConfig& config) {
   return model_hash(config.model).value_or_throw();
 }
 
-bool wants_cuda(const ServiceConfig& config) {
-  return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
-}
-
-// A GPU a rank; where the launcher shows each rank its own alone, that is number 0 of one.
-std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const ModelConfig& model,
-                                          const Place& place) {
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    throw Exception(ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
-                                            ": the CUDA device takes 64 and 128; serve with "
-                                            "--device cpu");
-  }
-  const int devices = std::max(1, kernels::num_cuda_devices());
-  return kernels::make_cuda_device({.index = place.rank_on_node % devices,
-                                    .activation_type = model.dtype == ModelDtype::kF16
-                                                           ? kernels::DataType::kFp16
-                                                           : kernels::DataType::kBf16,
-                                    .memory_fraction = config.gpu_memory_utilization});
-}
-
-std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, const ModelConfig& model,
-                                             const Place& place) {
-  if (wants_cuda(config)) return make_gpu(config, model, place);
-  constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
-  return kernels::make_cpu_device(
-      {.num_threads = config.threads_per_rank,
-       .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * kGib)});
-}
-
 std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const Place& place,
                                             kernels::Device& device) {
   if (place.world_size == 1) return make_single_collective();
@@ -198,7 +170,7 @@ class Worker {
       : config_(service_config_from_json(welcome.config_json).value_or_throw()),
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
-        device_(make_device(config_, model_config_, place)),
+        device_(make_device(config_, model_config_, place.rank_on_node)),
         collective_(make_collective(config_, place, *device_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
