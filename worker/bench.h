@@ -35,8 +35,23 @@ struct GatherBenchOptions : BenchOptions {
 };
 std::string bench_gather(const GatherBenchOptions& options);
 
-// Adds `bench gather` to a command line. The one that was given is put into *action, which prints
-// what the function above returns.
+// The predictor of a decode step, all layers, by one map a KV head and one a query head, with bf16
+// and 8-bit history:
+//   {"bench", "device", "batch", "budget_tokens", "rows": [{"context_tokens", "hot_percent",
+//    "predict_per", "history_type", "maps", "predict_ms", "append_ms"}]}
+// predict_ms: from the step's rows to the blocks chosen, top-k included; append_ms: the rows into
+// the histories. hot_percent: of the segments of the CNN's input, those that need the whole network
+// (docs/predictor.md); attention is made up so that they are as many.
+struct PredictorBenchOptions : BenchOptions {
+  std::vector<int> context = {8192, 32768, 131072};  // tokens
+  std::vector<double> hot = {0, 12, 100};            // %
+  int budget = 1024;                                 // tokens a map
+  int batch = 1;                                     // sequences
+};
+std::string bench_predictor(const PredictorBenchOptions& options);
+
+// Adds `bench gather` and `bench predictor` to a command line. The one that was given is put into
+// *action, which prints what its function above returns.
 void add_bench_commands(CLI::App& app, std::function<void()>& action);
 
 }  // namespace foretoken::worker

@@ -32,6 +32,13 @@ constexpr std::array kGatherFlags = {
     PassedFlag{"--churn", "P,...", "% of the critical blocks that are new (default: 2,8,20,100)"},
     PassedFlag{"--block-kib", "K,...", "Sizes of a block (default: the model's)"}};
 
+constexpr std::array kPredictorFlags = {
+    PassedFlag{"--context", "N,...", "Tokens (default: 8192,32768,131072)"},
+    PassedFlag{"--hot", "P,...",
+               "% of the segments that need the whole network (default: 0,12,100)"},
+    PassedFlag{"--budget", "TOKENS", "What a map's choice is a part of (default: 1024)"},
+    PassedFlag{"--batch", "B", "Sequences (default: 1)"}};
+
 struct DeviceBench {
   std::string kind;
   std::string model;
@@ -126,6 +133,8 @@ void add_bench(CLI::App& parent, const std::string& kind, const std::string& abo
 void add_device_benches(CLI::App& bench, Action& action) {
   add_bench(bench, "gather", "New blocks from host memory, as a decode step needs them",
             kGatherFlags, action);
+  add_bench(bench, "predictor", "The predictor of a decode step, all layers, with its top-k",
+            kPredictorFlags, action);
 }
 
 }  // namespace foretoken::launch

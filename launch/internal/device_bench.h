@@ -1,4 +1,5 @@
-// foretoken bench gather: what the worker's program measures on the device, without a service.
+// foretoken bench gather|predictor: what the worker's program measures on the device, without a
+// service.
 #pragma once
 
 #include "launch/internal/cli.h"

@@ -32,6 +32,16 @@ def test_gather_moves_the_blocks_that_are_new(model):
         assert all(row[name] > 0 for name in ("ms", "gb_per_s", "dense_ms", "dense_beside_ms", "step_ms"))
 
 
+def test_predictor_takes_every_kind_of_map(model):
+    flags = ["--context=1024,2048", "--hot=0,100", "--budget=512", "--batch=2"]
+    rows = json.loads(bench("predictor", model, *flags, "--json"))["rows"]
+    assert len(rows) == 2 * 2 * 2 * 2
+    kinds = {(row["predict_per"], row["maps"]) for row in rows}
+    assert kinds == {("kv-head", 2 * 1), ("query-head", 2 * 3)}
+    assert {row["history_type"] for row in rows} == {"bf16", "e5m3"}
+    assert all(row["append_ms"] > 0 for row in rows)
+
+
 def test_a_table_for_people(model):
     lines = bench("gather", model, "--context=256", "--churn=100").splitlines()
     assert lines[0] == "bench: gather"

@@ -33,12 +33,30 @@ void add_gather(CLI::App& bench, std::function<void()>& action) {
   });
 }
 
+void add_predictor(CLI::App& bench, std::function<void()>& action) {
+  CLI::App* app = bench.add_subcommand("predictor", "the predictor of a step, with its top-k");
+  auto options = std::make_shared<PredictorBenchOptions>();
+  add_device_flags(*app, *options);
+  app->add_option("--context", options->context, "tokens, as 8192,32768")
+      ->delimiter(',')
+      ->check(CLI::Range(256, 1 << 24));
+  app->add_option("--hot", options->hot, "% of segments that need the whole network, as 0,12")
+      ->delimiter(',')
+      ->check(CLI::Range(0.0, 100.0));
+  app->add_option("--budget", options->budget, "tokens a map")->check(CLI::Range(144, 1 << 24));
+  app->add_option("--batch", options->batch, "sequences")->check(CLI::Range(1, 1024));
+  app->callback([options, &action] {
+    action = [options] { std::cout << bench_predictor(*options) << std::endl; };
+  });
+}
+
 }  // namespace
 
 void add_bench_commands(CLI::App& app, std::function<void()>& action) {
   CLI::App* bench = app.add_subcommand("bench", "time ops of a decode step, print JSON, and end");
   bench->require_subcommand(1);
   add_gather(*bench, action);
+  add_predictor(*bench, action);
 }
 
 }  // namespace foretoken::worker

@@ -13,6 +13,7 @@
 
 #include "common/check.h"
 #include "common/result.h"
+#include "worker/internal/upload.h"
 
 namespace foretoken::worker {
 namespace {
@@ -46,15 +47,6 @@ void touch(std::byte* base, std::size_t bytes) {
       for (std::size_t at = part * page; at < bytes; at += parts * page) base[at] = std::byte{0};
     });
   }
-}
-
-template <typename T>
-DeviceBuffer upload(kernels::Device& device, kernels::Stream& stream, const std::vector<T>& values,
-                    MemoryUse use) {
-  DeviceBuffer buffer(device, values.size() * sizeof(T), use);
-  device.copy_in(buffer.data(), values.data(), buffer.bytes(), stream);
-  stream.synchronize();
-  return buffer;
 }
 
 // Finite bf16 or fp16 values of random bits. They repeat after a prime number.
