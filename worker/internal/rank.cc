@@ -146,6 +146,8 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
                                                         : kernels::HistoryType::kBf16;
   policy.history_fill =
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
+  policy.residency = config.kv_resident == "never" ? predictor::Residency::kNever
+                                                   : predictor::Residency::kWhereItFits;
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
   return policy;
