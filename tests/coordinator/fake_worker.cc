@@ -109,6 +109,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
     result.token_digest = mix(result.token_digest, static_cast<std::uint64_t>(token.token.id));
   }
   if (config_.rank != 0) result.tokens.clear();
+  result.step_us = kFakeStep.count();
   result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
   return result;
 }

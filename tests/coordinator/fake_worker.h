@@ -3,6 +3,7 @@
 // ones before it, and throws std::logic_error where a plan breaks the rules of common/messages.h.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -36,6 +37,8 @@ struct FakeRankConfig {
   int eos = 256;
   int eos_every = 64;  // one token in so many is the end token; 0: none
 };
+
+inline constexpr std::chrono::microseconds kFakeStep{2500};  // what every step says it took
 
 // The token that follows these.
 TokenId next_token(std::span<const TokenId> tokens, std::uint64_t seed,
