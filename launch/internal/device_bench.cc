@@ -4,12 +4,14 @@
 #include <spdlog/fmt/fmt.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
 #include "launch/internal/files.h"
 #include "launch/internal/process.h"
+#include "launch/internal/svg_plot.h"
 
 namespace foretoken::launch {
 namespace {
@@ -39,10 +41,21 @@ constexpr std::array kPredictorFlags = {
     PassedFlag{"--budget", "TOKENS", "What a map's choice is a part of (default: 1024)"},
     PassedFlag{"--batch", "B", "Sequences (default: 1)"}};
 
+// Which fields of its rows a bench's plot shows: a series for each value of the last ones.
+struct PlotFields {
+  const char* x;
+  const char* x_label;
+  const char* y;
+  const char* y_label;
+  std::vector<const char*> series;
+};
+
 struct DeviceBench {
   std::string kind;
-  std::string model;
-  std::vector<std::string> words;  // passed flags
+  PlotFields plot_fields;
+  std::string plot = {};  // file; empty: none
+  std::string model = {};
+  std::vector<std::string> words = {};  // passed flags
   bool json = false;
 };
 
@@ -79,6 +92,23 @@ void print_for_people(const Json& json) {
   std::cout << std::endl;
 }
 
+Plot plot_of(const Json& json, const PlotFields& fields) {
+  Plot plot{.title = "bench " + cell(json["bench"]) + ", " + cell(json["device"]),
+            .x_label = fields.x_label,
+            .y_label = fields.y_label,
+            .series = {}};
+  for (const Json& row : json["rows"]) {
+    std::string name;
+    for (const char* field : fields.series) {
+      name += (name.empty() ? "" : ", ") + std::string(field) + " " + cell(row[field]);
+    }
+    auto found = std::ranges::find(plot.series, name, &Plot::Series::name);
+    if (found == plot.series.end()) found = plot.series.insert(found, {name, {}});
+    found->points.emplace_back(row[fields.x].get<double>(), row[fields.y].get<double>());
+  }
+  return plot;
+}
+
 // The program's exit code, where it fails: it has said why.
 int measure(const DeviceBench& bench) {
   constexpr std::chrono::seconds kEndTimeout{10};
@@ -95,6 +125,7 @@ int measure(const DeviceBench& bench) {
                     command.name + " " + (ended ? ended->describe() : "does not end"));
   }
   if (!ended->ok()) return ended->code;
+  if (!bench.plot.empty()) save_svg(plot_of(Json::parse(output), bench.plot_fields), bench.plot);
   if (bench.json) {
     std::cout << output << std::flush;
   } else {
@@ -114,27 +145,34 @@ void add_passed(CLI::App& app, const Flags& flags, std::vector<std::string>& wor
 }
 
 template <typename Flags>
-void add_bench(CLI::App& parent, const std::string& kind, const std::string& about,
-               const Flags& flags, Action& action) {
-  auto bench = std::make_shared<DeviceBench>();
-  bench->kind = kind;
-  CLI::App* app = parent.add_subcommand(kind, about);
+void add_bench(CLI::App& parent, DeviceBench what, const std::string& about, const Flags& flags,
+               Action& action) {
+  auto bench = std::make_shared<DeviceBench>(std::move(what));
+  CLI::App* app = parent.add_subcommand(bench->kind, about);
   app->add_option("--model", bench->model, "Whose shape to measure (folder or name)")
       ->type_name("MODEL")
       ->required();
   add_passed(*app, kDeviceFlags, bench->words);
   add_passed(*app, flags, bench->words);
   app->add_flag("--json", bench->json, "Print one JSON object");
+  app->add_option("--plot", bench->plot, "Also draw the figures into this file")
+      ->type_name("F.svg");
   app->callback([bench, &action] { action = [bench] { return measure(*bench); }; });
 }
 
 }  // namespace
 
 void add_device_benches(CLI::App& bench, Action& action) {
-  add_bench(bench, "gather", "New blocks from host memory, as a decode step needs them",
-            kGatherFlags, action);
-  add_bench(bench, "predictor", "The predictor of a decode step, all layers, with its top-k",
-            kPredictorFlags, action);
+  const PlotFields gather{"churn_percent", "new blocks, %", "gb_per_s", "GB/s", {"block_bytes"}};
+  const PlotFields predictor{"context_tokens",
+                             "context, tokens",
+                             "predict_ms",
+                             "ms a step",
+                             {"predict_per", "history_type", "hot_percent"}};
+  add_bench(bench, {.kind = "gather", .plot_fields = gather},
+            "New blocks from host memory, as a decode step needs them", kGatherFlags, action);
+  add_bench(bench, {.kind = "predictor", .plot_fields = predictor},
+            "The predictor of a decode step, all layers, with its top-k", kPredictorFlags, action);
 }
 
 }  // namespace foretoken::launch

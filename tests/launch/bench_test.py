@@ -1,6 +1,7 @@
 """`foretoken bench`: what it measures, and the form it says it in. Figures are not judged."""
 
 import json
+import xml.etree.ElementTree
 
 import pytest
 from service_helper import make_model, run
@@ -42,11 +43,14 @@ def test_predictor_takes_every_kind_of_map(model):
     assert all(row["append_ms"] > 0 for row in rows)
 
 
-def test_a_table_for_people(model):
-    lines = bench("gather", model, "--context=256", "--churn=100").splitlines()
+def test_a_table_for_people_and_a_plot(model, tmp_path):
+    plot = tmp_path / "gather.svg"
+    lines = bench("gather", model, "--context=256", "--churn=100", "--plot", plot).splitlines()
     assert lines[0] == "bench: gather"
     assert lines[-2].split()[:3] == ["block_bytes", "churn_percent", "blocks"]
     assert lines[-1].split()[:2] == ["4096", "100"]
+    root = xml.etree.ElementTree.parse(plot).getroot()
+    assert "block_bytes 4096" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
 def test_the_workers_exit_code_is_ours(model):
