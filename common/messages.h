@@ -112,6 +112,8 @@ struct Timing {
   double prefill_ms = 0;  // admission to first token
   double decode_ms = 0;   // first to last token
   double total_ms = 0;
+  // Median over the tokens after the first: what the step of each took on the slowest rank.
+  double step_ms = 0;
 };
 
 struct DoneMessage {

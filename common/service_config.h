@@ -30,6 +30,7 @@ struct ServiceConfig {
 
   // KV policy. Names as in predictor/policy.h.
   std::string kv_policy = "attention-predictor";
+  std::string kv_resident = "auto";          // of policy full: auto (where it fits) | never
   int kv_budget = 1024;                      // tokens: sink + local + critical
   std::string kv_budget_per = "query-head";  // query-head | kv-head
   std::string predict_per = "kv-head";       // kv-head | query-head

@@ -48,6 +48,8 @@ class Request {
   // Takes the next token. False when it is not the next one. May finish the request's tokens.
   bool accept(std::int64_t position, const TokenInfo& token, const std::vector<TokenId>& eos_ids,
               TimePoint now);
+  // What the step of a token after the first took.
+  void note_step(std::chrono::microseconds took) { steps_.push_back(took); }
   // No more tokens: kRunning -> kFinishing, or from any earlier state when cancelled.
   void finish(const std::string& reason, TimePoint now);
   void end() { state_ = RequestState::kDone; }
@@ -90,6 +92,7 @@ class Request {
   std::vector<TokenId> prompt_;
   std::int64_t max_tokens_ = 0;
   std::vector<TokenInfo> tokens_;
+  std::vector<std::chrono::microseconds> steps_;
   std::size_t told_ = 0;  // tokens that the client was told of
   std::optional<OutputText> text_;
   std::string finish_reason_;

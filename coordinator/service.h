@@ -79,9 +79,10 @@ class Service {
   struct Group {
     Group(int number, int world_size) : ranks(number, world_size) {}
     WorkerGroup ranks;
-    std::unique_ptr<Scheduler> scheduler;  // while the ranks are ready
-    std::optional<TimePoint> full_until;   // it had no room; until then or a release
-    std::optional<TimePoint> kill_at;      // its parent should have started it anew by then
+    std::unique_ptr<Scheduler> scheduler;   // while the ranks are ready
+    std::optional<TimePoint> full_until;    // it had no room; until then or a release
+    std::chrono::microseconds last_step{};  // what it took on the slowest rank
+    std::optional<TimePoint> kill_at;       // its parent should have started it anew by then
     std::string last_death;
     bool was_ready = false;
   };

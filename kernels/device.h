@@ -478,6 +478,7 @@ struct DeviceInfo {
   std::string name;          // "AMD EPYC, 2 threads" or "NVIDIA H200"
   std::size_t memory_bytes;  // what may be allocated, in all
   int compute_units;         // threads or SMs
+  int gather_units;          // threads or thread blocks that a gather takes
 };
 
 class Device {

@@ -27,6 +27,9 @@ std::string_view name_of(PolicyKind kind);
 enum class PredictPer { kKvHead, kQueryHead };
 enum class BudgetPer { kKvHead, kQueryHead };  // what kv_budget counts when maps are a query head's
 enum class HistoryFill { kZero, kHold };
+// Where the blocks of `full` lie: on the device if all of them fit, or in host memory alone, from
+// which each step's attention streams them.
+enum class Residency { kWhereItFits, kNever };
 
 struct PolicyConfig {
   PolicyKind kind = PolicyKind::kFull;
@@ -35,6 +38,7 @@ struct PolicyConfig {
   BudgetPer budget_per = BudgetPer::kQueryHead;
   kernels::HistoryType history_type = kernels::HistoryType::kBf16;
   HistoryFill history_fill = HistoryFill::kZero;
+  Residency residency = Residency::kWhereItFits;
   // A benchmark's: what the predictor chose is replaced by a trace in which this share of the
   // blocks is new from step to step (kernels/trace_choice.h). Its work is done all the same.
   std::optional<float> trace_churn = {};

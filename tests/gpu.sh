@@ -5,8 +5,9 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for the stages oracle and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops decode batch prefill peer; default: all. Each
-# leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
+# Stages: kernels sanitize engine faults oracle ops gather predictor decode batch prefill peer;
+# default: all. Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages
+# failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# == 0)); then
@@ -17,7 +18,7 @@ results=$1
 shift
 stages=("$@")
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops decode batch prefill peer)
+  stages=(kernels sanitize engine faults oracle ops gather predictor decode batch prefill peer)
 fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
@@ -49,6 +50,14 @@ oracle() {
     --json "$results/oracle.json"
 }
 ops() { timeout 200 "$here/bin/cuda_ops_bench" | tee "$results/ops.json"; }
+gather() {
+  timeout 300 "$here/bin/foretoken" bench gather --model "$here/models/llama-8b" --device cuda \
+    --block-kib 4,8,16 --json | tee "$results/gather.json"
+}
+predictor() {
+  timeout 300 "$here/bin/foretoken" bench predictor --model "$here/models/llama-8b" --device cuda \
+    --json | tee "$results/predictor.json"
+}
 decode() {
   local context
   for context in 1024 8192 32768 130000; do

@@ -6,10 +6,12 @@
 #include <CLI/CLI.hpp>
 #include <chrono>
 #include <csignal>
+#include <functional>
 #include <iostream>
 #include <optional>
 
 #include "common/program.h"
+#include "worker/bench.h"
 #include "worker/device_probe.h"
 #include "worker/rank.h"
 
@@ -44,13 +46,16 @@ int main(int argc, char** argv) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // no rank outlives its mpirun
   CLI::App app{"One tensor-parallel rank of a Foretoken worker group", "foretoken-worker"};
   foretoken::worker::RankConfig config;
-  bool probes = false;
-  auto* probe =
-      app.add_flag("--probe-devices", probes, "say what GPUs there are, as JSON, and end");
+  std::function<void()> without_mpi;  // what was asked for in place of a rank
+  app.add_flag_callback(
+      "--probe-devices",
+      [&] { without_mpi = [] { std::cout << foretoken::worker::probe_devices() << std::endl; }; },
+      "say what GPUs there are, as JSON, and end");
+  foretoken::worker::add_bench_commands(app, without_mpi);
   auto* coordinator =
       app.add_option("--coordinator", config.coordinator, "ZeroMQ endpoint of the coordinator");
   app.callback([&] {
-    if (!*probe && !*coordinator) throw CLI::RequiredError("--coordinator");
+    if (!without_mpi && !*coordinator) throw CLI::RequiredError("--coordinator");
   });
   app.add_option("--key-file", config.key_file, "CURVE keys to connect with");
   app.add_option("--group", config.group, "number of this worker group")->capture_default_str();
@@ -62,10 +67,7 @@ int main(int argc, char** argv) {
 
   std::optional<Mpi> mpi;
   const int status = foretoken::run_program(app, argc, argv, "worker", [&] {
-    if (probes) {
-      std::cout << foretoken::worker::probe_devices() << std::endl;
-      return;
-    }
+    if (without_mpi) return without_mpi();
     mpi.emplace(&argc, &argv);
     foretoken::worker::run_rank(config);
   });

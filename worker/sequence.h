@@ -36,8 +36,8 @@ class Sequence {
   const kernels::FetchList& fetches() const { return fetches_; }
   const predictor::PolicyState& policy_state() const { return *policy_state_; }
   kvstore::Reservation& reservation() { return reservation_; }
-  // True where blocks are absent for lack of slots and the policy attends all of them: attention
-  // then streams them from the arena.
+  // True where the policy attends all blocks and not all of them have slots: attention then streams
+  // the others from the arena.
   bool streams_all() const { return streams_all_; }
 
   // Marks the prompt's blocks resident, block b in slot b, if there is a slot for each; prefill
@@ -77,7 +77,8 @@ class Sequence {
   kernels::DeviceBuffer tables_;
 };
 
-// Slots a KV head: sink, local window and the policy's choice, or every block there can be.
+// Slots a KV head: sink, local window and the policy's choice, or every block there can be where
+// the policy attends all of them and may keep them.
 int slots_for(const predictor::Policy& policy, int max_blocks);
 // Device bytes that a sequence of max_tokens takes.
 struct SequenceBytes {

@@ -28,6 +28,7 @@ void visit_config(F&& f, auto& c) {
   f("gpu_memory_utilization", c.gpu_memory_utilization);
   f("device_memory_gib", c.device_memory_gib);
   f("kv_policy", c.kv_policy);
+  f("kv_resident", c.kv_resident);
   f("kv_budget", c.kv_budget);
   f("kv_budget_per", c.kv_budget_per);
   f("predict_per", c.predict_per);
@@ -78,6 +79,7 @@ const std::vector<Choice>& choices() {
       {"load_format", &C::load_format, {"auto", "dummy"}},
       {"device", &C::device, {"auto", "cuda", "cpu"}},
       {"kv_policy", &C::kv_policy, {"full", "streaming-llm", "attention-predictor", "oracle"}},
+      {"kv_resident", &C::kv_resident, {"auto", "never"}},
       {"kv_budget_per", &C::kv_budget_per, {"query-head", "kv-head"}},
       {"predict_per", &C::predict_per, {"kv-head", "query-head"}},
       {"history_type", &C::history_type, {"bf16", "e5m3", "fp32"}},

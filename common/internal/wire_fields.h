@@ -151,6 +151,7 @@ void visit_fields(F&& f, Is<Timing> auto& m) {
   f("prefill_ms", m.prefill_ms);
   f("decode_ms", m.decode_ms);
   f("total_ms", m.total_ms);
+  f("step_ms", m.step_ms);
 }
 
 template <typename F>

@@ -16,6 +16,13 @@ double milliseconds_between(std::optional<TimePoint> begin, std::optional<TimePo
   return std::chrono::duration<double, std::milli>(*end - *begin).count();
 }
 
+double median_ms(std::vector<std::chrono::microseconds> steps) {
+  if (steps.empty()) return 0;
+  const auto middle = steps.begin() + std::ssize(steps) / 2;
+  std::nth_element(steps.begin(), middle, steps.end());
+  return std::chrono::duration<double, std::milli>(*middle).count();
+}
+
 }  // namespace
 
 Request::Request(Origin origin, GenerateRequest wish)
@@ -131,6 +138,7 @@ DoneMessage Request::make_done(KvReport kv) const {
   done.timing.prefill_ms = milliseconds_between(admitted_at_, first_token_at_);
   done.timing.decode_ms = milliseconds_between(first_token_at_, last_token_at_);
   done.timing.total_ms = milliseconds_between(origin_.arrival, finished_at_);
+  done.timing.step_ms = median_ms(steps_);
   return done;
 }
 

@@ -171,6 +171,7 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   if (!events) return on_event(group, GroupDead{events.error(), /*must_be_killed=*/true}, now);
   std::int64_t slowest_us = 0;
   for (const auto& rank : done.ranks) slowest_us = std::max(slowest_us, rank.step_us);
+  group.last_step = std::chrono::microseconds(slowest_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
   const KvSlabs& slabs = group.ranks.kv_slabs();
   metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
@@ -219,6 +220,7 @@ void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
     return on_event(group, GroupDead{error, /*must_be_killed=*/true}, now);
   }
   if (last) {
+    request.note_step(group.last_step);
     metrics_.on_next_token(seconds(now - *last));
   } else {
     metrics_.on_first_token(seconds(now - request.origin().arrival));

@@ -20,8 +20,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCopyCtas = 16;  // fill the host link at 8 KiB a block, and leave the SMs to compute
-constexpr int kInFlight = 8;   // loads of a thread: 16 CTAs have 512 KiB on their way
+constexpr int kInFlight = 8;  // loads of a thread: 16 CTAs have 512 KiB on their way
 
 // Neighbouring work goes to different CTAs, so that little work uses every CTA too.
 __device__ int warp_index() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }

@@ -24,7 +24,9 @@ void streamed_attention(const StreamedAttentionArgs& args, DataType activation, 
 // prefill_block_max.cu
 void prefill_block_max(const PrefillBlockMaxArgs& args, DataType activation, CudaStream& stream);
 
-// kv_blocks.cu
+// kv_blocks.cu. CTAs of a gather: they fill the host link at 8 KiB a block, and leave the SMs to
+// compute.
+inline constexpr int kCopyCtas = 16;
 void pack_blocks(const PackBlocksArgs& args, CudaStream& stream);
 void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream);
 void write_through(const WriteThroughArgs& args, CudaStream& stream);

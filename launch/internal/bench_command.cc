@@ -1,4 +1,5 @@
-// foretoken bench decode|prefill: the speed that a client of a real service sees.
+// foretoken bench decode|prefill: the speed that a client of a real service sees. The other benches
+// are device_bench.h's.
 #include <algorithm>
 #include <chrono>
 #include <iostream>
@@ -9,6 +10,7 @@
 #include "common/tokenizer.h"
 #include "launch/internal/cli.h"
 #include "launch/internal/connection.h"
+#include "launch/internal/device_bench.h"
 #include "launch/internal/files.h"
 #include "launch/internal/machine.h"
 #include "launch/internal/report.h"
@@ -281,10 +283,11 @@ void add_kind(CLI::App& parent, const std::string& kind, const std::string& abou
 }  // namespace
 
 void add_bench_command(CLI::App& app, Action& action) {
-  CLI::App* parent = app.add_subcommand("bench", "Measure speed through a real service");
+  CLI::App* parent = app.add_subcommand("bench", "Measure speed");
   parent->require_subcommand(1);
-  add_kind(*parent, "decode", "Time from one token to the next, after a prompt", action);
-  add_kind(*parent, "prefill", "Prompt tokens a second", action);
+  add_kind(*parent, "decode", "Time from one token to the next, through a real service", action);
+  add_kind(*parent, "prefill", "Prompt tokens a second, through a real service", action);
+  add_device_benches(*parent, action);
 }
 
 }  // namespace foretoken::launch

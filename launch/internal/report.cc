@@ -59,7 +59,8 @@ Json to_json(const DoneMessage& done, bool with_logprobs) {
            {{"queue", done.timing.queue_ms},
             {"prefill", done.timing.prefill_ms},
             {"decode", done.timing.decode_ms},
-            {"total", done.timing.total_ms}}}};
+            {"total", done.timing.total_ms},
+            {"step", done.timing.step_ms}}}};
 }
 
 std::string summary(const DoneMessage& done) {

@@ -34,6 +34,8 @@ constexpr std::array kFlags = {
 
     ServiceFlag{"kv_policy", kPolicy, "full|streaming-llm|attention-predictor|oracle",
                 "Which KV blocks a decode step attends"},
+    ServiceFlag{"kv_resident", kPolicy, "auto|never",
+                "Policy full: on the device where the whole KV fits, or never: streamed each step"},
     ServiceFlag{"kv_budget", kPolicy, "TOKENS",
                 "Tokens a step attends: sink (64), local window (64) and critical blocks"},
     ServiceFlag{"kv_budget_per", kPolicy, "query-head|kv-head",

@@ -1,8 +1,7 @@
 // What the ops of a decode step and of prefill cost on a GPU, in the shape of Llama-3.1-8B, beside
-// what a copy costs. Prints one JSON object.
+// what plain kernels that copy and read memory reach. Prints one JSON object.
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -11,6 +10,8 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/op_timing.h"
+#include "tests/bench/memory_kernels.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -26,23 +27,9 @@ class Bench {
  public:
   Bench() : device_(make_cuda_device({})), stream_(device_->make_stream(StreamKind::kCompute)) {}
 
-  // Microseconds of one run of `ops`, from a graph of `repeats` of them.
+  // Microseconds of one of `repeats` runs of `ops`.
   double time(int repeats, const std::function<void(int)>& ops) {
-    ops(0);
-    stream_->synchronize();
-    const auto graph = device_->record(*stream_, [&] {
-      for (int i = 0; i < repeats; ++i) ops(i);
-    });
-    double best = 1e30;
-    for (int i = 0; i < 4; ++i) {
-      const auto begin = std::chrono::steady_clock::now();
-      graph->launch(*stream_);
-      stream_->synchronize();
-      const std::chrono::duration<double, std::micro> took =
-          std::chrono::steady_clock::now() - begin;
-      best = std::min(best, took.count());
-    }
-    return best / repeats;
+    return 1000 * time_recorded(*device_, *stream_, repeats, ops).count();
   }
 
   Device& device() { return *device_; }
@@ -100,19 +87,21 @@ std::unique_ptr<Weight> weight(Bench& bench, int rows, int columns) {
   return bench.device().make_weight({&part, 1});
 }
 
-// A copy by the driver, and a kernel that streams: two thirds of its bytes are read.
-void copies(Bench& bench) {
+// TB/s of plain kernels, over far more than the cache holds: bytes read and written, and bytes
+// read.
+struct Roofline {
+  double copy = 0;
+  double read = 0;
+};
+Roofline roofline(Bench& bench) {
   const std::size_t bytes = std::size_t{2} << 30;
   const DeviceBuffer from = bench.buffer(bytes);
   const DeviceBuffer to = bench.buffer(bytes);
-  const double us = bench.time(
-      4, [&](int) { bench.device().copy(to.data(), from.data(), bytes, bench.stream()); });
-  report("copy 2 GiB (bytes read and written)", us, 2.0 * static_cast<double>(bytes));
-  const int rows = static_cast<int>(bytes / 4 / kIntermediate);
-  const double kernel_us = bench.time(4, [&](int) {
-    bench.device().swiglu({from.data(), rows, kIntermediate, to.data()}, bench.stream());
-  });
-  report("swiglu 2 GiB in, 1 GiB out", kernel_us, 1.5 * static_cast<double>(bytes));
+  const double copy_us =
+      bench.time(4, [&](int) { copy_memory(to.data(), from.data(), bytes, bench.stream()); });
+  const double read_us = bench.time(
+      4, [&](int) { read_memory(from.data(), bytes, to.as<unsigned>(), bench.stream()); });
+  return {2e-6 * static_cast<double>(bytes) / copy_us, 1e-6 * static_cast<double>(bytes) / read_us};
 }
 
 // The four products of a layer; enough copies of the weights that they don't stay in the cache.
@@ -266,7 +255,7 @@ void sampling(Bench& bench, int rows) {
 void run() {
   Bench bench;
   std::printf("{\"device\": \"%s\", \"ops\": [\n", bench.device().info().name.c_str());
-  copies(bench);
+  const Roofline before = roofline(bench);
   for (const int rows : {1, 2, 3, 8, 32, 64}) products(bench, rows);
   for (const int rows : {1024, 8192}) products(bench, rows);
   for (const int context : {1024, 8192, 32768, 131072}) decode_attention(bench, 1, context);
@@ -276,8 +265,9 @@ void run() {
   prefill_attention(bench, 2048, 131072);
   sampling(bench, 1);
   sampling(bench, 32);
-  copies(bench);
-  std::printf("  {}]}\n");
+  const Roofline after = roofline(bench);
+  std::printf("  {}], \"copy_tb_per_s\": %.3f, \"read_tb_per_s\": %.3f}\n",
+              std::max(before.copy, after.copy), std::max(before.read, after.read));
 }
 
 }  // namespace

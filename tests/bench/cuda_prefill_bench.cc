@@ -5,14 +5,15 @@
 // Also the time that a shape costs once, for its plan.
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <random>
 #include <vector>
 
 #include "common/result.h"
 #include "kernels/device.h"
+#include "kernels/op_timing.h"
 
 namespace {
 
@@ -91,15 +92,7 @@ class Bench {
          static_cast<int>(pitch())},
         *stream_);
   }
-  template <typename Body>
-  double ms(const Body& body) {
-    stream_->synchronize();
-    const auto start = std::chrono::steady_clock::now();
-    body();
-    stream_->synchronize();
-    return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start)
-        .count();
-  }
+  double ms(const std::function<void()>& ops) { return time_once(*stream_, ops).count(); }
 
   Options o_;
   std::unique_ptr<Device> device_;

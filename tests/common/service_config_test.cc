@@ -36,6 +36,8 @@ TEST(ServiceConfig, NamesTheFlagAndWhatItTakes) {
   using C = ServiceConfig;
   EXPECT_THAT(why<std::string>(&C::kv_policy, "attention-predicter"),
               HasSubstr("did you mean attention-predictor?"));
+  EXPECT_THAT(why<std::string>(&C::kv_resident, "always"),
+              HasSubstr("--kv-resident takes auto | never"));
   EXPECT_THAT(why<std::string>(&C::device, "tpu"), HasSubstr("--device takes auto | cuda | cpu"));
   EXPECT_THAT(why(&C::kv_budget, 127), HasSubstr("--kv-budget"));
   EXPECT_THAT(why(&C::kv_budget, 128), HasSubstr("at least 144"));

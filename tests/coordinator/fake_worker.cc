@@ -111,6 +111,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
   result.step_us = config_.token_layer_us * cost;
   if (!plan.decodes.empty()) result.step_us += config_.decode_us;
   if (config_.rank != 0) result.tokens.clear();
+  result.step_us = kFakeStep.count();
   result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
   return result;
 }

@@ -3,6 +3,7 @@
 // ones before it, and throws std::logic_error where a plan breaks the rules of common/messages.h.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -39,6 +40,8 @@ struct FakeRankConfig {
   std::int64_t decode_us = 1000;
   std::int64_t token_layer_us = 10;
 };
+
+inline constexpr std::chrono::microseconds kFakeStep{2500};  // what every step says it took
 
 // The token that follows these.
 TokenId next_token(std::span<const TokenId> tokens, std::uint64_t seed,

@@ -10,6 +10,7 @@
 #include "common/result.h"
 #include "kernels/cpu/cpu_device.h"
 #include "kernels/cpu/host_memory.h"
+#include "kernels/op_timing.h"
 #include "tests/kernels/test_device.h"
 
 namespace foretoken::kernels {
@@ -121,6 +122,18 @@ TEST(ThreadPool, RunsEveryTaskOnceOnOneOfItsThreads) {
       EXPECT_TRUE(known_threads);
     }
   }
+}
+
+TEST(OpTiming, TimesEachRepeatAlike) {
+  TestDevice test;
+  std::vector<int> runs(3);
+  const Milliseconds each = time_recorded(*test.device, *test.stream, 3, [&](int i) {
+    ++runs[static_cast<std::size_t>(i)];
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  });
+  EXPECT_GE(each.count(), 1.0);
+  EXPECT_EQ(runs[1], runs[2]);
+  EXPECT_EQ(runs[0], runs[1] + 1);  // by itself, before all others
 }
 
 TEST(ThreadPool, SeesTheCallersWritesAndShowsItsOwn) {

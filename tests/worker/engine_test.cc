@@ -108,6 +108,17 @@ TEST_F(EngineTest, DenseThatDoesNotFitTheDeviceIsStreamed) {
   expect_same(dense, streamed);
 }
 
+TEST_F(EngineTest, DenseIsStreamedWhereThatIsAskedFor) {
+  const auto prompt = random_prompt(1500, 2);
+  const LocalGroup::Options options{.max_tokens = 40};
+  ServiceConfig config = service("full");
+  const Answer dense = answer(config, prompt, options);
+  config.kv_resident = "never";
+  const Answer streamed = answer(config, prompt, options);
+  EXPECT_LT(streamed.report.device_bytes, dense.report.device_bytes / 2);
+  expect_same(dense, streamed);
+}
+
 TEST_F(EngineTest, PrefillInPiecesIsThePrefill) {
   const auto prompt = random_prompt(700, 3);
   const Answer whole = answer(service("full"), prompt, {.max_tokens = 20});

@@ -27,6 +27,8 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
                                                              : predictor::BudgetPer::kKvHead,
           .history_type = history,
           .history_fill = predictor::HistoryFill::kZero,
+          .residency = config.kv_resident == "never" ? predictor::Residency::kNever
+                                                     : predictor::Residency::kWhereItFits,
           .weights = config.predictor_weights};
 }
 

@@ -16,6 +16,7 @@
 #include "common/wire.h"
 #include "worker/engine.h"
 #include "worker/internal/gpu_choice.h"
+#include "worker/internal/make_device.h"
 
 namespace foretoken::worker {
 namespace {
@@ -175,6 +176,8 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
                                                         : kernels::HistoryType::kBf16;
   policy.history_fill =
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
+  policy.residency = config.kv_resident == "never" ? predictor::Residency::kNever
+                                                   : predictor::Residency::kWhereItFits;
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
   return policy;
@@ -186,12 +189,9 @@ std::string identity_of(const ServiceConfig& config) {
   return model_hash(config.model).value_or_throw();
 }
 
-bool wants_cuda(const ServiceConfig& config) {
-  return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
-}
-
-// The number of this rank's own GPU.
-int own_gpu(int group, const Place& place) {
+// The number of this rank's own GPU; 0 where none is wanted.
+int own_gpu(const ServiceConfig& config, int group, const Place& place) {
+  if (!wants_cuda(config)) return 0;
   const int devices = kernels::num_cuda_devices();
   if (devices == 0) throw Exception(ErrorCode::kDevice, kernels::why_no_cuda_device());
   const int index = choose_gpu({.group = group,
@@ -203,29 +203,6 @@ int own_gpu(int group, const Place& place) {
       check_own_gpu(place.ask_node(kernels::cuda_device_id(index)), place.rank_on_node);
   if (!own) throw Exception(own.error());
   return index;
-}
-
-std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, int group,
-                                          const ModelConfig& model, const Place& place) {
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    throw Exception(ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
-                                            ": the CUDA device takes 64 and 128; serve with "
-                                            "--device cpu");
-  }
-  return kernels::make_cuda_device({.index = own_gpu(group, place),
-                                    .activation_type = model.dtype == ModelDtype::kF16
-                                                           ? kernels::DataType::kFp16
-                                                           : kernels::DataType::kBf16,
-                                    .memory_fraction = config.gpu_memory_utilization});
-}
-
-std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, int group,
-                                             const ModelConfig& model, const Place& place) {
-  if (wants_cuda(config)) return make_gpu(config, group, model, place);
-  constexpr double kGib = 1024.0 * 1024.0 * 1024.0;
-  return kernels::make_cpu_device(
-      {.num_threads = config.threads_per_rank,
-       .memory_bytes = static_cast<std::size_t>(config.device_memory_gib * kGib)});
 }
 
 std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const Place& place,
@@ -265,7 +242,7 @@ class Worker {
       : config_(service_config_from_json(welcome.config_json).value_or_throw()),
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
-        device_(make_device(config_, config.group, model_config_, place)),
+        device_(make_device(config_, model_config_, own_gpu(config_, config.group, place))),
         collective_(make_collective(config_, place, *device_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);

@@ -59,8 +59,9 @@ std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
 
 int slots_for(const predictor::Policy& policy, int max_blocks) {
   const std::optional<int> selected = policy.selected_per_head();
-  if (!selected) return max_blocks;
-  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + *selected);
+  const bool is_whole = !selected && policy.config().residency != predictor::Residency::kNever;
+  if (is_whole) return max_blocks;
+  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + selected.value_or(0));
 }
 
 SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
@@ -89,6 +90,7 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
   kv_.num_slots = slots_for(policy, kv_.max_blocks);
+  streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
   try {
     slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};

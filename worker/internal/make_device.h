@@ -1,0 +1,19 @@
+// The device that a service's configuration asks for.
+#pragma once
+
+#include <memory>
+
+#include "common/model_config.h"
+#include "common/service_config.h"
+#include "kernels/device.h"
+
+namespace foretoken::worker {
+
+bool wants_cuda(const ServiceConfig& config);
+
+// gpu: its number, of those that this process sees, where it is to be one. Throws
+// Exception(kDevice).
+std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, const ModelConfig& model,
+                                             int gpu);
+
+}  // namespace foretoken::worker
