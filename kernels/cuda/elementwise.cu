@@ -38,27 +38,51 @@ __device__ float block_sum(float value) {
   return sum;
 }
 
-// One block of threads a row. REQUIRES: columns % 8 == 0.
+template <typename T>
+__device__ float sum_of_squares(const Vec8<T>& values) {
+  float sum = 0;
+  for (const T value : values.v) sum += to_float(value) * to_float(value);
+  return sum;
+}
+
+template <typename T>
+__device__ Vec8<T> scale(const Vec8<T>& values, float factor, const float* weight) {
+  const auto* four = reinterpret_cast<const float4*>(weight);
+  const float4 w[2] = {four[0], four[1]};
+  const auto* weights = reinterpret_cast<const float*>(w);
+  Vec8<T> out;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) out.v[j] = from_float<T>(to_float(values.v[j]) * factor * weights[j]);
+  return out;
+}
+
+// One block of threads a row, which is read once where it is not longer than 8 * kThreads * kHeld.
+// REQUIRES: columns % 8 == 0.
 template <typename T>
 __global__ void rms_norm_kernel(const T* x, const float* weight, float eps, int columns, T* out) {
+  constexpr int kHeld = 2;
   allow_next_kernel();
   wait_for_earlier_kernels();
   const std::size_t offset = static_cast<std::size_t>(blockIdx.x) * columns;
   const auto* in = reinterpret_cast<const Vec8<T>*>(x + offset);
-  float squares = 0;
-  for (int i = threadIdx.x; i < columns / 8; i += kThreads) {
-    const Vec8<T> values = in[i];
-    for (const T value : values.v) squares += to_float(value) * to_float(value);
-  }
-  const float inverse = rsqrtf(block_sum(squares) / static_cast<float>(columns) + eps);
   auto* to = reinterpret_cast<Vec8<T>*>(out + offset);
-  for (int i = threadIdx.x; i < columns / 8; i += kThreads) {
-    Vec8<T> values = in[i];
-    for (int j = 0; j < 8; ++j) {
-      values.v[j] = from_float<T>(to_float(values.v[j]) * inverse * weight[8 * i + j]);
-    }
-    to[i] = values;
+  const int count = columns / 8;
+  Vec8<T> held[kHeld];
+  float squares = 0;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int i = threadIdx.x + k * kThreads;
+    if (i < count) squares += sum_of_squares(held[k] = in[i]);
   }
+  const int rest = threadIdx.x + kHeld * kThreads;
+  for (int i = rest; i < count; i += kThreads) squares += sum_of_squares(in[i]);
+  const float inverse = rsqrtf(block_sum(squares) / static_cast<float>(columns) + eps);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int i = threadIdx.x + k * kThreads;
+    if (i < count) to[i] = scale(held[k], inverse, weight + 8 * i);
+  }
+  for (int i = rest; i < count; i += kThreads) to[i] = scale(in[i], inverse, weight + 8 * i);
 }
 
 // REQUIRES: columns % 8 == 0.

@@ -60,25 +60,14 @@ struct RopeInput {
   T* q_out;
 };
 
+// A head of a row, by one warp.
 template <typename T, int kHeadDim, typename Target>
-__global__ void rope_kernel(const RopeInput<T> in, const Target target) {
+__device__ void rotate(const RopeInput<T>& in, const Target& target, int row, int head,
+                       const float* cosine, const float* sine) {
   constexpr int kHalf = kHeadDim / 2;
   constexpr int kPairs = kHalf / 32;  // of a lane
-  __shared__ float cosine[kHalf];
-  __shared__ float sine[kHalf];
-  allow_next_kernel();
-  const int row = blockIdx.x;
-  // Positions don't change within a step.
-  for (int i = threadIdx.x; i < kHalf; i += blockDim.x) {
-    const float angle = static_cast<float>(target.position(row)) * in.inv_freq[i];
-    sincosf(angle, &sine[i], &cosine[i]);
-  }
-  __syncthreads();
-  wait_for_earlier_kernels();
   const int lane = threadIdx.x % 32;
-  const int head = blockIdx.y * kWarps + threadIdx.x / 32;
   const int num_all = in.num_heads + 2 * in.num_kv_heads;
-  if (head >= num_all) return;
   const T* x = in.qkv + (static_cast<std::size_t>(row) * num_all + head) * kHeadDim;
   float low[kPairs];
   float high[kPairs];
@@ -115,6 +104,28 @@ __global__ void rope_kernel(const RopeInput<T> in, const Target target) {
   }
 }
 
+// Grid: [rows, parts of the heads].
+template <typename T, int kHeadDim, typename Target>
+__global__ void rope_kernel(const RopeInput<T> in, const Target target) {
+  constexpr int kHalf = kHeadDim / 2;
+  __shared__ float cosine[kHalf];
+  __shared__ float sine[kHalf];
+  allow_next_kernel();
+  const int row = blockIdx.x;
+  // Positions don't change within a step.
+  for (int i = threadIdx.x; i < kHalf; i += blockDim.x) {
+    const float angle = static_cast<float>(target.position(row)) * in.inv_freq[i];
+    sincosf(angle, &sine[i], &cosine[i]);
+  }
+  __syncthreads();
+  wait_for_earlier_kernels();
+  const int num_all = in.num_heads + 2 * in.num_kv_heads;
+  const int stride = static_cast<int>(gridDim.y) * kWarps;
+  for (int head = blockIdx.y * kWarps + threadIdx.x / 32; head < num_all; head += stride) {
+    rotate<T, kHeadDim>(in, target, row, head, cosine, sine);
+  }
+}
+
 template <typename T, typename Target>
 void rope(const RopeArgs& args, const Target& target, CudaStream& stream) {
   if (args.rows == 0) return;
@@ -128,7 +139,9 @@ void rope(const RopeArgs& args, const Target& target, CudaStream& stream) {
                         args.num_kv_heads,
                         static_cast<T*>(args.q_out)};
   const int heads = args.num_heads + 2 * args.num_kv_heads;
-  const dim3 grid(args.rows, (heads + kWarps - 1) / kWarps);
+  // Few rows need all heads at once; of many, one block of threads has a row's sines to itself.
+  constexpr int kManyRows = 256;
+  const dim3 grid(args.rows, args.rows < kManyRows ? (heads + kWarps - 1) / kWarps : 1);
   FT_CHECK(args.head_dim == 64 || args.head_dim == 128, args.head_dim);
   if (args.head_dim == 64) {
     launch_overlapped(rope_kernel<T, 64, Target>, grid, 32 * kWarps, 0, stream, in, target);
