@@ -24,15 +24,21 @@ constexpr std::size_t kMuchBytes = std::size_t{256} << 20;  // more than any cac
 constexpr int kMostLists = 64;
 constexpr int kDenseSteps = 4;  // in one graph
 
+std::unique_ptr<Model> load_random(const ModelConfig& config, kernels::Device& device,
+                                   Collective& collective) {
+  LoadProgress progress(LoadProgress::Style::kNone);
+  return Model::load(config, *make_dummy_source(config),
+                     make_partition(config, 0, 1).value_or_throw(), device, collective, progress)
+      .value_or_throw();
+}
+
 // The products of a decode step: all weights of a model, random ones, by one row.
 class DenseStep {
  public:
   DenseStep(const ModelConfig& config, kernels::Device& device, kernels::Stream& stream)
       : device_(device),
         collective_(make_single_collective()),
-        model_(Model::load(config, *make_dummy_source(config),
-                           make_partition(config, 0, 1).value_or_throw(), device, *collective_)
-                   .value_or_throw()),
+        model_(load_random(config, device, *collective_)),
         act_(device, config, model_->partition(), 1, 1),
         hidden_(device, model_->hidden_bytes(1), MemoryUse::kActivations),
         logits_(device, sizeof(float) * static_cast<std::size_t>(config.vocab_size),
