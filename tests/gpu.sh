@@ -5,9 +5,9 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for the stages oracle and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops gather predictor decode batch prefill peer;
-# default: all. Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages
-# failed.
+# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted batch prefill
+# peer; default: all. Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which
+# stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# == 0)); then
@@ -18,16 +18,17 @@ results=$1
 shift
 stages=("$@")
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops gather predictor decode batch prefill peer)
+  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted batch
+    prefill peer)
 fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
 export FORETOKEN_KVSTORE=$here/bin/foretoken-kvstore
 
-# The service in the shape of Llama-3.1-8B, random weights, dense attention.
+# The service in the shape of Llama-3.1-8B, random weights.
 bench() {
   "$here/bin/foretoken" bench "$1" --model "$here/models/llama-8b" --load-format dummy \
-    --device cuda --kv-policy full --max-batched-tokens 8192 --json "${@:2}"
+    --device cuda --max-batched-tokens 8192 --json "${@:2}"
 }
 
 kernels() { timeout 300 "$here/bin/cuda_test"; }
@@ -61,19 +62,37 @@ predictor() {
 decode() {
   local context
   for context in 1024 8192 32768 130000; do
-    bench decode --context "$context" --tokens 128 --repeat 2 --max-model-len 131072 \
-      --kv-host-gib 40 | tee "$results/decode-$context.json" || return 1
+    bench decode --kv-policy full --context "$context" --tokens 128 --repeat 2 \
+      --max-model-len 131072 --kv-host-gib 40 | tee "$results/decode-$context.json" || return 1
   done
 }
+# Predicted decode with the KV in host memory, and dense decode on the device in the same run; once
+# also full attention streamed from host memory, and once the predictor's own choice.
+predict() {
+  local name=$1 context=$2 budget=$3
+  bench decode --kv-policy attention-predictor --calibrate-with none --context "$context" \
+    --kv-budget "$budget" --tokens 128 --max-model-len 131072 --kv-host-gib 24 --baseline dense \
+    --baseline-tokens 32 --plot "$results/predicted-$name.svg" "${@:4}" |
+    tee "$results/predicted-$name.json"
+}
+predicted() {
+  local churn
+  for churn in 2 8 20 100; do
+    predict "130000-churn$churn" 130000 2304 --trace "churn=$churn" || return 1
+    predict "32768-churn$churn" 32768 2304 --trace "churn=$churn" || return 1
+  done
+  predict 130000-budget1024-churn100 130000 1024 --trace churn=100 &&
+    predict 130000-live 130000 2304 --baseline streamed
+}
 batch() {
-  bench decode --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 --max-model-len 4096 \
-    --kv-host-gib 12 | tee "$results/batch-32.json"
+  bench decode --kv-policy full --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 \
+    --max-model-len 4096 --kv-host-gib 12 | tee "$results/batch-32.json"
 }
 prefill() {
   local context
   for context in 8192 32768 130000; do
-    bench prefill --context "$context" --repeat 4 --max-model-len 131072 --kv-host-gib 80 |
-      tee "$results/prefill-$context.json" || return 1
+    bench prefill --kv-policy full --context "$context" --repeat 4 --max-model-len 131072 \
+      --kv-host-gib 80 | tee "$results/prefill-$context.json" || return 1
   done
 }
 peer() { timeout 300 python3 "$here/transformers_peer.py" --json "$results/peer.json"; }

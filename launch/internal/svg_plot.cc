@@ -13,7 +13,7 @@ namespace foretoken::launch {
 namespace {
 
 constexpr double kWidth = 640, kHeight = 400;  // of the axes' area
-constexpr double kLeft = 80, kTop = 40, kRight = 240, kBottom = 60;
+constexpr double kLeft = 80, kTop = 40, kRight = 380, kBottom = 60;
 constexpr std::array kColors = {"#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b",
                                 "#e377c2", "#7f7f7f", "#17becf", "#bcbd22", "#000000", "#006400"};
 

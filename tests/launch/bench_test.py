@@ -4,7 +4,7 @@ import json
 import xml.etree.ElementTree
 
 import pytest
-from service_helper import make_model, run
+from service_helper import SMALL, make_model, run
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,31 @@ def test_a_table_for_people_and_a_plot(model, tmp_path):
     assert lines[-1].split()[:2] == ["4096", "100"]
     root = xml.etree.ElementTree.parse(plot).getroot()
     assert "block_bytes 4096" in [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_decode_beside_its_baselines(model, tmp_path):
+    text, plot = tmp_path / "text", tmp_path / "decode.svg"
+    text.write_text("To be, or not to be, that is the question. ")
+    flags = [*SMALL, "--context=400", "--tokens=20", "--kv-budget=144", "--calibrate-with=none"]
+    flags += ["--prompt-file", text, "--trace=churn=50", "--plot", plot, "--json"]
+    baselines = ["--baseline=dense", "--baseline=streamed", "--baseline-tokens=5"]
+    done = run("bench", "decode", "--model", model, *flags, *baselines)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["policy"] == "attention-predictor" and found["generated_tokens"] == 20
+    assert found["churn"] > 0.3  # blocks that come new into the window are fetched too
+    assert 0 < found["worker_step_ms"] <= found["ms_per_token"]["p95"]
+    dense, streamed = found["baselines"]
+    assert [dense["baseline"], streamed["baseline"]] == ["dense", "streamed"]
+    assert dense["churn"] is None and dense["generated_tokens"] == 5 and dense["ratio"] > 0
+    assert streamed["device_share"] < found["device_share"] < 1 <= dense["device_share"]
+    names = [text.text for text in xml.etree.ElementTree.parse(plot).getroot().iter() if text.text]
+    assert {"decode", "dense", "streamed"} <= set(names)
+
+
+def test_a_baseline_needs_a_service_of_its_own():
+    done = run("bench", "decode", "--connect=ipc:///nowhere", "--baseline=dense")
+    assert done.returncode == 2 and "--model" in done.stderr
 
 
 def test_the_workers_exit_code_is_ours(model):
