@@ -1,6 +1,7 @@
 #include "kernels/cuda/cuda_device.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 #include "common/check.h"
@@ -93,6 +94,9 @@ CudaDevice::CudaDevice(const CudaDeviceConfig& config)
   props.allocType = cudaMemAllocationTypePinned;
   props.location = {cudaMemLocationTypeDevice, config.index};
   FT_CUDA(cudaMemPoolCreate(&pool_, &props));
+  // What a sequence has freed stays mapped for the next one: to map a GB takes milliseconds.
+  std::uint64_t kept = std::numeric_limits<std::uint64_t>::max();
+  FT_CUDA(cudaMemPoolSetAttribute(pool_, cudaMemPoolAttrReleaseThreshold, &kept));
   FT_CUDA(cudaStreamCreateWithFlags(&memory_stream_, cudaStreamNonBlocking));
 }
 
