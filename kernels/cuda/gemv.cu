@@ -1,11 +1,17 @@
 // gemv: out = x W^T for a few rows of x, bound by reading W once from device memory.
 //
-// A warp makes one feature (swiglu: a gate and its up) of all rows: it streams the feature's row of
-// W, 512 neighbouring bytes a load, several loads ahead. That order of reading is what reaches the
-// memory's speed (docs/measurements.md); tensor cores would want 8 or 16 rows of W side by side.
-// The first loads are issued before the kernel waits for x, which then lies in shared memory.
+// A CTA an SM makes a run of neighbouring features, a warp one of them (swiglu: a gate and its up)
+// at a time, for all rows. The warp reads the feature's row of W 512 neighbouring bytes a load;
+// that order of reading is what reaches the memory's speed (docs/measurements.md); tensor cores
+// would want 8 or 16 rows of W side by side. Loads run kAhead steps ahead of the products, over the
+// ends of rows too, through a ring in shared memory: a lane reads what it has loaded itself, so
+// nothing waits for other lanes. The ring needs nothing of earlier kernels, and fills as soon as
+// the kernel before leaves the SM. An SM has room for one CTA alone: two of a kernel that starts
+// early would share one, and leave another without.
 //
 // The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end.
+#include <algorithm>
+
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
@@ -18,6 +24,7 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStep = 256;  // columns that a warp's 16-byte loads cover
+constexpr int kRing = 16;   // loads of a lane: 128 KB a CTA, more than half of an SM's
 
 template <typename T>
 struct GemvParams {
@@ -46,125 +53,143 @@ __device__ uint4 apply_norm(uint4 x, const float* weight, float& squares) {
   return x;
 }
 
-// The rows of x in shared memory, [kRows, columns rounded up to kStep], zeros behind each.
-template <typename T, int kRows, bool kNorm>
-struct StagedRows {
-  T* values;
-  int stride;
-  float* inverse_rms;  // [kRows]
+// Behind it: the rows of x, [kRows, columns rounded up to kStep], zeros behind each.
+struct alignas(16) SharedMemory {
+  uint4 ring[kRing][kThreads];
+  float squares[kMaxGemvRows][kWarps];
+  float inverse_rms[kMaxGemvRows];
 
-  __device__ void stage(const GemvParams<T>& p) {
-    __shared__ float parts[kRows][kWarps];
-    for (int row = 0; row < kRows; ++row) {
-      float squares = 0;
-      for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
-        uint4 x{0, 0, 0, 0};
-        if (row < p.rows && i < p.columns) {
-          x = *reinterpret_cast<const uint4*>(p.x + static_cast<std::size_t>(row) * p.columns + i);
-          if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
-        }
-        *reinterpret_cast<uint4*>(values + row * stride + i) = x;
-      }
-      if constexpr (kNorm) {
-        squares = warp_sum(squares);
-        if (threadIdx.x % 32 == 0) parts[row][threadIdx.x / 32] = squares;
-      }
-    }
-    __syncthreads();
-    if (!kNorm || threadIdx.x >= kRows) return;
-    float squares = 0;
-    for (const float part : parts[threadIdx.x]) squares += part;
-    inverse_rms[threadIdx.x] = rsqrtf(squares / static_cast<float>(p.columns) + p.norm_eps);
+  template <typename T>
+  __device__ T* x() {
+    return reinterpret_cast<T*>(this + 1);
   }
 };
 
-// Loads of one or two rows of W (swiglu), kUnroll steps ahead.
-template <typename T, int kParts, int kUnroll>
-struct WeightStream {
-  const T* rows[kParts];
-  int columns;
-  uint4 ahead[kParts][kUnroll];
+static_assert(sizeof(SharedMemory) > (114 << 10), "two CTAs would fit an SM");
 
-  __device__ void load(int u, int column) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      ahead[part][u] = column < columns ? load_once(rows[part] + column) : uint4{0, 0, 0, 0};
+template <int kRows, bool kNorm, typename T>
+__device__ void stage_x(const GemvParams<T>& p, int stride, SharedMemory& shared) {
+  for (int row = 0; row < kRows; ++row) {
+    float squares = 0;
+    for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
+      uint4 x{0, 0, 0, 0};
+      if (row < p.rows && i < p.columns) {
+        x = *reinterpret_cast<const uint4*>(p.x + static_cast<std::size_t>(row) * p.columns + i);
+        if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
+      }
+      *reinterpret_cast<uint4*>(shared.x<T>() + row * stride + i) = x;
+    }
+    if constexpr (kNorm) {
+      squares = warp_sum(squares);
+      if (threadIdx.x % 32 == 0) shared.squares[row][threadIdx.x / 32] = squares;
     }
   }
+  __syncthreads();
+  if constexpr (!kNorm) return;
+  if (threadIdx.x < kRows) {
+    float squares = 0;
+    for (const float part : shared.squares[threadIdx.x]) squares += part;
+    shared.inverse_rms[threadIdx.x] = rsqrtf(squares / static_cast<float>(p.columns) + p.norm_eps);
+  }
+  __syncthreads();
+}
+
+// The features of a warp: first, first + kWarps, ... of its CTA's run.
+struct Features {
+  int first;
+  int end;
+  __device__ explicit Features(int num_features) {
+    const auto bound = [&](unsigned cta) {
+      return static_cast<int>(static_cast<std::int64_t>(num_features) * cta / gridDim.x);
+    };
+    first = bound(blockIdx.x) + static_cast<int>(threadIdx.x) / 32;
+    end = bound(blockIdx.x + 1);
+  }
+};
+
+// This lane's part of its warp's rows of W, step after step, through the ring.
+template <typename T, int kParts>
+class WeightStream {
+ public:
+  static constexpr int kAhead = kRing / kParts;
+
+  __device__ WeightStream(const GemvParams<T>& p, const Features& features, SharedMemory& shared)
+      : lane_column_(8 * (static_cast<int>(threadIdx.x) % 32)),
+        from_(p.weight + static_cast<std::size_t>(features.first) * p.columns + lane_column_),
+        part_stride_(static_cast<std::size_t>(p.num_features / kParts) * p.columns),
+        columns_(p.columns),
+        column_(lane_column_),
+        feature_(features.first),
+        end_(features.end),
+        ring_(&shared.ring[0][threadIdx.x]) {}
+
+  // Starts the next load. Past the last row there is none, but it counts.
+  __device__ void load() {
+    if (feature_ < end_) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        // Columns past the row's end become zeros.
+        copy_async(ring_ + (slot_ * kParts + part) * kThreads,
+                   column_ < columns_ ? from_ + part * part_stride_ : from_ - column_,
+                   column_ < columns_);
+      }
+    }
+    commit_copies();
+    slot_ = slot_ + 1 == kAhead ? 0 : slot_ + 1;
+    column_ += kStep;
+    from_ += kStep;
+    const int begin = column_ - lane_column_;  // of the warp's step
+    if (begin < columns_) return;
+    from_ += kWarps * static_cast<std::ptrdiff_t>(columns_) - begin;  // the warp's next feature
+    column_ = lane_column_;
+    feature_ += kWarps;
+  }
+
+  // The oldest load that was not taken yet. REQUIRES: kAhead are under way.
+  __device__ void take(uint4 (&w)[kParts]) {
+    wait_copies<kAhead - 1>();
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) w[part] = ring_[(slot_ * kParts + part) * kThreads];
+  }
+
+ private:
+  int lane_column_;
+  const T* from_;
+  std::size_t part_stride_;
+  int columns_;
+  int column_;
+  int feature_;
+  int end_;
+  uint4* ring_;
+  int slot_ = 0;  // of the oldest load under way, once all slots are taken
 };
 
 template <typename T>
-__device__ float dot(uint4 a, uint4 b, float sum) {
+__device__ void add_dot(uint4 a, uint4 b, float2& sum) {
   const auto* a_pairs = reinterpret_cast<const std::uint32_t*>(&a);
   const auto* b_pairs = reinterpret_cast<const std::uint32_t*>(&b);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float2 x = unpack<T>(a_pairs[i]);
     const float2 y = unpack<T>(b_pairs[i]);
-    sum += x.x * y.x;
-    sum += x.y * y.y;
+    sum.x += x.x * y.x;
+    sum.y += x.y * y.y;
   }
-  return sum;
 }
 
-template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
-__global__ void __launch_bounds__(kThreads, kRows <= 2 ? 2 : 1) gemv_kernel(const GemvParams<T> p) {
-  constexpr int kParts = kSwiGlu ? 2 : 1;
-  constexpr int kUnroll = 4 / kParts;
-  extern __shared__ __align__(16) std::byte shared[];
-  __shared__ float inverse_rms[kRows];
-  allow_next_kernel();
-  const int lane = threadIdx.x % 32;
+// A feature's results, by one lane.
+template <typename Out, int kRows, int kParts, bool kNorm, typename T>
+__device__ void store_feature(const GemvParams<T>& p, int feature,
+                              const float (&sums)[kParts][kRows], const SharedMemory& shared) {
   const int out_columns = p.num_features / kParts;
-  const int feature = blockIdx.x * kWarps + threadIdx.x / 32;
-  const int row = min(feature, out_columns - 1);  // what is made past the end is not stored
-  const int stride = (p.columns + kStep - 1) / kStep * kStep;
-
-  WeightStream<T, kParts, kUnroll> weight;
-  weight.columns = p.columns;
-#pragma unroll
-  for (int part = 0; part < kParts; ++part) {
-    weight.rows[part] = p.weight + static_cast<std::size_t>(row + part * out_columns) * p.columns;
-  }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) weight.load(u, u * kStep + 8 * lane);
-
-  wait_for_earlier_kernels();
-  StagedRows<T, kRows, kNorm> x{reinterpret_cast<T*>(shared), stride, inverse_rms};
-  x.stage(p);
-  float sums[kParts][kRows] = {};
-  for (int begin = 0; begin < stride; begin += kUnroll * kStep) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int column = begin + u * kStep + 8 * lane;
-      if (begin + u * kStep < stride) {
-#pragma unroll
-        for (int n = 0; n < kRows; ++n) {
-          const uint4 values = *reinterpret_cast<const uint4*>(x.values + n * stride + column);
-#pragma unroll
-          for (int part = 0; part < kParts; ++part) {
-            sums[part][n] = dot<T>(weight.ahead[part][u], values, sums[part][n]);
-          }
-        }
-      }
-      weight.load(u, column + kUnroll * kStep);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < kRows; ++n) {
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) sums[part][n] = warp_sum(sums[part][n]);
-  }
-  if constexpr (kNorm) __syncthreads();  // inverse_rms
-  if (lane != 0 || feature >= out_columns) return;
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
     if (n >= p.rows) return;
-    const float scale = kNorm ? inverse_rms[n] : 1.0F;
+    const float scale = kNorm ? shared.inverse_rms[n] : 1.0F;
     float value = sums[0][n] * scale;
     if (p.bias != nullptr) value += p.bias[feature];
     const std::size_t at = static_cast<std::size_t>(n) * out_columns + feature;
-    if constexpr (kSwiGlu) {
+    if constexpr (kParts == 2) {
       float up = sums[1][n] * scale;
       if (p.bias != nullptr) up += p.bias[out_columns + feature];
       value = silu(value) * up;
@@ -173,6 +198,51 @@ __global__ void __launch_bounds__(kThreads, kRows <= 2 ? 2 : 1) gemv_kernel(cons
     }
     static_cast<Out*>(p.out)[at] = from_float<Out>(value);
   }
+}
+
+template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
+__global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) gemv_kernel(const GemvParams<T> p) {
+  constexpr int kParts = kSwiGlu ? 2 : 1;
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<SharedMemory*>(memory);
+  allow_next_kernel();
+  const Features features(p.num_features / kParts);
+  WeightStream<T, kParts> weight(p, features, shared);
+  for (int i = 0; i < weight.kAhead; ++i) weight.load();
+
+  wait_for_earlier_kernels();
+  const int stride = (p.columns + kStep - 1) / kStep * kStep;
+  stage_x<kRows, kNorm>(p, stride, shared);
+  const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
+  for (int feature = features.first; feature < features.end; feature += kWarps) {
+    float2 pairs[kParts][kRows] = {};
+#pragma unroll 4
+    for (int column = 0; column < stride; column += kStep) {
+      uint4 w[kParts];
+      weight.take(w);
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        const uint4 values = *reinterpret_cast<const uint4*>(x + n * stride + column);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) add_dot<T>(w[part], values, pairs[part][n]);
+      }
+      weight.load();
+    }
+    float sums[kParts][kRows];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int n = 0; n < kRows; ++n) {
+        sums[part][n] = warp_sum(pairs[part][n].x + pairs[part][n].y);
+      }
+    }
+    if (threadIdx.x % 32 == 0) store_feature<Out, kRows, kParts, kNorm>(p, feature, sums, shared);
+  }
+}
+
+std::size_t shared_bytes(int rows, int columns) {
+  const auto stride = static_cast<std::size_t>((columns + kStep - 1) / kStep * kStep);
+  return sizeof(SharedMemory) + sizeof(std::uint16_t) * static_cast<std::size_t>(rows) * stride;
 }
 
 template <typename T, int kRows>
@@ -191,14 +261,13 @@ void run(const LinearArgs& args, CudaStream& stream) {
   const bool swiglu = args.swiglu.scratch != nullptr;
   const bool norm = args.norm.weight != nullptr;
   FT_CHECK(!(swiglu && args.out_fp32));
-  const int features = swiglu ? weight.rows / 2 : weight.rows;
-  const int stride = (weight.columns + kStep - 1) / kStep * kStep;
+  static const int sms = num_sms();
+  const int ctas = std::min(sms, swiglu ? weight.rows / 2 : weight.rows);
   const auto start = [&](auto kernel) {
-    const int shared_bytes = kRows * stride * static_cast<int>(sizeof(T));
-    FT_CUDA(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-    launch_overlapped(kernel, (features + kWarps - 1) / kWarps, kThreads, shared_bytes, stream,
-                      params);
+    const std::size_t bytes = shared_bytes(kRows, weight.columns);
+    FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(bytes)));
+    launch_overlapped(kernel, ctas, kThreads, bytes, stream, params);
   };
   if (swiglu) {
     return norm ? start(gemv_kernel<T, T, kRows, true, true>)
@@ -215,18 +284,16 @@ void run(const LinearArgs& args, CudaStream& stream) {
 }  // namespace
 
 bool can_gemv(const LinearArgs& args) {
-  constexpr std::size_t kMaxSharedBytes = 200 << 10;
-  const auto columns = static_cast<std::size_t>(args.weight->columns);
-  return args.rows <= kMaxGemvRows && columns % 8 == 0 &&
-         2 * kMaxGemvRows * (columns + kStep) <= kMaxSharedBytes;
+  constexpr std::size_t kMaxSharedBytes = 224 << 10;
+  if (args.rows > kMaxGemvRows || args.weight->columns % 8 != 0) return false;
+  return shared_bytes(args.rows, args.weight->columns) <= kMaxSharedBytes;
 }
 
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream) {
   FT_CHECK(can_gemv(args), args.rows, args.weight->columns);
   with_half_type(activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.rows == 1) return run<T, 1>(args, stream);
-    run<T, 2>(args, stream);
+    args.rows == 1 ? run<T, 1>(args, stream) : run<T, kMaxGemvRows>(args, stream);
   });
 }
 
