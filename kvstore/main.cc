@@ -20,6 +20,8 @@ using foretoken::kernels::DataType;
 using foretoken::kvstore::FileDescriptor;
 using foretoken::kvstore::ModelIdentity;
 using foretoken::kvstore::NumaPlacement;
+using foretoken::kvstore::NvmeConfig;
+using foretoken::kvstore::NvmeReuse;
 using foretoken::kvstore::Server;
 using foretoken::kvstore::ServerConfig;
 
@@ -27,6 +29,8 @@ constexpr int kNice = 10;  // on a CPU node, ranks go first
 
 struct Options {
   ServerConfig server;
+  NvmeConfig nvme;  // of the server, where it has a folder
+  bool keep_slabs = false;
   ModelIdentity model;
   bool die_with_parent = false;
 };
@@ -40,6 +44,13 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--numa", options.server.placement, "Spread stripes over NUMA nodes")
       ->transform(CLI::CheckedTransformer(std::map<std::string, NumaPlacement>{
           {"none", NumaPlacement::kNone}, {"spread", NumaPlacement::kSpread}}));
+  auto* folder = app.add_option("--nvme-path", options.nvme.folder,
+                                "Folder for KV that leaves host memory; no NVMe tier without it");
+  app.add_option("--nvme-bytes", options.nvme.capacity_bytes,
+                 "Size of the file there (default: as a kept one, else 9/10 of what is free)")
+      ->transform(CLI::AsSizeValue(false))
+      ->needs(folder);
+  app.add_flag("--persist", options.keep_slabs, "Keep the file from start to start")->needs(folder);
   app.add_flag("--die-with-parent", options.die_with_parent, "Exit when the parent process does");
   auto* heads = app.add_option("--kv-heads", options.model.total_kv_heads,
                                "Shape of the KV; without it, the first rank brings it");
@@ -69,7 +80,12 @@ void serve(const Options& options) {
   const FileDescriptor stop = stop_signals();
   if (options.die_with_parent) prctl(PR_SET_PDEATHSIG, SIGTERM);
   setpriority(PRIO_PROCESS, 0, kNice);
-  Server server(options.server);
+  ServerConfig config = options.server;
+  if (!options.nvme.folder.empty()) {
+    config.nvme = options.nvme;
+    if (options.keep_slabs) config.nvme->reuse = NvmeReuse::kKeepSlabs;
+  }
+  Server server(config);
   if (options.model.total_kv_heads > 0) {
     if (auto opened = server.open_arena(options.model); !opened) throw Exception(opened.error());
   }
