@@ -6,8 +6,10 @@
 #include <sys/statvfs.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "common/log.h"
 #include "common/result.h"
@@ -16,6 +18,8 @@
 namespace foretoken::kvstore {
 namespace {
 
+constexpr std::chrono::seconds kLockPatience{3};
+constexpr std::chrono::milliseconds kLockPause{10};
 constexpr int kFlags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW;
 
 [[noreturn]] void refuse(ErrorCode code, const std::filesystem::path& path,
@@ -36,6 +40,17 @@ FileDescriptor open_direct(const std::filesystem::path& path) {
   return file;
 }
 
+// A killed store's operations may still be under way: they hold its file, and so its lock, until
+// they have ended.
+bool lock(int file) {
+  const auto deadline = std::chrono::steady_clock::now() + kLockPatience;
+  while (flock(file, LOCK_EX | LOCK_NB) != 0) {
+    if (errno != EWOULDBLOCK || std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(kLockPause);
+  }
+  return true;
+}
+
 void require_private_file(int file, const std::filesystem::path& path) {
   struct stat info {};
   if (fstat(file, &info) != 0) refuse(ErrorCode::kIo, path, std::strerror(errno));
@@ -51,7 +66,7 @@ void require_private_file(int file, const std::filesystem::path& path) {
 NvmeFile::NvmeFile(std::filesystem::path folder) : path_(folder / "kv-slabs") {
   require_private_folder(folder);
   file_ = open_direct(path_);
-  if (flock(file_.get(), LOCK_EX | LOCK_NB) != 0) {
+  if (!lock(file_.get())) {
     refuse(ErrorCode::kConfig, path_, "is in use by another store; give each its own folder");
   }
   require_private_file(file_.get(), path_);  // behind the lock: its last owner may have removed it

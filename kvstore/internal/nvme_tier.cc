@@ -29,6 +29,17 @@ std::size_t checksum_bytes(const kernels::KvShape& shape) {
 
 }  // namespace
 
+Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const NvmeOpening& opening) {
+  const TimePoint begin = std::chrono::steady_clock::now();
+  IoMemory memory = make_memory(opening.model);
+  auto device = make_block_device(file.fd(), memory, depth(opening.model));
+  FT_ASSIGN_OR_RETURN(const NvmeContents contents, open_contents(*device, memory.bytes(), opening));
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
+  log().info("NVMe tier: {} slabs kept, room for {}; opened in {:.0f} ms", contents.slabs.size(),
+             contents.superblock.geometry.num_slots, took.count());
+  return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents);
+}
+
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) {
   const std::size_t slab_bytes = model.slab_bytes();
   return IoMemory(num_buffers(slab_bytes) * buffer_stride(slab_bytes));

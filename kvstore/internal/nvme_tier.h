@@ -31,6 +31,7 @@
 
 #include "kvstore/internal/block_device.h"
 #include "kvstore/internal/nvme_contents.h"
+#include "kvstore/internal/nvme_file.h"
 #include "kvstore/internal/nvme_health.h"
 #include "kvstore/internal/nvme_index.h"
 #include "kvstore/kv_store.h"
@@ -39,6 +40,10 @@ namespace foretoken::kvstore {
 
 class NvmeTier {
  public:
+  // Opens what is in the file, or lays it out (open_contents), on the device that works here.
+  // Blocks. Errors: open_contents'. `file` must outlive the tier.
+  static Result<std::unique_ptr<NvmeTier>> open(const NvmeFile& file, const NvmeOpening& opening);
+
   // Buffers for transfers of this model's slabs, and how many there are: the device's depth.
   static IoMemory make_memory(const ModelIdentity& model);
   static int depth(const ModelIdentity& model);

@@ -24,24 +24,17 @@ constexpr double kShareOfRoom = 0.9;
 
 // A tier that can't be opened is tried again when the next rank says hello.
 void Server::open_tier() {
-  const auto begin = std::chrono::steady_clock::now();
-  IoMemory memory = NvmeTier::make_memory(*model_);
-  auto device = make_block_device(nvme_file_->fd(), memory, NvmeTier::depth(*model_));
   const auto room = static_cast<double>(nvme_file_->room_bytes());
-  const auto contents =
-      open_contents(*device, memory.bytes(),
-                    {*model_, config_.nvme->capacity_bytes,
-                     static_cast<std::uint64_t>(kShareOfRoom * room), config_.nvme->reuse});
-  if (!contents) return log().error("no NVMe tier: {}", contents.error().message);
-  tier_ = std::make_unique<NvmeTier>(std::move(memory), std::move(device), *contents);
+  auto tier = NvmeTier::open(
+      *nvme_file_, {*model_, config_.nvme->capacity_bytes,
+                    static_cast<std::uint64_t>(kShareOfRoom * room), config_.nvme->reuse});
+  if (!tier) return log().error("no NVMe tier: {}", tier.error().message);
+  tier_ = *std::move(tier);
   const ArenaLayout& layout = arena_->layout();
   mover_ = std::make_unique<TierMover>(
       *book_, *tier_, [this](int head, SlabIndex slab) { return arena_->slab(head, raw(slab)); },
       std::size_t{layout.slabs_per_head} * static_cast<std::size_t>(layout.num_kv_heads));
   watch(mover_->completion_fd(), kNvme);
-  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
-  log().info("NVMe tier: {} slabs kept, room for {}; opened in {:.0f} ms", contents->slabs.size(),
-             contents->superblock.geometry.num_slots, took.count());
 }
 
 // What is to be kept and waits to be written is written now, as far as the time goes.

@@ -13,6 +13,9 @@ namespace foretoken::kvstore {
 
 inline const ModelIdentity kTestModel{"test-model", 3, 2, 32, kernels::DataType::kFp16};
 
+// Of the file that slab_writer writes to and nvme_kill_test reads.
+inline NvmeGeometry kill_test_geometry() { return {kTestModel.slab_bytes(), 64}; }
+
 inline SlabName test_name(int head, std::uint32_t number) {
   SlabName name{head, {}};
   std::memcpy(name.key.bytes.data(), &number, sizeof number);
