@@ -78,6 +78,23 @@ std::uint64_t random_id() {
   return (std::uint64_t{random()} << 32) | random();
 }
 
+// All headers, as zeros that lie on the disk: a header that is written later finds its place there,
+// where a hole would have to be filled first.
+Status write_empty_headers(BlockDevice& device, std::span<std::byte> memory,
+                           const NvmeGeometry& geometry) {
+  const std::uint64_t end = geometry.slab_offset(SlotIndex{0});
+  const std::span<std::byte> zeros =
+      memory.first(std::min(memory.size(), kScanBytes) / kSectorBytes * kSectorBytes);
+  std::ranges::fill(zeros, std::byte{0});
+  std::uint64_t at = geometry.header_offset(SlotIndex{0});
+  while (at < end) {
+    const std::size_t bytes = std::min<std::uint64_t>(zeros.size(), end - at);
+    FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kWrite, at, zeros.data(), bytes}));
+    at += bytes;
+  }
+  return Ok{};
+}
+
 Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memory,
                                   const NvmeOpening& opening) {
   const std::uint64_t capacity = opening.capacity_bytes.value_or(opening.default_bytes);
@@ -92,6 +109,7 @@ Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memo
   contents.superblock = {1, random_id(), opening.model, geometry};
   FT_RETURN_IF_ERROR(device.resize(0));
   FT_RETURN_IF_ERROR(device.resize(geometry.file_bytes()));
+  FT_RETURN_IF_ERROR(write_empty_headers(device, memory, geometry));
   FT_RETURN_IF_ERROR(write_superblocks(device, memory, contents.superblock));
   return contents;
 }

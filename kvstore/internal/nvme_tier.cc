@@ -155,8 +155,8 @@ std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
 
 // Half of the buffers at most: the others are there for reads.
 bool NvmeTier::can_store(TimePoint now) const {
-  return waiting_.empty() && health_.may_write(now) && storing_.size() < transfers_.size() / 2 &&
-         free_buffer().has_value();
+  return waiting_.empty() && health_.may_write(now) &&
+         storing_.size() < transfers_.size() * 3 / 4 && free_buffer().has_value();
 }
 
 void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now) {

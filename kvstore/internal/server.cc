@@ -46,8 +46,8 @@ std::optional<NvmeFile> open_file(const std::optional<NvmeConfig>& nvme) {
 
 Server::Server(const ServerConfig& config)
     : config_(config),
-      nvme_file_(open_file(config.nvme)),
       listener_(config.socket_path),
+      nvme_file_(open_file(config.nvme)),
       epoll_(epoll_create1(EPOLL_CLOEXEC)) {
   if (!epoll_) throw Exception(ErrorCode::kIo, std::string("epoll: ") + std::strerror(errno));
   watch(listener_.fd(), kListener);
@@ -174,7 +174,7 @@ void Server::serve(PeerId id) {
 }
 
 void Server::drop(PeerId id) {
-  std::erase_if(pending_, [id](const Pending& pending) { return pending.peer == id; });
+  forget_pending(id);
   Peer& peer = peers_.at(id);
   peer.socket.reset();
   peer.waiting.reset();
@@ -189,6 +189,7 @@ void Server::drop(PeerId id) {
 void Server::end_lease(PeerId id) {
   const auto found = peers_.find(id);
   if (found == peers_.end()) return;
+  forget_pending(id);
   if (found->second.lease) book_->close_lease(*found->second.lease);
   peers_.erase(found);
   welcome_waiting();
@@ -245,8 +246,8 @@ bool Server::reserve(PeerId id, const Peer& peer, const Reserve& request) {
                                std::to_string(peer.num_heads) +
                                " heads are more than one sequence may have"));
   }
-  if (mover_) promote(id, peer, request);
-  return is_pending(id) || grant(peer, request);
+  if (mover_ && promote(id, peer, request)) return true;
+  return grant(peer, request);
 }
 
 bool Server::grant(const Peer& peer, const Reserve& request) {

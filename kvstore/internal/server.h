@@ -108,16 +108,16 @@ class Server {
     TimePoint deadline;
   };
   void open_tier();
-  void promote(PeerId id, const Peer& peer, const Reserve& request);
-  bool is_pending(PeerId id) const;
+  bool promote(PeerId id, const Peer& peer, const Reserve& request);
+  void forget_pending(PeerId id);
   void advance_tier();
   void answer_pending(TimePoint now);
   void close_tier();
   int wait_ms() const;  // for the next event; -1: for ever
 
   ServerConfig config_;
-  std::optional<NvmeFile> nvme_file_;  // before everything that listens: its lock may be refused
-  Listener listener_;
+  Listener listener_;  // ranks may knock while the file's lock is waited for
+  std::optional<NvmeFile> nvme_file_;
   FileDescriptor epoll_;
   std::optional<ModelIdentity> model_;  // its hash is empty until the first Hello
   std::unique_ptr<Arena> arena_;        // with model_

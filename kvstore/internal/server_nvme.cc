@@ -46,24 +46,26 @@ void Server::close_tier() {
     static_cast<void>(mover_->advance(std::chrono::steady_clock::now()));
     if (mover_->is_idle(std::chrono::steady_clock::now())) return;
     pollfd ready{mover_->completion_fd(), POLLIN, 0};
-    if (!mover_->has_more()) poll(&ready, 1, 10);
+    if (!mover_->has_more(std::chrono::steady_clock::now())) poll(&ready, 1, 10);
   }
 }
 
 // ---- reservations -----------------------------------------------------------------------------
 
-void Server::promote(PeerId id, const Peer& peer, const Reserve& request) {
+// False: there is nothing to wait for.
+bool Server::promote(PeerId id, const Peer& peer, const Reserve& request) {
   if (!book_->can_reserve(*peer.lease, request.sequence, request.keys, request.num_segments)) {
-    return;
+    return false;
   }
   const TimePoint now = std::chrono::steady_clock::now();
   auto awaited = mover_->promote(peer.first_head, peer.num_heads, request.keys, now);
-  if (awaited.empty()) return;
+  if (awaited.empty()) return false;
   pending_.push_back({id, request, std::move(awaited), now + kPromotionLimit});
+  return true;
 }
 
-bool Server::is_pending(PeerId id) const {
-  return std::ranges::any_of(pending_, [id](const Pending& pending) { return pending.peer == id; });
+void Server::forget_pending(PeerId id) {
+  std::erase_if(pending_, [id](const Pending& pending) { return pending.peer == id; });
 }
 
 void Server::advance_tier() {
@@ -88,7 +90,7 @@ void Server::answer_pending(TimePoint now) {
 
 int Server::wait_ms() const {
   if (!mover_) return -1;
-  if (mover_->has_more()) return 0;
+  if (mover_->has_more(std::chrono::steady_clock::now())) return 0;
   std::optional<TimePoint> next = mover_->deadline();
   for (const Pending& pending : pending_)
     next = std::min(next.value_or(pending.deadline), pending.deadline);

@@ -17,21 +17,15 @@ void TierMover::write_behind(const SlabName& name) {
   to_write_.push_back(name);
 }
 
-void TierMover::write_some(TimePoint now) {
-  while (!to_write_.empty() && tier_.can_store(now)) {
+void TierMover::write_next(TimePoint now) {
+  while (can_write(now)) {
     const SlabName name = to_write_.front();
     to_write_.pop_front();
     if (tier_.knows(name)) continue;
-    if (const auto slab = book_.find_published(name.head, name.key)) {
-      tier_.store(name, memory_(name.head, *slab), now);
-    } else {
-      ++num_dropped_;
-    }
+    const auto slab = book_.find_published(name.head, name.key);
+    if (slab) return tier_.store(name, memory_(name.head, *slab), now);
+    ++num_dropped_;
   }
-}
-
-bool TierMover::is_idle(TimePoint now) const {
-  return tier_.is_idle() && (to_write_.empty() || !tier_.can_store(now));
 }
 
 // ---- from the file ----------------------------------------------------------------------------
@@ -82,7 +76,7 @@ std::vector<SlabName> TierMover::advance(TimePoint now) {
     end_promotion(loaded);
     ended.push_back(loaded.name);
   }
-  write_some(now);
+  write_next(now);
   return ended;
 }
 

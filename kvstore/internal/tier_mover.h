@@ -37,20 +37,22 @@ class TierMover {
   std::set<SlabName> promote(int first_head, int num_heads, std::span<const PrefixKey> keys,
                              TimePoint now);
 
-  // As NvmeTier's. The names are those whose promotion has ended, well or not.
+  // As NvmeTier's; one slab at most is copied to be written. The names are those whose promotion
+  // has ended, well or not.
   std::vector<SlabName> advance(TimePoint now);
-  bool has_more() const { return tier_.has_more(); }
+  bool has_more(TimePoint now) const { return tier_.has_more() || can_write(now); }
   std::optional<TimePoint> deadline() const { return tier_.deadline(); }
   int completion_fd() const { return tier_.completion_fd(); }
 
   // Nothing is left to write that can be written now.
-  bool is_idle(TimePoint now) const;
+  bool is_idle(TimePoint now) const { return tier_.is_idle() && !can_write(now); }
   NvmeStat stat() const;
 
  private:
   bool promote_one(const SlabName& name, TimePoint now, std::set<SlabName>& awaited);
   void end_promotion(const NvmeTier::Loaded& loaded);
-  void write_some(TimePoint now);
+  bool can_write(TimePoint now) const { return !to_write_.empty() && tier_.can_store(now); }
+  void write_next(TimePoint now);
 
   StoreBook& book_;
   NvmeTier& tier_;

@@ -135,6 +135,27 @@ TEST_F(NvmeStoreTest, RanksThatShareAHeadBothFindIt) {
   EXPECT_EQ(low->stat()->nvme.slabs_read, 3) << "the shared head came once";
 }
 
+TEST_F(NvmeStoreTest, APeerThatLeavesWhileItWaitsHarmsNobody) {
+  start();
+  write(*connect(), 1);
+  server.reset();
+  start();
+  const auto good = connect(1);
+  Hello hello;
+  hello.owner = {0, 0, Epoch{1}, 0, 2};
+  hello.model = kModel;
+  for (const bool says_goodbye : {true, false}) {
+    const auto peer = connect_to(server->socket(), std::chrono::seconds(20)).value_or_throw();
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{hello})));
+    ASSERT_TRUE(receive_message(peer.get(), kMaxMessageBytes));
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{Reserve{SequenceId{9}, 1, {key_of(1)}}})));
+    if (!says_goodbye) continue;
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{Goodbye{}})));
+  }
+  EXPECT_TRUE(eventually(*good, [](const StoreStat& stat) { return stat.nvme.slabs_read == 2; }));
+  EXPECT_EQ(good->stat()->slabs_used, 0);
+}
+
 TEST_F(NvmeStoreTest, TheFileIsOurs) {
   std::filesystem::create_directory(nvme_folder());
   chmod(nvme_folder().c_str(), 0700);
