@@ -12,9 +12,11 @@
 #include "common/program.h"
 #include "common/result.h"
 #include "kvstore/internal/server.h"
+#include "kvstore/internal/tool_flags.h"
 
 namespace {
 
+using foretoken::ErrorCode;
 using foretoken::Exception;
 using foretoken::kernels::DataType;
 using foretoken::kvstore::FileDescriptor;
@@ -24,6 +26,7 @@ using foretoken::kvstore::NvmeConfig;
 using foretoken::kvstore::NvmeReuse;
 using foretoken::kvstore::Server;
 using foretoken::kvstore::ServerConfig;
+using foretoken::kvstore::ToolFlags;
 
 constexpr int kNice = 10;  // on a CPU node, ranks go first
 
@@ -36,10 +39,8 @@ struct Options {
 };
 
 void add_options(CLI::App& app, Options& options) {
-  app.add_option("--socket", options.server.socket_path, "Path of the socket, in a private folder")
-      ->required();
+  app.add_option("--socket", options.server.socket_path, "Path of the socket, in a private folder");
   app.add_option("--arena-bytes", options.server.arena_bytes, "Host memory for KV (64GiB, 512MiB)")
-      ->required()
       ->transform(CLI::AsSizeValue(false));
   app.add_option("--numa", options.server.placement, "Spread stripes over NUMA nodes")
       ->transform(CLI::CheckedTransformer(std::map<std::string, NumaPlacement>{
@@ -77,6 +78,9 @@ FileDescriptor stop_signals() {
 }
 
 void serve(const Options& options) {
+  if (options.server.socket_path.empty() || options.server.arena_bytes == 0) {
+    throw Exception(ErrorCode::kUsage, "--socket and --arena-bytes are required");
+  }
   const FileDescriptor stop = stop_signals();
   if (options.die_with_parent) prctl(PR_SET_PDEATHSIG, SIGTERM);
   setpriority(PRIO_PROCESS, 0, kNice);
@@ -99,5 +103,8 @@ int main(int argc, char** argv) {
                "foretoken-kvstore");
   Options options;
   add_options(app, options);
-  return foretoken::run_program(app, argc, argv, "kvstore", [&] { serve(options); });
+  ToolFlags tools;
+  tools.add_to(app);
+  return foretoken::run_program(app, argc, argv, "kvstore",
+                                [&] { tools.is_wanted() ? tools.run() : serve(options); });
 }

@@ -72,13 +72,17 @@ NvmeFile::NvmeFile(std::filesystem::path folder) : path_(folder / "kv-slabs") {
   require_private_file(file_.get(), path_);  // behind the lock: its last owner may have removed it
 }
 
-std::uint64_t NvmeFile::room_bytes() const {
+std::uint64_t NvmeFile::allocated_bytes() const {
   struct stat info {};
-  struct statvfs space {};
-  if (fstat(fd(), &info) != 0 || fstatvfs(fd(), &space) != 0) return 0;
+  if (fstat(fd(), &info) != 0) return 0;
   constexpr std::uint64_t kStatBlock = 512;  // POSIX: what st_blocks counts
-  return std::uint64_t{space.f_bavail} * space.f_frsize +
-         static_cast<std::uint64_t>(info.st_blocks) * kStatBlock;
+  return static_cast<std::uint64_t>(info.st_blocks) * kStatBlock;
+}
+
+std::uint64_t NvmeFile::room_bytes() const {
+  struct statvfs space {};
+  if (fstatvfs(fd(), &space) != 0) return 0;
+  return std::uint64_t{space.f_bavail} * space.f_frsize + allocated_bytes();
 }
 
 void NvmeFile::remove() const {

@@ -20,6 +20,8 @@ class NvmeFile {
   explicit NvmeFile(std::filesystem::path folder);
 
   int fd() const { return file_.get(); }
+  // On disk; holes take nothing.
+  std::uint64_t allocated_bytes() const;
   // What the file may grow to by what its file system has free, itself included.
   std::uint64_t room_bytes() const;
   // Takes the file's name away; its space comes back when the descriptor is closed.

@@ -1,12 +1,13 @@
 """The KV store's NVMe tier, as a user meets it: prefixes that the arena gave up, or that a restart
 lost, come back from the disk, and the tokens are those of a service that never had them."""
 
+import json
 import os
 import signal
 
 import pytest
 from foretoken.client import Client
-from service_helper import Service, make_model, wait_until
+from service_helper import Service, make_model, run, wait_until
 
 FULL = "--kv-policy=full"
 # Some 30 slabs: a dozen requests of two segments push a prefix out.
@@ -124,3 +125,44 @@ def test_a_folder_that_others_can_enter_is_refused(model, tmp_path):
     with Service(model, FULL, f"--kv-nvme-path={tmp_path}/open", ready=False) as service:
         assert service.process.wait(30) == 3
         assert "chmod 700" in service.log.read_text()
+
+
+def tool(*words):
+    done = run("kv", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_file_can_be_looked_at_checked_and_cleaned(model, tmp_path):
+    folder = tmp_path / "kv"
+    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist")
+    with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+        for number in range(3):
+            client.generate(prompt(number), **OPTIONS)
+        assert service.stop() == 0
+    held = tool("stat", folder)
+    assert held["slabs_held"] == 3 and held["kv_heads"] == 1 and held["bad_headers"] == 0
+    assert tool("verify", folder)["bad_slabs"] == 0
+
+    data = bytearray((folder / "kv-slabs").read_bytes())
+    slabs = 2 * 4096 + 4096 * held["slabs_total"]
+    data[slabs + 1000] ^= 1  # in the first slot's slab
+    (folder / "kv-slabs").write_bytes(data)
+    cleaned = tool("gc", folder)
+    assert cleaned["bad_slabs"] == 1 and cleaned["slabs_held"] == 2 and cleaned["freed_bytes"] > 0
+    after = tool("stat", folder)
+    assert after["slabs_held"] == 2 and after["bad_headers"] == 0
+    assert after["allocated_bytes"] < held["allocated_bytes"]
+
+
+def test_a_folder_without_a_file_is_told_so(tmp_path):
+    done = run("kv", "stat", tmp_path)
+    assert done.returncode == 1 and "holds no KV" in done.stderr and done.stdout == ""
+
+
+def test_the_bench_measures_a_folder(tmp_path):
+    done = run("bench", "store", tmp_path / "kv", "--bytes=64MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["slabs"] == 15 and figures["promote_gb_per_s"] > 0
+    assert not (tmp_path / "kv" / "kv-slabs").exists()
