@@ -26,6 +26,14 @@ std::optional<NvmeIndex::Entry> NvmeIndex::find(const SlabName& name) const {
   return Entry{found->second, slots_[raw(found->second)].digest};
 }
 
+std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
+  for (std::uint32_t i = 0; i < num_slots(); ++i) {
+    const std::uint32_t at = (raw(from) % num_slots() + i) % num_slots();
+    if (slots_[at].name) return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest}};
+  }
+  return std::nullopt;
+}
+
 void NvmeIndex::touch(const SlabName& name) {
   const auto found = by_name_.find(name);
   if (found == by_name_.end()) return;

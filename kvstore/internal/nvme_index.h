@@ -31,6 +31,12 @@ class NvmeIndex {
     std::uint64_t digest = 0;
   };
   std::optional<Entry> find(const SlabName& name) const;
+  // The first held slot at or after `from`, going round. nullopt: nothing is held.
+  struct Held {
+    SlabName name;
+    Entry entry;
+  };
+  std::optional<Held> held_from(SlotIndex from) const;
   // The slab was wanted: it is the last to give way. No-op for a name that is not there.
   void touch(const SlabName& name);
 

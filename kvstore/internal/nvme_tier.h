@@ -11,6 +11,9 @@
 // writes. Transfers go through the tier's own buffers: the arena's slab is free again when store()
 // returns, and a read that never ends has nothing of the arena.
 //
+// When nothing else is to be done, slabs are read and checked one after another, so that what a
+// disk has lost is known before it is asked for.
+//
 //   online      reads and writes
 //   read-only   the file system is full: writes are tried again after a pause, which doubles
 //   offline     operations failed again and again, or one never ended: as above, reads too
@@ -86,7 +89,7 @@ class NvmeTier {
   void check() const { index_.check(); }
 
  private:
-  enum class Kind { kLoad, kStoreSlab, kStoreHeader };
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader };
   struct Transfer {
     Kind kind = Kind::kLoad;
     SlabName name;
@@ -97,6 +100,7 @@ class NvmeTier {
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
   };
 
+  static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
   std::span<std::byte> buffer(std::size_t index) const;  // of a slab and a header
   std::optional<std::size_t> free_buffer() const;
   std::size_t bytes_of(const Transfer& transfer) const;
@@ -109,8 +113,14 @@ class NvmeTier {
   void finish_store(std::size_t index);
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
+  bool may_scrub(TimePoint now) const;
+  void start_scrub(TimePoint now);
+  void finish_scrub(std::size_t index);
+  bool is_whole(const std::byte* slab, std::uint64_t digest) const;
+  void end_read(const Transfer& transfer, bool is_whole);
   void give_up_all(std::vector<Loaded>& loaded);
   void let_go(const Transfer& transfer);
+  std::optional<TimePoint> stalled_at() const;
   void on_stalled(TimePoint now, std::vector<Loaded>& loaded);
   void on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded);
   void on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded);
@@ -130,6 +140,8 @@ class NvmeTier {
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
   std::uint64_t next_number_ = 1;
+  SlotIndex scrubbed_{};  // the next slab to check is here or behind
+  TimePoint next_scrub_{};
   NvmeStat stat_;
 };
 

@@ -164,10 +164,27 @@ TEST_F(NvmeTierTest, AReadThatNeverEndsIsGivenUp) {
   disk.device->fault = nullptr;
   EXPECT_TRUE(disk.load(test_name(0, 0))) << "the name is kept";
   EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+  EXPECT_FALSE(disk.tier->deadline()) << "nothing is due while one is out";
   to.assign(to.size(), std::byte{0});
   disk.device->release_held();
   EXPECT_TRUE(disk.finish().empty());
   EXPECT_EQ(to, std::vector<std::byte>(to.size())) << "late bytes reach nobody";
+}
+
+TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
+  TierOnFile disk(file, 4);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  const NvmeGeometry geometry{kTestModel.slab_bytes(), 4};
+  file[geometry.slab_offset(SlotIndex{1}) + 10] ^= std::byte{1};
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(disk.tier->deadline());
+    disk.now = *disk.tier->deadline();
+    EXPECT_TRUE(disk.finish().empty());
+  }
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_TRUE(disk.tier->knows(test_name(0, 0)) && disk.tier->knows(test_name(0, 2)));
+  EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+  EXPECT_EQ(disk.tier->stat().slabs_read, 0);
 }
 
 TEST_F(NvmeTierTest, MoreLoadsThanBuffersAllEnd) {

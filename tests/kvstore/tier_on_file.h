@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -37,18 +38,23 @@ class TierOnFile {
     return tier->knows(name);
   }
   std::optional<std::vector<std::byte>> load(const SlabName& name) {
-    if (!tier->has(name, now)) return std::nullopt;
-    std::vector<std::byte> slab(model_.slab_bytes());
-    tier->load(name, slab.data(), now);
-    const auto loaded = finish();
-    if (loaded.size() != 1 || !loaded.front().is_whole) return std::nullopt;
-    return slab;
+    if (loading_.contains(name) || !tier->has(name, now)) return std::nullopt;
+    loading_[name].resize(model_.slab_bytes());
+    tier->load(name, loading_[name].data(), now);
+    for (const auto& loaded : finish()) {
+      if (loaded.name == name && loaded.is_whole) return std::move(ended_.at(name));
+    }
+    return std::nullopt;
   }
   // Until nothing has ended that was not looked at.
   std::vector<NvmeTier::Loaded> finish() {
     std::vector<NvmeTier::Loaded> all;
+    ended_.clear();
     do {
-      for (auto& loaded : tier->advance(now)) all.push_back(loaded);
+      for (auto& loaded : tier->advance(now)) {
+        all.push_back(loaded);
+        if (auto room = loading_.extract(loaded.name)) ended_.insert(std::move(room));
+      }
     } while (tier->has_more() || !is_quiet());
     tier->check();
     return all;
@@ -65,6 +71,8 @@ class TierOnFile {
   bool is_quiet() const { return tier->is_idle() || device->all_held(); }
 
   ModelIdentity model_;
+  std::map<SlabName, std::vector<std::byte>> loading_;  // the tier's until their Loaded
+  std::map<SlabName, std::vector<std::byte>> ended_;    // of the last finish()
 };
 
 }  // namespace foretoken::kvstore
