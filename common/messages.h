@@ -131,6 +131,21 @@ struct ErrorMessage {
   std::string code;        // error_code_name
   std::string message;     // what, why, what to do
 };
+// The store's NVMe tier, all heads of the node together; counts since the store's start.
+struct KvNvme {
+  std::string state = "off";  // off | online | read-only | offline
+  std::int64_t slabs_total = 0;
+  std::int64_t slabs_held = 0;
+  std::int64_t slabs_read = 0;     // brought back into host memory
+  std::int64_t slabs_written = 0;  // written behind
+  std::int64_t bytes_read = 0;
+  std::int64_t bytes_written = 0;
+  std::int64_t evictions = 0;
+  std::int64_t dropped = 0;  // slabs that left host memory before they could be written
+  std::int64_t io_errors = 0;
+  std::int64_t checksum_failures = 0;
+  std::int64_t host_checksum_failures = 0;  // slabs in host memory that weren't written for it
+};
 struct StatusReply {
   std::string state;  // loading | ready | draining | failed
   std::string detail;
@@ -144,6 +159,7 @@ struct StatusReply {
   std::int64_t kv_slabs_total = 0;
   std::int64_t kv_slabs_used = 0;
   std::int64_t kv_slabs_cached = 0;
+  KvNvme kv_nvme;
   std::int64_t worker_restarts = 0;
   double uptime_s = 0;
 };
@@ -253,6 +269,7 @@ struct KvSlabs {
   std::int64_t free = 0;
   std::int64_t cached = 0;
   std::int64_t ready = 0;
+  KvNvme nvme = {};
 };
 struct StepResult {
   Epoch epoch{};

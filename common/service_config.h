@@ -44,6 +44,9 @@ struct ServiceConfig {
 
   // KV store.
   double kv_host_gib = 0;        // arena; 0: a quarter of the machine's memory, at most 64
+  std::string kv_nvme_path;      // folder of the second tier; empty: none
+  double kv_nvme_gib = 0;        // its size; 0: as a kept one, else 9/10 of what is free there
+  bool kv_persist = false;       // the second tier is kept from start to start
   std::string on_late = "wait";  // wait | skip
   bool guard_arena = false;      // test aid: the arena is unmapped but inside gather and write
 

@@ -28,6 +28,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/ids.h"
@@ -62,6 +63,28 @@ struct Reservation {
   std::vector<std::byte*> slabs;  // [num_kv_heads, num_segments] device addresses
 };
 
+// Whether the NVMe tier works: kOff where the store has none; kReadOnly while the file system is
+// full; kOffline while operations fail.
+enum class NvmeState { kOff, kOnline, kReadOnly, kOffline };
+std::string_view nvme_state_name(NvmeState state);  // "off", "online", "read-only", "offline"
+
+// The NVMe tier, all heads together; counts since the store's start.
+struct NvmeStat {
+  NvmeState state = NvmeState::kOff;
+  std::int64_t slabs_total = 0;        // that the file has room for
+  std::int64_t slabs_held = 0;         // that it holds
+  std::int64_t slabs_read = 0;         // brought back into the arena
+  std::int64_t slabs_written = 0;      // written behind
+  std::int64_t bytes_read = 0;         // as moved, whole or not
+  std::int64_t bytes_written = 0;      // without headers
+  std::int64_t evictions = 0;          // slabs that gave way in the file
+  std::int64_t dropped = 0;            // slabs that left the arena before they could be written
+  std::int64_t io_errors = 0;          // operations that failed, or never ended
+  std::int64_t checksum_failures = 0;  // headers and slabs of the file that failed their check
+  std::int64_t host_checksum_failures = 0;  // slabs of the arena that failed it, so weren't written
+  bool operator==(const NvmeStat&) const = default;
+};
+
 // Slabs a head, over the whole node, of the head that has the fewest free.
 struct StoreStat {
   std::int64_t slabs_total = 0;   // that fit the arena
@@ -75,6 +98,7 @@ struct StoreStat {
   std::int64_t leases = 0;        // connected ranks, and dead ones whose exit is awaited
   std::int64_t sequences = 0;
   std::int64_t bad_requests = 0;  // one-way requests that were wrong
+  NvmeStat nvme;
 };
 
 class KvStore {

@@ -12,34 +12,46 @@
 #include "common/program.h"
 #include "common/result.h"
 #include "kvstore/internal/server.h"
+#include "kvstore/internal/tool_flags.h"
 
 namespace {
 
+using foretoken::ErrorCode;
 using foretoken::Exception;
 using foretoken::kernels::DataType;
 using foretoken::kvstore::FileDescriptor;
 using foretoken::kvstore::ModelIdentity;
 using foretoken::kvstore::NumaPlacement;
+using foretoken::kvstore::NvmeConfig;
+using foretoken::kvstore::NvmeReuse;
 using foretoken::kvstore::Server;
 using foretoken::kvstore::ServerConfig;
+using foretoken::kvstore::ToolFlags;
 
 constexpr int kNice = 10;  // on a CPU node, ranks go first
 
 struct Options {
   ServerConfig server;
+  NvmeConfig nvme;  // of the server, where it has a folder
+  bool keep_slabs = false;
   ModelIdentity model;
   bool die_with_parent = false;
 };
 
 void add_options(CLI::App& app, Options& options) {
-  app.add_option("--socket", options.server.socket_path, "Path of the socket, in a private folder")
-      ->required();
+  app.add_option("--socket", options.server.socket_path, "Path of the socket, in a private folder");
   app.add_option("--arena-bytes", options.server.arena_bytes, "Host memory for KV (64GiB, 512MiB)")
-      ->required()
       ->transform(CLI::AsSizeValue(false));
   app.add_option("--numa", options.server.placement, "Spread stripes over NUMA nodes")
       ->transform(CLI::CheckedTransformer(std::map<std::string, NumaPlacement>{
           {"none", NumaPlacement::kNone}, {"spread", NumaPlacement::kSpread}}));
+  auto* folder = app.add_option("--nvme-path", options.nvme.folder,
+                                "Folder for KV that leaves host memory; no NVMe tier without it");
+  app.add_option("--nvme-bytes", options.nvme.capacity_bytes,
+                 "Size of the file there (default: as a kept one, else 9/10 of what is free)")
+      ->transform(CLI::AsSizeValue(false))
+      ->needs(folder);
+  app.add_flag("--persist", options.keep_slabs, "Keep the file from start to start")->needs(folder);
   app.add_flag("--die-with-parent", options.die_with_parent, "Exit when the parent process does");
   auto* heads = app.add_option("--kv-heads", options.model.total_kv_heads,
                                "Shape of the KV; without it, the first rank brings it");
@@ -66,10 +78,18 @@ FileDescriptor stop_signals() {
 }
 
 void serve(const Options& options) {
+  if (options.server.socket_path.empty() || options.server.arena_bytes == 0) {
+    throw Exception(ErrorCode::kUsage, "--socket and --arena-bytes are required");
+  }
   const FileDescriptor stop = stop_signals();
   if (options.die_with_parent) prctl(PR_SET_PDEATHSIG, SIGTERM);
   setpriority(PRIO_PROCESS, 0, kNice);
-  Server server(options.server);
+  ServerConfig config = options.server;
+  if (!options.nvme.folder.empty()) {
+    config.nvme = options.nvme;
+    if (options.keep_slabs) config.nvme->reuse = NvmeReuse::kKeepSlabs;
+  }
+  Server server(config);
   if (options.model.total_kv_heads > 0) {
     if (auto opened = server.open_arena(options.model); !opened) throw Exception(opened.error());
   }
@@ -83,5 +103,8 @@ int main(int argc, char** argv) {
                "foretoken-kvstore");
   Options options;
   add_options(app, options);
-  return foretoken::run_program(app, argc, argv, "kvstore", [&] { serve(options); });
+  ToolFlags tools;
+  tools.add_to(app);
+  return foretoken::run_program(app, argc, argv, "kvstore",
+                                [&] { tools.is_wanted() ? tools.run() : serve(options); });
 }

@@ -40,6 +40,9 @@ void visit_config(F&& f, auto& c) {
   f("predictor_weights", c.predictor_weights);
   f("trace", c.trace);
   f("kv_host_gib", c.kv_host_gib);
+  f("kv_nvme_path", c.kv_nvme_path);
+  f("kv_nvme_gib", c.kv_nvme_gib);
+  f("kv_persist", c.kv_persist);
   f("on_late", c.on_late);
   f("guard_arena", c.guard_arena);
   f("max_num_seqs", c.max_num_seqs);
@@ -118,6 +121,7 @@ constexpr std::array kRealRanges = {
     Range<double>{"gpu_memory_utilization", &ServiceConfig::gpu_memory_utilization, 0.01, 1.0},
     Range<double>{"device_memory_gib", &ServiceConfig::device_memory_gib, 0, 1 << 20},
     Range<double>{"kv_host_gib", &ServiceConfig::kv_host_gib, 0, 1 << 20},
+    Range<double>{"kv_nvme_gib", &ServiceConfig::kv_nvme_gib, 0, 1 << 20},
 };
 
 std::string join(const std::vector<std::string>& names) {
@@ -180,6 +184,14 @@ Status check_trace(const ServiceConfig& config) {
   return Ok{};
 }
 
+Status check_nvme(const ServiceConfig& config) {
+  if (!config.kv_nvme_path.empty()) return Ok{};
+  constexpr auto kWhy = "needs --kv-nvme-path: the folder of the NVMe tier";
+  if (config.kv_nvme_gib > 0) return config_error("kv_nvme_gib", kWhy);
+  if (config.kv_persist) return config_error("kv_persist", kWhy);
+  return Ok{};
+}
+
 // ---- JSON ------------------------------------------------------------------------------------
 
 template <typename T>
@@ -226,6 +238,7 @@ Status validate(const ServiceConfig& config) {
   FT_RETURN_IF_ERROR(check_ranges(config, kIntRanges));
   FT_RETURN_IF_ERROR(check_ranges(config, kRealRanges));
   FT_RETURN_IF_ERROR(check_trace(config));
+  FT_RETURN_IF_ERROR(check_nvme(config));
   return check_budget(config);
 }
 

@@ -174,6 +174,22 @@ void visit_fields(F&& f, Is<ErrorMessage> auto& m) {
 }
 
 template <typename F>
+void visit_fields(F&& f, Is<KvNvme> auto& m) {
+  f("state", m.state);
+  f("slabs_total", m.slabs_total);
+  f("slabs_held", m.slabs_held);
+  f("slabs_read", m.slabs_read);
+  f("slabs_written", m.slabs_written);
+  f("bytes_read", m.bytes_read);
+  f("bytes_written", m.bytes_written);
+  f("evictions", m.evictions);
+  f("dropped", m.dropped);
+  f("io_errors", m.io_errors);
+  f("checksum_failures", m.checksum_failures);
+  f("host_checksum_failures", m.host_checksum_failures);
+}
+
+template <typename F>
 void visit_fields(F&& f, Is<StatusReply> auto& m) {
   f("state", m.state);
   f("detail", m.detail);
@@ -187,6 +203,7 @@ void visit_fields(F&& f, Is<StatusReply> auto& m) {
   f("kv_slabs_total", m.kv_slabs_total);
   f("kv_slabs_used", m.kv_slabs_used);
   f("kv_slabs_cached", m.kv_slabs_cached);
+  f("kv_nvme", m.kv_nvme);
   f("worker_restarts", m.worker_restarts);
   f("uptime_s", m.uptime_s);
 }
@@ -309,6 +326,7 @@ void visit_fields(F&& f, Is<KvSlabs> auto& m) {
   f("free", m.free);
   f("cached", m.cached);
   f("ready", m.ready);
+  f("nvme", m.nvme);
 }
 
 template <typename F>

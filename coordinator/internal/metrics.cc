@@ -44,6 +44,12 @@ struct Metrics::Impl {
         {{label, value}});
   }
 
+  Gauge& labelled_gauge(const char* name, const char* help, const char* label,
+                        const std::string& value) {
+    return BuildGauge().Name(name).Help(help).Labels(labels).Register(*registry).Add(
+        {{label, value}});
+  }
+
   const std::map<std::string, std::string> labels;
   std::shared_ptr<prometheus::Registry> registry = std::make_shared<prometheus::Registry>();
   Gauge& running = gauge("foretoken_num_requests_running", "Requests that a group works on");
@@ -58,6 +64,13 @@ struct Metrics::Impl {
       counter("foretoken_prefix_cache_hits_total", "Prompt tokens whose KV was reused");
   Counter& fetched = counter("foretoken_kv_blocks_fetched_total", "KV blocks brought to devices");
   Counter& host_bytes = counter("foretoken_kv_host_bytes_total", "KV bytes fetched from the host");
+  Gauge& nvme_slabs = gauge("foretoken_kv_nvme_slabs", "Slabs that the NVMe tier holds");
+  Counter& nvme_read =
+      counter("foretoken_kv_nvme_read_bytes_total", "KV bytes read from the NVMe tier");
+  Counter& nvme_written =
+      counter("foretoken_kv_nvme_written_bytes_total", "KV bytes written to the NVMe tier");
+  Counter& nvme_errors =
+      counter("foretoken_kv_nvme_io_errors_total", "Operations of the NVMe tier that failed");
   Counter& late = counter("foretoken_prefetch_late_total", "Blocks that were not there in time");
   Counter& fallbacks = counter("foretoken_predictor_fallbacks_total",
                                "Times that a map had no finite scores, and its latest blocks were "
@@ -72,6 +85,7 @@ struct Metrics::Impl {
   Histogram& whole =
       histogram("foretoken_e2e_request_latency_seconds", "Arrival to the last message");
   Histogram& step = histogram("foretoken_step_seconds", "A step on the slowest rank");
+  KvNvme nvme;  // as last told
   std::unique_ptr<prometheus::Exposer> exposer;
 };
 
@@ -139,6 +153,30 @@ void Metrics::set_kv(std::int64_t total, std::int64_t free, std::int64_t cached)
   const auto used = static_cast<double>(total - free - cached);
   impl_->kv_usage.Set(total > 0 ? used / static_cast<double>(total) : 0);
   impl_->kv_cached.Set(static_cast<double>(cached));
+}
+
+void Metrics::set_nvme(const KvNvme& nvme) {
+  if (nvme.state == "off") return;
+  for (const char* state : {"online", "read-only", "offline"}) {
+    impl_
+        ->labelled_gauge("foretoken_kv_nvme_state", "1 for the state of the NVMe tier", "state",
+                         state)
+        .Set(nvme.state == state ? 1 : 0);
+  }
+  impl_->nvme_slabs.Set(static_cast<double>(nvme.slabs_held));
+  const auto raise = [&](Counter& counter, std::int64_t KvNvme::*count) {
+    const std::int64_t now = nvme.*count;
+    const std::int64_t before = impl_->nvme.*count;
+    counter.Increment(static_cast<double>(now >= before ? now - before : now));
+  };
+  raise(impl_->nvme_read, &KvNvme::bytes_read);
+  raise(impl_->nvme_written, &KvNvme::bytes_written);
+  raise(impl_->nvme_errors, &KvNvme::io_errors);
+  constexpr auto kFailures = "foretoken_kv_checksum_failures_total";
+  constexpr auto kHelp = "Slabs that failed their checksum on their way between the tiers";
+  raise(impl_->labelled(kFailures, kHelp, "tier", "nvme"), &KvNvme::checksum_failures);
+  raise(impl_->labelled(kFailures, kHelp, "tier", "host"), &KvNvme::host_checksum_failures);
+  impl_->nvme = nvme;
 }
 
 }  // namespace foretoken::coordinator

@@ -147,6 +147,7 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
       reply.device = ranks.capacity().device;
       reply.kv_slabs_total += total;
       reply.kv_slabs_cached += ranks.kv_slabs().cached;
+      reply.kv_nvme = ranks.kv_slabs().nvme;  // the node's, whichever group tells
       reply.kv_slabs_used += total - ranks.kv_slabs().free - ranks.kv_slabs().cached;
       continue;
     }

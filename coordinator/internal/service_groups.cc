@@ -175,6 +175,7 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
   const KvSlabs& slabs = group.ranks.kv_slabs();
   metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
+  metrics_.set_nvme(slabs.nvme);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);

@@ -29,6 +29,9 @@ class Arena {
   Arena& operator=(const Arena&) = delete;
 
   const ArenaLayout& layout() const { return layout_; }
+  std::byte* slab(int head, std::uint32_t slab) const {
+    return base_ + layout_.stripe_offset(head) + layout_.slab_bytes * slab;
+  }
   int memory_fd() const { return memory_.get(); }
   // Readable (eventfd) when num_ready() has grown since clear_progress().
   int progress_fd() const { return progress_.get(); }

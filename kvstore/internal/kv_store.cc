@@ -1,6 +1,7 @@
 #include "kvstore/kv_store.h"
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <utility>
 
@@ -156,6 +157,11 @@ Result<Reservation> KvStore::Impl::translate(SequenceId sequence, const Grant& g
     kv.slabs.push_back(mapping->slab(static_cast<int>(i / segments), grant.slabs[i]));
   }
   return kv;
+}
+
+std::string_view nvme_state_name(NvmeState state) {
+  constexpr std::array<std::string_view, 4> kNames = {"off", "online", "read-only", "offline"};
+  return kNames[static_cast<std::size_t>(state)];
 }
 
 // ---- requests ---------------------------------------------------------------------------------

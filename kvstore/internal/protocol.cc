@@ -25,7 +25,6 @@ enum Kind : int {
 
 constexpr auto kInt64Max = std::numeric_limits<std::int64_t>::max();
 constexpr std::size_t kMaxTextBytes = 1024;
-constexpr std::size_t kMaxModelHashBytes = 128;
 
 // ---- writing ----------------------------------------------------------------------------------
 
@@ -118,7 +117,7 @@ struct ReplyWriter {
         .finish();
   }
   std::string operator()(const StoreStat& stat) const {
-    return Writer(kStatReply, 11)
+    return Writer(kStatReply, 23)
         .integer(stat.slabs_total)
         .integer(stat.slabs_ready)
         .integer(stat.slabs_free)
@@ -130,6 +129,18 @@ struct ReplyWriter {
         .integer(stat.leases)
         .integer(stat.sequences)
         .integer(stat.bad_requests)
+        .integer(static_cast<int>(stat.nvme.state))
+        .integer(stat.nvme.slabs_total)
+        .integer(stat.nvme.slabs_held)
+        .integer(stat.nvme.slabs_read)
+        .integer(stat.nvme.slabs_written)
+        .integer(stat.nvme.bytes_read)
+        .integer(stat.nvme.bytes_written)
+        .integer(stat.nvme.evictions)
+        .integer(stat.nvme.dropped)
+        .integer(stat.nvme.io_errors)
+        .integer(stat.nvme.checksum_failures)
+        .integer(stat.nvme.host_checksum_failures)
         .finish();
   }
 };
@@ -206,7 +217,7 @@ class Reader {
     if (bytes.size() > kMaxMessageBytes) return fail("message", "is too large");
     try {
       // Nesting: the array and its scalars. No maps, and no extension types.
-      const msgpack::unpack_limit limit(16, 0, kMaxTextBytes, kMaxMessageBytes, 0, 2);
+      const msgpack::unpack_limit limit(32, 0, kMaxTextBytes, kMaxMessageBytes, 0, 2);
       std::size_t offset = 0;
       handle_ = msgpack::unpack(
           bytes.data(), bytes.size(), offset,
@@ -284,6 +295,24 @@ Grant read_grant(Reader& reader) {
   return grant;
 }
 
+NvmeStat read_nvme(Reader& reader) {
+  NvmeStat stat;
+  stat.state = static_cast<NvmeState>(reader.small("nvme state", static_cast<int>(NvmeState::kOff),
+                                                   static_cast<int>(NvmeState::kOffline)));
+  stat.slabs_total = reader.counter("nvme slabs_total");
+  stat.slabs_held = reader.counter("nvme slabs_held");
+  stat.slabs_read = reader.counter("nvme slabs_read");
+  stat.slabs_written = reader.counter("nvme slabs_written");
+  stat.bytes_read = reader.counter("nvme bytes_read");
+  stat.bytes_written = reader.counter("nvme bytes_written");
+  stat.evictions = reader.counter("nvme evictions");
+  stat.dropped = reader.counter("nvme dropped");
+  stat.io_errors = reader.counter("nvme io_errors");
+  stat.checksum_failures = reader.counter("nvme checksum_failures");
+  stat.host_checksum_failures = reader.counter("nvme host_checksum_failures");
+  return stat;
+}
+
 StoreStat read_stat(Reader& reader) {
   StoreStat stat;
   stat.slabs_total = reader.counter("slabs_total");
@@ -297,6 +326,7 @@ StoreStat read_stat(Reader& reader) {
   stat.leases = reader.counter("leases");
   stat.sequences = reader.counter("sequences");
   stat.bad_requests = reader.counter("bad_requests");
+  stat.nvme = read_nvme(reader);
   return stat;
 }
 

@@ -17,13 +17,13 @@
 #include "common/ids.h"
 #include "common/prefix_key.h"
 #include "common/result.h"
-#include "kernels/kv_layout.h"
+#include "kvstore/internal/model_identity.h"
 #include "kvstore/internal/store_book.h"
 #include "kvstore/kv_store.h"
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 1;
+inline constexpr int kProtocolVersion = 2;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: heads x segments
@@ -32,20 +32,6 @@ inline constexpr int kMaxLayers = 1'024;
 inline constexpr int kMaxHeadDim = 1'024;
 inline constexpr int kMaxGroups = 4'096;
 inline constexpr int kMaxRanks = 4'096;
-
-// Whose KV the arena holds. A second Hello with another identity is refused.
-struct ModelIdentity {
-  std::string model_hash;  // at most 128 bytes
-  int total_kv_heads = 0;
-  int num_layers = 0;
-  int head_dim = 0;
-  kernels::DataType kv_type = kernels::DataType::kFp16;
-  bool operator==(const ModelIdentity&) const = default;
-
-  std::size_t slab_bytes() const {
-    return kernels::KvShape{num_layers, 1, head_dim, kv_type}.slab_bytes();
-  }
-};
 
 struct Hello {
   int version = kProtocolVersion;

@@ -8,6 +8,8 @@
 #include <cerrno>
 #include <cstring>
 
+#include "kvstore/internal/private_folder.h"
+
 namespace foretoken::kvstore {
 namespace {
 
@@ -27,24 +29,6 @@ Result<sockaddr_un> address_of(const std::filesystem::path& path) {
   }
   std::memcpy(address.sun_path, name.data(), name.size());
   return address;
-}
-
-// Only we may enter the folder: the socket file's own mode is not checked everywhere.
-void require_private_folder(const std::filesystem::path& path) {
-  const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
-  if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
-    throw Exception(system_error(ErrorCode::kIo, "the folder " + folder.native()));
-  }
-  struct stat info {};
-  if (stat(folder.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
-    throw Exception(ErrorCode::kConfig, folder.native() + " is no folder");
-  }
-  if (info.st_uid != geteuid() || (info.st_mode & 077) != 0) {
-    throw Exception(ErrorCode::kConfig,
-                    "the store's socket needs a folder that only its user can "
-                    "enter: chmod 700 " +
-                        folder.native());
-  }
 }
 
 FileDescriptor make_socket(int flags) {
@@ -69,7 +53,7 @@ void set_timeout(int socket, std::chrono::milliseconds timeout) {
 
 Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
   const sockaddr_un address = address_of(path_).value_or_throw();
-  require_private_folder(path_);
+  require_private_folder(path_.has_parent_path() ? path_.parent_path() : ".");
   if (std::filesystem::exists(path_)) {
     if (connects(make_socket(0).get(), address)) {
       throw Exception(ErrorCode::kPortInUse, "a store serves " + path_.native() + " already");

@@ -20,10 +20,9 @@ namespace {
 
 constexpr std::size_t kMaxPeers = 1'024;
 
-// Tags of epoll events: below kFirstPeer fixed ones; a peer has two, for socket and process.
-enum Tag : std::uint64_t { kStop = 0, kListener = 1, kProgress = 2, kFirstPeer = 16 };
-std::uint64_t socket_tag(std::uint64_t peer) { return kFirstPeer + 2 * peer; }
-std::uint64_t process_tag(std::uint64_t peer) { return kFirstPeer + 2 * peer + 1; }
+constexpr std::uint64_t kFirstPeerTag = 16;  // of epoll events: two a peer, for socket and process
+std::uint64_t socket_tag(std::uint64_t peer) { return kFirstPeerTag + 2 * peer; }
+std::uint64_t process_tag(std::uint64_t peer) { return kFirstPeerTag + 2 * peer + 1; }
 
 Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
 
@@ -38,10 +37,18 @@ std::string describe(const ModelIdentity& model) {
          ", " + (model.kv_type == kernels::DataType::kFp16 ? "fp16" : "bf16") + ")";
 }
 
+std::optional<NvmeFile> open_file(const std::optional<NvmeConfig>& nvme) {
+  if (!nvme) return std::nullopt;
+  return NvmeFile(nvme->folder);
+}
+
 }  // namespace
 
 Server::Server(const ServerConfig& config)
-    : config_(config), listener_(config.socket_path), epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+    : config_(config),
+      listener_(config.socket_path),
+      nvme_file_(open_file(config.nvme)),
+      epoll_(epoll_create1(EPOLL_CLOEXEC)) {
   if (!epoll_) throw Exception(ErrorCode::kIo, std::string("epoll: ") + std::strerror(errno));
   watch(listener_.fd(), kListener);
 }
@@ -89,22 +96,28 @@ void Server::run(int stop_fd) {
   watch(stop_fd, kStop);
   std::array<epoll_event, 64> events;
   for (;;) {
-    const int count = epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), -1);
+    const int count =
+        epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), wait_ms());
     if (count < 0 && errno == EINTR) continue;
     FT_CHECK(count >= 0, errno);
     for (int i = 0; i < count; ++i) {
       const std::uint64_t tag = events[static_cast<std::size_t>(i)].data.u64;
-      if (tag == kStop) return;
-      if (tag == kListener) {
-        accept_peers();
-      } else if (tag == kProgress) {
-        note_progress();
-      } else if ((tag - kFirstPeer) % 2 == 0) {
-        serve((tag - kFirstPeer) / 2);
-      } else {
-        end_lease((tag - kFirstPeer) / 2);
-      }
+      if (tag == kStop) return close_tier();
+      on_event(tag);
     }
+    if (mover_) advance_tier();
+  }
+}
+
+void Server::on_event(std::uint64_t tag) {
+  if (tag == kListener) {
+    accept_peers();
+  } else if (tag == kProgress) {
+    note_progress();
+  } else if (tag >= kFirstPeerTag && (tag - kFirstPeerTag) % 2 == 0) {
+    serve((tag - kFirstPeerTag) / 2);
+  } else if (tag >= kFirstPeerTag) {
+    end_lease((tag - kFirstPeerTag) / 2);
   }
 }
 
@@ -141,7 +154,7 @@ void Server::admit(FileDescriptor socket) {
   if (!process || hung_up(socket.get())) return;
   const PeerId id = next_peer_++;
   watch(socket.get(), socket_tag(id));
-  peers_.emplace(id, Peer{std::move(socket), std::move(process), credentials->pid, {}, 0, {}});
+  peers_.emplace(id, Peer{std::move(socket), std::move(process), credentials->pid, {}, 0, 0, {}});
 }
 
 void Server::serve(PeerId id) {
@@ -161,6 +174,7 @@ void Server::serve(PeerId id) {
 }
 
 void Server::drop(PeerId id) {
+  forget_pending(id);
   Peer& peer = peers_.at(id);
   peer.socket.reset();
   peer.waiting.reset();
@@ -175,6 +189,7 @@ void Server::drop(PeerId id) {
 void Server::end_lease(PeerId id) {
   const auto found = peers_.find(id);
   if (found == peers_.end()) return;
+  forget_pending(id);
   if (found->second.lease) book_->close_lease(*found->second.lease);
   peers_.erase(found);
   welcome_waiting();
@@ -203,13 +218,13 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
     return reply(peer, invalid("say hello first")), false;
   }
   if (const auto* reserve_request = std::get_if<Reserve>(&request)) {
-    return reply_grant(peer, reserve(peer, *reserve_request));
+    return reserve(id, peer, *reserve_request);
   }
   if (const auto* use = std::get_if<Use>(&request)) {
     return reply_grant(peer, book_->use(*peer.lease, use->sequence, use->hit_segments));
   }
   if (const auto* commit = std::get_if<Commit>(&request)) {
-    note(peer, book_->commit(*peer.lease, commit->sequence, commit->segment, commit->key));
+    note(peer, this->commit(peer, *commit));
   } else if (const auto* release = std::get_if<Release>(&request)) {
     note(peer, book_->release(*peer.lease, release->sequence));
   } else {  // Goodbye
@@ -225,12 +240,27 @@ void Server::note(const Peer& peer, const Status& status) {
   log().warn("process {}: {}", peer.pid, status.error().message);
 }
 
-Result<Grant> Server::reserve(const Peer& peer, const Reserve& request) {
+bool Server::reserve(PeerId id, const Peer& peer, const Reserve& request) {
   if (request.num_segments > kMaxGrantSlabs / peer.num_heads) {
-    return invalid(std::to_string(request.num_segments) + " segments of " +
-                   std::to_string(peer.num_heads) + " heads are more than one sequence may have");
+    return reply(peer, invalid(std::to_string(request.num_segments) + " segments of " +
+                               std::to_string(peer.num_heads) +
+                               " heads are more than one sequence may have"));
   }
-  return book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
+  if (mover_ && promote(id, peer, request)) return true;
+  return grant(peer, request);
+}
+
+bool Server::grant(const Peer& peer, const Reserve& request) {
+  return reply_grant(
+      peer, book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments));
+}
+
+Status Server::commit(const Peer& peer, const Commit& request) {
+  FT_RETURN_IF_ERROR(book_->commit(*peer.lease, request.sequence, request.segment, request.key));
+  for (int i = 0; mover_ && i < peer.num_heads; ++i) {
+    mover_->write_behind({peer.first_head + i, request.key});
+  }
+  return Ok{};
 }
 
 bool Server::greet(Peer& peer, const Hello& hello) {
@@ -252,6 +282,7 @@ bool Server::greet(Peer& peer, const Hello& hello) {
     return true;
   }
   peer.lease = book_->open_lease(hello.owner);
+  peer.first_head = hello.owner.first_head;
   peer.num_heads = hello.owner.num_heads;
   const ArenaLayout& layout = arena_->layout();
   return reply(peer, Welcome{layout.slab_bytes, layout.slabs_per_head}, arena_->memory_fd());
@@ -270,13 +301,16 @@ Status Server::check(const Hello& hello) const {
 
 // The first model is the store's; all others must be it.
 Status Server::adopt(const ModelIdentity& model) {
-  if (!model_) return open_arena(model);
+  if (!model_) FT_RETURN_IF_ERROR(open_arena(model));
   if (model_->model_hash.empty()) {
     ModelIdentity named = *model_;
     named.model_hash = model.model_hash;
     if (named == model) model_ = named;
   }
-  if (*model_ == model) return Ok{};
+  if (*model_ == model) {
+    if (nvme_file_ && !tier_) open_tier();
+    return Ok{};
+  }
   return invalid("the store holds the KV of " + describe(*model_) + ", not of " + describe(model) +
                  "; start a store of its own for it");
 }
@@ -295,6 +329,8 @@ bool Server::reply_grant(const Peer& peer, Result<Grant> grant) const {
 StoreStat Server::stat() const {
   StoreStat stat = book_ ? book_->stat() : StoreStat{};
   stat.bad_requests = bad_requests_;
+  if (nvme_file_) stat.nvme.state = NvmeState::kOffline;  // until the tier is open
+  if (mover_) stat.nvme = mover_->stat();
   return stat;
 }
 

@@ -6,6 +6,10 @@
 // A rank's lease ends when it says Goodbye, or when its socket is closed AND its process has
 // exited (pidfd): a stopped process could wake up and write. A Hello of a newer epoch of the same
 // (group, rank) waits for that.
+//
+// With an NVMe tier a Reserve whose prefix is partly in the file is answered once that is back in
+// the arena; everybody else is served meanwhile. The tier never fails a request: a prefix that does
+// not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc.
 // Example: tests/kvstore/server_test.cc
 #pragma once
 
@@ -14,24 +18,37 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "kvstore/internal/arena.h"
+#include "kvstore/internal/nvme_file.h"
+#include "kvstore/internal/nvme_tier.h"
 #include "kvstore/internal/protocol.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/store_book.h"
+#include "kvstore/internal/tier_mover.h"
 
 namespace foretoken::kvstore {
+
+struct NvmeConfig {
+  std::string folder;
+  // nullopt: what a kept file has, else nine tenths of what the file system has free.
+  std::optional<std::uint64_t> capacity_bytes;
+  NvmeReuse reuse = NvmeReuse::kStartAfresh;  // kKeepSlabs: of the last store, and for the next one
+};
 
 struct ServerConfig {
   std::string socket_path;
   std::size_t arena_bytes = 0;
   NumaPlacement placement = NumaPlacement::kSpread;
+  std::optional<NvmeConfig> nvme = std::nullopt;
 };
 
 class Server {
  public:
-  // Listens at once. Throws as Listener does.
+  // Listens at once. Throws as Listener and NvmeFile do.
   explicit Server(const ServerConfig& config);
   ~Server();
   Server(const Server&) = delete;
@@ -41,7 +58,8 @@ class Server {
   // Error: kConfig when the arena holds not one slab a head, or memory is short.
   Status open_arena(const ModelIdentity& model);
 
-  // Serves until stop_fd is readable.
+  // Serves until stop_fd is readable. Then writes what is to be kept on NVMe, for a few seconds at
+  // most, or removes its file.
   void run(int stop_fd);
 
  private:
@@ -50,12 +68,17 @@ class Server {
     FileDescriptor process;  // pidfd
     int pid = 0;
     std::optional<LeaseId> lease;
+    int first_head = 0;            // of the lease
     int num_heads = 0;             // of the lease
     std::optional<Hello> waiting;  // for the end of an older lease
   };
   using PeerId = std::uint64_t;
 
+  // Tags of epoll events that no peer has.
+  enum Tag : std::uint64_t { kStop = 0, kListener = 1, kProgress = 2, kNvme = 3 };
+
   void watch(int fd, std::uint64_t tag) const;
+  void on_event(std::uint64_t tag);
   void accept_peers();
   void admit(FileDescriptor socket);
   void serve(PeerId id);
@@ -71,16 +94,37 @@ class Server {
   Status adopt(const ModelIdentity& model);
   bool reply(const Peer& peer, const Reply& message, std::optional<int> passed_fd = {}) const;
   bool reply_grant(const Peer& peer, Result<Grant> grant) const;
-  Result<Grant> reserve(const Peer& peer, const Reserve& request);
+  bool reserve(PeerId id, const Peer& peer, const Reserve& request);
+  bool grant(const Peer& peer, const Reserve& request);
+  Status commit(const Peer& peer, const Commit& request);
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
 
+  // A Reserve whose prefix is on its way from NVMe.
+  struct Pending {
+    PeerId peer = 0;
+    Reserve request;
+    std::set<SlabName> awaited;
+    TimePoint deadline;
+  };
+  void open_tier();
+  bool promote(PeerId id, const Peer& peer, const Reserve& request);
+  void forget_pending(PeerId id);
+  void advance_tier();
+  void answer_pending(TimePoint now);
+  void close_tier();
+  int wait_ms() const;  // for the next event; -1: for ever
+
   ServerConfig config_;
-  Listener listener_;
+  Listener listener_;  // ranks may knock while the file's lock is waited for
+  std::optional<NvmeFile> nvme_file_;
   FileDescriptor epoll_;
   std::optional<ModelIdentity> model_;  // its hash is empty until the first Hello
   std::unique_ptr<Arena> arena_;        // with model_
   std::unique_ptr<StoreBook> book_;     // with model_
+  std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
+  std::unique_ptr<TierMover> mover_;    // with tier_
+  std::vector<Pending> pending_;
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

@@ -53,6 +53,12 @@ std::optional<SlabIndex> SlabPool::find(const PrefixKey& key) {
   return found->second;
 }
 
+std::optional<SlabIndex> SlabPool::peek(const PrefixKey& key) const {
+  const auto found = by_key_.find(key);
+  if (found == by_key_.end()) return std::nullopt;
+  return found->second;
+}
+
 SlabPool::Run SlabPool::longest_run(std::span<const PrefixKey> keys) const {
   Run run;
   for (const PrefixKey& key : keys) {

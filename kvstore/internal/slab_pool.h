@@ -35,6 +35,9 @@ class SlabPool {
   // The slab that holds `key`, held once more. nullopt: there is none.
   std::optional<SlabIndex> find(const PrefixKey& key);
 
+  // The same without holding it.
+  std::optional<SlabIndex> peek(const PrefixKey& key) const;
+
   // How many of the leading keys are there; nothing is held. `cached` counts those nobody holds
   // now.
   struct Run {

@@ -54,7 +54,19 @@ StoreBook::Lease& StoreBook::at(LeaseId id) {
 
 Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<const PrefixKey> keys,
                                  int num_segments) {
+  FT_RETURN_IF_ERROR(can_reserve(id, sequence, keys, num_segments));
   Lease& lease = at(id);
+  const LeaseOwner& owner = lease.owner;
+  for (int i = 0; i < owner.num_heads; ++i) {
+    hold(owner, sequence, owner.first_head + i, keys, num_segments);
+  }
+  lease.sequences.insert(sequence);
+  return grant_of(owner, sequence);
+}
+
+Status StoreBook::can_reserve(LeaseId id, SequenceId sequence, std::span<const PrefixKey> keys,
+                              int num_segments) {
+  const Lease& lease = at(id);
   const LeaseOwner& owner = lease.owner;
   if (lease.sequences.contains(sequence)) {
     return invalid(name_of(sequence) + " is reserved already");
@@ -71,11 +83,7 @@ Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<cons
   for (int i = 0; i < owner.num_heads; ++i) {
     FT_RETURN_IF_ERROR(check_room(owner, sequence, owner.first_head + i, keys, num_segments));
   }
-  for (int i = 0; i < owner.num_heads; ++i) {
-    hold(owner, sequence, owner.first_head + i, keys, num_segments);
-  }
-  lease.sequences.insert(sequence);
-  return grant_of(owner, sequence);
+  return Ok{};
 }
 
 // Whether hold() will find its slabs. Hits that nobody holds are not to be counted as empty ones.
@@ -212,6 +220,18 @@ Grant StoreBook::grant_of(const LeaseOwner& owner, SequenceId sequence) {
     grant.slabs.insert(grant.slabs.end(), allocation.slabs.begin(), allocation.slabs.end());
   }
   return grant;
+}
+
+// ---- the tier below ---------------------------------------------------------------------------
+
+std::optional<SlabIndex> StoreBook::find_published(int head, const PrefixKey& key) const {
+  return pools_[static_cast<std::size_t>(head)].peek(key);
+}
+
+std::optional<SlabIndex> StoreBook::refresh(int head, const PrefixKey& key) {
+  const auto slab = pool(head).find(key);
+  if (slab) pool(head).release(*slab);
+  return slab;
 }
 
 // ---- what there is ----------------------------------------------------------------------------

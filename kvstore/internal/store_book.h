@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <set>
 #include <span>
 #include <tuple>
@@ -56,8 +57,23 @@ class StoreBook {
   Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
   Status commit(LeaseId lease, SequenceId sequence, int segment, const PrefixKey& key);
   Status release(LeaseId lease, SequenceId sequence);
+  // What reserve() would say, without its doing.
+  Status can_reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
+                     int num_segments);
 
-  StoreStat stat() const;  // bad_requests is the server's
+  // For the tier below. The published slab that holds `key`; refresh() also makes it the last one
+  // to be evicted.
+  std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
+  std::optional<SlabIndex> refresh(int head, const PrefixKey& key);
+  // A slab to fill from there: taken, published (unless the key has come otherwise) when it is
+  // whole, and returned in any case.
+  std::optional<SlabIndex> take_slab(int head) { return pool(head).acquire(); }
+  void publish_slab(int head, SlabIndex slab, const PrefixKey& key) {
+    pool(head).publish(slab, key);
+  }
+  void return_slab(int head, SlabIndex slab) { pool(head).release(slab); }
+
+  StoreStat stat() const;  // bad_requests and nvme are the server's
   // Ends the process where an invariant is broken. For tests; walks everything.
   void check() const;
 

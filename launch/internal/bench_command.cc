@@ -163,6 +163,7 @@ void add_bench_command(CLI::App& app, Action& action) {
   add_kind(*parent, "decode", "Time from one token to the next, through a real service", action);
   add_kind(*parent, "prefill", "Prompt tokens a second, through a real service", action);
   add_device_benches(*parent, action);
+  add_store_bench(*parent, action);
 }
 
 }  // namespace foretoken::launch

@@ -106,6 +106,7 @@ int run(int argc, const char* const* argv) {
   add_generate_command(app, action);
   add_tokenize_commands(app, action);
   add_bench_command(app, action);
+  add_kv_command(app, action);
   add_model_command(app, action);
   add_doctor_command(app, action);
   add_config_command(app, action);

@@ -18,6 +18,8 @@ void add_serve_command(CLI::App& app, Action& action);
 void add_generate_command(CLI::App& app, Action& action);
 void add_tokenize_commands(CLI::App& app, Action& action);  // tokenize and detokenize
 void add_bench_command(CLI::App& app, Action& action);
+void add_store_bench(CLI::App& bench, Action& action);  // `bench store`
+void add_kv_command(CLI::App& app, Action& action);
 void add_model_command(CLI::App& app, Action& action);
 void add_doctor_command(CLI::App& app, Action& action);
 void add_config_command(CLI::App& app, Action& action);

@@ -16,14 +16,23 @@ std::vector<std::string> launcher_words(Launcher launcher, int ranks) {
   return {"mpirun", "--bind-to", "none", "--oversubscribe", "-n", count};
 }
 
+std::string bytes_of(double gib) {
+  return std::to_string(static_cast<std::int64_t>(gib * (1 << 30)));
+}
+
 }  // namespace
 
 Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files) {
-  const auto arena_bytes = static_cast<std::int64_t>(config.kv_host_gib * (1 << 30));
-  return {.name = "kvstore",
-          .argv = {sibling_program("foretoken-kvstore").string(),
-                   "--socket=" + files.store_socket().string(),
-                   "--arena-bytes=" + std::to_string(arena_bytes)}};
+  Command command{.name = "kvstore",
+                  .argv = {sibling_program("foretoken-kvstore").string(),
+                           "--socket=" + files.store_socket().string(),
+                           "--arena-bytes=" + bytes_of(config.kv_host_gib)}};
+  if (config.kv_nvme_path.empty()) return command;
+  command.argv.push_back("--nvme-path=" + config.kv_nvme_path);
+  if (config.kv_nvme_gib > 0)
+    command.argv.push_back("--nvme-bytes=" + bytes_of(config.kv_nvme_gib));
+  if (config.kv_persist) command.argv.emplace_back("--persist");
+  return command;
 }
 
 Command coordinator_command(const ServiceConfig&, const ServiceFiles& files) {

@@ -16,6 +16,21 @@ std::unique_ptr<client::Client> connect_to(const ConnectOptions& options) {
   return client::Client::connect(options.find()).value_or_throw();
 }
 
+nlohmann::ordered_json to_json(const KvNvme& nvme) {
+  return {{"state", nvme.state},
+          {"slabs_total", nvme.slabs_total},
+          {"slabs_held", nvme.slabs_held},
+          {"slabs_read", nvme.slabs_read},
+          {"slabs_written", nvme.slabs_written},
+          {"bytes_read", nvme.bytes_read},
+          {"bytes_written", nvme.bytes_written},
+          {"evictions", nvme.evictions},
+          {"dropped", nvme.dropped},
+          {"io_errors", nvme.io_errors},
+          {"checksum_failures", nvme.checksum_failures},
+          {"host_checksum_failures", nvme.host_checksum_failures}};
+}
+
 int status(const StatusOptions& options) {
   const StatusReply reply = connect_to(options.connect)->status().value_or_throw();
   const nlohmann::ordered_json json = {{"state", reply.state},
@@ -29,6 +44,7 @@ int status(const StatusOptions& options) {
                                        {"kv_slabs_total", reply.kv_slabs_total},
                                        {"kv_slabs_used", reply.kv_slabs_used},
                                        {"kv_slabs_cached", reply.kv_slabs_cached},
+                                       {"kv_nvme", to_json(reply.kv_nvme)},
                                        {"worker_restarts", reply.worker_restarts},
                                        {"uptime_s", reply.uptime_s}};
   if (options.json) {

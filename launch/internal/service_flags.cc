@@ -62,6 +62,12 @@ constexpr std::array kFlags = {
 
     ServiceFlag{"kv_host_gib", kStore, "X",
                 "Host memory of the node's KV store (0: a quarter of the machine's, at most 64)"},
+    ServiceFlag{"kv_nvme_path", kStore, "DIR",
+                "Folder on an NVMe disk for KV that leaves host memory (default: none)"},
+    ServiceFlag{"kv_nvme_gib", kStore, "X",
+                "Size of that tier (0: as a kept one has, else 9/10 of what is free there)"},
+    ServiceFlag{"kv_persist", kStore, "",
+                "Keep the NVMe tier from start to start; with a --runtime-dir of yours"},
     ServiceFlag{"on_late", kStore, "wait|skip",
                 "What a step does about a block that is not there in time"},
     ServiceFlag{"guard_arena", kStore, "",

@@ -66,6 +66,17 @@ TEST(ServiceConfig, ATraceNamesItsChurn) {
   ASSERT_FALSE(validate(config));
 }
 
+TEST(ServiceConfig, TheNvmeTierNeedsItsFolder) {
+  auto config = valid();
+  config.kv_persist = true;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-persist needs --kv-nvme-path"));
+  config.kv_persist = false;
+  config.kv_nvme_gib = 1;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-nvme-gib needs --kv-nvme-path"));
+  config.kv_nvme_path = "kv";
+  EXPECT_TRUE(validate(config));
+}
+
 TEST(ServiceConfig, ComesBackFromJson) {
   auto config = valid();
   config.kv_policy = "oracle";

@@ -70,7 +70,10 @@ TEST(StoreProtocol, CarriesEveryReply) {
   const Grant grant = reply_there_and_back(Grant{{1, 2}, {SlabIndex{7}, SlabIndex{4'000'000'000}}});
   EXPECT_EQ(grant.head_hits, (std::vector<int>{1, 2}));
   EXPECT_EQ(grant.slabs, (std::vector<SlabIndex>{SlabIndex{7}, SlabIndex{4'000'000'000}}));
-  const StoreStat stat = reply_there_and_back(StoreStat{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
+  const StoreStat stat = reply_there_and_back(
+      StoreStat{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
+                NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}});
+  EXPECT_EQ(stat.nvme, (NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}));
   EXPECT_EQ(stat.slabs_total, 1);
   EXPECT_EQ(stat.evictions, 8);
   EXPECT_EQ(stat.bad_requests, 11);

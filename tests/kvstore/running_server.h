@@ -8,8 +8,10 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
+#include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 
 #include "kvstore/internal/server.h"
 #include "kvstore/kv_store.h"
@@ -26,6 +28,7 @@ class TestFolder {
   TestFolder(const TestFolder&) = delete;
   TestFolder& operator=(const TestFolder&) = delete;
   std::string socket() const { return (path_ / "store").native(); }
+  const std::filesystem::path& path() const { return path_; }
 
  private:
   std::filesystem::path path_;
@@ -33,9 +36,9 @@ class TestFolder {
 
 class RunningServer {
  public:
-  explicit RunningServer(std::size_t arena_bytes)
+  explicit RunningServer(std::size_t arena_bytes, std::optional<NvmeConfig> nvme = std::nullopt)
       : stop_(eventfd(0, EFD_CLOEXEC)),
-        server_({folder_.socket(), arena_bytes, NumaPlacement::kSpread}),
+        server_({folder_.socket(), arena_bytes, NumaPlacement::kSpread, std::move(nvme)}),
         thread_([this] { server_.run(stop_.get()); }) {}
   ~RunningServer() {
     eventfd_write(stop_.get(), 1);

@@ -47,6 +47,21 @@ std::string memory_row(std::string_view what, std::size_t bytes) {
   return fmt::format("\n  {:<32}{:>10.1f}", what, static_cast<double>(bytes) / (1 << 20));
 }
 
+KvNvme nvme_of(const kvstore::NvmeStat& stat) {
+  return {.state = std::string(kvstore::nvme_state_name(stat.state)),
+          .slabs_total = stat.slabs_total,
+          .slabs_held = stat.slabs_held,
+          .slabs_read = stat.slabs_read,
+          .slabs_written = stat.slabs_written,
+          .bytes_read = stat.bytes_read,
+          .bytes_written = stat.bytes_written,
+          .evictions = stat.evictions,
+          .dropped = stat.dropped,
+          .io_errors = stat.io_errors,
+          .checksum_failures = stat.checksum_failures,
+          .host_checksum_failures = stat.host_checksum_failures};
+}
+
 }  // namespace
 
 Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
@@ -124,7 +139,8 @@ KvSlabs Engine::count_slabs() {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
   return {.free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
           .cached = stat.slabs_cached,
-          .ready = stat.slabs_ready};
+          .ready = stat.slabs_ready,
+          .nvme = nvme_of(stat.nvme)};
 }
 
 Sequence& Engine::find(SequenceId id) {

@@ -1,0 +1,188 @@
+#include "kvstore/internal/nvme_contents.h"
+
+#include <poll.h>
+
+#include <algorithm>
+#include <chrono>
+#include <map>
+#include <random>
+#include <string>
+
+#include "common/check.h"
+#include "common/ids.h"
+#include "common/log.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr std::chrono::seconds kTimeout{10};  // of one operation while the file is opened
+constexpr std::size_t kScanBytes = std::size_t{1} << 20;  // a read of the scan
+
+// The only operation in flight: ends it.
+Result<std::size_t> wait_for_one(BlockDevice& device) {
+  for (;;) {
+    pollfd ready{device.completion_fd(), POLLIN, 0};
+    const std::chrono::milliseconds timeout(kTimeout);
+    if (poll(&ready, 1, static_cast<int>(timeout.count())) == 0) {
+      return Error{ErrorCode::kTimeout, "the disk does not answer"};
+    }
+    const auto done = device.completed();
+    if (!done.empty()) return done.front().bytes;
+  }
+}
+
+// Moves all of it. A read past the file's end gives zeros.
+Status transfer(BlockDevice& device, IoOperation operation) {
+  while (operation.bytes > 0) {
+    device.submit(operation);
+    FT_ASSIGN_OR_RETURN(std::size_t moved, wait_for_one(device));
+    moved = moved / kSectorBytes * kSectorBytes;
+    if (moved == 0 && operation.direction == IoDirection::kWrite) {
+      return Error{ErrorCode::kIo, "the disk wrote nothing"};
+    }
+    if (moved == 0) {
+      std::fill_n(operation.data, operation.bytes, std::byte{0});
+      return Ok{};
+    }
+    operation.offset += moved;
+    operation.data += moved;
+    operation.bytes -= moved;
+  }
+  return Ok{};
+}
+
+Status write_superblock(BlockDevice& device, std::span<std::byte> memory,
+                        const Superblock& superblock, int copy) {
+  encode(superblock, memory.first<kSectorBytes>());
+  return transfer(device, {IoDirection::kWrite, NvmeGeometry::superblock_offset(copy),
+                           memory.data(), kSectorBytes});
+}
+
+Result<Superblock> read_copy(BlockDevice& device, std::span<std::byte> memory, int copy) {
+  FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kRead, NvmeGeometry::superblock_offset(copy),
+                                       memory.data(), kSectorBytes}));
+  return decode_superblock(memory.first<kSectorBytes>());
+}
+
+// Odd generations are written to copy 0 first, even ones to copy 1: the copy that is overwritten
+// first is never the only whole one.
+Status write_superblocks(BlockDevice& device, std::span<std::byte> memory,
+                         const Superblock& superblock) {
+  const int first = superblock.generation % 2 == 1 ? 0 : 1;
+  FT_RETURN_IF_ERROR(write_superblock(device, memory, superblock, first));
+  return write_superblock(device, memory, superblock, 1 - first);
+}
+
+std::uint64_t random_id() {
+  std::random_device random;
+  return (std::uint64_t{random()} << 32) | random();
+}
+
+// All headers, as zeros that lie on the disk: a header that is written later finds its place there,
+// where a hole would have to be filled first.
+Status write_empty_headers(BlockDevice& device, std::span<std::byte> memory,
+                           const NvmeGeometry& geometry) {
+  const std::uint64_t end = geometry.slab_offset(SlotIndex{0});
+  const std::span<std::byte> zeros =
+      memory.first(std::min(memory.size(), kScanBytes) / kSectorBytes * kSectorBytes);
+  std::ranges::fill(zeros, std::byte{0});
+  std::uint64_t at = geometry.header_offset(SlotIndex{0});
+  while (at < end) {
+    const std::size_t bytes = std::min<std::uint64_t>(zeros.size(), end - at);
+    FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kWrite, at, zeros.data(), bytes}));
+    at += bytes;
+  }
+  return Ok{};
+}
+
+Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memory,
+                                  const NvmeOpening& opening) {
+  const std::uint64_t capacity = opening.capacity_bytes.value_or(opening.default_bytes);
+  const auto geometry = NvmeGeometry::fit(capacity, opening.model.slab_bytes());
+  if (geometry.num_slots == 0) {
+    return Error{ErrorCode::kConfig, "an NVMe tier of " + std::to_string(capacity) +
+                                         " bytes has no room for a slab of " +
+                                         std::to_string(geometry.slab_bytes) +
+                                         " bytes; give it more (--kv-nvme-gib)"};
+  }
+  NvmeContents contents;
+  contents.superblock = {1, random_id(), opening.model, geometry};
+  FT_RETURN_IF_ERROR(device.resize(0));
+  FT_RETURN_IF_ERROR(device.resize(geometry.file_bytes()));
+  FT_RETURN_IF_ERROR(write_empty_headers(device, memory, geometry));
+  FT_RETURN_IF_ERROR(write_superblocks(device, memory, contents.superblock));
+  return contents;
+}
+
+// Why the file's slabs can't be kept; empty: they can.
+std::string misfit(const Superblock& found, const NvmeOpening& opening) {
+  if (found.model != opening.model) return "it holds another model's KV";
+  if (!opening.capacity_bytes) return "";
+  const auto asked = NvmeGeometry::fit(*opening.capacity_bytes, opening.model.slab_bytes());
+  return asked == found.geometry ? "" : "it is of another size";
+}
+
+void take_header(NvmeContents& contents, ConstSector sector, SlotIndex slot) {
+  const auto header = decode_slot_header(sector, slot, contents.superblock.file_id);
+  if (!header) {
+    ++contents.bad_headers;
+  } else if (*header) {
+    contents.slabs.push_back(**header);
+  }
+}
+
+// A slab that was written twice keeps its later place.
+void order_by_age(std::vector<SlotHeader>& slabs) {
+  std::ranges::sort(slabs, std::greater(), &SlotHeader::number);
+  std::map<SlabName, bool> seen;
+  std::erase_if(slabs,
+                [&](const SlotHeader& header) { return !seen.emplace(header.name, true).second; });
+  std::ranges::reverse(slabs);
+}
+
+}  // namespace
+
+Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory) {
+  auto first = read_copy(device, memory, 0);
+  auto second = read_copy(device, memory, 1);
+  if (first && second) return first->generation >= second->generation ? first : second;
+  return first ? first : second;
+}
+
+Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
+                                  const Superblock& superblock) {
+  NvmeContents contents{superblock, {}, 0};
+  const std::uint64_t end = superblock.geometry.num_slots;
+  const std::size_t step = std::min(memory.size(), kScanBytes) / kSectorBytes;
+  for (std::uint64_t slot = 0; slot < end; slot += step) {
+    const std::uint64_t count = std::min<std::uint64_t>(step, end - slot);
+    const auto first = SlotIndex{static_cast<std::uint32_t>(slot)};
+    FT_RETURN_IF_ERROR(
+        transfer(device, {IoDirection::kRead, superblock.geometry.header_offset(first),
+                          memory.data(), count * kSectorBytes}));
+    for (std::uint64_t i = 0; i < count; ++i) {
+      take_header(contents, memory.subspan(i * kSectorBytes).first<kSectorBytes>(),
+                  SlotIndex{static_cast<std::uint32_t>(slot + i)});
+    }
+  }
+  order_by_age(contents.slabs);
+  return contents;
+}
+
+Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
+                                   const NvmeOpening& opening) {
+  FT_CHECK(memory.size() >= kSectorBytes, memory.size());
+  if (opening.reuse == NvmeReuse::kStartAfresh) return start_afresh(device, memory, opening);
+  auto superblock = read_superblock(device, memory);
+  const std::string why = superblock ? misfit(*superblock, opening) : superblock.error().message;
+  if (!why.empty()) {
+    log().info("the NVMe file starts afresh: {}", why);
+    return start_afresh(device, memory, opening);
+  }
+  ++superblock->generation;
+  FT_RETURN_IF_ERROR(device.resize(superblock->geometry.file_bytes()));
+  FT_RETURN_IF_ERROR(write_superblocks(device, memory, *superblock));
+  return scan_headers(device, memory, *superblock);
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,47 @@
+// What stands in the NVMe file when the store opens it: read back, or laid out anew.
+//
+// Opening raises the generation and writes both superblocks, one after the other, so that one of
+// them is whole at any moment. The index is in no place of its own on disk: it is rebuilt from the
+// slots' headers, which one sequential scan reads.
+// Example: tests/kvstore/nvme_faults_test.cc
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kvstore/internal/block_device.h"
+#include "kvstore/internal/nvme_format.h"
+
+namespace foretoken::kvstore {
+
+enum class NvmeReuse { kStartAfresh, kKeepSlabs };
+
+struct NvmeOpening {
+  ModelIdentity model;
+  std::optional<std::uint64_t> capacity_bytes;  // nullopt: as a kept file has, else default_bytes
+  std::uint64_t default_bytes = 0;
+  NvmeReuse reuse = NvmeReuse::kStartAfresh;
+};
+
+struct NvmeContents {
+  Superblock superblock;
+  std::vector<SlotHeader> slabs;  // each name once; least recently written first
+  std::int64_t bad_headers = 0;
+};
+
+// kKeepSlabs keeps the file's slabs, where it holds this model's KV and has the size that is asked
+// for; else the file starts afresh. `memory` is used for
+// reading: whole sectors. Blocks.
+// Error: kConfig when not one slab fits; kExhausted, kIo, kTimeout of the device.
+Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
+                                   const NvmeOpening& opening);
+
+// The valid superblock of the higher generation. Error: kCorrupt when there is none; kIo, kTimeout.
+Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory);
+// All headers that are valid. Error: kIo, kTimeout.
+Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
+                                  const Superblock& superblock);
+
+}  // namespace foretoken::kvstore

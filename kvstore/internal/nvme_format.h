@@ -1,0 +1,102 @@
+// What the NVMe file of KV slabs holds: its layout, and its two kinds of sectors
+// (docs/formats.md, "NVMe file", says it byte by byte).
+//
+//   sector 0, 1     the superblock, twice: the valid one of the higher generation counts
+//   sector 2 + i    header of slot i, so that all headers are one stretch of the file
+//   then            slabs, slot by slot, as they lie in the arena
+//
+// A sector proves itself: magic, version, the slot it was written for, and XXH3-64 over all that.
+// Decoding trusts nothing and never throws. Error: kCorrupt, naming the field.
+//
+// Pure functions; thread-safe. Example: tests/kvstore/nvme_faults_test.cc; fuzzed by
+// tests/fuzz/nvme_format_fuzz.cc
+#pragma once
+
+#include <array>
+#include <compare>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+
+#include "common/prefix_key.h"
+#include "common/result.h"
+#include "kvstore/internal/model_identity.h"
+
+namespace foretoken::kvstore {
+
+inline constexpr std::size_t kSectorBytes = 4096;  // what O_DIRECT reads and writes at least
+inline constexpr std::uint32_t kNvmeVersion = 1;
+
+enum class SlotIndex : std::uint32_t {};
+
+// What a slab holds, on any tier: one segment of one KV head.
+struct SlabName {
+  int head = 0;
+  PrefixKey key;
+  auto operator<=>(const SlabName&) const = default;
+};
+
+struct NvmeGeometry {
+  std::size_t slab_bytes = 0;  // a multiple of kSectorBytes
+  std::uint32_t num_slots = 0;
+  bool operator==(const NvmeGeometry&) const = default;
+
+  // As many slots as a file of capacity_bytes has room for; none if not even one.
+  static NvmeGeometry fit(std::uint64_t capacity_bytes, std::size_t slab_bytes);
+
+  static constexpr std::uint64_t superblock_offset(int copy) {
+    return kSectorBytes * static_cast<std::uint64_t>(copy);
+  }
+  std::uint64_t header_offset(SlotIndex slot) const {
+    return kSectorBytes * (2 + static_cast<std::uint64_t>(slot));
+  }
+  std::uint64_t slab_offset(SlotIndex slot) const {
+    return kSectorBytes * (2 + std::uint64_t{num_slots}) +
+           slab_bytes * static_cast<std::uint64_t>(slot);
+  }
+  std::uint64_t file_bytes() const { return slab_offset(SlotIndex{num_slots}); }
+};
+
+struct Superblock {
+  std::uint64_t generation = 0;  // one more at each opening of the file
+  std::uint64_t file_id = 0;     // random, of the file's first opening
+  ModelIdentity model;
+  NvmeGeometry geometry;
+  bool operator==(const Superblock&) const = default;
+};
+
+struct SlotHeader {
+  SlotIndex slot{};
+  std::uint64_t file_id = 0;
+  std::uint64_t generation = 0;  // of the opening that wrote it
+  std::uint64_t number = 0;      // rises with each slab that is written to the file
+  std::uint64_t digest = 0;      // of the slab's checksums
+  SlabName name;
+  bool operator==(const SlotHeader&) const = default;
+};
+
+using Sector = std::span<std::byte, kSectorBytes>;
+using ConstSector = std::span<const std::byte, kSectorBytes>;
+
+void encode(const Superblock& superblock, Sector sector);
+void encode(const SlotHeader& header, Sector sector);
+Result<Superblock> decode_superblock(ConstSector sector);
+// nullopt: the sector is all zeros, as of a slot that was never written.
+// Error: also where the header is of another slot or of another file.
+Result<std::optional<SlotHeader>> decode_slot_header(ConstSector sector, SlotIndex slot,
+                                                     std::uint64_t file_id);
+
+// Of a slab's checksums, [num_layers, 16] uint64: what binds a header to the bytes of its slab.
+std::uint64_t slab_digest(std::span<const std::byte> checksums);
+
+}  // namespace foretoken::kvstore
+
+// The key is a hash already.
+template <>
+struct std::hash<foretoken::kvstore::SlabName> {
+  std::size_t operator()(const foretoken::kvstore::SlabName& name) const noexcept {
+    return std::hash<foretoken::PrefixKey>()(name.key) + static_cast<std::size_t>(name.head);
+  }
+};

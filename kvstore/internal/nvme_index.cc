@@ -1,0 +1,117 @@
+#include "kvstore/internal/nvme_index.h"
+
+#include <set>
+
+#include "common/check.h"
+#include "common/ids.h"
+
+namespace foretoken::kvstore {
+
+NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held)
+    : slots_(num_slots) {
+  for (const SlotHeader& header : held) insert(header.slot, header.name, header.digest);
+  for (std::uint32_t i = 0; i < num_slots; ++i) {
+    if (!slots_[i].name) free_.push_back(SlotIndex{i});
+  }
+}
+
+NvmeIndex::Slot& NvmeIndex::at(SlotIndex slot) {
+  FT_CHECK(raw(slot) < slots_.size(), raw(slot), slots_.size());
+  return slots_[raw(slot)];
+}
+
+std::optional<NvmeIndex::Entry> NvmeIndex::find(const SlabName& name) const {
+  const auto found = by_name_.find(name);
+  if (found == by_name_.end()) return std::nullopt;
+  return Entry{found->second, slots_[raw(found->second)].digest};
+}
+
+std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
+  for (std::uint32_t i = 0; i < num_slots(); ++i) {
+    const std::uint32_t at = (raw(from) % num_slots() + i) % num_slots();
+    if (slots_[at].name) return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest}};
+  }
+  return std::nullopt;
+}
+
+void NvmeIndex::touch(const SlabName& name) {
+  const auto found = by_name_.find(name);
+  if (found == by_name_.end()) return;
+  const Slot& slot = at(found->second);
+  if (slot.pins == 0) used_.splice(used_.end(), used_, slot.place);
+}
+
+std::optional<SlotIndex> NvmeIndex::claim() {
+  if (!free_.empty()) {
+    const SlotIndex slot = free_.front();
+    free_.pop_front();
+    return slot;
+  }
+  if (used_.empty()) return std::nullopt;
+  const SlotIndex victim = used_.front();
+  erase(*at(victim).name);
+  free_.pop_back();  // where erase() has put it
+  ++num_evictions_;
+  return victim;
+}
+
+void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t digest) {
+  Slot& slot = at(index);
+  FT_CHECK(!slot.name && by_name_.try_emplace(name, index).second, raw(index));
+  slot.name = name;
+  slot.digest = digest;
+  slot.place = used_.insert(used_.end(), index);
+}
+
+void NvmeIndex::give_back(SlotIndex slot) {
+  FT_CHECK(!at(slot).name, raw(slot));
+  free_.push_back(slot);
+}
+
+void NvmeIndex::pin(SlotIndex index) {
+  Slot& slot = at(index);
+  FT_CHECK(slot.name.has_value(), raw(index));
+  if (slot.pins++ == 0) used_.erase(slot.place);
+}
+
+void NvmeIndex::unpin(SlotIndex index) {
+  Slot& slot = at(index);
+  FT_CHECK(slot.pins > 0, raw(index));
+  if (--slot.pins > 0) return;
+  if (slot.name) {
+    slot.place = used_.insert(used_.end(), index);
+  } else {
+    free_.push_back(index);
+  }
+}
+
+void NvmeIndex::erase(const SlabName& name) {
+  const auto found = by_name_.find(name);
+  FT_CHECK(found != by_name_.end());
+  const SlotIndex index = found->second;
+  Slot& slot = at(index);
+  slot.name.reset();
+  by_name_.erase(found);
+  if (slot.pins > 0) return;
+  used_.erase(slot.place);
+  free_.push_back(index);
+}
+
+void NvmeIndex::check() const {
+  const std::set<SlotIndex> free(free_.begin(), free_.end());
+  const std::set<SlotIndex> used(used_.begin(), used_.end());
+  FT_CHECK(free.size() == free_.size() && used.size() == used_.size());
+  std::size_t held = 0;
+  for (std::uint32_t i = 0; i < num_slots(); ++i) {
+    const Slot& slot = slots_[i];
+    const bool is_used = slot.name && slot.pins == 0;
+    FT_CHECK(used.contains(SlotIndex{i}) == is_used, i, slot.pins);
+    FT_CHECK(!free.contains(SlotIndex{i}) || (!slot.name && slot.pins == 0), i);
+    if (!slot.name) continue;
+    ++held;
+    FT_CHECK(by_name_.at(*slot.name) == SlotIndex{i}, i);
+  }
+  FT_CHECK(held == by_name_.size(), held, by_name_.size());
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,79 @@
+// NvmeIndex: which slot of the NVMe file holds which slab, and which slot is given up next.
+//
+//   free      may be claimed; those that were given back first come first
+//   claimed   being written: in no index
+//   held      has a name; claimed, least recently used first, when nothing is free
+//   pinned    being read: not claimed; held, or forgotten meanwhile
+//
+// Pure bookkeeping. Not thread-safe. Example: tests/kvstore/nvme_tier_test.cc
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <optional>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "kvstore/internal/nvme_format.h"
+
+namespace foretoken::kvstore {
+
+class NvmeIndex {
+ public:
+  // `held`: what stands in the file at its opening, least recently used first; each slot and each
+  // name at most once. The other slots are free.
+  explicit NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held = {});
+
+  struct Entry {
+    SlotIndex slot{};
+    std::uint64_t digest = 0;
+  };
+  std::optional<Entry> find(const SlabName& name) const;
+  // The first held slot at or after `from`, going round. nullopt: nothing is held.
+  struct Held {
+    SlabName name;
+    Entry entry;
+  };
+  std::optional<Held> held_from(SlotIndex from) const;
+  // The slab was wanted: it is the last to give way. No-op for a name that is not there.
+  void touch(const SlabName& name);
+
+  // A slot to write to. nullopt: all are being read or written. Forgets a slab if it must.
+  std::optional<SlotIndex> claim();
+  // A claimed slot holds this slab now. REQUIRES: the name is not there.
+  void insert(SlotIndex slot, const SlabName& name, std::uint64_t digest);
+  // A claimed slot holds nothing.
+  void give_back(SlotIndex slot);
+
+  // Pins count. REQUIRES: held.
+  void pin(SlotIndex slot);
+  void unpin(SlotIndex slot);
+  // Forgets the name; its slot is free once no pin is left. REQUIRES: held.
+  void erase(const SlabName& name);
+
+  std::uint32_t num_slots() const { return static_cast<std::uint32_t>(slots_.size()); }
+  std::uint32_t num_held() const { return static_cast<std::uint32_t>(by_name_.size()); }
+  std::int64_t num_evictions() const { return num_evictions_; }
+
+  // Recounts everything; ends the process where a slot is in two states or in none. For tests.
+  void check() const;
+
+ private:
+  struct Slot {
+    std::optional<SlabName> name;  // held
+    std::uint64_t digest = 0;
+    int pins = 0;                          // without a name: free at the last unpin
+    std::list<SlotIndex>::iterator place;  // in used_, if held and not pinned
+  };
+  Slot& at(SlotIndex slot);
+
+  std::vector<Slot> slots_;
+  std::deque<SlotIndex> free_;
+  std::list<SlotIndex> used_;  // held and not pinned, least recently used first
+  std::unordered_map<SlabName, SlotIndex> by_name_;
+  std::int64_t num_evictions_ = 0;
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,384 @@
+#include "kvstore/internal/nvme_tier.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "common/check.h"
+#include "common/ids.h"
+#include "common/log.h"
+#include "kernels/checksum.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr std::size_t kBufferBytes = std::size_t{64} << 20;  // in flight at most (guessed) ...
+constexpr std::size_t kMinBuffers = 4;                       // ... but for large slabs
+constexpr std::size_t kMaxBuffers = 32;                      // more add no speed (guessed)
+constexpr std::chrono::seconds kStallLimit{1};  // without any end, of what is under way
+
+// From one slab's check to the next: of 4 MiB slabs 100 GiB in two hours, for a thousandth of a
+// core.
+constexpr std::chrono::milliseconds kScrubPause{250};
+
+std::size_t buffer_stride(std::size_t slab_bytes) { return slab_bytes + kSectorBytes; }
+
+std::size_t num_buffers(std::size_t slab_bytes) {
+  return std::clamp(kBufferBytes / buffer_stride(slab_bytes), kMinBuffers, kMaxBuffers);
+}
+
+std::size_t checksum_bytes(const kernels::KvShape& shape) {
+  return std::size_t{8} * kSegmentBlocks * static_cast<std::size_t>(shape.num_layers);
+}
+
+}  // namespace
+
+Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const NvmeOpening& opening) {
+  const TimePoint begin = std::chrono::steady_clock::now();
+  IoMemory memory = make_memory(opening.model);
+  auto device = make_block_device(file.fd(), memory, depth(opening.model));
+  FT_ASSIGN_OR_RETURN(const NvmeContents contents, open_contents(*device, memory.bytes(), opening));
+  const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
+  log().info("NVMe tier: {} slabs kept, room for {}; opened in {:.0f} ms", contents.slabs.size(),
+             contents.superblock.geometry.num_slots, took.count());
+  return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents);
+}
+
+IoMemory NvmeTier::make_memory(const ModelIdentity& model) {
+  const std::size_t slab_bytes = model.slab_bytes();
+  return IoMemory(num_buffers(slab_bytes) * buffer_stride(slab_bytes));
+}
+
+int NvmeTier::depth(const ModelIdentity& model) {
+  return static_cast<int>(num_buffers(model.slab_bytes()));
+}
+
+NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
+                   const NvmeContents& contents)
+    : superblock_(contents.superblock),
+      shape_(superblock_.model.slab_shape()),
+      memory_(std::move(memory)),
+      device_(std::move(device)),
+      index_(superblock_.geometry.num_slots, contents.slabs),
+      transfers_(num_buffers(superblock_.geometry.slab_bytes)) {
+  FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_.slab_bytes()));
+  stat_.checksum_failures = contents.bad_headers;
+  if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
+}
+
+// ---- what there is ----------------------------------------------------------------------------
+
+bool NvmeTier::has(const SlabName& name, TimePoint now) const {
+  return health_.may_read(now) && index_.find(name).has_value();
+}
+
+bool NvmeTier::knows(const SlabName& name) const {
+  return storing_.contains(name) || index_.find(name).has_value();
+}
+
+NvmeStat NvmeTier::stat() const {
+  NvmeStat stat = stat_;
+  stat.state = health_.state();
+  stat.slabs_total = index_.num_slots();
+  stat.slabs_held = index_.num_held();
+  stat.evictions = index_.num_evictions();
+  return stat;
+}
+
+std::optional<TimePoint> NvmeTier::deadline() const {
+  if (const auto stalled = stalled_at()) return stalled;
+  if (!is_idle() || health_.state() == NvmeState::kOffline || index_.num_held() == 0) {
+    return std::nullopt;
+  }
+  return next_scrub_;
+}
+
+std::optional<TimePoint> NvmeTier::stalled_at() const {
+  if (num_in_flight_ == num_given_up_) return std::nullopt;
+  return last_progress_ + kStallLimit;
+}
+
+// ---- buffers ----------------------------------------------------------------------------------
+
+std::span<std::byte> NvmeTier::buffer(std::size_t index) const {
+  const std::size_t stride = buffer_stride(shape_.slab_bytes());
+  return memory_.bytes().subspan(index * stride, stride);
+}
+
+std::optional<std::size_t> NvmeTier::free_buffer() const {
+  const auto found =
+      std::ranges::find_if(transfers_, [](const auto& transfer) { return !transfer.has_value(); });
+  if (found == transfers_.end()) return std::nullopt;
+  return static_cast<std::size_t>(found - transfers_.begin());
+}
+
+void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now) {
+  if (num_in_flight_++ == num_given_up_) last_progress_ = now;
+  transfers_[index] = transfer;
+  submit(index);
+}
+
+// What its transfer still has to move.
+void NvmeTier::submit(std::size_t index) {
+  const Transfer& transfer = *transfers_[index];
+  const bool is_header = transfer.kind == Kind::kStoreHeader;
+  const NvmeGeometry& geometry = superblock_.geometry;
+  const std::uint64_t offset =
+      is_header ? geometry.header_offset(transfer.slot) : geometry.slab_offset(transfer.slot);
+  const std::size_t begin = (is_header ? shape_.slab_bytes() : 0) + transfer.moved;
+  device_->submit({reads(transfer.kind) ? IoDirection::kRead : IoDirection::kWrite,
+                   offset + transfer.moved, buffer(index).data() + begin,
+                   bytes_of(transfer) - transfer.moved, index});
+}
+
+std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
+  return transfer.kind == Kind::kStoreHeader ? kSectorBytes : shape_.slab_bytes();
+}
+
+void NvmeTier::end(std::size_t index) {
+  if (transfers_[index]->is_given_up) --num_given_up_;
+  --num_in_flight_;
+  transfers_[index].reset();
+}
+
+// The copy and its proof in one pass. Padding is neither checked nor copied.
+bool NvmeTier::copy_verified(std::byte* to, const std::byte* from) const {
+  const std::size_t table = shape_.slab_payload_bytes();
+  std::memcpy(to + table, from + table, checksum_bytes(shape_));
+  for (int layer = 0; layer < shape_.num_layers; ++layer) {
+    for (int block = 0; block < kSegmentBlocks; ++block) {
+      const std::size_t offset = kernels::slab_block_offset(shape_, layer, block);
+      std::uint64_t due = 0;
+      std::memcpy(&due, to + kernels::slab_checksum_offset(shape_, layer, block), sizeof due);
+      if (kernels::copy_with_checksum(to + offset, from + offset, shape_.block_bytes(), layer,
+                                      block) != due) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
+  return slab_digest({slab + shape_.slab_payload_bytes(), checksum_bytes(shape_)});
+}
+
+// ---- writing ----------------------------------------------------------------------------------
+
+// Half of the buffers at most: the others are there for reads.
+bool NvmeTier::can_store(TimePoint now) const {
+  return waiting_.empty() && health_.may_write(now) &&
+         storing_.size() < transfers_.size() * 3 / 4 && free_buffer().has_value();
+}
+
+void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now) {
+  FT_CHECK(can_store(now) && !knows(name));
+  const std::size_t index = *free_buffer();
+  std::byte* copy = buffer(index).data();
+  if (!copy_verified(copy, slab)) {
+    ++stat_.host_checksum_failures;
+    return;
+  }
+  const auto slot = index_.claim();
+  if (!slot) return;  // every slot is being read or written: a file of very few
+  storing_.insert(name);
+  start(index, {Kind::kStoreSlab, name, *slot, nullptr, digest_of(copy)}, now);
+}
+
+// The slab is in the file; its header makes it count.
+void NvmeTier::write_header(std::size_t index) {
+  Transfer& transfer = *transfers_[index];
+  transfer.kind = Kind::kStoreHeader;
+  transfer.moved = 0;
+  encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
+                    transfer.digest, transfer.name},
+         buffer(index).subspan(shape_.slab_bytes()).first<kSectorBytes>());
+  submit(index);
+}
+
+void NvmeTier::finish_store(std::size_t index) {
+  const Transfer& transfer = *transfers_[index];
+  index_.insert(transfer.slot, transfer.name, transfer.digest);
+  storing_.erase(transfer.name);
+  ++stat_.slabs_written;
+  end(index);
+}
+
+// ---- reading ----------------------------------------------------------------------------------
+
+void NvmeTier::load(const SlabName& name, std::byte* to, TimePoint now) {
+  const auto entry = index_.find(name);
+  FT_CHECK(entry.has_value());
+  index_.pin(entry->slot);
+  waiting_.push_back({Kind::kLoad, name, entry->slot, to, entry->digest});
+  start_loads(now);
+}
+
+void NvmeTier::start_loads(TimePoint now) {
+  while (!waiting_.empty()) {
+    const auto index = free_buffer();
+    if (!index) return;
+    start(*index, waiting_.front(), now);
+    waiting_.pop_front();
+  }
+}
+
+NvmeTier::Loaded NvmeTier::finish_load(std::size_t index) {
+  const Transfer transfer = *transfers_[index];
+  const std::byte* slab = buffer(index).data();
+  const bool is_whole = digest_of(slab) == transfer.digest && copy_verified(transfer.to, slab);
+  if (is_whole) ++stat_.slabs_read;
+  end_read(transfer, is_whole);
+  end(index);
+  return {transfer.name, is_whole};
+}
+
+// A slab that fails is forgotten: its slot is written anew.
+void NvmeTier::end_read(const Transfer& transfer, bool is_whole) {
+  index_.unpin(transfer.slot);
+  if (is_whole) return;
+  ++stat_.checksum_failures;
+  if (index_.find(transfer.name)) index_.erase(transfer.name);
+  log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent",
+             raw(transfer.slot));
+}
+
+// ---- checking ---------------------------------------------------------------------------------
+
+bool NvmeTier::may_scrub(TimePoint now) const {
+  return is_idle() && now >= next_scrub_ && health_.state() != NvmeState::kOffline &&
+         index_.num_held() > 0;
+}
+
+void NvmeTier::start_scrub(TimePoint now) {
+  const auto held = index_.held_from(scrubbed_);
+  index_.pin(held->entry.slot);
+  scrubbed_ = SlotIndex{raw(held->entry.slot) + 1};
+  next_scrub_ = now + kScrubPause;
+  start(*free_buffer(), {Kind::kScrub, held->name, held->entry.slot, nullptr, held->entry.digest},
+        now);
+}
+
+void NvmeTier::finish_scrub(std::size_t index) {
+  const Transfer transfer = *transfers_[index];
+  end_read(transfer, is_whole(buffer(index).data(), transfer.digest));
+  end(index);
+}
+
+bool NvmeTier::is_whole(const std::byte* slab, std::uint64_t digest) const {
+  if (digest_of(slab) != digest) return false;
+  for (int layer = 0; layer < shape_.num_layers; ++layer) {
+    for (int block = 0; block < kSegmentBlocks; ++block) {
+      std::uint64_t due = 0;
+      std::memcpy(&due, slab + kernels::slab_checksum_offset(shape_, layer, block), sizeof due);
+      const std::byte* data = slab + kernels::slab_block_offset(shape_, layer, block);
+      if (kernels::block_checksum(data, shape_.block_bytes(), layer, block) != due) return false;
+    }
+  }
+  return true;
+}
+
+// ---- giving up --------------------------------------------------------------------------------
+
+// Loads end now, as failed, and their names stay; what is in flight keeps its buffer and its slot
+// until it ends.
+void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
+  for (const Transfer& transfer : waiting_) {
+    index_.unpin(transfer.slot);
+    loaded.push_back({transfer.name, false});
+  }
+  waiting_.clear();
+  for (auto& transfer : transfers_) {
+    if (!transfer || transfer->is_given_up) continue;
+    if (transfer->kind == Kind::kLoad) loaded.push_back({transfer->name, false});
+    transfer->is_given_up = true;
+    ++num_given_up_;
+  }
+}
+
+// The slot of a transfer that came to nothing.
+void NvmeTier::let_go(const Transfer& transfer) {
+  if (reads(transfer.kind)) return index_.unpin(transfer.slot);
+  storing_.erase(transfer.name);
+  index_.give_back(transfer.slot);
+}
+
+// ---- events -----------------------------------------------------------------------------------
+
+std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
+  std::vector<Loaded> loaded;
+  for (IoDone& done : device_->completed()) {
+    last_progress_ = now;
+    ended_.push_back(std::move(done));
+  }
+  if (!ended_.empty()) {
+    const IoDone done = std::move(ended_.front());
+    ended_.pop_front();
+    on_ended(done, now, loaded);
+  } else if (const auto due = stalled_at(); due && now >= *due) {
+    on_stalled(now, loaded);
+  }
+  start_loads(now);
+  if (may_scrub(now)) start_scrub(now);
+  return loaded;
+}
+
+void NvmeTier::on_stalled(TimePoint now, std::vector<Loaded>& loaded) {
+  log().warn("NVMe tier: the disk has not answered for {} ms",
+             std::chrono::milliseconds(kStallLimit).count());
+  ++stat_.io_errors;
+  health_.on_stalled(now);
+  give_up_all(loaded);
+}
+
+void NvmeTier::on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded) {
+  Transfer& transfer = *transfers_[done.tag];
+  if (transfer.is_given_up) {
+    let_go(transfer);
+    return end(done.tag);
+  }
+  if (!done.bytes) return on_failed(done.tag, done.bytes.error(), now, loaded);
+  const std::size_t moved = *done.bytes;
+  (reads(transfer.kind) ? stat_.bytes_read : stat_.bytes_written) +=
+      static_cast<std::int64_t>(moved);
+  transfer.moved += moved;
+  if (transfer.moved == bytes_of(transfer)) return on_moved(done.tag, now, loaded);
+  transfer.moved = transfer.moved / kSectorBytes * kSectorBytes;
+  if (moved >= kSectorBytes) return submit(done.tag);  // the rest of it
+  on_failed(done.tag, {ErrorCode::kIo, "the file ends early"}, now, loaded);
+}
+
+void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded) {
+  switch (transfers_[index]->kind) {
+    case Kind::kLoad:
+      health_.on_read(now);
+      return loaded.push_back(finish_load(index));
+    case Kind::kScrub:
+      health_.on_read(now);
+      return finish_scrub(index);
+    case Kind::kStoreSlab:
+      return write_header(index);
+    case Kind::kStoreHeader:
+      health_.on_written(now);
+      return finish_store(index);
+  }
+}
+
+void NvmeTier::on_failed(std::size_t index, const Error& error, TimePoint now,
+                         std::vector<Loaded>& loaded) {
+  const Transfer transfer = *transfers_[index];
+  end(index);
+  let_go(transfer);
+  if (error.code == ErrorCode::kExhausted) {
+    health_.on_full(now);
+  } else {
+    ++stat_.io_errors;
+    log().warn("NVMe tier: slot {}: {}", raw(transfer.slot), error.message);
+    health_.on_failed(now);
+  }
+  if (reads(transfer.kind) && index_.find(transfer.name)) index_.erase(transfer.name);
+  if (transfer.kind == Kind::kLoad) loaded.push_back({transfer.name, false});
+  if (health_.state() == NvmeState::kOffline) give_up_all(loaded);
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,148 @@
+// NvmeTier: the second tier of the prefix cache: slabs in a file, by name. It may lose any of them
+// at any time (a bad disk, a full one), and never gives wrong bytes: each block of a slab is
+// checked on its way into the file and on its way back.
+//
+//   tier.store(name, slab, now);             // copies; written behind
+//   tier.load(name, to, now);                // ends in one Loaded
+//   ... completion_fd() is readable, deadline() has come, or has_more() ...
+//   for (const Loaded& loaded : tier.advance(now)) ...
+//
+// A slab is written first and its header after it, so a torn write is a miss. Reads go before
+// writes. Transfers go through the tier's own buffers: the arena's slab is free again when store()
+// returns, and a read that never ends has nothing of the arena.
+//
+// When nothing else is to be done, slabs are read and checked one after another, so that what a
+// disk has lost is known before it is asked for.
+//
+//   online      reads and writes
+//   read-only   the file system is full: writes are tried again after a pause, which doubles
+//   offline     operations failed again and again, or one never ended: as above, reads too
+//
+// Owns the buffers and the device. For one thread, which it never makes wait: the longest step of
+// advance() is the check of one slab. Example: tests/kvstore/nvme_tier_test.cc
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "kvstore/internal/block_device.h"
+#include "kvstore/internal/nvme_contents.h"
+#include "kvstore/internal/nvme_file.h"
+#include "kvstore/internal/nvme_health.h"
+#include "kvstore/internal/nvme_index.h"
+#include "kvstore/kv_store.h"
+
+namespace foretoken::kvstore {
+
+class NvmeTier {
+ public:
+  // Opens what is in the file, or lays it out (open_contents), on the device that works here.
+  // Blocks. Errors: open_contents'. `file` must outlive the tier.
+  static Result<std::unique_ptr<NvmeTier>> open(const NvmeFile& file, const NvmeOpening& opening);
+
+  // Buffers for transfers of this model's slabs, and how many there are: the device's depth.
+  static IoMemory make_memory(const ModelIdentity& model);
+  static int depth(const ModelIdentity& model);
+
+  // REQUIRES: memory is make_memory(model)'s, contents are what open_contents() gave.
+  NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device, const NvmeContents& contents);
+
+  // Whether load() may be called for it.
+  bool has(const SlabName& name, TimePoint now) const;
+  // Whether the file has it, or is about to.
+  bool knows(const SlabName& name) const;
+  void touch(const SlabName& name) { index_.touch(name); }
+
+  // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.
+  // REQUIRES: has(name, now), no load of it is under way.
+  void load(const SlabName& name, std::byte* to, TimePoint now);
+
+  // A buffer is there for a write, and no read waits.
+  bool can_store(TimePoint now) const;
+  // Starts to write a copy, unless the slab's own checksums refute it.
+  // REQUIRES: can_store(now), !knows(name).
+  void store(const SlabName& name, const std::byte* slab, TimePoint now);
+
+  struct Loaded {
+    SlabName name;
+    bool is_whole = false;  // else `to` holds anything, and the caller does without
+  };
+  // Does what can be done without waiting, at most one slab's check of it.
+  std::vector<Loaded> advance(TimePoint now);
+  // advance() has more to do at once.
+  bool has_more() const { return !ended_.empty(); }
+  // When advance() is wanted although nothing has ended.
+  std::optional<TimePoint> deadline() const;
+  // Nothing is under way.
+  bool is_idle() const { return num_in_flight_ == 0 && waiting_.empty() && ended_.empty(); }
+
+  int completion_fd() const { return device_->completion_fd(); }
+  NvmeStat stat() const;  // without `dropped`, which is the caller's
+  // For tests.
+  void check() const { index_.check(); }
+
+ private:
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader };
+  struct Transfer {
+    Kind kind = Kind::kLoad;
+    SlabName name;
+    SlotIndex slot{};
+    std::byte* to = nullptr;   // kLoad
+    std::uint64_t digest = 0;  // of the slab's checksums
+    std::size_t moved = 0;     // bytes so far
+    bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
+  };
+
+  static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
+  std::span<std::byte> buffer(std::size_t index) const;  // of a slab and a header
+  std::optional<std::size_t> free_buffer() const;
+  std::size_t bytes_of(const Transfer& transfer) const;
+  void start(std::size_t index, const Transfer& transfer, TimePoint now);
+  void submit(std::size_t index);
+  void end(std::size_t index);
+  bool copy_verified(std::byte* to, const std::byte* from) const;
+  std::uint64_t digest_of(const std::byte* slab) const;
+  void write_header(std::size_t index);
+  void finish_store(std::size_t index);
+  void start_loads(TimePoint now);
+  Loaded finish_load(std::size_t index);
+  bool may_scrub(TimePoint now) const;
+  void start_scrub(TimePoint now);
+  void finish_scrub(std::size_t index);
+  bool is_whole(const std::byte* slab, std::uint64_t digest) const;
+  void end_read(const Transfer& transfer, bool is_whole);
+  void give_up_all(std::vector<Loaded>& loaded);
+  void let_go(const Transfer& transfer);
+  std::optional<TimePoint> stalled_at() const;
+  void on_stalled(TimePoint now, std::vector<Loaded>& loaded);
+  void on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded);
+  void on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded);
+  void on_failed(std::size_t index, const Error& error, TimePoint now, std::vector<Loaded>& loaded);
+
+  const Superblock superblock_;
+  const kernels::KvShape shape_;  // of a slab
+  IoMemory memory_;
+  std::unique_ptr<BlockDevice> device_;  // behind memory_: it is in use until the device is gone
+  NvmeIndex index_;
+  NvmeHealth health_;
+  std::vector<std::optional<Transfer>> transfers_;  // in flight, by buffer
+  std::deque<Transfer> waiting_;                    // loads without a buffer
+  std::deque<IoDone> ended_;                        // not looked at yet
+  std::set<SlabName> storing_;
+  std::size_t num_in_flight_ = 0;  // those given up included
+  std::size_t num_given_up_ = 0;
+  TimePoint last_progress_{};
+  std::uint64_t next_number_ = 1;
+  SlotIndex scrubbed_{};  // the next slab to check is here or behind
+  TimePoint next_scrub_{};
+  NvmeStat stat_;
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,28 @@
+#include "kvstore/internal/private_folder.h"
+
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "common/result.h"
+
+namespace foretoken::kvstore {
+
+void require_private_folder(const std::filesystem::path& folder) {
+  if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
+    throw Exception(ErrorCode::kIo, "the folder " + folder.native() + ": " + std::strerror(errno));
+  }
+  struct stat info {};
+  if (stat(folder.c_str(), &info) != 0 || !S_ISDIR(info.st_mode)) {
+    throw Exception(ErrorCode::kConfig, folder.native() + " is no folder");
+  }
+  if (info.st_uid != geteuid() || (info.st_mode & 077) != 0) {
+    throw Exception(
+        ErrorCode::kConfig,
+        "the store needs a folder that only its user can enter: chmod 700 " + folder.native());
+  }
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,66 @@
+// TierMover: moves slabs between the arena and the NVMe tier. What is published is written behind;
+// what a reservation asks for, and only the file has, is brought back into slabs of its own, which
+// then hold their prefix as if they had never left.
+//
+// A slab that leaves the arena before its turn to be written is dropped, not kept: keeping it would
+// make admissions wait for the disk, and the tier may lose anything.
+//
+// For the store's thread. Example: tests/kvstore/nvme_store_test.cc
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "common/prefix_key.h"
+#include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/store_book.h"
+
+namespace foretoken::kvstore {
+
+class TierMover {
+ public:
+  using SlabMemory = std::function<std::byte*(int head, SlabIndex slab)>;
+
+  // All three must outlive it; max_queued: slabs that may wait to be written.
+  TierMover(StoreBook& book, NvmeTier& tier, SlabMemory memory, std::size_t max_queued);
+
+  // The slab was just published: written when its turn comes.
+  void write_behind(const SlabName& name);
+
+  // Starts to bring back what of the leading keys the arena lacks and the file has, on each of
+  // these heads. What the caller has to wait for; empty: there is nothing to bring.
+  std::set<SlabName> promote(int first_head, int num_heads, std::span<const PrefixKey> keys,
+                             TimePoint now);
+
+  // As NvmeTier's; one slab at most is copied to be written. The names are those whose promotion
+  // has ended, well or not.
+  std::vector<SlabName> advance(TimePoint now);
+  bool has_more(TimePoint now) const { return tier_.has_more() || can_write(now); }
+  std::optional<TimePoint> deadline() const { return tier_.deadline(); }
+  int completion_fd() const { return tier_.completion_fd(); }
+
+  // Nothing is left to write that can be written now.
+  bool is_idle(TimePoint now) const { return tier_.is_idle() && !can_write(now); }
+  NvmeStat stat() const;
+
+ private:
+  bool promote_one(const SlabName& name, TimePoint now, std::set<SlabName>& awaited);
+  void end_promotion(const NvmeTier::Loaded& loaded);
+  bool can_write(TimePoint now) const { return !to_write_.empty() && tier_.can_store(now); }
+  void write_next(TimePoint now);
+
+  StoreBook& book_;
+  NvmeTier& tier_;
+  SlabMemory memory_;
+  std::size_t max_queued_;
+  std::deque<SlabName> to_write_;
+  std::map<SlabName, SlabIndex> promoting_;  // into which slab of its head
+  std::int64_t num_dropped_ = 0;
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,63 @@
+#include "kvstore/internal/tool_flags.h"
+
+#include <array>
+#include <iostream>
+
+#include "kvstore/internal/store_tools.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+struct Tool {
+  const char* name;
+  const char* help;
+  Json (*run)(const BenchConfig& config);
+};
+constexpr std::array kTools = {
+    Tool{"bench", "Measure the NVMe tier in this folder, and exit", run_store_bench},
+    Tool{"stat", "Say what the NVMe file in this folder holds, and exit",
+         [](const BenchConfig& config) { return stat_file(config.folder); }},
+    Tool{"verify", "The same, after reading and checking all of it",
+         [](const BenchConfig& config) { return verify_file(config.folder); }},
+    Tool{"gc", "The same, and give back the space of what failed or is free",
+         [](const BenchConfig& config) { return collect_file(config.folder); }},
+};
+
+void print_for_people(const Json& json) {
+  for (const auto& [key, value] : json.items()) {
+    std::cout << key << ": " << (value.is_string() ? value.get<std::string>() : value.dump())
+              << "\n";
+  }
+}
+
+}  // namespace
+
+void ToolFlags::add_to(CLI::App& app) {
+  for (const Tool& tool : kTools) {
+    const auto take = [this, &tool](const std::string& folder) {
+      tool_ = tool.name;
+      bench_.folder = folder;
+    };
+    app.add_option_function<std::string>(std::string("--") + tool.name, take, tool.help)
+        ->type_name("DIR")
+        ->group("Tools");
+  }
+  app.add_option("--bench-bytes", bench_.bytes, "How much --bench writes and reads")
+      ->transform(CLI::AsSizeValue(false))
+      ->capture_default_str()
+      ->group("Tools");
+  app.add_flag("--json", json_, "Tools print one JSON object")->group("Tools");
+}
+
+void ToolFlags::run() const {
+  for (const Tool& tool : kTools) {
+    if (tool.name != tool_) continue;
+    const Json json = tool.run(bench_);
+    if (!json_) return print_for_people(json);
+    std::cout << json.dump() << std::endl;
+  }
+}
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,221 @@
+// The store with an NVMe tier, as a rank meets it: prefixes come back from the file.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+
+#include <fstream>
+#include <functional>
+#include <memory>
+
+#include "tests/kvstore/running_server.h"
+#include "tests/kvstore/test_slab.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+// Two slabs a head: a third segment pushes one out.
+constexpr std::size_t kArenaBytes = 6 << 20;
+const ModelIdentity kModel{"test-model", 3, 3, 64, kernels::DataType::kFp16};
+
+PrefixKey key_of(std::uint32_t prompt) { return test_name(0, prompt).key; }
+
+class NvmeStoreTest : public testing::Test {
+ protected:
+  void start(NvmeReuse reuse = NvmeReuse::kKeepSlabs) {
+    server =
+        std::make_unique<RunningServer>(kArenaBytes, NvmeConfig{nvme_folder(), 64 << 20, reuse});
+  }
+  std::string nvme_folder() const { return folder.path() / "nvme"; }
+  std::unique_ptr<KvStore> connect(int rank = 0) {
+    auto store = KvStore::connect(test_client(server->socket(), rank), *device).value_or_throw();
+    EXPECT_TRUE(ready(*store));
+    return store;
+  }
+  // Slabs of a head of the arena.
+  static int slabs_per_head(KvStore& store) { return static_cast<int>(store.slabs_per_head()); }
+
+  // A prompt of one segment: filled and published, or found.
+  void write(KvStore& store, std::uint32_t prompt) {
+    const PrefixKey key = key_of(prompt);
+    const auto kv = store.reserve(next, std::span(&key, 1), 1);
+    ASSERT_TRUE(kv) << kv.error().message;
+    for (int head = 0; kv->hit_segments == 0 && head < 2; ++head) {
+      const auto slab = test_slab({head, key}, kModel);
+      std::memcpy(kv->slabs[static_cast<std::size_t>(head)], slab.data(), slab.size());
+    }
+    ASSERT_TRUE(store.commit(next, 0, key));
+    ASSERT_TRUE(store.release(next));
+    next = SequenceId{raw(next) + 1};
+  }
+  // Whether the prompt is a hit; its bytes are right then.
+  bool finds(KvStore& store, std::uint32_t prompt) {
+    const PrefixKey key = key_of(prompt);
+    const auto kv = store.reserve(next, std::span(&key, 1), 1);
+    EXPECT_TRUE(kv) << kv.error().message;
+    const bool hit = kv->hit_segments == 1;
+    for (int head = 0; hit && head < 2; ++head) {
+      EXPECT_TRUE(same_slab(kv->slabs[static_cast<std::size_t>(head)], {head, key}, kModel));
+    }
+    EXPECT_TRUE(store.release(next));
+    next = SequenceId{raw(next) + 1};
+    return hit;
+  }
+  testing::AssertionResult written(KvStore& store, std::int64_t slabs) {
+    return eventually(store,
+                      [&](const StoreStat& stat) { return stat.nvme.slabs_written >= slabs; });
+  }
+
+  TestFolder folder;
+  std::unique_ptr<RunningServer> server;
+  std::unique_ptr<kernels::Device> device = kernels::make_cpu_device({1, 1 << 20});
+  SequenceId next{1};
+};
+
+TEST_F(NvmeStoreTest, WhatTheArenaGaveUpComesBack) {
+  start();
+  const auto store = connect();
+  const int count = 4 * slabs_per_head(*store);
+  for (int i = 0; i < count; ++i) {
+    write(*store, static_cast<std::uint32_t>(i));
+    ASSERT_TRUE(written(*store, 2 * (i + 1)));
+  }
+  for (int i = 0; i < count; ++i) EXPECT_TRUE(finds(*store, static_cast<std::uint32_t>(i))) << i;
+  const NvmeStat stat = store->stat()->nvme;
+  EXPECT_EQ(stat.state, NvmeState::kOnline);
+  EXPECT_EQ(stat.slabs_held, 2 * count);
+  EXPECT_GE(stat.slabs_read, 2 * (count - slabs_per_head(*store)));
+  EXPECT_EQ(stat.dropped + stat.io_errors + stat.checksum_failures, 0);
+}
+
+TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
+  start();
+  {
+    const auto store = connect();
+    write(*store, 1);  // not waited for: the store writes it at its end
+  }
+  server.reset();
+  start();
+  EXPECT_TRUE(finds(*connect(), 1));
+  server.reset();
+  start(NvmeReuse::kStartAfresh);
+  EXPECT_FALSE(finds(*connect(), 1));
+  server.reset();
+  EXPECT_FALSE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
+}
+
+TEST_F(NvmeStoreTest, RanksThatShareAHeadBothFindIt) {
+  start();
+  {
+    const auto low = connect(0);
+    const auto high = connect(1);
+    const PrefixKey key = key_of(1);
+    for (KvStore* rank : {low.get(), high.get()}) {
+      const auto kv = rank->reserve(SequenceId{1}, std::span(&key, 1), 1);
+      ASSERT_TRUE(kv);
+      const int first_head = rank == low.get() ? 0 : 1;
+      for (int i = 0; i < 2; ++i) {
+        const auto slab = test_slab({first_head + i, key}, kModel);
+        std::memcpy(kv->slabs[static_cast<std::size_t>(i)], slab.data(), slab.size());
+      }
+    }
+    ASSERT_TRUE(low->commit(SequenceId{1}, 0, key) && high->commit(SequenceId{1}, 0, key));
+    ASSERT_TRUE(written(*low, 3));
+  }
+  server.reset();
+  start();
+  const auto low = connect(0);
+  const auto high = connect(1);
+  const PrefixKey key = key_of(1);
+  const auto of_low = low->reserve(SequenceId{1}, std::span(&key, 1), 1);
+  const auto of_high = high->reserve(SequenceId{1}, std::span(&key, 1), 1);
+  ASSERT_TRUE(of_low && of_high);
+  EXPECT_EQ(of_low->hit_segments, 1);
+  EXPECT_EQ(of_high->hit_segments, 1);
+  EXPECT_EQ(low->stat()->nvme.slabs_read, 3) << "the shared head came once";
+}
+
+TEST_F(NvmeStoreTest, APeerThatLeavesWhileItWaitsHarmsNobody) {
+  start();
+  write(*connect(), 1);
+  server.reset();
+  start();
+  const auto good = connect(1);
+  Hello hello;
+  hello.owner = {0, 0, Epoch{1}, 0, 2};
+  hello.model = kModel;
+  for (const bool says_goodbye : {true, false}) {
+    const auto peer = connect_to(server->socket(), std::chrono::seconds(20)).value_or_throw();
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{hello})));
+    ASSERT_TRUE(receive_message(peer.get(), kMaxMessageBytes));
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{Reserve{SequenceId{9}, 1, {key_of(1)}}})));
+    if (!says_goodbye) continue;
+    ASSERT_TRUE(send_message(peer.get(), encode(Request{Goodbye{}})));
+  }
+  EXPECT_TRUE(eventually(*good, [](const StoreStat& stat) { return stat.nvme.slabs_read == 2; }));
+  EXPECT_TRUE(good->reserve(SequenceId{1}, {}, 1));
+}
+
+TEST_F(NvmeStoreTest, TheFileIsOurs) {
+  std::filesystem::create_directory(nvme_folder());
+  chmod(nvme_folder().c_str(), 0700);
+  const std::string file = nvme_folder() + "/kv-slabs";
+  std::filesystem::create_symlink("/dev/null", file);
+  EXPECT_THROW(NvmeFile{nvme_folder()}, Exception) << "a symbolic link";
+  std::filesystem::remove(file);
+  { std::ofstream(file) << "x"; }
+  chmod(file.c_str(), 0644);
+  EXPECT_THROW(NvmeFile{nvme_folder()}, Exception) << "others may read it";
+  chmod(file.c_str(), 0600);
+  std::filesystem::create_hard_link(file, nvme_folder() + "/second");
+  EXPECT_THROW(NvmeFile{nvme_folder()}, Exception) << "a second name";
+  std::filesystem::remove(nvme_folder() + "/second");
+  const NvmeFile first(nvme_folder());
+  EXPECT_THROW(NvmeFile{nvme_folder()}, Exception) << "another store has it";
+  chmod(nvme_folder().c_str(), 0755);
+}
+
+// A file system of its own, which is full before the tier is.
+class TinyFileSystem {
+ public:
+  explicit TinyFileSystem(std::string path) : path_(std::move(path)) {
+    std::filesystem::create_directory(path_);
+    is_mounted_ = mount("tmpfs", path_.c_str(), "tmpfs", 0, "size=4m,mode=0700") == 0;
+  }
+  ~TinyFileSystem() {
+    if (is_mounted_) umount2(path_.c_str(), MNT_DETACH);
+  }
+  TinyFileSystem(const TinyFileSystem&) = delete;
+  TinyFileSystem& operator=(const TinyFileSystem&) = delete;
+  bool is_mounted() const { return is_mounted_; }
+  void grow() const { mount("tmpfs", path_.c_str(), "tmpfs", MS_REMOUNT, "size=64m,mode=0700"); }
+
+ private:
+  std::string path_;
+  bool is_mounted_ = false;
+};
+
+TEST_F(NvmeStoreTest, AFullFileSystemCostsNoRequest) {
+  const TinyFileSystem disk(nvme_folder());
+  if (!disk.is_mounted()) GTEST_SKIP() << "only root can mount a tmpfs";
+  start();
+  const auto store = connect();
+  std::uint32_t prompt = 0;
+  const auto state_is = [&](NvmeState state) {
+    write(*store, prompt++);
+    return store->stat()->nvme.state == state;
+  };
+  for (int i = 0; i < 100 && !state_is(NvmeState::kReadOnly); ++i) {
+  }
+  EXPECT_EQ(store->stat()->nvme.state, NvmeState::kReadOnly);
+  EXPECT_TRUE(finds(*store, 0)) << "reads go on";
+  disk.grow();
+  for (int i = 0; i < 500 && !state_is(NvmeState::kOnline); ++i) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  EXPECT_EQ(store->stat()->nvme.state, NvmeState::kOnline);
+  EXPECT_EQ(store->stat()->nvme.io_errors, 0);
+}
+
+}  // namespace
+}  // namespace foretoken::kvstore

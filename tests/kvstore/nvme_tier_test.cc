@@ -1,0 +1,216 @@
+// The NVMe tier over a file in memory: what it keeps, what it gives up, and how it meets a bad
+// disk.
+#include "kvstore/internal/nvme_tier.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/kvstore/tier_on_file.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+bool is_read(const IoOperation& operation) { return operation.direction == IoDirection::kRead; }
+
+class NvmeTierTest : public testing::Test {
+ protected:
+  FileBytes file;
+};
+
+TEST_F(NvmeTierTest, GivesBackWhatItWasGiven) {
+  TierOnFile disk(file, 8);
+  for (std::uint32_t i = 0; i < 5; ++i) EXPECT_TRUE(disk.store(test_name(i % 3, i)));
+  for (std::uint32_t i = 0; i < 5; ++i) {
+    const auto slab = disk.load(test_name(i % 3, i));
+    ASSERT_TRUE(slab);
+    EXPECT_TRUE(same_slab(slab->data(), test_name(i % 3, i)));
+  }
+  EXPECT_FALSE(disk.load(test_name(1, 0))) << "another head's";
+  const NvmeStat stat = disk.tier->stat();
+  EXPECT_EQ(stat.state, NvmeState::kOnline);
+  EXPECT_EQ(stat.slabs_total, 8);
+  EXPECT_EQ(stat.slabs_held, 5);
+  EXPECT_EQ(stat.slabs_written, 5);
+  EXPECT_EQ(stat.slabs_read, 5);
+  EXPECT_EQ(stat.checksum_failures, 0);
+}
+
+TEST_F(NvmeTierTest, ARestartFindsTheSlabsInTheirOrder) {
+  {
+    TierOnFile disk(file, 3);
+    for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  }
+  TierOnFile disk(file, 3);
+  EXPECT_EQ(disk.contents.superblock.generation, 2U);
+  EXPECT_EQ(disk.tier->stat().slabs_held, 3);
+  ASSERT_TRUE(disk.store(test_name(0, 3)));
+  EXPECT_FALSE(disk.load(test_name(0, 0))) << "the oldest gave way";
+  for (std::uint32_t i = 1; i < 4; ++i) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
+}
+
+TEST_F(NvmeTierTest, AFreshStartFindsNothing) {
+  { EXPECT_TRUE(TierOnFile(file, 4).store(test_name(0, 1))); }
+  TierOnFile disk(file, 4, NvmeReuse::kStartAfresh);
+  EXPECT_EQ(disk.tier->stat().slabs_held, 0);
+}
+
+TEST_F(NvmeTierTest, AnotherModelsFileStartsAfresh) {
+  { EXPECT_TRUE(TierOnFile(file, 4).store(test_name(0, 1))); }
+  ModelIdentity other = kTestModel;
+  other.model_hash = "another";
+  EXPECT_EQ(TierOnFile(file, 4, NvmeReuse::kKeepSlabs, other).tier->stat().slabs_held, 0);
+  EXPECT_EQ(TierOnFile(file, 4).tier->stat().slabs_held, 0) << "nor is it ours any more";
+}
+
+TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
+  TierOnFile disk(file, 3);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  ASSERT_TRUE(disk.load(test_name(0, 0)));
+  disk.tier->touch(test_name(0, 1));
+  ASSERT_TRUE(disk.store(test_name(0, 3)));
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 2)));
+  EXPECT_TRUE(disk.load(test_name(0, 0)) && disk.load(test_name(0, 1)));
+  EXPECT_EQ(disk.tier->stat().evictions, 1);
+}
+
+TEST_F(NvmeTierTest, ASlabOfTheArenaThatIsWrongIsNotWritten) {
+  TierOnFile disk(file, 3);
+  auto slab = test_slab(test_name(0, 1));
+  slab[100] ^= std::byte{4};
+  disk.tier->store(test_name(0, 1), slab.data(), disk.now);
+  disk.finish();
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_EQ(disk.tier->stat().host_checksum_failures, 1);
+}
+
+TEST_F(NvmeTierTest, ShortOperationsAreFinished) {
+  TierOnFile disk(file, 3);
+  int count = 0;
+  disk.device->fault = [&](const IoOperation& operation) {
+    return operation.bytes > kSectorBytes && ++count % 3 != 0 ? IoFault::kShort : IoFault::kNone;
+  };
+  ASSERT_TRUE(disk.store(test_name(0, 1)));
+  const auto slab = disk.load(test_name(0, 1));
+  ASSERT_TRUE(slab);
+  EXPECT_TRUE(same_slab(slab->data(), test_name(0, 1)));
+  EXPECT_EQ(disk.tier->stat().io_errors, 0);
+}
+
+TEST_F(NvmeTierTest, ATruncatedFileIsAMiss) {
+  TierOnFile disk(file, 3);
+  ASSERT_TRUE(disk.store(test_name(0, 1)));
+  file.resize(file.size() / 3);
+  EXPECT_FALSE(disk.load(test_name(0, 1)));
+  EXPECT_EQ(disk.tier->stat().io_errors, 1);
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+}
+
+TEST_F(NvmeTierTest, AFullDiskStopsWritesUntilThereIsSpace) {
+  TierOnFile disk(file, 8);
+  ASSERT_TRUE(disk.store(test_name(0, 1)));
+  bool is_full = true;
+  disk.device->fault = [&](const IoOperation& operation) {
+    return is_full && !is_read(operation) ? IoFault::kFull : IoFault::kNone;
+  };
+  EXPECT_FALSE(disk.store(test_name(0, 2)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kReadOnly);
+  EXPECT_TRUE(disk.load(test_name(0, 1))) << "reads go on";
+  EXPECT_FALSE(disk.tier->can_store(disk.now));
+  disk.wait(seconds(1));
+  EXPECT_FALSE(disk.store(test_name(0, 2)));
+  disk.wait(seconds(1));
+  EXPECT_FALSE(disk.tier->can_store(disk.now)) << "the pause has doubled";
+  disk.wait(seconds(1));
+  is_full = false;
+  EXPECT_TRUE(disk.store(test_name(0, 2)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+  EXPECT_EQ(disk.tier->stat().io_errors, 0);
+}
+
+TEST_F(NvmeTierTest, ABrokenDiskIsLeftAloneUntilItWorks) {
+  TierOnFile disk(file, 8);
+  for (std::uint32_t i = 0; i < 5; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  disk.device->fault = [](const IoOperation&) { return IoFault::kError; };
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_FALSE(disk.load(test_name(0, i)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOffline);
+  EXPECT_FALSE(disk.tier->has(test_name(0, 3), disk.now));
+  EXPECT_FALSE(disk.tier->can_store(disk.now));
+  disk.wait(seconds(1));
+  disk.device->fault = nullptr;
+  EXPECT_TRUE(disk.load(test_name(0, 3)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+  EXPECT_EQ(disk.tier->stat().io_errors, 3);
+  EXPECT_EQ(disk.tier->stat().slabs_held, 2) << "what failed is forgotten";
+}
+
+TEST_F(NvmeTierTest, AReadThatNeverEndsIsGivenUp) {
+  TierOnFile disk(file, 8);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  std::vector<std::byte> to(kTestModel.slab_bytes());
+  disk.tier->load(test_name(0, 0), to.data(), disk.now);
+  EXPECT_TRUE(disk.finish().empty());
+  ASSERT_TRUE(disk.tier->deadline());
+  disk.wait(seconds(1));
+  const auto loaded = disk.finish();
+  ASSERT_EQ(loaded.size(), 1U);
+  EXPECT_FALSE(loaded.front().is_whole);
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOffline);
+  EXPECT_FALSE(disk.tier->deadline());
+
+  disk.wait(seconds(1));
+  disk.device->fault = nullptr;
+  EXPECT_TRUE(disk.load(test_name(0, 0))) << "the name is kept";
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+  EXPECT_FALSE(disk.tier->deadline()) << "nothing is due while one is out";
+  to.assign(to.size(), std::byte{0});
+  disk.device->release_held();
+  EXPECT_TRUE(disk.finish().empty());
+  EXPECT_EQ(to, std::vector<std::byte>(to.size())) << "late bytes reach nobody";
+}
+
+TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
+  TierOnFile disk(file, 4);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  const NvmeGeometry geometry{kTestModel.slab_bytes(), 4};
+  file[geometry.slab_offset(SlotIndex{1}) + 10] ^= std::byte{1};
+  for (int i = 0; i < 3; ++i) {
+    ASSERT_TRUE(disk.tier->deadline());
+    disk.now = *disk.tier->deadline();
+    EXPECT_TRUE(disk.finish().empty());
+  }
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_TRUE(disk.tier->knows(test_name(0, 0)) && disk.tier->knows(test_name(0, 2)));
+  EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+  EXPECT_EQ(disk.tier->stat().slabs_read, 0);
+}
+
+TEST_F(NvmeTierTest, MoreLoadsThanBuffersAllEnd) {
+  constexpr std::uint32_t kCount = 100;
+  TierOnFile disk(file, kCount);
+  std::vector<std::vector<std::byte>> slabs(kCount,
+                                            std::vector<std::byte>(kTestModel.slab_bytes()));
+  for (std::uint32_t i = 0; i < kCount; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  for (std::uint32_t i = 0; i < kCount; ++i) {
+    disk.tier->load(test_name(0, i), slabs[i].data(), disk.now);
+  }
+  EXPECT_FALSE(disk.tier->can_store(disk.now)) << "reads go first";
+  EXPECT_EQ(disk.finish().size(), kCount);
+  for (std::uint32_t i = 0; i < kCount; ++i) {
+    EXPECT_TRUE(same_slab(slabs[i].data(), test_name(0, i))) << i;
+  }
+  EXPECT_TRUE(disk.tier->can_store(disk.now));
+}
+
+TEST_F(NvmeTierTest, AFileOfFewSlotsIsRefused) {
+  const NvmeGeometry small{kTestModel.slab_bytes(), 0};
+  EXPECT_EQ(NvmeGeometry::fit(small.file_bytes(), small.slab_bytes).num_slots, 0U);
+  EXPECT_EQ(NvmeGeometry::fit(0, small.slab_bytes).num_slots, 0U);
+  EXPECT_THROW(TierOnFile(file, 0), Exception);
+  EXPECT_NO_THROW(TierOnFile(file, 1).store(test_name(0, 1)));
+}
+
+}  // namespace
+}  // namespace foretoken::kvstore

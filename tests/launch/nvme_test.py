@@ -1,0 +1,168 @@
+"""The KV store's NVMe tier, as a user meets it: prefixes that the arena gave up, or that a restart
+lost, come back from the disk, and the tokens are those of a service that never had them."""
+
+import json
+import os
+import signal
+
+import pytest
+from foretoken.client import Client
+from service_helper import Service, make_model, run, wait_until
+
+FULL = "--kv-policy=full"
+# Some 30 slabs: a dozen requests of two segments push a prefix out.
+TINY_ARENA = ("--device=cpu", "--kv-host-gib=0.004", "--device-memory-gib=1")
+OPTIONS = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def prompt(number):
+    """400 tokens: one segment of them is reusable."""
+    return [1 + (7 * number + 3 * place + place * place % 11) % 250 for place in range(400)]
+
+
+def connect(service):
+    return Client(service.endpoint, service.key_file)
+
+
+def nvme(client):
+    return client.status()["kv_nvme"]
+
+
+def push_out(client):
+    for number in range(100, 130):
+        client.generate(prompt(number), max_tokens=1, ignore_eos=True)
+
+
+def slabs_written(client):
+    """Counts come with a step: one that needs them."""
+    client.generate(prompt(99), max_tokens=1, ignore_eos=True)
+    return nvme(client)["slabs_written"]
+
+
+@pytest.fixture(scope="module")
+def answers(model):
+    """What a service without the tier says to prompts that it has never seen."""
+    with Service(model, FULL) as plain, connect(plain) as client:
+        assert nvme(client)["state"] == "off"
+        return [client.generate(prompt(number), **OPTIONS).ids for number in range(3)]
+
+
+def test_a_prefix_comes_back_after_the_arena_gave_it_up(model, answers, tmp_path):
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+        for number, ids in enumerate(answers):
+            first = client.generate(prompt(number), **OPTIONS)
+            assert first.ids == ids and first.usage["cached_tokens"] == 0
+        push_out(client)
+        read = nvme(client)["slabs_read"]
+        for number, ids in enumerate(answers):
+            again = client.generate(prompt(number), **OPTIONS)
+            assert again.ids == ids and again.usage["cached_tokens"] == 256
+        tier = nvme(client)
+        assert tier["state"] == "online" and tier["slabs_read"] > read
+        assert tier["io_errors"] == 0 and tier["checksum_failures"] == 0
+        file = tmp_path / "kv" / "kv-slabs"
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert service.stop() == 0
+    assert not file.exists(), "without --kv-persist nothing is left on the disk"
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, end):
+    (tmp_path / "service").mkdir()
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", "--kv-persist")
+    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    with Service(model, *flags, **options) as service, connect(service) as client:
+        for number, ids in enumerate(answers):
+            assert client.generate(prompt(number), **OPTIONS).ids == ids
+        wait_until(lambda: slabs_written(client) >= 3)
+        service.process.send_signal(end)
+        service.process.wait(60)
+    with Service(model, *flags, **options) as service, connect(service) as client:
+        for number, ids in enumerate(answers):
+            again = client.generate(prompt(number), **OPTIONS)
+            assert again.ids == ids and again.usage["cached_tokens"] == 256
+        assert nvme(client)["slabs_read"] >= 3
+
+
+def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path):
+    (tmp_path / "service").mkdir()
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", "--kv-persist")
+    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    with Service(model, *flags, **options) as service, connect(service) as client:
+        for number in range(3):
+            client.generate(prompt(number), **OPTIONS)
+        assert service.stop() == 0
+    file = tmp_path / "kv" / "kv-slabs"
+    data = bytearray(file.read_bytes())
+    for at in range(0, len(data), 4096):
+        if data[at : at + 4] != b"FTKV":  # all but superblocks and headers
+            data[at] ^= 1
+    file.write_bytes(data)
+    with Service(model, *flags, **options) as service, connect(service) as client:
+        for number, ids in enumerate(answers):
+            again = client.generate(prompt(number), **OPTIONS)
+            assert again.ids == ids and again.usage["cached_tokens"] == 0
+        tier = nvme(client)
+        assert tier["checksum_failures"] >= 3 and tier["slabs_read"] == 0
+
+
+def test_two_services_do_not_share_a_folder(model, tmp_path):
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    with Service(model, *flags, size=TINY_ARENA):
+        with Service(model, *flags, size=TINY_ARENA, ready=False) as second:
+            assert second.process.wait(30) == 3
+            assert "in use by another store" in second.log.read_text()
+
+
+def test_a_folder_that_others_can_enter_is_refused(model, tmp_path):
+    os.mkdir(tmp_path / "open", 0o755)
+    with Service(model, FULL, f"--kv-nvme-path={tmp_path}/open", ready=False) as service:
+        assert service.process.wait(30) == 3
+        assert "chmod 700" in service.log.read_text()
+
+
+def tool(*words):
+    done = run("kv", *words, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_file_can_be_looked_at_checked_and_cleaned(model, tmp_path):
+    folder = tmp_path / "kv"
+    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist")
+    with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+        for number in range(3):
+            client.generate(prompt(number), **OPTIONS)
+        assert service.stop() == 0
+    held = tool("stat", folder)
+    assert held["slabs_held"] == 3 and held["kv_heads"] == 1 and held["bad_headers"] == 0
+    assert tool("verify", folder)["bad_slabs"] == 0
+
+    data = bytearray((folder / "kv-slabs").read_bytes())
+    slabs = 2 * 4096 + 4096 * held["slabs_total"]
+    data[slabs + 1000] ^= 1  # in the first slot's slab
+    (folder / "kv-slabs").write_bytes(data)
+    cleaned = tool("gc", folder)
+    assert cleaned["bad_slabs"] == 1 and cleaned["slabs_held"] == 2 and cleaned["freed_bytes"] > 0
+    after = tool("stat", folder)
+    assert after["slabs_held"] == 2 and after["bad_headers"] == 0
+    assert after["allocated_bytes"] < held["allocated_bytes"]
+
+
+def test_a_folder_without_a_file_is_told_so(tmp_path):
+    done = run("kv", "stat", tmp_path)
+    assert done.returncode == 1 and "holds no KV" in done.stderr and done.stdout == ""
+
+
+def test_the_bench_measures_a_folder(tmp_path):
+    done = run("bench", "store", tmp_path / "kv", "--bytes=64MiB", "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["slabs"] == 15 and figures["promote_gb_per_s"] > 0
+    assert not (tmp_path / "kv" / "kv-slabs").exists()
