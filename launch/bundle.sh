@@ -18,7 +18,9 @@ while [[ "${1:-}" == --* ]]; do
     --cuda) with_cuda=true ;;
     --tests)
       programs+=(cuda_test worker_test cuda_ops_bench)
-      extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/oracle.py tests/bench/transformers_peer.py)
+      extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/oracle.py tests/gpu/smollm2.py
+        tests/bench/transformers_peer.py tests/oracles/data/smollm2.json
+        /usr/share/common-licenses/GPL-3)
       ;;
     *) break ;;
   esac
@@ -54,5 +56,10 @@ cp build/release/share/foretoken/* "$folder/share/foretoken/"
 for extra in "${extras[@]}"; do cp "$extra" "$folder/"; done
 if ((${#extras[@]} > 0)); then
   python3 tests/gpu/make_bench_model.py "$folder/models/llama-8b"
+  # What converts a GGUF file; its other packages come with transformers.
+  gguf=$(build/venv/bin/python3 -c 'import gguf, os; print(os.path.dirname(gguf.__file__))')
+  mkdir -p "$folder/python/foretoken" "$folder/python/gguf"
+  cp client/python/foretoken/*.py "$folder/python/foretoken/"
+  cp "$gguf"/*.py "$folder/python/gguf/"
 fi
 du -sh "$folder" | cut -f1 | sed "s|^|bundle: $folder, |" >&2

@@ -3,11 +3,12 @@
 #
 #   bash launch/bundle.sh --tests FOLDER     where Foretoken is built
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
-#                                            transformers for the stages oracle and peer)
+#                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted batch prefill
-# peer; default: all. Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which
-# stages failed.
+# peer; default: all. smollm2 runs only by name, as its model is too large for the bundle:
+# $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
+# Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if (($# == 0)); then
@@ -49,6 +50,13 @@ faults() {
 oracle() {
   timeout 400 python3 "$here/oracle.py" --bin "$here/bin" --tokenizer "$here/models/llama-8b" \
     --json "$results/oracle.json"
+}
+smollm2() {
+  local model
+  read -ra model <<<"${FORETOKEN_SMOLLM2:-$here/models/smollm2-135m}"
+  PYTHONPATH=$here/python timeout 400 python3 "$here/smollm2.py" --bin "$here/bin" \
+    --model "${model[@]}" --oracle "$here/smollm2.json" --text "$here/GPL-3" \
+    --json "$results/smollm2.json"
 }
 ops() { timeout 200 "$here/bin/cuda_ops_bench" | tee "$results/ops.json"; }
 gather() {

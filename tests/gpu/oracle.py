@@ -24,6 +24,7 @@ CLEAR = 0.1
 MAX_KL = 1e-3
 TOKENS = 32
 PROMPTS = (17, 300, 2000)
+DENSE = ("--kv-policy", "full", "--max-tokens", str(TOKENS), "--logprobs", "20")
 
 
 def shapes():
@@ -81,7 +82,7 @@ def prompt(length):
 def reference(model, ids, count):
     """Log-probabilities of the first token, then greedy tokens and their margins."""
     cache = None
-    step = torch.tensor([ids], device="cuda")
+    step = torch.tensor([ids], device=model.device)
     first, tokens, margins = None, [], []
     for _ in range(count):
         out = model(step, past_key_values=cache, use_cache=True)
@@ -96,14 +97,15 @@ def reference(model, ids, count):
     return first, tokens, margins
 
 
-def generate(arguments, folder, ids, device):
+def generate(bin_folder, model, ids, device, *flags):
+    """The answer of `foretoken generate --json` to a prompt of ids, greedy."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(ids, file)
         file.flush()
         command = [
-            f"{arguments.bin}/foretoken", "generate", "--model", str(folder), "--device", device,
-            "--prompt-ids", file.name, "--max-tokens", str(TOKENS), "--temperature", "0",
-            "--ignore-eos", "--logprobs", "20", "--kv-policy", "full", "--kv-host-gib", "1", "--json",
+            f"{bin_folder}/foretoken", "generate", "--model", str(model), "--device", device,
+            "--prompt-ids", file.name, "--temperature", "0", "--ignore-eos", "--kv-host-gib", "1",
+            "--json", *flags,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -139,8 +141,8 @@ def check(arguments, name, config, results):
         for length, ids, (rounded, _, _) in cases:
             first, tokens, margins = reference(exact, ids, TOKENS)
             for device in ("cuda", "cpu") if length == 300 else ("cuda",):
-                answer = generate(arguments, folder, ids, device)
-                top = [(t, p) for t, p in answer["logprobs"][0]["top"]]
+                answer = generate(arguments.bin, folder, ids, device, *DENSE)
+                top = answer["logprobs"][0]["top"]
                 top_ids = [t for t, _ in top]
                 wrong = first_wrong(tokens, margins, answer["token_ids"])
                 result = {
