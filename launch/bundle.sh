@@ -19,6 +19,7 @@ while [[ "${1:-}" == --* ]]; do
     --tests)
       programs+=(cuda_test worker_test cuda_ops_bench)
       extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/oracle.py tests/gpu/smollm2.py
+        tests/gpu/timeline.py build/release/lib/libkernel_trace.so
         tests/bench/transformers_peer.py tests/oracles/data/smollm2.json
         /usr/share/common-licenses/GPL-3)
       ;;

@@ -6,7 +6,7 @@
 #                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted batch prefill
-# peer; default: all. smollm2 runs only by name, as its model is too large for the bundle:
+# peer timeline; default: all. smollm2 runs only by name, as its model is too large for the bundle:
 # $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
@@ -20,7 +20,7 @@ shift
 stages=("$@")
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted batch
-    prefill peer)
+    prefill peer timeline)
 fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
@@ -102,6 +102,17 @@ prefill() {
     bench prefill --kv-policy full --context "$context" --repeat 4 --max-model-len 131072 \
       --kv-host-gib 80 | tee "$results/prefill-$context.json" || return 1
   done
+}
+# The kernels of a decode step at 128K, as the service runs it.
+timeline() {
+  local cupti
+  cupti=$(find -L /usr/local/cuda*/ -name 'libcupti.so.13' 2>/dev/null | head -n 1)
+  LD_LIBRARY_PATH="$(dirname "$cupti"):${LD_LIBRARY_PATH:-}" KERNEL_TRACE="$results/step.csv" \
+    CUDA_INJECTION64_PATH="$here/libkernel_trace.so" \
+    bench decode --kv-policy attention-predictor --calibrate-with none --context 130000 \
+    --kv-budget 2304 --trace churn=8 --tokens 48 --max-model-len 131072 --kv-host-gib 24 || return 1
+  python3 "$here/timeline.py" "$results/step.csv" --json "$results/timeline.json" \
+    --svg "$results/decode_step.svg"
 }
 peer() { timeout 300 python3 "$here/transformers_peer.py" --json "$results/peer.json"; }
 
