@@ -36,8 +36,7 @@ std::unique_ptr<Model> load_random(const ModelConfig& config, kernels::Device& d
 class DenseStep {
  public:
   DenseStep(const ModelConfig& config, kernels::Device& device, kernels::Stream& stream)
-      : device_(device),
-        collective_(make_single_collective()),
+      : collective_(make_single_collective()),
         model_(load_random(config, device, *collective_)),
         act_(device, config, model_->partition(), 1, 1),
         hidden_(device, model_->hidden_bytes(1), MemoryUse::kActivations),
@@ -62,7 +61,6 @@ class DenseStep {
   const kernels::KvShape& kv_shape() const { return model_->kv_shape(); }
 
  private:
-  kernels::Device& device_;
   std::unique_ptr<Collective> collective_;
   std::unique_ptr<Model> model_;
   Activations act_;
