@@ -75,22 +75,21 @@ class NcclCollective final : public Collective {
   // NCCL gathers equal parts: each rank's is padded to the widest, and the rows are put together
   // from there.
   void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
-                          kernels::Stream& stream) override {
+                          float* scratch, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
     const auto widest = static_cast<std::size_t>(*std::ranges::max_element(widths));
     const std::size_t part_floats = widest * static_cast<std::size_t>(rows);
-    reserve(part_floats * static_cast<std::size_t>(world_size_));
-    auto* parts = gathered_.as<float>();
-    float* own = parts + part_floats * static_cast<std::size_t>(rank_);
+    float* own = scratch + part_floats * static_cast<std::size_t>(rank_);
     const auto own_width = static_cast<std::size_t>(widths[static_cast<std::size_t>(rank_)]);
     device_.copy(own, part, own_width * static_cast<std::size_t>(rows) * sizeof(float), stream);
-    check_started(ncclAllGather(own, parts, part_floats, ncclFloat32, comm_, handle_of(stream)));
+    check_started(ncclAllGather(own, scratch, part_floats, ncclFloat32, comm_, handle_of(stream)));
     wait_until_ready("all-gather");
     const auto total = static_cast<std::size_t>(std::accumulate(widths.begin(), widths.end(), 0));
     std::size_t column = 0;
     for (std::size_t i = 0; i < widths.size(); ++i) {
       const std::size_t bytes = static_cast<std::size_t>(widths[i]) * sizeof(float);
-      copy_rows(all + column, total * sizeof(float), parts + part_floats * i, bytes, rows, stream);
+      copy_rows(all + column, total * sizeof(float), scratch + part_floats * i, bytes, rows,
+                stream);
       column += static_cast<std::size_t>(widths[i]);
     }
   }
@@ -130,16 +129,11 @@ class NcclCollective final : public Collective {
                       std::string("joining logits: ") + cudaGetErrorString(status));
     }
   }
-  void reserve(std::size_t floats) {
-    if (gathered_.bytes() >= floats * sizeof(float)) return;
-    gathered_ = {device_, floats * sizeof(float), kernels::MemoryUse::kActivations};
-  }
 
   kernels::Device& device_;
   int rank_ = 0;
   int world_size_ = 1;
   ncclComm_t comm_ = nullptr;
-  kernels::DeviceBuffer gathered_;  // [world, rows, widest]
 };
 
 }  // namespace
