@@ -8,16 +8,19 @@
 #include <chrono>
 #include <numeric>
 #include <string>
-#include <thread>
 
 #include "common/check.h"
 #include "common/result.h"
+#include "kernels/poll.h"
 #include "worker/collective.h"
 
 namespace foretoken::worker {
 namespace {
 
-constexpr std::chrono::seconds kConnectTimeout{60};
+// To enqueue takes microseconds; to connect, as long as the slowest rank.
+constexpr kernels::PollLimits kReadyLimits{.busy = std::chrono::milliseconds(1),
+                                           .pause = std::chrono::microseconds(50),
+                                           .deadline = std::chrono::seconds(60)};
 
 void check_nccl(ncclResult_t status, const char* what) {
   if (status == ncclSuccess) return;
@@ -105,19 +108,16 @@ class NcclCollective final : public Collective {
     if (state != ncclInProgress) check_nccl(state, "all-reduce with the other ranks");
   }
   void wait_until_ready(const char* what) {
-    const auto deadline = std::chrono::steady_clock::now() + kConnectTimeout;
-    for (;;) {
-      ncclResult_t state = ncclSuccess;
+    ncclResult_t state = ncclInProgress;
+    const auto is_ready = [&] {
       check_nccl(ncclCommGetAsyncError(comm_, &state), what);
-      if (state != ncclInProgress) return check_nccl(state, what);
-      if (std::chrono::steady_clock::now() > deadline) {
-        throw Exception(ErrorCode::kDevice,
-                        std::string("NCCL ") + what +
-                            " took longer than 60 s: a rank is missing, or can't be "
-                            "reached; NCCL_DEBUG=INFO says more");
-      }
-      std::this_thread::yield();
-    }
+      return state != ncclInProgress;
+    };
+    if (kernels::poll_until(is_ready, kReadyLimits, [] {})) return check_nccl(state, what);
+    throw Exception(ErrorCode::kDevice,
+                    std::string("NCCL ") + what +
+                        " took longer than 60 s: a rank is missing, or can't be "
+                        "reached; NCCL_DEBUG=INFO says more");
   }
   static void copy_rows(float* to, std::size_t to_stride, const float* from, std::size_t row_bytes,
                         int rows, kernels::Stream& stream) {
