@@ -150,7 +150,6 @@ class Scheduler {
   std::map<SequenceId, Sequence> sequences_;  // in the order they were added
   std::deque<InFlight> in_flight_;
   StepTimes times_;
-  StepTimes::Step unmeasured_;  // steps that nobody waited for: their time falls to the next one
 };
 
 }  // namespace foretoken::coordinator

@@ -24,8 +24,11 @@ class Collective {
   virtual void all_reduce(void* data, std::size_t count, kernels::Stream& stream) = 0;
 
   // Joins columns: part [rows, widths[rank]] of each rank into all [rows, sum of widths]. fp32.
+  // scratch: [world size, rows, widest of widths], the caller's, since a recorded step keeps its
+  // address.
   virtual void all_gather_columns(const float* part, float* all, int rows,
-                                  std::span<const int> widths, kernels::Stream& stream) = 0;
+                                  std::span<const int> widths, float* scratch,
+                                  kernels::Stream& stream) = 0;
 };
 
 // Over MPI_COMM_WORLD; REQUIRES: MPI is initialised and outlives it. A world of one needs no MPI.

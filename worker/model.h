@@ -39,13 +39,14 @@ struct Activations {
               int max_rows, int max_logit_rows);
   int max_rows;
   int max_logit_rows;
-  kernels::DeviceBuffer normed;   // [rows, hidden]
-  kernels::DeviceBuffer qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
-  kernels::DeviceBuffer q;        // [rows, heads, head_dim]
-  kernels::DeviceBuffer attn;     // [rows, heads, head_dim]
-  kernels::DeviceBuffer gate_up;  // [rows, 2 * intermediate]
-  kernels::DeviceBuffer mlp;      // [rows, intermediate]
-  kernels::DeviceBuffer logits;   // [logit rows, vocab of this rank]; empty in a world of one
+  kernels::DeviceBuffer normed;    // [rows, hidden]
+  kernels::DeviceBuffer qkv;       // [rows, (heads + 2 kv_heads) * head_dim]
+  kernels::DeviceBuffer q;         // [rows, heads, head_dim]
+  kernels::DeviceBuffer attn;      // [rows, heads, head_dim]
+  kernels::DeviceBuffer gate_up;   // [rows, 2 * intermediate]
+  kernels::DeviceBuffer mlp;       // [rows, intermediate]
+  kernels::DeviceBuffer logits;    // [logit rows, vocab of this rank]; empty in a world of one
+  kernels::DeviceBuffer gathered;  // [world, logit rows, widest vocab]; scratch of the collective
 };
 
 class Model {

@@ -29,7 +29,7 @@ class Sequence {
   int prompt_length() const { return prompt_length_; }
   // Tokens at the start that the client gave; the rest of a resumed prompt is output already.
   int num_prompt() const { return prompt_length_ - num_generated_; }
-  // Tokens of the sequence as a batch of one.
+  // The sequence as a batch of one.
   const predictor::DecodeBatch& alone() const { return alone_; }
   const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
   const kernels::SequenceKv& kv() const { return kv_; }

@@ -272,18 +272,14 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
   return events;
 }
 
-// A rank waits for the tokens of a step alone: the time of one that draws none shows in the next
-// that does.
+// An admission waits for the store, maybe for its disk; that says nothing of what computing costs.
 void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks) {
-  if (step.prefill_units == 0 && step.num_decodes == 0) return;
+  if (!step.admits.empty() || (step.prefill_units == 0 && step.num_decodes == 0)) return;
   std::int64_t slowest_us = 0;
   for (const auto& rank : ranks) slowest_us = std::max(slowest_us, rank.step_us);
-  unmeasured_.prefill_units += step.prefill_units;
-  unmeasured_.num_decodes += step.num_decodes;
-  unmeasured_.time += std::chrono::microseconds(slowest_us);
-  if (step.sampling.empty()) return;
-  times_.learn(unmeasured_);
-  unmeasured_ = {};
+  times_.learn({.prefill_units = step.prefill_units,
+                .num_decodes = step.num_decodes,
+                .time = std::chrono::microseconds(slowest_us)});
 }
 
 // True, and an event, when a rank said no: the others let go of it too.

@@ -359,6 +359,28 @@ TEST_F(BoundedSchedulerTest, StepsBesideADecodeKeepToTheBound) {
   EXPECT_GT(sum / prefills, 0.6 * kBoundUs) << "in " << prefills << " steps";
 }
 
+// Else the decoding beside it would be thought slow, and prefill would get a share of that.
+TEST_F(BoundedSchedulerTest, AnAdmissionThatTakesLongIsNoSlowDecode) {
+  scheduler_.add(sequence(1, 100, 100'000));
+  take(plan());
+  take(plan());
+  scheduler_.add(sequence(2, kTokens, 2, 50));
+  const auto admission = plan();
+  ASSERT_EQ(admission.admits.size(), 1U);
+  ASSERT_FALSE(admission.decodes.empty());
+  auto results = answers(admission);
+  results[0].step_us = 1'000'000;
+  feed(results);
+  int prefills = 0;
+  while (lengths_[SequenceId{2}] <= kTokens) {
+    const auto made = plan();
+    EXPECT_LT(time_of(made), 1.1 * kBoundUs);
+    prefills += !made.prefills.empty();
+    take(made);
+  }
+  EXPECT_LT(prefills, 20);
+}
+
 TEST_F(BoundedSchedulerTest, AdaptsToAGroupThatBecomesSlower) {
   scheduler_.add(sequence(1, 100, 100'000));
   take(plan());

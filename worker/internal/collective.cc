@@ -36,7 +36,7 @@ class MpiCollective final : public Collective {
   }
 
   void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
-                          kernels::Stream& stream) override {
+                          float*, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
     stream.synchronize();
     std::vector<int> starts(widths.size(), 0);
@@ -61,7 +61,7 @@ class SingleCollective final : public Collective {
   int rank() const override { return 0; }
   int world_size() const override { return 1; }
   void all_reduce(void*, std::size_t, kernels::Stream&) override {}
-  void all_gather_columns(const float*, float*, int, std::span<const int>,
+  void all_gather_columns(const float*, float*, int, std::span<const int>, float*,
                           kernels::Stream&) override {
     FT_CHECK(false);  // a world of one has its logits already
   }

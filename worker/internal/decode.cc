@@ -116,7 +116,6 @@ void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   compute);
-  resolved_->record(compute);
   compute.synchronize();  // `length` ends here
 }
 
@@ -186,8 +185,7 @@ void Decode::forward(kernels::Stream& compute) {
   choose();
   model_.logits(batch_.rows, act_, hidden_.data(), logits_.as<float>(), compute);
   sampler_.run(logits_.as<float>(), batch_.rows, compute);
-  chosen_->wait(compute);
-  written_->wait(compute);  // the step's end: slots and lengths may change
+  chosen_->wait(compute);  // the step's end: slots and lengths may change
 }
 
 // How many layers the gather that begins with `layer` brings at once. On a GPU each join takes its
@@ -242,11 +240,14 @@ void Decode::write_through() {
 }
 
 // What the coming step shall have. Needs nothing of the token that is being drawn, so it runs
-// beside the greatest product of the step. REQUIRES: as write_through.
+// beside the greatest product of the step. REQUIRES: write_through() is enqueued.
 void Decode::choose() {
   advanced_->wait(*side_);
   if (policy_.observes()) observe_attended(*side_);
   policy_.select_ahead(batch_, *side_);
+  // Write-through looks the filled block up. Where its bytes failed their check it is absent, and
+  // the resolver gives it a slot again: with whatever that slot holds until the gather.
+  written_->wait(*side_);
   device_.resolve({.sequences = batch_.sequences,
                    .selections = batch_.selections,
                    .fetches = tables_->device.fetches,

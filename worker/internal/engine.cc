@@ -81,7 +81,13 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
   for (auto& event : ended_) event = device_.make_event();
 }
 
-Engine::~Engine() { drain(); }
+Engine::~Engine() {
+  try {
+    drain();
+  } catch (const Exception& failure) {
+    log().error("at the end: {}", failure.what());
+  }
+}
 
 void Engine::drain() {
   compute_->synchronize();

@@ -26,10 +26,13 @@ Activations::Activations(kernels::Device& device, const ModelConfig& config, con
       gate_up(rows_of(device, rows, 2 * part.intermediate.count)),
       mlp(rows_of(device, rows, part.intermediate.count)) {
   if (part.world_size == 1) return;
-  logits = {device,
-            sizeof(float) * static_cast<std::size_t>(logit_rows) *
-                static_cast<std::size_t>(part.vocab.count),
-            kernels::MemoryUse::kActivations};
+  const auto logits_of = [&](int vocab) {
+    return sizeof(float) * static_cast<std::size_t>(logit_rows) * static_cast<std::size_t>(vocab);
+  };
+  const int widest = make_partition(config, 0, part.world_size)->vocab.count;  // none has more
+  logits = {device, logits_of(part.vocab.count), kernels::MemoryUse::kActivations};
+  gathered = {device, static_cast<std::size_t>(part.world_size) * logits_of(widest),
+              kernels::MemoryUse::kActivations};
 }
 
 Model::Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
@@ -169,7 +172,8 @@ void Model::logits(int rows, Activations& act, const void* hidden, float* logits
                   .norm = norm(final_norm_, act)},
                  stream);
   if (alone) return;
-  collective_.all_gather_columns(act.logits.as<float>(), logits, rows, vocab_widths_, stream);
+  collective_.all_gather_columns(act.logits.as<float>(), logits, rows, vocab_widths_,
+                                 act.gathered.as<float>(), stream);
 }
 
 }  // namespace foretoken::worker

@@ -8,16 +8,19 @@
 #include <chrono>
 #include <numeric>
 #include <string>
-#include <thread>
 
 #include "common/check.h"
 #include "common/result.h"
+#include "kernels/poll.h"
 #include "worker/collective.h"
 
 namespace foretoken::worker {
 namespace {
 
-constexpr std::chrono::seconds kConnectTimeout{60};
+// To enqueue takes microseconds; to connect, as long as the slowest rank.
+constexpr kernels::PollLimits kReadyLimits{.busy = std::chrono::milliseconds(1),
+                                           .pause = std::chrono::microseconds(50),
+                                           .deadline = std::chrono::seconds(60)};
 
 void check_nccl(ncclResult_t status, const char* what) {
   if (status == ncclSuccess) return;
@@ -75,22 +78,21 @@ class NcclCollective final : public Collective {
   // NCCL gathers equal parts: each rank's is padded to the widest, and the rows are put together
   // from there.
   void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
-                          kernels::Stream& stream) override {
+                          float* scratch, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
     const auto widest = static_cast<std::size_t>(*std::ranges::max_element(widths));
     const std::size_t part_floats = widest * static_cast<std::size_t>(rows);
-    reserve(part_floats * static_cast<std::size_t>(world_size_));
-    auto* parts = gathered_.as<float>();
-    float* own = parts + part_floats * static_cast<std::size_t>(rank_);
+    float* own = scratch + part_floats * static_cast<std::size_t>(rank_);
     const auto own_width = static_cast<std::size_t>(widths[static_cast<std::size_t>(rank_)]);
     device_.copy(own, part, own_width * static_cast<std::size_t>(rows) * sizeof(float), stream);
-    check_started(ncclAllGather(own, parts, part_floats, ncclFloat32, comm_, handle_of(stream)));
+    check_started(ncclAllGather(own, scratch, part_floats, ncclFloat32, comm_, handle_of(stream)));
     wait_until_ready("all-gather");
     const auto total = static_cast<std::size_t>(std::accumulate(widths.begin(), widths.end(), 0));
     std::size_t column = 0;
     for (std::size_t i = 0; i < widths.size(); ++i) {
       const std::size_t bytes = static_cast<std::size_t>(widths[i]) * sizeof(float);
-      copy_rows(all + column, total * sizeof(float), parts + part_floats * i, bytes, rows, stream);
+      copy_rows(all + column, total * sizeof(float), scratch + part_floats * i, bytes, rows,
+                stream);
       column += static_cast<std::size_t>(widths[i]);
     }
   }
@@ -106,19 +108,16 @@ class NcclCollective final : public Collective {
     if (state != ncclInProgress) check_nccl(state, "all-reduce with the other ranks");
   }
   void wait_until_ready(const char* what) {
-    const auto deadline = std::chrono::steady_clock::now() + kConnectTimeout;
-    for (;;) {
-      ncclResult_t state = ncclSuccess;
+    ncclResult_t state = ncclInProgress;
+    const auto is_ready = [&] {
       check_nccl(ncclCommGetAsyncError(comm_, &state), what);
-      if (state != ncclInProgress) return check_nccl(state, what);
-      if (std::chrono::steady_clock::now() > deadline) {
-        throw Exception(ErrorCode::kDevice,
-                        std::string("NCCL ") + what +
-                            " took longer than 60 s: a rank is missing, or can't be "
-                            "reached; NCCL_DEBUG=INFO says more");
-      }
-      std::this_thread::yield();
-    }
+      return state != ncclInProgress;
+    };
+    if (kernels::poll_until(is_ready, kReadyLimits, [] {})) return check_nccl(state, what);
+    throw Exception(ErrorCode::kDevice,
+                    std::string("NCCL ") + what +
+                        " took longer than 60 s: a rank is missing, or can't be "
+                        "reached; NCCL_DEBUG=INFO says more");
   }
   static void copy_rows(float* to, std::size_t to_stride, const float* from, std::size_t row_bytes,
                         int rows, kernels::Stream& stream) {
@@ -130,16 +129,11 @@ class NcclCollective final : public Collective {
                       std::string("joining logits: ") + cudaGetErrorString(status));
     }
   }
-  void reserve(std::size_t floats) {
-    if (gathered_.bytes() >= floats * sizeof(float)) return;
-    gathered_ = {device_, floats * sizeof(float), kernels::MemoryUse::kActivations};
-  }
 
   kernels::Device& device_;
   int rank_ = 0;
   int world_size_ = 1;
   ncclComm_t comm_ = nullptr;
-  kernels::DeviceBuffer gathered_;  // [world, rows, widest]
 };
 
 }  // namespace

@@ -352,10 +352,10 @@ void run_rank(const RankConfig& config) {
     line.send(ready);
     serve_plans(line, heart, worker->engine(), welcome.epoch, config);
   } catch (const Exception& failure) {
-    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
     // Its parts would wait for the device before they end, and that may be what failed. The
     // process, which is about to end, gives all back.
     static_cast<void>(worker.release());
+    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
     throw;
   }
 }
