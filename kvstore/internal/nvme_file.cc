@@ -51,6 +51,12 @@ bool lock(int file) {
   return true;
 }
 
+// The descriptor's file has no name left.
+bool was_removed(int file) {
+  struct stat info {};
+  return fstat(file, &info) == 0 && info.st_nlink == 0;
+}
+
 void require_private_file(int file, const std::filesystem::path& path) {
   struct stat info {};
   if (fstat(file, &info) != 0) refuse(ErrorCode::kIo, path, std::strerror(errno));
@@ -65,11 +71,13 @@ void require_private_file(int file, const std::filesystem::path& path) {
 
 NvmeFile::NvmeFile(std::filesystem::path folder) : path_(folder / "kv-slabs") {
   require_private_folder(folder);
-  file_ = open_direct(path_);
-  if (!lock(file_.get())) {
-    refuse(ErrorCode::kConfig, path_, "is in use by another store; give each its own folder");
-  }
-  require_private_file(file_.get(), path_);  // behind the lock: its last owner may have removed it
+  do {  // again where its last owner removed it while we waited for the lock
+    file_ = open_direct(path_);
+    if (!lock(file_.get())) {
+      refuse(ErrorCode::kConfig, path_, "is in use by another store; give each its own folder");
+    }
+  } while (was_removed(file_.get()));
+  require_private_file(file_.get(), path_);
 }
 
 std::uint64_t NvmeFile::allocated_bytes() const {

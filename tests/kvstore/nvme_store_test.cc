@@ -7,6 +7,7 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <thread>
 
 #include "tests/kvstore/running_server.h"
 #include "tests/kvstore/test_slab.h"
@@ -173,6 +174,17 @@ TEST_F(NvmeStoreTest, TheFileIsOurs) {
   const NvmeFile first(nvme_folder());
   EXPECT_THROW(NvmeFile{nvme_folder()}, Exception) << "another store has it";
   chmod(nvme_folder().c_str(), 0755);
+}
+
+TEST_F(NvmeStoreTest, AFileThatItsLastStoreRemovesIsMadeAnew) {
+  auto last = std::make_unique<NvmeFile>(nvme_folder());
+  const std::jthread ends([&last] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    last->remove();
+    last.reset();
+  });
+  const NvmeFile made(nvme_folder());
+  EXPECT_TRUE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
 }
 
 // A file system of its own, which is full before the tier is.
