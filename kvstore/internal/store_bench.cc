@@ -67,11 +67,23 @@ SlabName name_of(std::uint32_t number) {
   return name;
 }
 
+// Has no name: it is gone however the bench ends, and nobody's KV is in it.
+NvmeFile make_nameless_file(const std::string& folder) {
+  NvmeFile file(folder);
+  if (file.allocated_bytes() > 0) {
+    throw Exception(ErrorCode::kConfig, folder +
+                                            " holds KV (kv-slabs), which the bench would "
+                                            "overwrite: give it a folder of its own");
+  }
+  file.remove();
+  return file;
+}
+
 class StoreBench {
  public:
   explicit StoreBench(const BenchConfig& config)
       : config_(config),
-        file_(config.folder),
+        file_(make_nameless_file(config.folder)),
         shape_(config.model.slab_shape()),
         geometry_(NvmeGeometry::fit(config.bytes, shape_.slab_bytes())),
         order_(geometry_.num_slots) {
@@ -79,9 +91,6 @@ class StoreBench {
     std::ranges::shuffle(order_, std::mt19937(kSeed));
     for (std::size_t i = 0; i < kSources; ++i) slabs_.push_back(make_slab(shape_, i));
   }
-  ~StoreBench() { file_.remove(); }
-  StoreBench(const StoreBench&) = delete;
-  StoreBench& operator=(const StoreBench&) = delete;
 
   Json run() {
     const auto total = static_cast<double>(slab_bytes() * geometry_.num_slots);

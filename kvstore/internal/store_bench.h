@@ -3,7 +3,8 @@
 //
 // Slabs of the shape are written behind, brought back in random order, and found again by a
 // restart; the device alone moves the same bytes with the same sizes and depth beside each. The
-// file is removed at the end. Figures are of one run: docs/measurements.md keeps those that last.
+// file has no name meanwhile, so that nothing is left of it. Figures are of one run:
+// docs/measurements.md keeps those that last.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ struct BenchConfig {
   ModelIdentity model{"bench", 8, 32, 128, kernels::DataType::kBf16};  // Llama-3.1-8B's shape
 };
 
-// Throws Exception where the folder can't be used or the disk fails.
+// Throws Exception where the folder can't be used or holds KV, or the disk fails.
 nlohmann::ordered_json run_store_bench(const BenchConfig& config);
 
 }  // namespace foretoken::kvstore

@@ -34,8 +34,12 @@ void add_tool(CLI::App& parent, const std::string& command, const std::string& t
               const std::string& about, Action& action) {
   auto options = std::make_shared<ToolOptions>();
   CLI::App* app = parent.add_subcommand(command, about);
-  app->add_option("DIR", options->folder, "Folder of an NVMe tier (--kv-nvme-path)")->required();
-  if (tool == "bench") {
+  const bool is_bench = tool == "bench";
+  app->add_option("DIR", options->folder,
+                  is_bench ? "Folder on the disk to measure, which holds no KV; made if absent"
+                           : "Folder of an NVMe tier (--kv-nvme-path)")
+      ->required();
+  if (is_bench) {
     app->add_option("--bytes", options->bytes, "How much to write and read (default: 2GiB)")
         ->type_name("SIZE");
   }

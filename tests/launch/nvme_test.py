@@ -166,3 +166,13 @@ def test_the_bench_measures_a_folder(tmp_path):
     figures = json.loads(done.stdout)
     assert figures["slabs"] == 15 and figures["promote_gb_per_s"] > 0
     assert not (tmp_path / "kv" / "kv-slabs").exists()
+
+
+def test_the_bench_leaves_kept_kv_alone(tmp_path):
+    file = tmp_path / "kv" / "kv-slabs"
+    file.parent.mkdir(mode=0o700)
+    file.write_bytes(b"kept" * 4096)
+    file.chmod(0o600)
+    done = run("bench", "store", file.parent, "--bytes=64MiB")
+    assert done.returncode == 3 and "holds KV" in done.stderr
+    assert file.read_bytes() == b"kept" * 4096
