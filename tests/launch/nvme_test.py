@@ -176,3 +176,19 @@ def test_the_bench_leaves_kept_kv_alone(tmp_path):
     done = run("bench", "store", file.parent, "--bytes=64MiB")
     assert done.returncode == 3 and "holds KV" in done.stderr
     assert file.read_bytes() == b"kept" * 4096
+
+
+def test_verify_meets_damage_that_the_tiers_own_check_met_first(model, tmp_path):
+    """A file of few slots, written over again and again: the oldest slab is not in the first."""
+    folder = tmp_path / "kv"
+    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.0015", "--kv-persist")
+    with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+        push_out(client)
+        assert service.stop() == 0
+    held = tool("stat", folder)
+    assert 2 < held["slabs_held"] <= held["slabs_total"]
+    data = bytearray((folder / "kv-slabs").read_bytes())
+    for slot in range(held["slabs_total"]):
+        data[4096 * (2 + held["slabs_total"]) + slot * held["slab_bytes"] + 1000] ^= 1
+    (folder / "kv-slabs").write_bytes(data)
+    assert tool("verify", folder)["bad_slabs"] == held["slabs_held"]
