@@ -144,6 +144,7 @@ void order_by_age(std::vector<SlotHeader>& slabs) {
 
 Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory) {
   auto first = read_copy(device, memory, 0);
+  if (!first && first.error().code == ErrorCode::kTimeout) return first;
   auto second = read_copy(device, memory, 1);
   if (first && second) return first->generation >= second->generation ? first : second;
   return first ? first : second;
@@ -174,6 +175,8 @@ Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> mem
   FT_CHECK(memory.size() >= kSectorBytes, memory.size());
   if (opening.reuse == NvmeReuse::kStartAfresh) return start_afresh(device, memory, opening);
   auto superblock = read_superblock(device, memory);
+  // `memory` is still the disk's: nothing else may be tried with it.
+  if (!superblock && superblock.error().code == ErrorCode::kTimeout) return superblock.error();
   const std::string why = superblock ? misfit(*superblock, opening) : superblock.error().message;
   if (!why.empty()) {
     log().info("the NVMe file starts afresh: {}", why);
