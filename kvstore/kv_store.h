@@ -75,7 +75,7 @@ struct NvmeStat {
   std::int64_t slabs_held = 0;         // that it holds
   std::int64_t slabs_read = 0;         // brought back into the arena
   std::int64_t slabs_written = 0;      // written behind
-  std::int64_t bytes_read = 0;         // as moved, whole or not
+  std::int64_t bytes_read = 0;         // for the arena, whole or not; idle checks are not counted
   std::int64_t bytes_written = 0;      // without headers
   std::int64_t evictions = 0;          // slabs that gave way in the file
   std::int64_t dropped = 0;            // slabs that left the arena before they could be written

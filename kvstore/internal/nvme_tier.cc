@@ -93,8 +93,9 @@ std::optional<TimePoint> NvmeTier::deadline() const {
   return next_scrub_;
 }
 
+// A load that waits while all buffers are out with what was given up is as stalled as they are.
 std::optional<TimePoint> NvmeTier::stalled_at() const {
-  if (num_in_flight_ == num_given_up_) return std::nullopt;
+  if (num_in_flight_ == num_given_up_ && waiting_.empty()) return std::nullopt;
   return last_progress_ + kStallLimit;
 }
 
@@ -165,7 +166,7 @@ std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
 
 // ---- writing ----------------------------------------------------------------------------------
 
-// Half of the buffers at most: the others are there for reads.
+// Three quarters of the buffers at most: the others are there for reads.
 bool NvmeTier::can_store(TimePoint now) const {
   return waiting_.empty() && health_.may_write(now) &&
          storing_.size() < transfers_.size() * 3 / 4 && free_buffer().has_value();
@@ -339,8 +340,8 @@ void NvmeTier::on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& 
   }
   if (!done.bytes) return on_failed(done.tag, done.bytes.error(), now, loaded);
   const std::size_t moved = *done.bytes;
-  (reads(transfer.kind) ? stat_.bytes_read : stat_.bytes_written) +=
-      static_cast<std::int64_t>(moved);
+  if (transfer.kind == Kind::kLoad) stat_.bytes_read += static_cast<std::int64_t>(moved);
+  if (transfer.kind == Kind::kStoreSlab) stat_.bytes_written += static_cast<std::int64_t>(moved);
   transfer.moved += moved;
   if (transfer.moved == bytes_of(transfer)) return on_moved(done.tag, now, loaded);
   transfer.moved = transfer.moved / kSectorBytes * kSectorBytes;

@@ -34,6 +34,8 @@ TEST_F(NvmeTierTest, GivesBackWhatItWasGiven) {
   EXPECT_EQ(stat.slabs_held, 5);
   EXPECT_EQ(stat.slabs_written, 5);
   EXPECT_EQ(stat.slabs_read, 5);
+  EXPECT_EQ(stat.bytes_written, static_cast<std::int64_t>(5 * kTestModel.slab_bytes()));
+  EXPECT_EQ(stat.bytes_read, stat.bytes_written);
   EXPECT_EQ(stat.checksum_failures, 0);
 }
 
@@ -171,6 +173,34 @@ TEST_F(NvmeTierTest, AReadThatNeverEndsIsGivenUp) {
   EXPECT_EQ(to, std::vector<std::byte>(to.size())) << "late bytes reach nobody";
 }
 
+TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
+  const auto depth = static_cast<std::uint32_t>(NvmeTier::depth(kTestModel));
+  TierOnFile disk(file, depth);
+  for (std::uint32_t i = 0; i < depth; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  std::vector<std::byte> to(kTestModel.slab_bytes());
+  for (std::uint32_t i = 0; i < depth; ++i) {
+    disk.tier->load(test_name(0, i), to.data(), disk.now);
+  }
+  disk.wait(seconds(1));
+  EXPECT_EQ(disk.finish().size(), depth);
+
+  disk.wait(seconds(1));
+  ASSERT_TRUE(disk.tier->has(test_name(0, 0), disk.now)) << "it is tried again";
+  disk.tier->load(test_name(0, 0), to.data(), disk.now);
+  ASSERT_TRUE(disk.tier->deadline());
+  const auto loaded = disk.finish();
+  ASSERT_EQ(loaded.size(), 1U);
+  EXPECT_FALSE(loaded.front().is_whole);
+  EXPECT_FALSE(disk.tier->has(test_name(0, 0), disk.now)) << "the next pause has begun";
+
+  disk.device->fault = nullptr;
+  disk.device->release_held();
+  disk.finish();
+  disk.wait(seconds(2));
+  EXPECT_TRUE(disk.load(test_name(0, 0)));
+}
+
 TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
   TierOnFile disk(file, 4);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
@@ -185,6 +215,7 @@ TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
   EXPECT_TRUE(disk.tier->knows(test_name(0, 0)) && disk.tier->knows(test_name(0, 2)));
   EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
   EXPECT_EQ(disk.tier->stat().slabs_read, 0);
+  EXPECT_EQ(disk.tier->stat().bytes_read, 0);
 }
 
 TEST_F(NvmeTierTest, MoreLoadsThanBuffersAllEnd) {
