@@ -251,7 +251,8 @@ struct StepPlan {
 struct AdmitResult {
   SequenceId sequence{};
   std::int64_t reusable_tokens = 0;
-  std::optional<Error> error;  // kExhausted: try again when others have ended
+  // kExhausted: try again when others have ended; kPending: soon, its prefix comes from NVMe.
+  std::optional<Error> error;
 };
 struct SequenceToken {
   SequenceId sequence{};

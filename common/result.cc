@@ -18,6 +18,7 @@ constexpr std::array kCodes = {
     CodeName{ErrorCode::kInvalidArgument, "invalid_argument", 2},
     CodeName{ErrorCode::kNotFound, "not_found", 1},
     CodeName{ErrorCode::kExhausted, "exhausted", 75},
+    CodeName{ErrorCode::kPending, "pending", 75},
     CodeName{ErrorCode::kTimeout, "timeout", 75},
     CodeName{ErrorCode::kCancelled, "cancelled", 1},
     CodeName{ErrorCode::kUnavailable, "unavailable", 75},

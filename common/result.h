@@ -23,6 +23,7 @@ enum class ErrorCode {
   kInvalidArgument,  // the caller's request is wrong, and would be wrong again
   kNotFound,
   kExhausted,    // no room now; may pass
+  kPending,      // it is on its way: ask again soon
   kTimeout,      // a deadline went by
   kCancelled,    // the one who asked no longer wants it
   kUnavailable,  // a peer is absent, loading or draining; may pass

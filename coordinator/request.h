@@ -81,6 +81,8 @@ class Request {
   std::optional<KvReport> report;       // kFinishing: nothing is awaited but the client's queue
   int deaths = 0;                       // of groups that it ran on
   int refusals = 0;                     // admissions that failed though nothing else ran
+  int pendings = 0;                     // in a row, while its prefix came from NVMe
+  std::optional<TimePoint> retry_at;    // of such a one
 
  private:
   std::optional<std::string> end_reason(const TokenInfo& token,

@@ -128,12 +128,14 @@ class Service {
   void on_step_event(Group& group, const NotAdmitted& event, TimePoint now);
   void on_step_event(Group& group, const Sampled& event, TimePoint now);
   void on_step_event(Group& group, const Released& event, TimePoint now);
+  void wait_for_prefix(Request& request, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void ask_for_restart(Group& group);
   void tell_parent(const char* event, const Group& group);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   void start_waiting(TimePoint now);
+  void start(Request& request, Group& group, std::size_t segments);
   Group* pick_group(const Request& request, TimePoint now);
   void pump(TimePoint now);
   bool send_plan(Group& group, const StepPlan& plan, TimePoint now);

@@ -5,7 +5,7 @@
 // (commit) and at the end (release). A decode step asks nothing.
 //
 //   auto store = KvStore::connect(config, device).value_or_throw();
-//   auto kv = store->reserve(sequence, keys, segments_for(prompt + max_tokens));   // or kExhausted
+//   auto kv = store->reserve(sequence, keys, segments_for(prompt + max_tokens));
 //   const int hits = least_over_ranks(kv->hit_segments);
 //   store->use(*kv, hits);                    // copy kv->slabs to SequenceKv::slabs now
 //   store->pack(...);  store->commit(sequence, segment, key);  // after the copy has completed
@@ -114,7 +114,8 @@ class KvStore {
   // Slabs for num_segments segments on all heads of this rank, reusing the longest run of `keys`
   // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there.
   // A second rank of the group that shares a head gets the same slabs.
-  // Error: kExhausted (may pass, nothing is held), kInvalidArgument (can never fit).
+  // Never waits for a disk. Error: kExhausted (may pass, nothing is held), kPending (some of the
+  // prefix is on its way from NVMe: come again within a second), kInvalidArgument (can never fit).
   Result<Reservation> reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                               int num_segments);
 

@@ -36,6 +36,11 @@ std::int64_t prompt_length(const NewSequence& sequence) {
   return static_cast<std::int64_t>(sequence.admit.prompt.size());
 }
 
+int weight(const Error& error) {
+  if (error.code == ErrorCode::kPending) return 0;
+  return error.code == ErrorCode::kExhausted ? 1 : 2;
+}
+
 // What all ranks can do of an admission or a start: the least of their answers.
 Result<AdmitResult> joint_answer(SequenceId id, const std::vector<StepResult>& ranks) {
   AdmitResult joint{id, std::numeric_limits<std::int64_t>::max(), std::nullopt};
@@ -43,8 +48,8 @@ Result<AdmitResult> joint_answer(SequenceId id, const std::vector<StepResult>& r
     const auto answer = std::find_if(rank.admits.begin(), rank.admits.end(),
                                      [id](const auto& a) { return a.sequence == id; });
     if (answer == rank.admits.end()) return broken("no answer to the admission of " + name(id));
-    // Room may come; what is wrong stays wrong, so it is the one that counts.
-    if (answer->error && (!joint.error || joint.error->code == ErrorCode::kExhausted)) {
+    // A prefix comes soon, room may come, what is wrong stays wrong: the worst is what counts.
+    if (answer->error && (!joint.error || weight(*answer->error) > weight(*joint.error))) {
       joint.error = answer->error;
     }
     joint.reusable_tokens = std::min(joint.reusable_tokens, answer->reusable_tokens);

@@ -11,7 +11,8 @@ namespace {
 
 constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
-constexpr std::chrono::seconds kRestartPatience{5};     // with a parent that saw the death itself
+constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each carries its tokens
+constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
 // whose exit is awaited, may hold the room.
@@ -186,7 +187,9 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
 void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
-  find(found->second)->on_admitted(event.reused_tokens, now);
+  auto& request = *find(found->second);
+  request.pendings = 0;
+  request.on_admitted(event.reused_tokens, now);
 }
 
 void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint now) {
@@ -195,6 +198,7 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   auto& request = *find(found->second);
   by_sequence_.erase(found);
   request.wait_again();
+  if (event.error.code == ErrorCode::kPending) return wait_for_prefix(request, now);
   const bool filling = group.ranks.store_fills();
   // Nothing else runs that could make room.
   if (by_sequence_.empty() && !filling) ++request.refusals;
@@ -205,6 +209,13 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   }
   waiting_.push_front(request.origin().id);
   group.full_until = now + (filling ? kRetryFilling : kRetryFull);
+}
+
+// Its prefix comes from NVMe; others may overtake it meanwhile. The store bounds how often it says
+// so.
+void Service::wait_for_prefix(Request& request, TimePoint now) {
+  request.retry_at = now + kRetryFilling * (1 << std::min(request.pendings++, kMaxDoublings));
+  waiting_.push_front(request.origin().id);
 }
 
 void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
@@ -283,22 +294,30 @@ Service::Group* Service::pick_group(const Request& request, TimePoint now) {
 }
 
 void Service::start_waiting(TimePoint now) {
-  while (!waiting_.empty()) {
-    auto& request = *find(waiting_.front());
+  for (auto place = waiting_.begin(); place != waiting_.end();) {
+    auto& request = *find(*place);
+    if (request.retry_at && now < *request.retry_at) {
+      ++place;
+      continue;
+    }
     const auto segments = static_cast<std::size_t>(request.length() / kSegmentTokens);
     for (const auto& group : groups_) {
       if (group->scheduler) extend_keys(*group, request, segments);
     }
     auto* group = pick_group(request, now);
     if (group == nullptr) return;
-    waiting_.pop_front();
-    const auto sequence = SequenceId{++last_sequence_};
-    request.run_as(group->ranks.group(), sequence);
-    request.segments_given = segments;
-    by_sequence_[sequence] = request.origin().id;
-    group->scheduler->add(
-        {request.admission(sequence), request.tokens_left(), request.segment_keys});
+    place = waiting_.erase(place);
+    start(request, *group, segments);
   }
+}
+
+void Service::start(Request& request, Group& group, std::size_t segments) {
+  const auto sequence = SequenceId{++last_sequence_};
+  request.retry_at.reset();
+  request.run_as(group.ranks.group(), sequence);
+  request.segments_given = segments;
+  by_sequence_[sequence] = request.origin().id;
+  group.scheduler->add({request.admission(sequence), request.tokens_left(), request.segment_keys});
 }
 
 void Service::pump(TimePoint now) {

@@ -174,7 +174,6 @@ void Server::serve(PeerId id) {
 }
 
 void Server::drop(PeerId id) {
-  forget_pending(id);
   Peer& peer = peers_.at(id);
   peer.socket.reset();
   peer.waiting.reset();
@@ -189,7 +188,6 @@ void Server::drop(PeerId id) {
 void Server::end_lease(PeerId id) {
   const auto found = peers_.find(id);
   if (found == peers_.end()) return;
-  forget_pending(id);
   if (found->second.lease) book_->close_lease(*found->second.lease);
   peers_.erase(found);
   welcome_waiting();
@@ -218,7 +216,7 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
     return reply(peer, invalid("say hello first")), false;
   }
   if (const auto* reserve_request = std::get_if<Reserve>(&request)) {
-    return reserve(id, peer, *reserve_request);
+    return reserve(peer, *reserve_request);
   }
   if (const auto* use = std::get_if<Use>(&request)) {
     return reply_grant(peer, book_->use(*peer.lease, use->sequence, use->hit_segments));
@@ -240,17 +238,15 @@ void Server::note(const Peer& peer, const Status& status) {
   log().warn("process {}: {}", peer.pid, status.error().message);
 }
 
-bool Server::reserve(PeerId id, const Peer& peer, const Reserve& request) {
+bool Server::reserve(const Peer& peer, const Reserve& request) {
   if (request.num_segments > kMaxGrantSlabs / peer.num_heads) {
     return reply(peer, invalid(std::to_string(request.num_segments) + " segments of " +
                                std::to_string(peer.num_heads) +
                                " heads are more than one sequence may have"));
   }
-  if (mover_ && promote(id, peer, request)) return true;
-  return grant(peer, request);
-}
-
-bool Server::grant(const Peer& peer, const Reserve& request) {
+  if (promotions_ && is_coming(peer, request)) {
+    return reply(peer, Error{ErrorCode::kPending, "its prefix is on its way from NVMe"});
+  }
   return reply_grant(
       peer, book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments));
 }

@@ -7,9 +7,9 @@
 // exited (pidfd): a stopped process could wake up and write. A Hello of a newer epoch of the same
 // (group, rank) waits for that.
 //
-// With an NVMe tier a Reserve whose prefix is partly in the file is answered once that is back in
-// the arena; everybody else is served meanwhile. The tier never fails a request: a prefix that does
-// not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc.
+// With an NVMe tier a Reserve whose prefix is partly in the file is refused as pending until that
+// is back in the arena: nobody waits here for a disk. The tier never fails a request: a prefix that
+// does not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc.
 // Example: tests/kvstore/server_test.cc
 #pragma once
 
@@ -18,13 +18,13 @@
 #include <map>
 #include <memory>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "kvstore/internal/arena.h"
 #include "kvstore/internal/nvme_file.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/promotions.h"
 #include "kvstore/internal/protocol.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/store_book.h"
@@ -94,24 +94,14 @@ class Server {
   Status adopt(const ModelIdentity& model);
   bool reply(const Peer& peer, const Reply& message, std::optional<int> passed_fd = {}) const;
   bool reply_grant(const Peer& peer, Result<Grant> grant) const;
-  bool reserve(PeerId id, const Peer& peer, const Reserve& request);
-  bool grant(const Peer& peer, const Reserve& request);
+  bool reserve(const Peer& peer, const Reserve& request);
   Status commit(const Peer& peer, const Commit& request);
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
 
-  // A Reserve whose prefix is on its way from NVMe.
-  struct Pending {
-    PeerId peer = 0;
-    Reserve request;
-    std::set<SlabName> awaited;
-    TimePoint deadline;
-  };
   void open_tier();
-  bool promote(PeerId id, const Peer& peer, const Reserve& request);
-  void forget_pending(PeerId id);
+  bool is_coming(const Peer& peer, const Reserve& request);
   void advance_tier();
-  void answer_pending(TimePoint now);
   void close_tier();
   int wait_ms() const;  // for the next event; -1: for ever
 
@@ -124,7 +114,7 @@ class Server {
   std::unique_ptr<StoreBook> book_;     // with model_
   std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
   std::unique_ptr<TierMover> mover_;    // with tier_
-  std::vector<Pending> pending_;
+  std::unique_ptr<Promotions> promotions_;  // with mover_
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

@@ -1,8 +1,7 @@
-// Server, its NVMe tier's side: reservations that wait for it, its start and its end.
+// Server, its NVMe tier's side: reservations that need it, its start and its end.
 #include <poll.h>
 
 #include <algorithm>
-#include <iterator>
 #include <utility>
 
 #include "common/ids.h"
@@ -14,8 +13,7 @@ namespace {
 
 using std::chrono::milliseconds;
 
-constexpr std::chrono::seconds kPromotionLimit{20};  // a rank gives a request 30 s
-constexpr std::chrono::seconds kCloseLimit{3};       // `serve` gives a child 5 s to end
+constexpr std::chrono::seconds kCloseLimit{3};  // `serve` gives a child 5 s to end
 constexpr double kShareOfRoom = 0.9;
 
 }  // namespace
@@ -34,6 +32,7 @@ void Server::open_tier() {
   mover_ = std::make_unique<TierMover>(
       *book_, *tier_, [this](int head, SlabIndex slab) { return arena_->slab(head, raw(slab)); },
       std::size_t{layout.slabs_per_head} * static_cast<std::size_t>(layout.num_kv_heads));
+  promotions_ = std::make_unique<Promotions>(*book_, *mover_);
   watch(mover_->completion_fd(), kNvme);
 }
 
@@ -52,48 +51,28 @@ void Server::close_tier() {
 
 // ---- reservations -----------------------------------------------------------------------------
 
-// False: there is nothing to wait for.
-bool Server::promote(PeerId id, const Peer& peer, const Reserve& request) {
-  if (!book_->can_reserve(*peer.lease, request.sequence, request.keys, request.num_segments)) {
+// What is under way comes before what there is room for: it may hold the very slabs that this
+// reservation is to get. Nothing is started for one that could not be granted.
+bool Server::is_coming(const Peer& peer, const Reserve& request) {
+  const TimePoint now = std::chrono::steady_clock::now();
+  if (!promotions_->is_under_way(request.keys, now) &&
+      !book_->can_reserve(*peer.lease, request.sequence, request.keys, request.num_segments)) {
     return false;
   }
-  const TimePoint now = std::chrono::steady_clock::now();
-  auto awaited = mover_->promote(peer.first_head, peer.num_heads, request.keys, now);
-  if (awaited.empty()) return false;
-  pending_.push_back({id, request, std::move(awaited), now + kPromotionLimit});
-  return true;
-}
-
-void Server::forget_pending(PeerId id) {
-  std::erase_if(pending_, [id](const Pending& pending) { return pending.peer == id; });
+  return promotions_->is_coming(peer.first_head, peer.num_heads, request.keys, now);
 }
 
 void Server::advance_tier() {
   const TimePoint now = std::chrono::steady_clock::now();
-  for (const SlabName& name : mover_->advance(now)) {
-    for (Pending& pending : pending_) pending.awaited.erase(name);
-  }
-  answer_pending(now);
-}
-
-void Server::answer_pending(TimePoint now) {
-  const auto is_due = [now](const Pending& pending) {
-    return pending.awaited.empty() || now >= pending.deadline;
-  };
-  std::vector<Pending> due;
-  std::ranges::copy_if(pending_, std::back_inserter(due), is_due);
-  std::erase_if(pending_, is_due);
-  for (const Pending& pending : due) {
-    if (!grant(peers_.at(pending.peer), pending.request)) drop(pending.peer);
-  }
+  for (const SlabName& name : mover_->advance(now)) promotions_->on_ended(name, now);
+  promotions_->forget_late(now);
 }
 
 int Server::wait_ms() const {
   if (!mover_) return -1;
   if (mover_->has_more(std::chrono::steady_clock::now())) return 0;
   std::optional<TimePoint> next = mover_->deadline();
-  for (const Pending& pending : pending_)
-    next = std::min(next.value_or(pending.deadline), pending.deadline);
+  if (const auto late = promotions_->deadline()) next = std::min(next.value_or(*late), *late);
   if (!next) return -1;
   const auto left = std::chrono::ceil<milliseconds>(*next - std::chrono::steady_clock::now());
   return static_cast<int>(std::max<std::int64_t>(0, left.count()));

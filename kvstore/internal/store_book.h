@@ -65,6 +65,10 @@ class StoreBook {
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
   std::optional<SlabIndex> refresh(int head, const PrefixKey& key);
+  // The same, and keeps it until return_slab().
+  std::optional<SlabIndex> hold_published(int head, const PrefixKey& key) {
+    return pool(head).find(key);
+  }
   // A slab to fill from there: taken, published (unless the key has come otherwise) when it is
   // whole, and returned in any case.
   std::optional<SlabIndex> take_slab(int head) { return pool(head).acquire(); }

@@ -30,37 +30,19 @@ void TierMover::write_next(TimePoint now) {
 
 // ---- from the file ----------------------------------------------------------------------------
 
-// Segment by segment over all heads: what has come when somebody waits no longer is of use, since
-// the shortest run of a rank's heads counts.
-std::set<SlabName> TierMover::promote(int first_head, int num_heads,
-                                      std::span<const PrefixKey> keys, TimePoint now) {
-  std::set<SlabName> awaited;
-  std::set<int> ended;  // heads whose run of hits is over
-  for (const PrefixKey& key : keys) {
-    for (int head = first_head; head < first_head + num_heads; ++head) {
-      if (ended.contains(head)) continue;
-      if (!promote_one({head, key}, now, awaited)) ended.insert(head);
-    }
-  }
-  return awaited;
-}
-
-// False: neither tier has it, or the arena has no slab for it. What the arena has is refreshed, so
-// that it doesn't give way to what is brought back behind it.
-bool TierMover::promote_one(const SlabName& name, TimePoint now, std::set<SlabName>& awaited) {
+// What the arena has is refreshed, so that it doesn't give way to what is brought back behind it.
+TierMover::Promoted TierMover::promote(const SlabName& name, TimePoint now) {
   if (book_.refresh(name.head, name.key)) {
     tier_.touch(name);
-    return true;
+    return Promoted::kIsThere;
   }
-  if (!promoting_.contains(name)) {
-    if (!tier_.has(name, now)) return false;
-    const auto slab = book_.take_slab(name.head);
-    if (!slab) return false;
-    promoting_.emplace(name, *slab);
-    tier_.load(name, memory_(name.head, *slab), now);
-  }
-  awaited.insert(name);
-  return true;
+  if (promoting_.contains(name)) return Promoted::kComes;
+  if (!tier_.has(name, now)) return Promoted::kNowhere;
+  const auto slab = book_.take_slab(name.head);
+  if (!slab) return Promoted::kNowhere;
+  promoting_.emplace(name, *slab);
+  tier_.load(name, memory_(name.head, *slab), now);
+  return Promoted::kComes;
 }
 
 void TierMover::end_promotion(const NvmeTier::Loaded& loaded) {

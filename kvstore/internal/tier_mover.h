@@ -12,8 +12,6 @@
 #include <functional>
 #include <map>
 #include <optional>
-#include <set>
-#include <span>
 #include <vector>
 
 #include "common/prefix_key.h"
@@ -32,10 +30,10 @@ class TierMover {
   // The slab was just published: written when its turn comes.
   void write_behind(const SlabName& name);
 
-  // Starts to bring back what of the leading keys the arena lacks and the file has, on each of
-  // these heads. What the caller has to wait for; empty: there is nothing to bring.
-  std::set<SlabName> promote(int first_head, int num_heads, std::span<const PrefixKey> keys,
-                             TimePoint now);
+  // Brings the slab back where the arena lacks it and the file has it. kComes: advance() will name
+  // it; kNowhere: neither has it, or the arena has no slab for it.
+  enum class Promoted { kIsThere, kComes, kNowhere };
+  Promoted promote(const SlabName& name, TimePoint now);
 
   // As NvmeTier's; one slab at most is copied to be written. The names are those whose promotion
   // has ended, well or not.
@@ -49,7 +47,6 @@ class TierMover {
   NvmeStat stat() const;
 
  private:
-  bool promote_one(const SlabName& name, TimePoint now, std::set<SlabName>& awaited);
   void end_promotion(const NvmeTier::Loaded& loaded);
   bool can_write(TimePoint now) const { return !to_write_.empty() && tier_.can_store(now); }
   void write_next(TimePoint now);

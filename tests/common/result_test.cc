@@ -12,7 +12,7 @@ constexpr ErrorCode kAll[] = {
     ErrorCode::kTimeout,         ErrorCode::kCancelled, ErrorCode::kUnavailable,
     ErrorCode::kCorrupt,         ErrorCode::kIo,        ErrorCode::kUsage,
     ErrorCode::kConfig,          ErrorCode::kModelFile, ErrorCode::kDevice,
-    ErrorCode::kPortInUse,       ErrorCode::kInternal,
+    ErrorCode::kPortInUse,       ErrorCode::kInternal,  ErrorCode::kPending,
 };
 
 Result<int> half(int number) {

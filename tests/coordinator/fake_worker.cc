@@ -133,6 +133,11 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
           "exactly the reusable segments have keys");
   AdmitResult result;
   result.sequence = admit.sequence;
+  if (!admit.prefix_keys.empty() && store_->pending_admits > 0) {
+    --store_->pending_admits;
+    result.error = Error{ErrorCode::kPending, "its prefix is on its way from NVMe"};
+    return result;
+  }
   Sequence sequence;
   sequence.slabs = segments_for(admit.max_length);
   if (config_.rank == 0) {

@@ -21,7 +21,8 @@ struct FakeStore {
   std::int64_t slabs = 1024;
   std::int64_t used = 0;
   std::int64_t ready = std::numeric_limits<std::int64_t>::max();  // pre-faulted so far
-  int refuse_starts = 0;  // so many of sequences that share a prefix: there is no room to swap
+  int pending_admits = 0;  // so many of sequences that have prefix keys: they come from NVMe
+  int refuse_starts = 0;   // so many of sequences that share a prefix: there is no room to swap
   std::set<PrefixKey> published;
 };
 

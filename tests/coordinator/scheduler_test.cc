@@ -480,6 +480,14 @@ TEST_F(SchedulerTest, WhatIsWrongCountsMoreThanWhatIsFull) {
   EXPECT_EQ(only<NotAdmitted>(feed(results))[0].error.code, ErrorCode::kInvalidArgument);
 }
 
+TEST_F(SchedulerTest, WhatIsFullCountsMoreThanWhatComesSoon) {
+  scheduler_.add(sequence(1, 10, 5));
+  auto results = answers(plan());
+  results[0].admits[0].error = Error{ErrorCode::kPending, "on its way"};
+  results[1].admits[0].error = Error{ErrorCode::kExhausted, "full"};
+  EXPECT_EQ(only<NotAdmitted>(feed(results))[0].error.code, ErrorCode::kExhausted);
+}
+
 TEST_F(SchedulerTest, RanksThatContradictBreakTheGroup) {
   scheduler_.add(sequence(1, 10, 5));
   step();

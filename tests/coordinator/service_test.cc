@@ -356,6 +356,38 @@ TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
   EXPECT_EQ(told<DoneMessage>().size(), 1U);
 }
 
+// Its tries are the service's own: tokens of others come, and others start, in between.
+TEST_F(ServiceTest, APrefixFromNvmeIsAskedForAgainSoonAndHoldsUpNobody) {
+  start_rank();
+  ask(wish("running", 900));
+  work(5);
+  store_->pending_admits = 3;
+  auto slow = wish("slow", 1);
+  slow.prompt_ids = std::vector<TokenId>(400, 5);
+  ask(slow);
+  ask(wish("behind"));
+  for (int i = 0; i < 40 && told<DoneMessage>().empty(); ++i) work(1);
+  EXPECT_EQ(store_->pending_admits, 2) << "not again before its time";
+  ASSERT_EQ(told<DoneMessage>().size(), 1U);
+  EXPECT_EQ(told<DoneMessage>()[0].request_id, "behind");
+  EXPECT_GT(told<TokenMessage>().size(), 10U) << "the running one goes on";
+
+  for (const int pause : {50, 100, 200}) {
+    const int before = store_->pending_admits;
+    pass(milliseconds(pause - 1));
+    work(4);
+    EXPECT_EQ(store_->pending_admits, before);
+    pass(milliseconds(1));
+    work(6);
+    EXPECT_EQ(store_->pending_admits, std::max(0, before - 1));
+  }
+  work();
+  ASSERT_EQ(told<DoneMessage>().size(), 3U);
+  EXPECT_EQ(told<DoneMessage>()[1].request_id, "slow");
+  EXPECT_TRUE(told<ErrorMessage>().empty());
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
 TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) {
   start_rank();
   auto shared = wish("first", 1);
