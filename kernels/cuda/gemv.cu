@@ -200,6 +200,7 @@ __device__ void store_feature(const GemvParams<T>& p, int feature,
   }
 }
 
+// The bound of 3 keeps a thread to 40 registers: the gather and the choice run on the same SMs.
 template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
 __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) gemv_kernel(const GemvParams<T> p) {
   constexpr int kParts = kSwiGlu ? 2 : 1;
