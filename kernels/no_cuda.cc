@@ -1,6 +1,7 @@
 // What kernels/device.h promises of CUDA in a program that was built without it.
 #include "common/result.h"
 #include "kernels/device.h"
+#include "kernels/peer_sum.h"
 
 namespace foretoken::kernels {
 
@@ -12,5 +13,8 @@ std::string why_no_cuda_device() {
   return "this program was built without CUDA; build where nvcc is found, or use --device cpu";
 }
 std::string cuda_device_id(int) { throw Exception(ErrorCode::kDevice, why_no_cuda_device()); }
+std::unique_ptr<PeerSum> make_peer_sum(Device&, int, int) {
+  throw Exception(ErrorCode::kDevice, why_no_cuda_device());
+}
 
 }  // namespace foretoken::kernels

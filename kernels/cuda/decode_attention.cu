@@ -12,6 +12,8 @@
 //
 // The softmax is online (FlashAttention-2, Dao 2023, section 3.1): each warp keeps its maxima and
 // sums, the warps meet in shared memory, and the shares meet in the last block to arrive.
+#include <algorithm>
+
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
@@ -22,7 +24,9 @@ namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr int kWarps = 16;
+constexpr int kThreads = 32 * kWarps;
 constexpr int kHeads = 8;              // query heads that share a pass
+constexpr int kMaxParts = 160;         // that are merged at once: warps or shares
 constexpr int kMinShare = kWarps;      // slots; fewer are not worth another merge
 constexpr float kLog2E = 1.44269504F;  // exponentials are of base 2 inside
 constexpr float kNothing = -INFINITY;
@@ -188,23 +192,92 @@ __device__ float2 attend(BlockTile<kHeadDim>& tile, const QueryTile<T, kHeadDim>
   return {block_max[0], block_max[1]};
 }
 
-// The warps' results of a block of threads, merged.
+// Puts parts of softmaxes together that were attended apart: in shared memory, for all threads.
 template <int kHeadDim>
-struct Merge {
+struct Merger {
+  static constexpr int kQuads = kHeadDim / 4;  // of a head's output
+  float factor[kHeads][kMaxParts];             // of a part, under the maximum of all
+  float highest[kHeads];
+  float weight[kHeads];
+  float4 sums[kThreads];
+
+  // part(head, i) is (maximum, sum of weights), values(head, i, quad) four weighted outputs;
+  // result(head, quad, sum of values) is called once each, by the threads of the first quads.
+  template <typename Part, typename Values, typename Result>
+  __device__ void run(int num_heads, int num_parts, Part part, Values values, Result result) {
+    if (static_cast<int>(threadIdx.x) / 32 < num_heads) weigh(threadIdx.x / 32, num_parts, part);
+    __syncthreads();
+    // As many groups of threads as there are share the parts, so that many loads are under way.
+    const int quads = num_heads * kQuads;
+    const int groups = kThreads / quads;
+    const int group = static_cast<int>(threadIdx.x) / quads;
+    const int head = static_cast<int>(threadIdx.x) % quads / kQuads;
+    const int quad = static_cast<int>(threadIdx.x) % kQuads;
+    float4 sum{};
+    if (group < groups) {
+#pragma unroll 8
+      for (int i = group; i < num_parts; i += groups) {
+        const float4 value = values(head, i, quad);
+        const float scale = factor[head][i];
+        sum.x += scale * value.x;
+        sum.y += scale * value.y;
+        sum.z += scale * value.z;
+        sum.w += scale * value.w;
+      }
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (group > 0) return;
+    for (int i = 1; i < groups; ++i) {
+      const float4 more = sums[threadIdx.x + i * quads];
+      sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+    }
+    result(head, quad, sum);
+  }
+
+ private:
+  // One head's factors, by one warp.
+  template <typename Part>
+  __device__ void weigh(int head, int num_parts, Part part) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float2 own[kMaxParts / 32];
+    float maximum = kNothing;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) {
+      own[i] = lane + 32 * i < num_parts ? part(head, lane + 32 * i) : float2{kNothing, 0};
+      maximum = fmaxf(maximum, own[i].x);
+    }
+    for (int offset = 16; offset > 0; offset /= 2) {
+      maximum = fmaxf(maximum, __shfl_xor_sync(~0U, maximum, offset));
+    }
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxParts / 32; ++i) {
+      const float scale = own[i].x == kNothing ? 0.0F : exp2f(own[i].x - maximum);
+      if (lane + 32 * i < num_parts) factor[head][lane + 32 * i] = scale;
+      sum += scale * own[i].y;
+    }
+    sum = warp_sum(sum);
+    if (lane > 0) return;
+    highest[head] = maximum;
+    weight[head] = sum;
+  }
+};
+
+// The warps' results of a block of threads, and what merges them.
+template <int kHeadDim>
+struct SharedMemory {
   float out[kWarps][kHeads][kHeadDim];
-  float maximum[kWarps][kHeads];
-  float sum[kWarps][kHeads];
+  float2 part[kWarps][kHeads];  // (maximum, sum)
+  Merger<kHeadDim> merger;
   bool last;
 
   __device__ void store(Accumulator<kHeadDim>& acc, int warp, int g, int q) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int head = 2 * q + h;
-      const float sum_all = column_sum(acc.sum[h]);
-      if (g == 0) {
-        maximum[warp][head] = acc.maximum[h];
-        sum[warp][head] = sum_all;
-      }
+      const float sum = column_sum(acc.sum[h]);
+      if (g == 0) part[warp][head] = {acc.maximum[h], sum};
 #pragma unroll
       for (int t = 0; t < kHeadDim / 16; ++t) {
         const int element = t / 4 * 64 + 8 * g + t % 4 * 2;
@@ -212,21 +285,6 @@ struct Merge {
         out[warp][head][element + 1] = acc.out[t][h + 2];
       }
     }
-  }
-
-  // Element d of a head: (sum of weighted outputs, sum of weights) under the common maximum.
-  __device__ float3 total(int head, int d) const {
-    float highest = kNothing;
-    for (int warp = 0; warp < kWarps; ++warp) highest = fmaxf(highest, maximum[warp][head]);
-    float value = 0;
-    float weight = 0;
-    for (int warp = 0; warp < kWarps; ++warp) {
-      const float scale =
-          maximum[warp][head] == kNothing ? 0.0F : exp2f(maximum[warp][head] - highest);
-      value += scale * out[warp][head][d];
-      weight += scale * sum[warp][head];
-    }
-    return {value, weight, highest};
   }
 };
 
@@ -236,37 +294,15 @@ __device__ inline std::size_t share_at(int row, int head, int num_heads, int num
   return (static_cast<std::size_t>(row) * num_heads + head) * num_shares + share;
 }
 
+// Four elements of a head's output, weighted until here.
 template <typename T>
-__device__ void store_result(const Params<T>& p, int row, int head, int head_dim, int d,
-                             float value, float weight, float highest) {
+__device__ void store_result(const Params<T>& p, int row, int head, int head_dim, int quad,
+                             float4 sum, float weight, float highest) {
   const std::size_t at = static_cast<std::size_t>(row) * p.num_heads + head;
-  p.out[at * head_dim + d] = from_float<T>(weight > 0 ? value / weight : 0.0F);
-  if (d == 0) p.lse[at] = weight > 0 ? (highest + log2f(weight)) / kLog2E : kNothing;
-}
-
-// The shares of one head group, by the last block of threads to arrive.
-template <typename T, int kHeadDim>
-__device__ void combine(const Params<T>& p, int row, int first_head, int num_heads, int num_shares,
-                        int active_shares) {
-  for (int i = threadIdx.x; i < num_heads * kHeadDim; i += 32 * kWarps) {
-    const int head = first_head + i / kHeadDim;
-    const int d = i % kHeadDim;
-    const std::size_t first = share_at(row, head, p.num_heads, num_shares, 0);
-    float highest = kNothing;
-    for (int s = 0; s < active_shares; ++s) {
-      highest = fmaxf(highest, __ldcg(&p.partial_sum[first + s]).x);
-    }
-    float value = 0;
-    float weight = 0;
-#pragma unroll 4
-    for (int s = 0; s < active_shares; ++s) {
-      const float2 part = __ldcg(&p.partial_sum[first + s]);
-      const float scale = part.x == kNothing ? 0.0F : exp2f(part.x - highest);
-      value += scale * __ldcg(&p.partial_out[(first + s) * kHeadDim + d]);
-      weight += scale * part.y;
-    }
-    store_result(p, row, head, kHeadDim, d, value, weight, highest);
-  }
+  const float scale = weight > 0 ? 1 / weight : 0.0F;
+  const uint2 packed{pack<T>(sum.x * scale, sum.y * scale), pack<T>(sum.z * scale, sum.w * scale)};
+  *reinterpret_cast<uint2*>(p.out + at * head_dim + 4 * quad) = packed;
+  if (quad == 0) p.lse[at] = weight > 0 ? (highest + log2f(weight)) / kLog2E : kNothing;
 }
 
 template <typename T, int kHeadDim>
@@ -287,7 +323,7 @@ __device__ void clear_block_max(const Params<T>& p, int row, int first_head, int
                                 int first_slot) {
   for (int head = first_head; head < first_head + num_heads; ++head) {
     float* row_max = p.block_max + (static_cast<std::size_t>(row) * p.num_heads + head) * p.pitch;
-    for (int slot = first_slot + threadIdx.x; slot < p.pitch; slot += 32 * kWarps) {
+    for (int slot = first_slot + threadIdx.x; slot < p.pitch; slot += kThreads) {
       row_max[slot] = kNothing;
     }
   }
@@ -295,9 +331,9 @@ __device__ void clear_block_max(const Params<T>& p, int row, int first_head, int
 
 // grid: (shares, KV heads x groups of 8 query heads, rows).
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const Params<T> p) {
-  extern __shared__ __align__(16) std::byte shared[];
-  auto& merge = *reinterpret_cast<Merge<kHeadDim>*>(shared);
+__global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Params<T> p) {
+  extern __shared__ __align__(16) std::byte memory[];
+  auto& shared = *reinterpret_cast<SharedMemory<kHeadDim>*>(memory);
   allow_next_kernel();
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
@@ -347,20 +383,26 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const 
     clear_block_max(p, row, first_head, num_heads, num_slots);
   }
 
-  merge.store(acc, warp, g, q);
+  shared.store(acc, warp, g, q);
   __syncthreads();
-  for (int i = threadIdx.x; i < num_heads * kHeadDim; i += 32 * kWarps) {
-    const int head = i / kHeadDim;
-    const int d = i % kHeadDim;
-    const float3 total = merge.total(head, d);
-    if (active_shares == 1) {
-      store_result(p, row, first_head + head, kHeadDim, d, total.x, total.y, total.z);
-      continue;
-    }
+  Merger<kHeadDim>& merger = shared.merger;
+  const auto finish = [&](int head, int quad, float4 sum) {
+    store_result(p, row, first_head + head, kHeadDim, quad, sum, merger.weight[head],
+                 merger.highest[head]);
+  };
+  const auto finish_share = [&](int head, int quad, float4 sum) {
     const std::size_t at = share_at(row, first_head + head, p.num_heads, gridDim.x, share);
-    p.partial_out[at * kHeadDim + d] = total.x;
-    if (d == 0) p.partial_sum[at] = {total.z, total.y};
-  }
+    *reinterpret_cast<float4*>(p.partial_out + at * kHeadDim + 4 * quad) = sum;
+    if (quad == 0) p.partial_sum[at] = {merger.highest[head], merger.weight[head]};
+  };
+  merger.run(
+      num_heads, kWarps, [&](int head, int i) { return shared.part[i][head]; },
+      [&](int head, int i, int quad) {
+        return *reinterpret_cast<const float4*>(&shared.out[i][head][4 * quad]);
+      },
+      [&](int head, int quad, float4 sum) {
+        active_shares == 1 ? finish(head, quad, sum) : finish_share(head, quad, sum);
+      });
   if (active_shares == 1) return;
 
   // The counter tells who is last; the fences make every share's results visible to them.
@@ -368,17 +410,30 @@ __global__ void __launch_bounds__(32 * kWarps, 1) decode_attention_kernel(const 
   __syncthreads();
   std::uint32_t* counter = p.counters + static_cast<std::size_t>(row) * gridDim.y + blockIdx.y;
   if (threadIdx.x == 0) {
-    merge.last = atomicAdd(counter, 1) == static_cast<std::uint32_t>(active_shares - 1);
-    if (merge.last) *counter = 0;
+    shared.last = atomicAdd(counter, 1) == static_cast<std::uint32_t>(active_shares - 1);
+    if (shared.last) *counter = 0;
   }
   __syncthreads();
-  if (!merge.last) return;
+  if (!shared.last) return;
   __threadfence();
-  combine<T, kHeadDim>(p, row, first_head, num_heads, gridDim.x, active_shares);
+  const auto first_share = [&](int head) {
+    return share_at(row, first_head + head, p.num_heads, gridDim.x, 0);
+  };
+  merger.run(
+      num_heads, active_shares,
+      [&](int head, int i) { return __ldcg(&p.partial_sum[first_share(head) + i]); },
+      [&](int head, int i, int quad) {
+        const float* out = p.partial_out + (first_share(head) + i) * kHeadDim + 4 * quad;
+        return __ldcg(reinterpret_cast<const float4*>(out));
+      },
+      finish);
 }
 
 // As many shares as fill the device once.
-int shares_for(int work_items) { return std::max(1, 132 / work_items); }
+int shares_for(int work_items) {
+  static const int sms = num_sms();
+  return std::clamp(sms / work_items, 1, kMaxParts);
+}
 
 template <typename T, int kHeadDim>
 void run(const DecodeAttentionArgs& args, CudaStream& stream) {
@@ -403,10 +458,10 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
                          reinterpret_cast<float2*>(scratch + parts * kHeadDim * sizeof(float)),
                          stream.counters()};
   const auto kernel = decode_attention_kernel<T, kHeadDim>;
-  constexpr int kShared = sizeof(Merge<kHeadDim>);
+  constexpr int kShared = sizeof(SharedMemory<kHeadDim>);
   FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  launch_overlapped(kernel, dim3(shares, args.num_kv_heads * passes, args.rows), 32 * kWarps,
-                    kShared, stream, params);
+  launch_overlapped(kernel, dim3(shares, args.num_kv_heads * passes, args.rows), kThreads, kShared,
+                    stream, params);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """What a service does when its GPU is too small or shared, a rank is killed, and it is told to end.
 
-    python3 tests/gpu/faults.py --bin FOLDER --model FOLDER [--device cuda|cpu] [--json FILE]
+    python3 tests/gpu/faults.py --bin FOLDER --model FOLDER [--device cuda|cpu] [--gpus N] [--json FILE]
 
-Takes one GPU and about a minute; --device cpu checks the same on any machine with a small model,
+Takes the machine's N GPUs, a rank each (default 1), and about a minute; --device cpu checks the same on any machine with a small model,
 but for the sharing. Exit code 1 where something isn't as promised.
 """
 
@@ -69,12 +69,15 @@ class Setup:
         ]  # fmt: skip
         if self.cuda:
             self.flags += ["--kv-host-gib=4", "--max-model-len=2048"]
+            self.flags += [f"--tensor-parallel-size={arguments.gpus}"]
         else:
             self.flags += ["--kv-host-gib=0.25"]
+        self.gpus = arguments.gpus
         self.tokens = 1000 if self.cuda else 400
         self.too_little = "--gpu-memory-utilization=0.05" if self.cuda else "--device-memory-gib=0.0001"
 
     def serve(self, *flags):
+        """To its end, which must come soon."""
         command = [self.foretoken, "serve", *self.flags, *flags]
         return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
@@ -159,6 +162,7 @@ def main():
     parser.add_argument("--bin", required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--json")
     arguments = parser.parse_args()
     setup = Setup(arguments)
@@ -166,8 +170,11 @@ def main():
     memory_before = gpu_mib_in_use() if setup.cuda else 0
     check_refusal(checks, "too little device memory", setup.serve(setup.too_little), "memory is full", "raise")
     if setup.cuda:
-        shared = setup.serve("--tensor-parallel-size=2")
-        check_refusal(checks, "two ranks on one GPU", shared, "2 ranks", "--tensor-parallel-size")
+        setup.flags[-1] = f"--tensor-parallel-size={setup.gpus + 1}"
+        check_refusal(
+            checks, "more ranks than GPUs", setup.serve(), f"{setup.gpus + 1} ranks", "--tensor-parallel-size"
+        )
+        setup.flags[-1] = f"--tensor-parallel-size={setup.gpus}"
     check_service(checks, setup, memory_before)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))

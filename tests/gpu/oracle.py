@@ -1,7 +1,7 @@
 """The CUDA device's answers against transformers and against the CPU device, for random models of
 the shapes that people serve, cut to a few layers.
 
-    python3 tests/gpu/oracle.py --bin FOLDER --tokenizer FOLDER [--json FILE]
+    python3 tests/gpu/oracle.py --bin FOLDER --tokenizer FOLDER [--tensor-parallel 1,2] [--json FILE]
 
 Needs a GPU, torch and transformers. Greedy tokens must be equal wherever the margin between the two
 best logits exceeds 0.1, and the KL divergence of the first token's distribution (over the 20 best
@@ -129,6 +129,12 @@ def first_wrong(tokens, margins, ours):
     return None
 
 
+def devices(arguments, length):
+    """(device, ranks) to ask; the CPU at one length only, as it is slow."""
+    ranks = [("cuda", count) for count in arguments.tensor_parallel]
+    return ranks + [("cpu", 1)] if length == 300 and 1 in arguments.tensor_parallel else ranks
+
+
 def check(arguments, name, config, results):
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(config, folder, arguments.tokenizer)
@@ -140,13 +146,15 @@ def check(arguments, name, config, results):
         exact = half.float()
         for length, ids, (rounded, _, _) in cases:
             first, tokens, margins = reference(exact, ids, TOKENS)
-            for device in ("cuda", "cpu") if length == 300 else ("cuda",):
-                answer = generate(arguments.bin, folder, ids, device, *DENSE)
+            for device, ranks in devices(arguments, length):
+                answer = generate(
+                    arguments.bin, folder, ids, device, *DENSE, f"--tensor-parallel-size={ranks}"
+                )
                 top = answer["logprobs"][0]["top"]
                 top_ids = [t for t, _ in top]
                 wrong = first_wrong(tokens, margins, answer["token_ids"])
                 result = {
-                    "model": name, "prompt": length, "device": device,
+                    "model": name, "prompt": length, "device": device, "ranks": ranks,
                     "kl": kl_of_best(first, top),
                     "kl_of_transformers_bf16": kl_of_best(
                         first, list(zip(top_ids, rounded[top_ids].tolist(), strict=True))),
@@ -165,6 +173,10 @@ def main():
     parser.add_argument("--bin", required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--json")
+    parser.add_argument(
+        "--tensor-parallel", type=lambda text: [int(part) for part in text.split(",")], default=[1],
+        help="numbers of GPUs to share a model, as 1,2",
+    )  # fmt: skip
     parser.add_argument("--only", help="models whose name has this in it")
     arguments = parser.parse_args()
     results = []

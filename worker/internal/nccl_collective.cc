@@ -1,5 +1,6 @@
-// The collectives of GPU ranks: NCCL, enqueued on the step's stream and so recorded with it. MPI
-// only tells the ranks where to meet.
+// The collectives of GPU ranks, enqueued on the step's stream and so recorded with it: NCCL, and
+// PeerSum for small sums (docs/decisions/003-small-sums.md). MPI only tells the ranks where to
+// meet.
 #include <cuda_runtime_api.h>
 #include <mpi.h>
 #include <nccl.h>
@@ -7,12 +8,14 @@
 #include <algorithm>
 #include <chrono>
 #include <numeric>
+#include <optional>
 #include <string>
 
 #include "common/check.h"
 #include "common/result.h"
 #include "kernels/poll.h"
 #include "worker/collective.h"
+#include "worker/internal/peer_connection.h"
 
 namespace foretoken::worker {
 namespace {
@@ -47,7 +50,7 @@ cudaStream_t handle_of(kernels::Stream& stream) {
 
 class NcclCollective final : public Collective {
  public:
-  explicit NcclCollective(kernels::Device& device) : device_(device) {
+  NcclCollective(kernels::Device& device, SmallSums small) : device_(device) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
     ncclUniqueId id{};
@@ -57,10 +60,12 @@ class NcclCollective final : public Collective {
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));
     wait_until_ready("connecting the ranks");
+    if (small == SmallSums::kByPeers) peers_.emplace(device_, rank_, world_size_);
     device_.set_wait_check([this] { check_peers(); });
   }
   ~NcclCollective() override {
     device_.set_wait_check([] {});
+    peers_.reset();
     ncclCommAbort(comm_);
   }
   NcclCollective(const NcclCollective&) = delete;
@@ -70,6 +75,8 @@ class NcclCollective final : public Collective {
   int world_size() const override { return world_size_; }
 
   void all_reduce(void* data, std::size_t count, kernels::Stream& stream) override {
+    kernels::PeerSum* sum = peers_ ? peers_->sum() : nullptr;
+    if (sum != nullptr && sum->takes(count)) return sum->run(data, count, stream);
     check_started(ncclAllReduce(data, data, count, nccl_type(device_.activation_type()), ncclSum,
                                 comm_, handle_of(stream)));
     wait_until_ready("all-reduce");
@@ -134,12 +141,13 @@ class NcclCollective final : public Collective {
   int rank_ = 0;
   int world_size_ = 1;
   ncclComm_t comm_ = nullptr;
+  std::optional<PeerConnection> peers_;
 };
 
 }  // namespace
 
-std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device) {
-  return std::make_unique<NcclCollective>(device);
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, SmallSums small) {
+  return std::make_unique<NcclCollective>(device, small);
 }
 
 // NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.

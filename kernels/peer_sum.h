@@ -1,0 +1,51 @@
+// PeerSum: the sum of a small tensor over the GPUs of a node in one kernel. Decode adds 8 KiB a row
+// up 65 times a token; there the link's latency counts, and that a kernel may start early.
+//
+// Every rank writes its values into every other's inbox, and adds up what comes into its own, in
+// the order of ranks: all get equal bits. Values travel with the number of their call beside them,
+// 4 bytes of it with 4 of values: who finds the number has found the values, so that there is one
+// crossing of the link and no fence (as in NCCL's protocol LL). An inbox has two halves, used in
+// turn: a rank that writes call n has had all answers of call n - 1, so that nobody still reads
+// call n - 2.
+//
+// Called by one thread, in the same order and with the same counts on every rank, always on one
+// stream at a time. Recorded graphs may contain it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "kernels/device.h"
+
+namespace foretoken::kernels {
+
+class PeerSum {
+ public:
+  static constexpr int kMaxRanks = 8;
+  static constexpr std::size_t kMaxBytes = std::size_t{256} << 10;  // of a tensor
+
+  // How another rank finds an inbox.
+  using Address = std::array<std::byte, 80>;
+
+  // Kernels that wait for others give up. REQUIRES: no rank calls run() any more.
+  virtual ~PeerSum() = default;
+
+  virtual Address address() const = 0;
+  // Opens the others' inboxes, given every rank's address by rank. Throws Exception(kDevice) where
+  // one can't be reached.
+  virtual void connect(std::span<const Address> addresses) = 0;
+  // Closes them, which every rank does before any inbox may go.
+  virtual void disconnect() = 0;
+
+  // Whether it takes a tensor of so many values of the device's activation type.
+  virtual bool takes(std::size_t count) const = 0;
+  // data[count] on the device becomes its sum over the ranks. REQUIRES: takes(count), connected.
+  virtual void run(void* data, std::size_t count, Stream& stream) = 0;
+};
+
+// REQUIRES: a CUDA device; it outlives the sum. Throws Exception(kDevice).
+std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size);
+
+}  // namespace foretoken::kernels

@@ -1,0 +1,89 @@
+"""Two worker groups of one node, a GPU each: a prefix that one computed is a hit for the other.
+
+    python3 tests/gpu/groups.py --bin FOLDER --model FOLDER [--device cuda|cpu] [--json FILE]
+
+Takes two GPUs and half a minute; --device cpu checks the same with a small model. Exit code 1 where
+it isn't so.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from faults import Checks, Setup, status_of, wait_until
+
+SEGMENT = 256
+TAIL = 64  # always computed
+
+
+def ask(setup, connect, prompt):
+    command = [
+        setup.foretoken, "generate", *connect, "--prompt-ids", prompt, "--json", "--temperature=0",
+        "--max-tokens=180", "--ignore-eos",
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def answer_of(asking):
+    output, _ = asking.communicate(timeout=120)
+    return json.loads(output)
+
+
+def check_shared_prefix(checks, setup, connect, folder):
+    prompt = pathlib.Path(folder) / "prompt.json"
+    length = 1800 if setup.cuda else 330
+    prompt.write_text(json.dumps([1 + place * place % 241 for place in range(length)]))
+    first = answer_of(ask(setup, connect, prompt))
+    both = [ask(setup, connect, prompt) for _ in range(2)]  # a group takes one at a time
+    beside = wait_until(lambda: status_of(setup, connect).get("requests_running") == 2, 20)
+    again = [answer_of(asking) for asking in both]
+    found = {
+        "cached first": first["usage"]["cached_tokens"],
+        "cached in each group": [answer["usage"]["cached_tokens"] for answer in again],
+        "both at once": beside is not None,
+        "equal tokens": all(answer["token_ids"] == first["token_ids"] for answer in again),
+    }
+    ok = (
+        found["cached first"] == 0
+        and found["cached in each group"] == [(length - TAIL) // SEGMENT * SEGMENT] * 2
+        and (found["both at once"] or not setup.cuda)  # a small model is done too soon to be seen
+        and found["equal tokens"]
+    )
+    checks.expect("a prefix of one group is a hit in the other", ok, found)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--bin", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    arguments.gpus = 1  # a group
+    setup = Setup(arguments)
+    checks = Checks()
+    with tempfile.TemporaryDirectory(prefix="ft-groups-") as folder:
+        endpoint_file = pathlib.Path(folder) / "endpoint.json"
+        command = [setup.foretoken, "serve", *setup.flags, "--num-groups=2", "--max-num-seqs=1"]
+        command += [f"--runtime-dir={folder}/run", f"--endpoint-file={endpoint_file}"]
+        serving = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            took = wait_until(lambda: endpoint_file.exists() or serving.poll() is not None, 90)
+            checks.expect("two groups start", endpoint_file.exists(), {"seconds": took})
+            if endpoint_file.exists():
+                endpoint = json.loads(endpoint_file.read_text())
+                connect = ["--connect", endpoint["endpoint"], "--key-file", endpoint["key_file"]]
+                check_shared_prefix(checks, setup, connect, folder)
+        finally:
+            serving.terminate()
+            serving.wait(30)
+    if arguments.json:
+        pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))
+    sys.exit(0 if all(result["ok"] for result in checks.results) else 1)
+
+
+if __name__ == "__main__":
+    main()

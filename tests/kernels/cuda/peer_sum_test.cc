@@ -1,0 +1,83 @@
+// PeerSum with all ranks in one process, on one GPU, each with its own stream.
+#include "kernels/peer_sum.h"
+
+#include "tests/kernels/cuda/cuda_test.h"
+
+namespace foretoken::kernels {
+namespace {
+
+class CudaPeerSum : public CudaTest, public testing::WithParamInterface<int> {};
+
+struct Rank {
+  std::unique_ptr<PeerSum> sum;
+  std::unique_ptr<Stream> stream;
+  DeviceBuffer data;
+};
+
+float value_of(int rank, std::size_t i, int call) {
+  return static_cast<float>(static_cast<int>((i * 7 + 13 * rank + 5 * call) % 31) - 15) / 8;
+}
+
+TEST_P(CudaPeerSum, EqualsThePlainSum) {
+  const int world_size = GetParam();
+  const DataType type = DataType::kBf16;
+  const auto device = make_cuda_device({.activation_type = type});
+  constexpr std::size_t kMost = PeerSum::kMaxBytes / 2;
+  std::vector<Rank> ranks;
+  std::vector<PeerSum::Address> addresses;
+  for (int rank = 0; rank < world_size; ++rank) {
+    ranks.push_back({make_peer_sum(*device, rank, world_size),
+                     device->make_stream(StreamKind::kCompute),
+                     {*device, PeerSum::kMaxBytes, MemoryUse::kActivations}});
+    addresses.push_back(ranks.back().sum->address());
+  }
+  for (Rank& rank : ranks) rank.sum->connect(addresses);
+
+  // Lengths in any order: what an earlier call left in an inbox must not count.
+  const std::size_t counts[] = {4, 4096, 8, 576, kMost, 4096, 4096, 12, kMost - 4, 0, 3584, 4};
+  int call = 0;
+  for (const std::size_t count : counts) {
+    ++call;
+    ASSERT_TRUE(ranks[0].sum->takes(count));
+    for (int rank = 0; rank < world_size; ++rank) {
+      std::vector<float> values(count);
+      for (std::size_t i = 0; i < count; ++i) values[i] = value_of(rank, i, call);
+      const std::vector<std::byte> bytes = reference::encode(values, type);
+      Rank& own = ranks[static_cast<std::size_t>(rank)];
+      device->copy_in(own.data.data(), bytes.data(), bytes.size(), *own.stream);
+      own.stream->synchronize();
+    }
+    for (Rank& rank : ranks) rank.sum->run(rank.data.data(), count, *rank.stream);
+    for (Rank& rank : ranks) {
+      std::vector<std::byte> bytes(count * 2);
+      device->copy_out(bytes.data(), rank.data.data(), bytes.size(), *rank.stream);
+      rank.stream->synchronize();
+      for (std::size_t i = 0; i < count; ++i) {
+        double expected = 0;
+        for (int r = 0; r < world_size; ++r) expected += value_of(r, i, call);  // exact in bf16
+        ASSERT_EQ(reference::decode_at(bytes.data(), type, i), expected)
+            << "call " << call << ", value " << i;
+      }
+    }
+  }
+  EXPECT_FALSE(ranks[0].sum->takes(kMost + 4));
+  EXPECT_FALSE(ranks[0].sum->takes(3));
+}
+
+// Nobody waits for ever for a rank that never comes.
+TEST_F(CudaTest, PeerSumGivesUpAtItsEnd) {
+  const auto device = make_cuda_device({});
+  const auto stream = device->make_stream(StreamKind::kCompute);
+  const DeviceBuffer data(*device, 8192, MemoryUse::kActivations);
+  auto own = make_peer_sum(*device, 0, 2);
+  const auto other = make_peer_sum(*device, 1, 2);
+  own->connect(std::vector{own->address(), other->address()});
+  own->run(data.data(), 4096, *stream);
+  own.reset();
+  stream->synchronize();
+}
+
+INSTANTIATE_TEST_SUITE_P(Ranks, CudaPeerSum, testing::Values(1, 2, 3, 4, 8));
+
+}  // namespace
+}  // namespace foretoken::kernels

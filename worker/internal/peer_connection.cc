@@ -1,0 +1,78 @@
+#include "worker/internal/peer_connection.h"
+
+#include <mpi.h>
+
+#include <chrono>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "common/log.h"
+#include "common/result.h"
+#include "kernels/poll.h"
+
+namespace foretoken::worker {
+namespace {
+
+constexpr kernels::PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
+                                         .pause = std::chrono::milliseconds(1),
+                                         .deadline = std::chrono::seconds(2)};
+
+bool on_one_node(int world_size) {
+  MPI_Comm node = MPI_COMM_NULL;
+  int ranks_on_node = 0;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
+  MPI_Comm_size(node, &ranks_on_node);
+  MPI_Comm_free(&node);
+  return ranks_on_node == world_size;  // on every rank alike, or on none
+}
+
+bool all_ranks(bool so) {
+  int all = so ? 1 : 0;
+  MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+  return all == 1;
+}
+
+// Empty where it is connected; else why it isn't.
+std::string connect(kernels::PeerSum& sum, int world_size) {
+  const kernels::PeerSum::Address own = sum.address();
+  std::vector<kernels::PeerSum::Address> all(static_cast<std::size_t>(world_size));
+  MPI_Allgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, MPI_COMM_WORLD);
+  try {
+    sum.connect(all);
+  } catch (const Exception& failure) {
+    return failure.error().message;
+  }
+  return "";
+}
+
+}  // namespace
+
+PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size) {
+  std::string why_not = "the ranks are on several nodes";
+  if (all_ranks(on_one_node(world_size)) && world_size <= kernels::PeerSum::kMaxRanks) {
+    sum_ = kernels::make_peer_sum(device, rank, world_size);
+    why_not = connect(*sum_, world_size);
+    if (all_ranks(why_not.empty())) return;
+    sum_.reset();
+  }
+  if (!why_not.empty()) log().warn("small sums go over NCCL, which is slower: {}", why_not);
+}
+
+// An inbox may go once nobody has it open. A rank that failed does not wait for the others, nor
+// they for long.
+PeerConnection::~PeerConnection() {
+  if (sum_ == nullptr) return;
+  sum_->disconnect();
+  if (std::uncaught_exceptions() > 0) return;
+  MPI_Request all_here = MPI_REQUEST_NULL;
+  MPI_Ibarrier(MPI_COMM_WORLD, &all_here);
+  const auto came = [&] {
+    int done = 0;
+    MPI_Test(&all_here, &done, MPI_STATUS_IGNORE);
+    return done == 1;
+  };
+  kernels::poll_until(came, kEndLimits, [] {});
+}
+
+}  // namespace foretoken::worker

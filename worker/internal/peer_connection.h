@@ -1,0 +1,26 @@
+// PeerConnection: a PeerSum whose ranks found each other over MPI. All ranks of MPI_COMM_WORLD make
+// it, and end it, together.
+#pragma once
+
+#include <memory>
+
+#include "kernels/peer_sum.h"
+
+namespace foretoken::worker {
+
+class PeerConnection {
+ public:
+  // Without a sum where not all ranks are on one node, or one can't reach another's memory; rank 0
+  // says so in the log.
+  PeerConnection(kernels::Device& device, int rank, int world_size);
+  ~PeerConnection();
+  PeerConnection(const PeerConnection&) = delete;
+  PeerConnection& operator=(const PeerConnection&) = delete;
+
+  kernels::PeerSum* sum() const { return sum_.get(); }
+
+ private:
+  std::unique_ptr<kernels::PeerSum> sum_;
+};
+
+}  // namespace foretoken::worker
