@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All GPU tests and benchmarks, on a machine with one GPU, from a bundle:
+# All GPU tests and benchmarks, from a bundle:
 #
 #   bash launch/bundle.sh --tests FOLDER     where Foretoken is built
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted batch prefill
-# peer timeline; default: all. smollm2 runs only by name, as its model is too large for the bundle:
+# peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
 # $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
@@ -18,9 +18,11 @@ fi
 results=$1
 shift
 stages=("$@")
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted batch
     prefill peer timeline)
+  if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
@@ -45,10 +47,11 @@ sanitize() {
 engine() { FORETOKEN_TEST_DEVICE=cuda timeout 200 "$here/bin/worker_test"; }
 faults() {
   timeout 120 python3 "$here/faults.py" --bin "$here/bin" --model "$here/models/llama-8b" \
-    --json "$results/faults.json"
+    --gpus "$gpus" --json "$results/faults.json"
 }
 oracle() {
   timeout 400 python3 "$here/oracle.py" --bin "$here/bin" --tokenizer "$here/models/llama-8b" \
+    --tensor-parallel "$(if ((gpus > 1)); then echo "1,$gpus"; else echo 1; fi)" \
     --json "$results/oracle.json"
 }
 smollm2() {
@@ -113,6 +116,26 @@ timeline() {
     --kv-budget 2304 --trace churn=8 --tokens 48 --max-model-len 131072 --kv-host-gib 24 || return 1
   python3 "$here/timeline.py" "$results/step.csv" --json "$results/timeline.json" \
     --svg "$results/decode_step.svg"
+}
+sums() {
+  timeout 100 mpirun -n "$gpus" "$here/bin/collective_bench" | tee "$results/sums.json"
+}
+groups() {
+  timeout 120 python3 "$here/groups.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+    --json "$results/groups.json"
+}
+# Decode, predicted decode and prefill on one GPU and on all.
+parallel() {
+  local ranks flags=(--max-model-len 131072 --kv-host-gib 40)
+  for ranks in 1 "$gpus"; do
+    bench decode --kv-policy full --context 8192 --tokens 128 --repeat 2 "${flags[@]}" \
+      --tensor-parallel-size "$ranks" | tee "$results/parallel-decode-$ranks.json" || return 1
+    bench decode --kv-policy attention-predictor --calibrate-with none --kv-budget 2304 \
+      --trace churn=8 --context 130000 --tokens 128 "${flags[@]}" \
+      --tensor-parallel-size "$ranks" | tee "$results/parallel-predicted-$ranks.json" || return 1
+    bench prefill --kv-policy full --context 32768 --repeat 4 "${flags[@]}" \
+      --tensor-parallel-size "$ranks" | tee "$results/parallel-prefill-$ranks.json" || return 1
+  done
 }
 peer() { timeout 300 python3 "$here/transformers_peer.py" --json "$results/peer.json"; }
 
