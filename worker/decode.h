@@ -55,7 +55,6 @@ class Decode {
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
   void start_fetches(kernels::Stream& compute);
-  int layers_to_fetch(int layer) const;
   void run_layer(int layer, kernels::Stream& compute);
   void rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void fetch_at_query(int layer, kernels::Stream& compute);

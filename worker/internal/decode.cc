@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "worker/internal/fetch_groups.h"
 #include "worker/pinned.h"
 
 namespace foretoken::worker {
@@ -188,18 +189,11 @@ void Decode::forward(kernels::Stream& compute) {
   chosen_->wait(compute);  // the step's end: slots and lengths may change
 }
 
-// How many layers the gather that begins with `layer` brings at once. On a GPU each join takes its
-// microseconds and gathers stay ahead of the layers, so that joins may become rarer.
-int Decode::layers_to_fetch(int layer) const {
-  constexpr int kMost = 4;
-  return device_.runs_at_once() ? 1 : std::clamp(layer, 1, kMost);
-}
-
 void Decode::start_fetches(kernels::Stream& compute) {
   resolved_->record(compute);
   resolved_->wait(*copy_);
   for (int layer = 0; layer < model_.num_layers();) {
-    const int count = std::min(layers_to_fetch(layer), model_.num_layers() - layer);
+    const int count = layers_to_fetch(device_, layer, model_.num_layers());
     store_.fetch(layer, count, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
     layer += count;
   }

@@ -9,6 +9,7 @@
 #include "kernels/op_timing.h"
 #include "worker/bench.h"
 #include "worker/internal/bench_sequence.h"
+#include "worker/internal/fetch_groups.h"
 #include "worker/internal/make_device.h"
 #include "worker/model.h"
 
@@ -143,13 +144,17 @@ class GatherBench {
     return static_cast<double>(bytes) / took.count() * 1e-6;
   }
 
+  // A step's, as the service's.
   void gather(const BenchSequence& sequence, const StepFetches& fetches) {
-    for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
+    const int num_layers = sequence.kv().shape.num_layers;
+    for (int layer = 0, count = 0; layer < num_layers; layer += count) {
+      count = layers_to_fetch(*device_, layer, num_layers);
       device_->gather({.sequences = sequence.on_device(),
                        .fetches = fetches.on_device(),
                        .rows = 1,
                        .layer = layer,
-                       .mismatches = mismatches_.as<std::uint32_t>()},
+                       .mismatches = mismatches_.as<std::uint32_t>(),
+                       .num_layers = count},
                       *copy_);
     }
   }
