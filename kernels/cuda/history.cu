@@ -2,6 +2,9 @@
 //
 // A thread makes 8 columns of a map's row, or of all its rows where a row may hold values of the
 // one before. Where block_max is by slot, a CTA first notes the slots of its columns' blocks.
+// A decode step's rows that hold nothing are nearly all zero: a CTA a KV head clears them and then
+// writes what its slots have, which takes few loads in a row, beside products that keep memory
+// busy.
 #include <algorithm>
 
 #include "common/check.h"
@@ -13,10 +16,11 @@ namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kSlotThreads = 256;                  // of a KV head, where its slots are written
 constexpr int kColumns = 8;                        // of a thread
 constexpr int kSpanColumns = kThreads * kColumns;  // of a CTA at a time
 constexpr int kMaxSpans = 8;                       // CTAs of a row; they go on with further spans
-constexpr int kMapCtas = 8;                        // of a layer's maps; they go on likewise
+constexpr int kMapCtas = 8;        // of a layer's maps or KV heads; they go on likewise
 constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that was not attended
 
 // A map of one sequence and layer, and the rows that a CTA makes.
@@ -130,7 +134,8 @@ __device__ void count_rows(const HistoryAppendArgs& args, int layer, std::uint32
   }
   __syncthreads();
   if (!is_last) return;
-  for (int s = static_cast<int>(threadIdx.x); s < args.num_sequences; s += kThreads) {
+  for (int s = static_cast<int>(threadIdx.x); s < args.num_sequences;
+       s += static_cast<int>(blockDim.x)) {
     args.states[s].num_rows[args.layer + layer] += args.rows;
     args.states[s].num_columns[args.layer + layer] = args.num_columns[s];
   }
@@ -157,12 +162,86 @@ __global__ void __launch_bounds__(kThreads)
   count_rows(args, layer, arrived);
 }
 
+// Mean over a map's heads of exp(block_max - lse) at a slot, or kNoValue.
+__device__ float slot_value(const HistoryAppendArgs& args, std::ptrdiff_t first_head, int heads,
+                            int slot) {
+  float value = kNoValue;
+  for (std::ptrdiff_t head = first_head; head < first_head + heads; ++head) {
+    const float highest = args.block_max[head * args.pitch + slot];
+    if (highest == -INFINITY) continue;
+    value = (value == kNoValue ? 0.0F : value) +
+            1.0F / static_cast<float>(heads) * expf(highest - args.lse[head]);
+  }
+  return value;
+}
+
+template <typename T>
+__device__ void append_attended(const HistoryAppendArgs& args, int layer, int sequence,
+                                int kv_head) {
+  const HistoryState& state = args.states[sequence];
+  const SequenceKv& kv = args.sequences[sequence];
+  const int maps = state.maps_per_kv_head;
+  const int first_map = kv_head * maps;
+  const std::int64_t row = state.num_rows[args.layer + layer];
+  const auto row_of = [&](int map) {
+    return history_row<T>(state, args.layer + layer, first_map + map, row);
+  };
+  for (int map = 0; map < maps; ++map) {
+    auto* to = reinterpret_cast<Eight<T>*>(row_of(map));
+    for (int i = static_cast<int>(threadIdx.x); i < state.pitch / kColumns; i += kSlotThreads) {
+      to[i] = Eight<T>{};
+    }
+  }
+  __syncthreads();
+  const int columns = args.num_columns[sequence];
+  const int slots = min(kv.num_slots, args.pitch);
+  const std::int32_t* blocks =
+      kv.slot_to_block +
+      static_cast<std::ptrdiff_t>((args.layer + layer) * kv.shape.num_kv_heads + kv_head) *
+          kv.num_slots;
+  const int heads_per_map = args.num_heads / num_maps(state);
+  const std::ptrdiff_t first_head =
+      (static_cast<std::ptrdiff_t>(layer) * args.num_sequences + sequence) * args.num_heads;
+  for (int i = static_cast<int>(threadIdx.x); i < slots * maps; i += kSlotThreads) {
+    const int slot = i % slots;
+    const int map = i / slots;
+    const int block = blocks[slot];
+    const float value =
+        slot_value(args, first_head + (first_map + map) * heads_per_map, heads_per_map, slot);
+    if (block == kAbsent || block >= columns || value == kNoValue) continue;
+    row_of(map)[block] = from_float<T>(value);
+  }
+}
+
+// Grid: [parts of the KV heads, sequences, layers]. REQUIRES: one row, by slot, nothing held.
+__global__ void __launch_bounds__(kSlotThreads)
+    append_attended_kernel(const HistoryAppendArgs args, std::uint32_t* arrived) {
+  const auto sequence = static_cast<int>(blockIdx.y);
+  const auto layer = static_cast<int>(blockIdx.z);
+  const HistoryState& state = args.states[sequence];
+  for (int kv_head = blockIdx.x; kv_head < state.num_kv_heads;
+       kv_head += static_cast<int>(gridDim.x)) {
+    with_history_type(state.type, [&](auto tag) {
+      append_attended<typename decltype(tag)::type>(args, layer, sequence, kv_head);
+    });
+  }
+  count_rows(args, layer, arrived);
+}
+
 }  // namespace
 
 void history_append(const HistoryAppendArgs& args, CudaStream& stream) {
   FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
   if (args.num_sequences == 0 || args.num_layers == 0) return;
   FT_CHECK(args.num_layers <= CudaStream::kNumCounters, args.num_layers);
+  if (args.sequences != nullptr && args.rows == 1 && !args.hold) {
+    const dim3 grid(static_cast<unsigned>(std::min(kMapCtas, args.num_heads)),
+                    static_cast<unsigned>(args.num_sequences),
+                    static_cast<unsigned>(args.num_layers));
+    append_attended_kernel<<<grid, kSlotThreads, 0, stream.handle()>>>(args, stream.counters());
+    FT_CUDA(cudaGetLastError());
+    return;
+  }
   // Rows that hold values wait for the row before; others don't.
   const int rows_per_cta = args.hold ? args.rows : 1;
   const dim3 grid(
