@@ -16,6 +16,7 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/product_out.cuh"
 #include "kernels/cuda/types.cuh"
 
 namespace foretoken::kernels::cuda {
@@ -30,11 +31,9 @@ template <typename T>
 struct GemvParams {
   const T* x;
   const T* weight;
-  const float* bias;
   const float* norm_weight;
   float norm_eps;
-  const T* residual;
-  void* out;
+  ProductOut<T> out;
   int rows;
   int num_features;  // of the product
   int columns;
@@ -181,22 +180,14 @@ __device__ void add_dot(uint4 a, uint4 b, float2& sum) {
 template <typename Out, int kRows, int kParts, bool kNorm, typename T>
 __device__ void store_feature(const GemvParams<T>& p, int feature,
                               const float (&sums)[kParts][kRows], const SharedMemory& shared) {
-  const int out_columns = p.num_features / kParts;
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
     if (n >= p.rows) return;
     const float scale = kNorm ? shared.inverse_rms[n] : 1.0F;
-    float value = sums[0][n] * scale;
-    if (p.bias != nullptr) value += p.bias[feature];
-    const std::size_t at = static_cast<std::size_t>(n) * out_columns + feature;
-    if constexpr (kParts == 2) {
-      float up = sums[1][n] * scale;
-      if (p.bias != nullptr) up += p.bias[out_columns + feature];
-      value = silu(value) * up;
-    } else if (p.residual != nullptr) {
-      value += to_float(p.residual[at]);
-    }
-    static_cast<Out*>(p.out)[at] = from_float<Out>(value);
+    float scaled[kParts];
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) scaled[part] = sums[part][n] * scale;
+    store_product<Out, kParts>(p.out, n, feature, scaled);
   }
 }
 
@@ -249,17 +240,16 @@ std::size_t shared_bytes(int rows, int columns) {
 template <typename T, int kRows>
 void run(const LinearArgs& args, CudaStream& stream) {
   const auto& weight = static_cast<const CudaWeight&>(*args.weight);
+  const bool swiglu = args.swiglu.scratch != nullptr;
   const GemvParams<T> params{static_cast<const T*>(args.x),
                              weight.memory.as<T>(),
-                             args.bias,
                              args.norm.weight,
                              args.norm.eps,
-                             static_cast<const T*>(args.residual),
-                             args.out,
+                             {args.bias, static_cast<const T*>(args.residual), args.out,
+                              swiglu ? weight.rows / 2 : weight.rows},
                              args.rows,
                              weight.rows,
                              weight.columns};
-  const bool swiglu = args.swiglu.scratch != nullptr;
   const bool norm = args.norm.weight != nullptr;
   FT_CHECK(!(swiglu && args.out_fp32));
   static const int sms = num_sms();

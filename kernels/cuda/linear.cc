@@ -147,6 +147,7 @@ struct Linear::Impl {
                activation, stream);
       x = args.norm.scratch;
     }
+    if (can_multiply_few_rows(args)) return multiply_few_rows(args, x, activation, stream);
     void* product = args.swiglu.scratch != nullptr ? args.swiglu.scratch : args.out;
     multiply(args, x, product, stream);
     if (args.bias != nullptr) {

@@ -1,5 +1,5 @@
 // Linear: out = x W^T on the GPU. Few rows (decode) are bound by reading W and go to our own
-// kernel (gemv.cu); many rows (prefill) go to cuBLASLt.
+// kernels (gemv.cu, few_rows.cu); many rows (prefill) go to cuBLASLt.
 #pragma once
 
 #include <memory>
@@ -31,11 +31,18 @@ class Linear {
   std::unique_ptr<Impl> impl_;
 };
 
-// Up to this many rows gemv() is faster than cuBLASLt (docs/measurements.md).
+// Up to this many rows gemv() is the fastest (docs/measurements.md), then multiply_few_rows().
 inline constexpr int kMaxGemvRows = 2;
+inline constexpr int kMaxFewRows = 8;
 // Whether gemv() takes the product: few rows, and columns that its loads and memory allow.
 bool can_gemv(const LinearArgs& args);
 // REQUIRES: can_gemv(args).
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream);
+
+bool can_multiply_few_rows(const LinearArgs& args);
+// With x in place of args.x, which is normed already where args has a norm. REQUIRES:
+// can_multiply_few_rows(args).
+void multiply_few_rows(const LinearArgs& args, const void* x, DataType activation,
+                       CudaStream& stream);
 
 }  // namespace foretoken::kernels::cuda

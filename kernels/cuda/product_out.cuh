@@ -1,0 +1,33 @@
+// What is done with a product's sums before they are stored: bias, SwiGLU, residual.
+#pragma once
+
+#include "kernels/cuda/types.cuh"
+
+namespace foretoken::kernels::cuda {
+
+template <typename T>
+struct ProductOut {
+  const float* bias;  // or null
+  const T* residual;  // or null
+  void* data;         // [rows, columns] of Out
+  int columns;        // the product's features; of SwiGLU, half of them
+};
+
+// A feature of a row; of SwiGLU (kParts = 2) a gate and its up.
+template <typename Out, int kParts, typename T>
+__device__ void store_product(const ProductOut<T>& out, int row, int feature,
+                              const float (&sums)[kParts]) {
+  float value = sums[0];
+  if (out.bias != nullptr) value += out.bias[feature];
+  const std::size_t at = static_cast<std::size_t>(row) * out.columns + feature;
+  if constexpr (kParts == 2) {
+    float up = sums[1];
+    if (out.bias != nullptr) up += out.bias[out.columns + feature];
+    value = silu(value) * up;
+  } else if (out.residual != nullptr) {
+    value += to_float(out.residual[at]);
+  }
+  static_cast<Out*>(out.data)[at] = from_float<Out>(value);
+}
+
+}  // namespace foretoken::kernels::cuda
