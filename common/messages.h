@@ -103,6 +103,7 @@ struct KvReport {
   std::int64_t late = 0;  // blocks that were not there in time
   // Times that a map's scores were not finite, so that its latest blocks were taken instead.
   std::int64_t predictor_fallbacks = 0;
+  bool spilled = false;            // policy auto: it was predicted, all of it or from some token on
   std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV
 };
@@ -213,6 +214,7 @@ struct AdmitSequence {
   SamplingParams sampling;
   std::vector<TokenId> forced_ids;
   std::vector<PrefixKey> prefix_keys;  // of the prompt's segments that may be reused
+  bool dense = false;                  // policy auto: with room on the device for all its blocks
 };
 // All ranks agreed on how much of the prefix is reused: a multiple of 256 tokens.
 struct StartSequence {
@@ -241,6 +243,7 @@ struct StepPlan {
   StepNumber step{};
   std::vector<SequenceId> releases;
   std::vector<PublishSegment> publishes;
+  std::vector<SequenceId> spills;  // dense ones, whose blocks leave the device but for the budget's
   std::vector<AdmitSequence> admits;
   std::vector<StartSequence> starts;
   std::vector<PrefillItem> prefills;

@@ -13,6 +13,7 @@
 // steps are not recorded, and the audit waits for its figures.
 #pragma once
 
+#include <compare>
 #include <map>
 #include <memory>
 #include <span>
@@ -39,8 +40,11 @@ class Decode {
          predictor::Policy& policy, Sampler& sampler);
   ~Decode();
 
-  // After prefill: the policy's first choice. REQUIRES: the sequence's length is stored.
+  // After prefill: the policy's first choice.
   void begin(Sequence& sequence, kernels::Stream& compute);
+  // A dense sequence leaves the device, but for the budget's blocks; from here on it is predicted.
+  // REQUIRES: nothing of it is in flight.
+  void spill(Sequence& sequence, kernels::Stream& compute);
 
   // The token after each sequence's last one, whose KV is stored on the way.
   std::unique_ptr<Sampler::Draw> step(std::span<Sequence* const> rows, kernels::Stream& compute);
@@ -50,7 +54,17 @@ class Decode {
 
  private:
   struct Tables;  // the batch, as the device sees it
+  // What of a step is not in device memory: steps that share it are the same recorded work.
+  struct Kind {
+    int rows = 0;
+    int pitch = 0;                // of block_max_, >= every row's slots
+    bool streams_all = false;     // of some row
+    bool fetches_blocks = false;  // otherwise every block has a slot, and is there
+    auto operator<=>(const Kind&) const = default;
+  };
 
+  void choose_alone(Sequence& sequence, kernels::Stream& compute);
+  Kind kind_of(std::span<Sequence* const> rows) const;
   void bind(std::span<Sequence* const> rows, kernels::Stream& compute);
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
@@ -96,18 +110,16 @@ class Decode {
   kernels::DeviceBuffer logits_;     // [max_rows, vocab]
   kernels::DeviceBuffer lse_;        // [layers, rows, heads]
   kernels::DeviceBuffer block_max_;  // [layers, rows, heads, pitch], by slot; where it is wanted
+  kernels::DeviceBuffer kept_;       // of a sequence that spills: [layers, KV heads, kLocalBlocks]
   kernels::DeviceBuffer exact_lse_;  // [heads]
   kernels::DeviceBuffer exact_max_;  // [heads, exact_pitch_], by block
-  int pitch_ = 0;
   int exact_pitch_ = 0;
 
   std::unique_ptr<Tables> tables_;
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
-  bool streams_all_ = false;     // of some row
-  bool fetches_blocks_ = false;  // otherwise every block has a slot, and is there
-  // Steps by (rows, streams_all_): null after the first, which is not recorded.
-  std::map<std::pair<int, bool>, std::unique_ptr<kernels::Graph>> graphs_;
+  Kind kind_;
+  std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows
   std::vector<std::int32_t> counts_;    // host copy of a sequence's counters

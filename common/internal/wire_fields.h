@@ -141,6 +141,7 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
   f("predictor_fallbacks", m.predictor_fallbacks);
+  f("spilled", m.spilled);
   f("device_bytes", m.device_bytes);
   f("full_kv_bytes", m.full_kv_bytes);
 }
@@ -259,6 +260,7 @@ void visit_fields(F&& f, Is<AdmitSequence> auto& m) {
   f("sampling", m.sampling);
   f("forced_ids", m.forced_ids);
   f("prefix_keys", m.prefix_keys);
+  f("dense", m.dense);
 }
 
 template <typename F>
@@ -289,6 +291,7 @@ void visit_fields(F&& f, Is<StepPlan> auto& m) {
   f("step", m.step);
   f("releases", m.releases);
   f("publishes", m.publishes);
+  f("spills", m.spills);
   f("admits", m.admits);
   f("starts", m.starts);
   f("prefills", m.prefills);
