@@ -256,6 +256,7 @@ struct AdmitResult {
   std::int64_t reusable_tokens = 0;
   // kExhausted: try again when others have ended; kPending: soon, its prefix comes from NVMe.
   std::optional<Error> error;
+  bool device_is_full = false;  // kExhausted, and device memory is what lacks
 };
 struct SequenceToken {
   SequenceId sequence{};

@@ -309,6 +309,7 @@ void visit_fields(F&& f, Is<AdmitResult> auto& m) {
   f("sequence", m.sequence);
   f("reusable_tokens", m.reusable_tokens);
   f("error", m.error);
+  f("device_is_full", m.device_is_full);
 }
 
 template <typename F>

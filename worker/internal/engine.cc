@@ -206,6 +206,7 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     if (failure.error().code != ErrorCode::kExhausted) throw;
     sequences_.erase(admit.sequence);
     result.error = failure.error();
+    result.device_is_full = true;
     if (const Status status = store_.release(admit.sequence); !status) {
       throw Exception(status.error());
     }
