@@ -81,7 +81,9 @@ const std::vector<Choice>& choices() {
   static const std::vector<Choice> all = {
       {"load_format", &C::load_format, {"auto", "dummy"}},
       {"device", &C::device, {"auto", "cuda", "cpu"}},
-      {"kv_policy", &C::kv_policy, {"full", "streaming-llm", "attention-predictor", "oracle"}},
+      {"kv_policy",
+       &C::kv_policy,
+       {"auto", "full", "streaming-llm", "attention-predictor", "oracle"}},
       {"kv_resident", &C::kv_resident, {"auto", "never"}},
       {"kv_budget_per", &C::kv_budget_per, {"query-head", "kv-head"}},
       {"predict_per", &C::predict_per, {"kv-head", "query-head"}},

@@ -32,8 +32,9 @@ constexpr std::array kFlags = {
     ServiceFlag{"device_memory_gib", kDevices, "X",
                 "CPU device: what counts as its device memory (0: half of the machine's)"},
 
-    ServiceFlag{"kv_policy", kPolicy, "full|streaming-llm|attention-predictor|oracle",
-                "Which KV blocks a decode step attends"},
+    ServiceFlag{"kv_policy", kPolicy, "auto|full|streaming-llm|attention-predictor|oracle",
+                "Which KV blocks a decode step attends (auto: all of a sequence's while the device "
+                "has room, then attention-predictor's)"},
     ServiceFlag{"kv_resident", kPolicy, "auto|never",
                 "Policy full: on the device where the whole KV fits, or never: streamed each step"},
     ServiceFlag{"kv_budget", kPolicy, "TOKENS",
