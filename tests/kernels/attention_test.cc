@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "kernels/checksum.h"
+#include "kernels/one_head.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/test_device.h"
 
@@ -427,6 +428,34 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
   for (std::size_t i = 0; i < block_max.size(); ++i) {
     if (!std::isnan(with_values.second[i])) {
       ASSERT_EQ(block_max[i], with_values.second[i]) << i;
+    }
+  }
+}
+
+TEST_P(Decode, StreamsOneHeadOfSeveral) {
+  Sequence sequence(s, kLayers, 300, 6, 60);
+  for (int head = 0; head < s.num_kv_heads; ++head) {
+    sequence.make_resident(kLayer, head, 18, 4 - head % 2);
+  }
+  std::vector<SequenceKv> sequences = {sequence.kv};
+  std::uint32_t mismatches = 0;
+  test.run(&Device::streamed_attention, StreamedAttentionArgs{args(sequences), &mismatches});
+  const auto all = std::pair(out, lse);
+  for (int head = 0; head < s.num_kv_heads; ++head) {
+    sequences[0] = one_head(sequence.kv, head);
+    StreamedAttentionArgs one{args(sequences), &mismatches};
+    const auto first = static_cast<std::ptrdiff_t>(head) * s.group;
+    one.base.q = q.data() + first * s.head_dim;
+    one.base.out = out.data() + first * s.head_dim;
+    one.base.lse = lse.data() + first;
+    one.base.num_heads = s.group;
+    one.base.num_kv_heads = 1;
+    test.run(&Device::streamed_attention, one);
+    for (std::ptrdiff_t i = first; i < first + s.group; ++i) {
+      ASSERT_EQ(lse[static_cast<std::size_t>(i)], all.second[static_cast<std::size_t>(i)]) << i;
+    }
+    for (std::ptrdiff_t i = first * s.head_dim; i < (first + s.group) * s.head_dim; ++i) {
+      ASSERT_EQ(out[static_cast<std::size_t>(i)], all.first[static_cast<std::size_t>(i)]) << i;
     }
   }
 }
