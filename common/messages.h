@@ -103,6 +103,10 @@ struct KvReport {
   std::int64_t late = 0;  // blocks that were not there in time
   // Times that a map's scores were not finite, so that its latest blocks were taken instead.
   std::int64_t predictor_fallbacks = 0;
+  // Times that a head attended all blocks in a step, as its last audit was below --min-recall, and
+  // times that --max-dense-heads kept one from it.
+  std::int64_t dense_fallbacks = 0;
+  std::int64_t dense_capped = 0;
   bool spilled = false;            // policy auto: it was predicted, all of it or from some token on
   std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV

@@ -9,8 +9,9 @@
 // recorded, and launched for all later ones.
 //
 // Also here, since they are decode steps with something beside them: calibration (exact rows into
-// the history) and the audit (how much attention the choice kept, how far the logits moved). Their
-// steps are not recorded, and the audit waits for its figures.
+// the history), the audit (how much attention the choice kept, how far the logits moved), and heads
+// that attend all blocks until an audit finds that their choice keeps enough again. Their steps are
+// not recorded, and the audit waits for its figures.
 #pragma once
 
 #include <compare>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "common/service_config.h"
+#include "worker/dense_heads.h"
 #include "worker/model.h"
 #include "worker/sampler.h"
 #include "worker/sequence.h"
@@ -31,6 +33,8 @@ struct DecodeConfig {
   int max_model_len = 0;
   int calibrate_every = 0;  // steps; 0: never
   int audit_every = 0;      // steps; 0: never
+  float min_recall = 0;     // of a head, below which it attends all blocks; 0: never
+  int max_dense_heads = 0;  // ... at most so many in a step
   bool record = true;       // false where ops wait for their stream (guard_arena)
 };
 
@@ -83,6 +87,10 @@ class Decode {
   void score_exactly(int layer, int row, kernels::Stream& compute);
   void dense_pass(int row, kernels::Stream& compute);
   void measure_recall(int layer, int row, kernels::Stream& compute);
+  void note_recall(const DenseHead& head, float recall);
+  void choose_dense();
+  bool is_dense(const DenseHead& head) const;
+  void attend_densely(int layer, kernels::Stream& compute);
   void measure_kl(int row, kernels::Stream& compute);
   void count_late(int layer, kernels::Stream& compute);
   bool calibrates(const Sequence& sequence, int layer) const;
@@ -119,6 +127,7 @@ class Decode {
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
   Kind kind_;
+  std::vector<DenseHead> dense_heads_;                      // of the step
   std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows

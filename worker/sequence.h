@@ -36,6 +36,8 @@ class Sequence {
   // The sequence as a batch of one.
   const predictor::DecodeBatch& alone() const { return alone_; }
   const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
+  // One of its KV heads as a sequence of one head (kernels/one_head.h); device.
+  const kernels::SequenceKv* head_alone(int kv_head) const { return heads_alone_ + kv_head; }
   const kernels::SequenceKv& kv() const { return kv_; }
   const kernels::FetchList& fetches() const { return fetches_; }
   const predictor::PolicyState& policy_state() const { return *policy_state_; }
@@ -71,6 +73,8 @@ class Sequence {
   int reused_tokens = 0;
   std::int64_t decode_steps = 0;
   KvReport report;
+  // Of its last audit, [num_layers, num_kv_heads]: attention mass that the choice kept; 1 before.
+  std::vector<float> recalls;
 
  private:
   void allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream);
@@ -90,6 +94,7 @@ class Sequence {
   kernels::FetchList fetches_{};
   predictor::DecodeBatch alone_;
   const kernels::FetchList* fetches_alone_ = nullptr;
+  kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
   kernels::DeviceBuffer slots_;
   kernels::DeviceBuffer tables_;
 };

@@ -141,6 +141,8 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
   f("predictor_fallbacks", m.predictor_fallbacks);
+  f("dense_fallbacks", m.dense_fallbacks);
+  f("dense_capped", m.dense_capped);
   f("spilled", m.spilled);
   f("device_bytes", m.device_bytes);
   f("full_kv_bytes", m.full_kv_bytes);

@@ -29,6 +29,8 @@ void add_to(KvReport& sum, const KvReport& part) {
   sum.bytes_nvme += part.bytes_nvme;
   sum.late += part.late;
   sum.predictor_fallbacks += part.predictor_fallbacks;
+  sum.dense_fallbacks += part.dense_fallbacks;
+  sum.dense_capped += part.dense_capped;
   sum.device_bytes += part.device_bytes;
   sum.full_kv_bytes += part.full_kv_bytes;
 }

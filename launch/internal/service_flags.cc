@@ -55,6 +55,12 @@ constexpr std::array kFlags = {
     ServiceFlag{"audit_every", kPolicy, "N",
                 "Measure recall and KL against dense attention every N steps (0: never; costs a "
                 "dense forward)"},
+    ServiceFlag{"min_recall", kPolicy, "F",
+                "A KV head of a layer whose choice kept less attention than this at its last audit "
+                "attends all blocks until it keeps enough (0: never; needs --audit-every)"},
+    ServiceFlag{"max_dense_heads", kPolicy, "N",
+                "At most so many do in a step of a rank, the lowest first: each streams its whole "
+                "KV from host memory"},
     ServiceFlag{"predictor_weights", kPolicy, "FILE",
                 "Predictor weights as safetensors (default: the published ones)"},
     ServiceFlag{"trace", kPolicy, "churn=P",

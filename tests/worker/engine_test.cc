@@ -301,6 +301,46 @@ TEST_F(EngineTest, AuditDoesNotChangeTheAnswer) {
   EXPECT_LT(recall, 1.0);
 }
 
+// Every head of a flat model is below the bound: found by the first step, which is an audit.
+TEST_F(EngineTest, HeadsThatKeepTooLittleAttendAllBlocks) {
+  const auto prompt = random_prompt(1200, 24);
+  const LocalGroup::Options options{.max_tokens = 30, .forced_ids = random_prompt(30, 25)};
+  const Answer dense = answer(service("full"), prompt, options);
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 10;
+  config.min_recall = 0.999;
+  const Answer rescued = answer(config, prompt, options);
+  for (std::size_t i = 0; i < 30; ++i) {
+    EXPECT_NEAR(rescued.infos[i].logprob, dense.infos[i].logprob, 0.02) << i;
+  }
+  EXPECT_EQ(rescued.report.dense_fallbacks, 29 * 3 * 2);  // steps, layers, KV heads
+  EXPECT_EQ(rescued.report.dense_capped, 0);
+  EXPECT_EQ(rescued.report.recall_sum, static_cast<double>(rescued.report.recall_count));
+}
+
+TEST_F(EngineTest, TheHeadsThatAttendAllBlocksAreCappedAStep) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 1;
+  config.min_recall = 0.999;
+  config.max_dense_heads = 2;
+  LocalGroup group(config, small_model(), store_);
+  const auto answers =
+      group.generate_batch({random_prompt(1200, 26), random_prompt(1000, 27)}, {.max_tokens = 11});
+  EXPECT_EQ(answers[0].report.dense_fallbacks + answers[1].report.dense_fallbacks, 10 * 2);
+  EXPECT_EQ(answers[0].report.dense_capped + answers[1].report.dense_capped, 10 * (2 * 6 - 2));
+}
+
+TEST_F(EngineTest, ABoundThatAllHeadsKeepChangesNothing) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 4;
+  const auto prompt = random_prompt(1200, 28);
+  const Answer plain = answer(config, prompt, {.max_tokens = 20});
+  config.min_recall = 0.001;
+  const Answer bounded = answer(config, prompt, {.max_tokens = 20});
+  EXPECT_EQ(plain.tokens, bounded.tokens);
+  EXPECT_EQ(bounded.report.dense_fallbacks, 0);
+}
+
 // The oracle keeps the most attention there is to keep, block for block; a sliding window less.
 TEST_F(EngineTest, RecallOrdersThePolicies) {
   const auto prompt = random_prompt(1500, 8);

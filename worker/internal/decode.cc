@@ -158,6 +158,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
   kind_ = kind_of(rows);
+  choose_dense();
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
   std::byte* base = tables_->staged[staging]->data();
@@ -199,6 +200,7 @@ void Decode::run(kernels::Stream& compute) {
 
 // Whether the step is the same for whatever sequences the batch holds.
 bool Decode::recordable() const {
+  if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
     return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
@@ -251,6 +253,7 @@ void Decode::run_layer(int layer, kernels::Stream& compute) {
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
+  attend_densely(layer, compute);
   model_.finish_layer(layer, batch_.rows, act_, hidden_.data(), compute);
 }
 

@@ -17,6 +17,8 @@ DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
           .max_model_len = max_model_len,
           .calibrate_every = calibrates ? config.calibrate_every : 0,
           .audit_every = config.audit_every,
+          .min_recall = static_cast<float>(config.min_recall),
+          .max_dense_heads = config.max_dense_heads,
           .record = !config.guard_arena};
 }
 

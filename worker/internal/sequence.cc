@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "kernels/one_head.h"
 
 namespace foretoken::worker {
 namespace {
@@ -41,10 +42,12 @@ struct TableLayout {
     fetches = layout.add<kernels::FetchList>(1);
     history = layout.add<kernels::HistoryState>(1);
     selection = layout.add<kernels::Selection>(1);
+    heads = layout.add<kernels::SequenceKv>(static_cast<std::size_t>(shape.num_kv_heads));
   }
   Layout layout;
   std::size_t block_to_slot, slot_to_block, entries, counts, totals, slabs, length, tokens;
   std::size_t sequence, fetches, history, selection;  // the batch of one
+  std::size_t heads;                                  // ... and of one KV head each
 };
 
 std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
@@ -85,6 +88,7 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   const int max_tokens = static_cast<int>(admit.max_length);
   FT_CHECK(max_tokens >= prompt_length_ && prompt_length_ > 0, max_tokens, prompt_length_);
   kv_.shape = shape;
+  recalls.assign(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads), 1.0F);
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
   is_dense_ = admit.dense && policy.spills();
@@ -127,6 +131,7 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
             .histories = reinterpret_cast<kernels::HistoryState*>(base + at.history),
             .selections = reinterpret_cast<kernels::Selection*>(base + at.selection)};
   fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
+  heads_alone_ = reinterpret_cast<kernels::SequenceKv*>(base + at.heads);
   empty_slot_tables(stream);
 }
 
@@ -144,7 +149,12 @@ void Sequence::empty_slot_tables(kernels::Stream& stream) {
   device_.copy_in(const_cast<kernels::SequenceKv*>(alone_.sequences), &kv_, sizeof kv_, stream);
   device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
                   stream);
-  stream.synchronize();  // `absent` ends here
+  std::vector<kernels::SequenceKv> heads;
+  for (int head = 0; head < kv_.shape.num_kv_heads; ++head) {
+    heads.push_back(kernels::one_head(kv_, head));
+  }
+  device_.copy_in(heads_alone_, heads.data(), heads.size() * sizeof(kernels::SequenceKv), stream);
+  stream.synchronize();  // `absent` and `heads` end here
 }
 
 void Sequence::upload_slabs(kernels::Stream& stream) {
