@@ -103,6 +103,11 @@ struct KvReport {
   std::int64_t late = 0;  // blocks that were not there in time
   // Times that a map's scores were not finite, so that its latest blocks were taken instead.
   std::int64_t predictor_fallbacks = 0;
+  // Times that a head attended all blocks in a step, as its last audit was below --min-recall, and
+  // times that --max-dense-heads kept one from it.
+  std::int64_t dense_fallbacks = 0;
+  std::int64_t dense_capped = 0;
+  bool spilled = false;            // policy auto: it was predicted, all of it or from some token on
   std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV
 };
@@ -213,6 +218,7 @@ struct AdmitSequence {
   SamplingParams sampling;
   std::vector<TokenId> forced_ids;
   std::vector<PrefixKey> prefix_keys;  // of the prompt's segments that may be reused
+  bool dense = false;                  // policy auto: with room on the device for all its blocks
 };
 // All ranks agreed on how much of the prefix is reused: a multiple of 256 tokens.
 struct StartSequence {
@@ -241,6 +247,7 @@ struct StepPlan {
   StepNumber step{};
   std::vector<SequenceId> releases;
   std::vector<PublishSegment> publishes;
+  std::vector<SequenceId> spills;  // dense ones, whose blocks leave the device but for the budget's
   std::vector<AdmitSequence> admits;
   std::vector<StartSequence> starts;
   std::vector<PrefillItem> prefills;
@@ -253,6 +260,7 @@ struct AdmitResult {
   std::int64_t reusable_tokens = 0;
   // kExhausted: try again when others have ended; kPending: soon, its prefix comes from NVMe.
   std::optional<Error> error;
+  bool device_is_full = false;  // kExhausted, and device memory is what lacks
 };
 struct SequenceToken {
   SequenceId sequence{};

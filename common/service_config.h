@@ -39,6 +39,8 @@ struct ServiceConfig {
   int calibrate_every = 5;                   // steps
   std::string calibrate_with = "exact";      // exact | none
   int audit_every = 0;                       // steps; 0: off
+  double min_recall = 0;                     // of a head's last audit; 0: off
+  int max_dense_heads = 8;                   // that attend all blocks in a step, a rank
   std::string predictor_weights;             // empty: the published Llama-3.1 weights
   std::string trace;  // benchmarks: churn=P, blocks of which P % are new a step; empty: off
 

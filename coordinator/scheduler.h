@@ -14,6 +14,10 @@
 // max_inter_token leaves, by the times of the steps before (StepTimes), but never less than a block
 // of one layer.
 //
+// Policy auto: sequences are admitted dense (all their blocks on the device). Where a rank's device
+// has no room for one, the longest dense sequence spills, the new one perhaps, and it is tried
+// again: the plan says so, so that it is the same sequence on all ranks. What has spilled stays so.
+//
 // For one thread. Example: tests/coordinator/scheduler_test.cc
 #pragma once
 
@@ -37,6 +41,7 @@ struct SchedulerConfig {
   int max_batched_tokens = 512;
   std::optional<std::chrono::milliseconds> max_inter_token = {};  // of a step that decodes
   double attention_tokens = 4096;                                 // see StepTimes
+  bool spills = false;                                            // policy auto
 };
 
 struct NewSequence {
@@ -81,6 +86,9 @@ class Scheduler {
   void add(NewSequence sequence);
   // A segment of generated tokens is complete, and its last token has been fed back.
   void publish(const PublishSegment& segment);
+  // Whether all its KV comes from dense attention, and so will that of the steps in flight.
+  // REQUIRES: it was added, and no Released is out.
+  bool is_dense(SequenceId sequence) const;
   // Ends a sequence, wherever it stands. False: no rank ever heard of it, so no Released follows.
   bool release(SequenceId sequence);
 
@@ -104,6 +112,8 @@ class Scheduler {
     std::int64_t token = 0;        // ... and here
     std::int64_t planned = 0;      // tokens sampled or planned to be
     bool prompt_done = false;      // the results of its prefill are back
+    bool spill_due = false;        // for the next plan; given.admit.dense is false already
+    bool refused = false;          // ranks may hold an admission that others refused
     bool releasing = false;        // nothing more is planned but its release
     bool release_planned = false;  // and that is out
     bool wanted = true;            // somebody waits for Released
@@ -116,6 +126,7 @@ class Scheduler {
     std::vector<SequenceId> prefilled;  // whose last item it holds
     std::vector<SequenceId> sampling;   // that draw a token
     std::vector<SequenceId> releases;
+    bool spills = false;
     int num_decodes = 0;
     double prefill_units = 0;  // as StepTimes counts
   };
@@ -126,6 +137,7 @@ class Scheduler {
   };
 
   void plan_publishes_and_releases(StepPlan& plan, InFlight& step);
+  void plan_spills(StepPlan& plan, InFlight& step);
   void plan_admissions(StepPlan& plan, InFlight& step);
   void plan_decodes(StepPlan& plan, InFlight& step);
   void plan_prefills(StepPlan& plan, InFlight& step);
@@ -140,6 +152,7 @@ class Scheduler {
   Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                    std::vector<StepEvent>& events);
   bool is_refused(const AdmitResult& answer, std::vector<StepEvent>& events);
+  bool make_room(Sequence& refused);
   Status on_tokens(const InFlight& step, const StepResult& rank0, std::vector<StepEvent>& events);
   void on_prefilled(const InFlight& step);
   void on_releases(const InFlight& step, const std::vector<StepResult>& ranks,

@@ -264,13 +264,14 @@ struct DecodeAttentionArgs {
   float scale;
   void* out;         // [rows, num_heads, head_dim] activation
   float* lse;        // [rows, num_heads]
-  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot;
-                     // null: not wanted
+  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot,
+                     // nothing is written past num_slots; null: not wanted
   int pitch;         // >= every num_slots
 };
 
 // The same over all blocks of the sequence: resident ones from their slots, the others straight
-// from the arena (pinned host memory), without slots. block_max is by block (column).
+// from the arena (pinned host memory), without slots. block_max is by block (column), and -inf past
+// the last one.
 // out may be null: keys alone are read then, for LSE and block maxima.
 // A block that is read whole is verified as in gather: with a mismatch it is left out, and counted
 // in *mismatches. The CPU reads the values in any case.

@@ -20,7 +20,9 @@
 
 namespace foretoken::predictor {
 
-enum class PolicyKind { kFull, kStreamingLlm, kAttentionPredictor, kOracle };
+// kAuto: all blocks, until the device is needed for other sequences; from then on as
+// kAttentionPredictor.
+enum class PolicyKind { kFull, kStreamingLlm, kAttentionPredictor, kOracle, kAuto };
 std::optional<PolicyKind> policy_from_name(std::string_view name);  // "attention-predictor", ...
 std::string_view name_of(PolicyKind kind);
 
@@ -84,6 +86,8 @@ class Policy {
 
   // Blocks a KV head that it may choose; nullopt: every block is resident, there is no choice.
   virtual std::optional<int> selected_per_head() const = 0;
+  // Whether a sequence may have all its blocks on the device (and so no choice) until it spills.
+  virtual bool spills() const = 0;
   // Device bytes that admit() takes for a sequence of at most max_tokens.
   virtual std::size_t state_bytes(int max_tokens) const = 0;
   // Throws Exception(kExhausted) when the device is full. State starts empty.

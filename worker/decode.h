@@ -9,16 +9,19 @@
 // recorded, and launched for all later ones.
 //
 // Also here, since they are decode steps with something beside them: calibration (exact rows into
-// the history) and the audit (how much attention the choice kept, how far the logits moved). Their
-// steps are not recorded, and the audit waits for its figures.
+// the history), the audit (how much attention the choice kept, how far the logits moved), and heads
+// that attend all blocks until an audit finds that their choice keeps enough again. Their steps are
+// not recorded, and the audit waits for its figures.
 #pragma once
 
+#include <compare>
 #include <map>
 #include <memory>
 #include <span>
 #include <vector>
 
 #include "common/service_config.h"
+#include "worker/dense_heads.h"
 #include "worker/model.h"
 #include "worker/sampler.h"
 #include "worker/sequence.h"
@@ -30,6 +33,8 @@ struct DecodeConfig {
   int max_model_len = 0;
   int calibrate_every = 0;  // steps; 0: never
   int audit_every = 0;      // steps; 0: never
+  float min_recall = 0;     // of a head, below which it attends all blocks; 0: never
+  int max_dense_heads = 0;  // ... at most so many in a step
   bool record = true;       // false where ops wait for their stream (guard_arena)
 };
 
@@ -39,8 +44,11 @@ class Decode {
          predictor::Policy& policy, Sampler& sampler);
   ~Decode();
 
-  // After prefill: the policy's first choice. REQUIRES: the sequence's length is stored.
+  // After prefill: the policy's first choice.
   void begin(Sequence& sequence, kernels::Stream& compute);
+  // A dense sequence leaves the device, but for the budget's blocks; from here on it is predicted.
+  // REQUIRES: nothing of it is in flight.
+  void spill(Sequence& sequence, kernels::Stream& compute);
 
   // The token after each sequence's last one, whose KV is stored on the way.
   std::unique_ptr<Sampler::Draw> step(std::span<Sequence* const> rows, kernels::Stream& compute);
@@ -50,7 +58,17 @@ class Decode {
 
  private:
   struct Tables;  // the batch, as the device sees it
+  // What of a step is not in device memory: steps that share it are the same recorded work.
+  struct Kind {
+    int rows = 0;
+    int pitch = 0;                // of block_max_, >= every row's slots
+    bool streams_all = false;     // of some row
+    bool fetches_blocks = false;  // otherwise every block has a slot, and is there
+    auto operator<=>(const Kind&) const = default;
+  };
 
+  void choose_alone(Sequence& sequence, kernels::Stream& compute);
+  Kind kind_of(std::span<Sequence* const> rows) const;
   void bind(std::span<Sequence* const> rows, kernels::Stream& compute);
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
@@ -68,6 +86,10 @@ class Decode {
   void score_exactly(int layer, int row, kernels::Stream& compute);
   void dense_pass(int row, kernels::Stream& compute);
   void measure_recall(int layer, int row, kernels::Stream& compute);
+  void note_recall(const DenseHead& head, float recall);
+  void choose_dense();
+  bool is_dense(const DenseHead& head) const;
+  void attend_densely(int layer, kernels::Stream& compute);
   void measure_kl(int row, kernels::Stream& compute);
   void count_late(int layer, kernels::Stream& compute);
   bool calibrates(const Sequence& sequence, int layer) const;
@@ -95,18 +117,17 @@ class Decode {
   kernels::DeviceBuffer logits_;     // [max_rows, vocab]
   kernels::DeviceBuffer lse_;        // [layers, rows, heads]
   kernels::DeviceBuffer block_max_;  // [layers, rows, heads, pitch], by slot; where it is wanted
+  kernels::DeviceBuffer kept_;       // of a sequence that spills: [layers, KV heads, kLocalBlocks]
   kernels::DeviceBuffer exact_lse_;  // [heads]
   kernels::DeviceBuffer exact_max_;  // [heads, exact_pitch_], by block
-  int pitch_ = 0;
   int exact_pitch_ = 0;
 
   std::unique_ptr<Tables> tables_;
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
-  bool streams_all_ = false;     // of some row
-  bool fetches_blocks_ = false;  // otherwise every block has a slot, and is there
-  // Steps by (rows, streams_all_): null after the first, which is not recorded.
-  std::map<std::pair<int, bool>, std::unique_ptr<kernels::Graph>> graphs_;
+  Kind kind_;
+  std::vector<DenseHead> dense_heads_;                      // of the step
+  std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows
   std::vector<std::int32_t> counts_;    // host copy of a sequence's counters

@@ -1,6 +1,7 @@
 // Sequence: what a rank keeps of one request: its tokens (on the device), its KV (slots in device
 // memory, slabs in the store's arena), the tables between the two, and its policy's state.
-// Allocated whole at admission, for the greatest length it may reach; freed whole.
+// Allocated whole at admission, for the greatest length it may reach; freed whole, but for the
+// slots that a dense one gives up when it spills.
 #pragma once
 
 #include <memory>
@@ -13,6 +14,9 @@
 #include "predictor/policy.h"
 
 namespace foretoken::worker {
+
+inline constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
+inline constexpr int kLocalBlocks = kLocalTokens / kBlockTokens + 1;  // it may start inside one
 
 class Sequence {
  public:
@@ -32,6 +36,8 @@ class Sequence {
   // The sequence as a batch of one.
   const predictor::DecodeBatch& alone() const { return alone_; }
   const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
+  // One of its KV heads as a sequence of one head (kernels/one_head.h); device.
+  const kernels::SequenceKv* head_alone(int kv_head) const { return heads_alone_ + kv_head; }
   const kernels::SequenceKv& kv() const { return kv_; }
   const kernels::FetchList& fetches() const { return fetches_; }
   const predictor::PolicyState& policy_state() const { return *policy_state_; }
@@ -39,10 +45,20 @@ class Sequence {
   // True where the policy attends all blocks and not all of them have slots: attention then streams
   // the others from the arena.
   bool streams_all() const { return streams_all_; }
+  // Of a policy that spills: true until spill(). Every block has a slot, nothing is chosen.
+  bool is_dense() const { return is_dense_; }
+  // Whether the prompt is done, and its first token drawn or being drawn.
+  bool decodes() const { return length_ > prompt_length_; }
 
   // Marks the prompt's blocks resident, block b in slot b, if there is a slot for each; prefill
   // then writes them there.
   void make_prompt_resident(kernels::Stream& stream);
+  // Gives up the slots beyond the budget's. The local window stays, since a part of it may not be
+  // in the arena yet; a sequence that doesn't decode yet keeps nothing. What else it shall have is
+  // up to the next resolve(). REQUIRES: is_dense(), nothing of it is in flight; `scratch` has room
+  // for kLocalBlocks blocks a layer and KV head.
+  void spill(const predictor::Policy& policy, const kernels::DeviceBuffer& scratch,
+             kernels::Stream& stream);
   // After use(): slab addresses to the device.
   void upload_slabs(kernels::Stream& stream);
   // The token that the request demands next; < 0 where it demands none.
@@ -57,9 +73,13 @@ class Sequence {
   int reused_tokens = 0;
   std::int64_t decode_steps = 0;
   KvReport report;
+  // Of its last audit, [num_layers, num_kv_heads]: attention mass that the choice kept; 1 before.
+  std::vector<float> recalls;
 
  private:
   void allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream);
+  void empty_slot_tables(kernels::Stream& stream);
+  void map_to_slots(int first_block, int num_blocks, kernels::Stream& stream);
 
   const SequenceId id_;
   const int prompt_length_;
@@ -69,10 +89,12 @@ class Sequence {
   kvstore::Reservation reservation_;
   std::unique_ptr<predictor::PolicyState> policy_state_;
   bool streams_all_ = false;
+  bool is_dense_ = false;
   kernels::SequenceKv kv_{};
   kernels::FetchList fetches_{};
   predictor::DecodeBatch alone_;
   const kernels::FetchList* fetches_alone_ = nullptr;
+  kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
   kernels::DeviceBuffer slots_;
   kernels::DeviceBuffer tables_;
 };
@@ -85,6 +107,7 @@ struct SequenceBytes {
   std::size_t kv_slots = 0;
   std::size_t tables = 0;
   std::size_t history = 0;
+  std::size_t all_blocks = 0;  // in place of kv_slots while it is dense
   std::size_t total() const { return kv_slots + tables + history; }
 };
 SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,

@@ -37,6 +37,8 @@ void visit_config(F&& f, auto& c) {
   f("calibrate_every", c.calibrate_every);
   f("calibrate_with", c.calibrate_with);
   f("audit_every", c.audit_every);
+  f("min_recall", c.min_recall);
+  f("max_dense_heads", c.max_dense_heads);
   f("predictor_weights", c.predictor_weights);
   f("trace", c.trace);
   f("kv_host_gib", c.kv_host_gib);
@@ -81,7 +83,9 @@ const std::vector<Choice>& choices() {
   static const std::vector<Choice> all = {
       {"load_format", &C::load_format, {"auto", "dummy"}},
       {"device", &C::device, {"auto", "cuda", "cpu"}},
-      {"kv_policy", &C::kv_policy, {"full", "streaming-llm", "attention-predictor", "oracle"}},
+      {"kv_policy",
+       &C::kv_policy,
+       {"auto", "full", "streaming-llm", "attention-predictor", "oracle"}},
       {"kv_resident", &C::kv_resident, {"auto", "never"}},
       {"kv_budget_per", &C::kv_budget_per, {"query-head", "kv-head"}},
       {"predict_per", &C::predict_per, {"kv-head", "query-head"}},
@@ -107,6 +111,7 @@ constexpr std::array kIntRanges = {
     Range<int>{"threads_per_rank", &ServiceConfig::threads_per_rank, 0, 1024},
     Range<int>{"calibrate_every", &ServiceConfig::calibrate_every, 1, 1 << 20},
     Range<int>{"audit_every", &ServiceConfig::audit_every, 0, 1 << 20},
+    Range<int>{"max_dense_heads", &ServiceConfig::max_dense_heads, 0, 1 << 20},
     Range<int>{"max_num_seqs", &ServiceConfig::max_num_seqs, 1, 4096},
     Range<int>{"max_batched_tokens", &ServiceConfig::max_batched_tokens, 1, 1 << 20},
     Range<int>{"max_inter_token_ms", &ServiceConfig::max_inter_token_ms, 0, 1 << 20},
@@ -119,6 +124,7 @@ constexpr std::array kIntRanges = {
 };
 constexpr std::array kRealRanges = {
     Range<double>{"gpu_memory_utilization", &ServiceConfig::gpu_memory_utilization, 0.01, 1.0},
+    Range<double>{"min_recall", &ServiceConfig::min_recall, 0, 0.999},
     Range<double>{"device_memory_gib", &ServiceConfig::device_memory_gib, 0, 1 << 20},
     Range<double>{"kv_host_gib", &ServiceConfig::kv_host_gib, 0, 1 << 20},
     Range<double>{"kv_nvme_gib", &ServiceConfig::kv_nvme_gib, 0, 1 << 20},
@@ -184,6 +190,11 @@ Status check_trace(const ServiceConfig& config) {
   return Ok{};
 }
 
+Status check_min_recall(const ServiceConfig& config) {
+  if (config.min_recall == 0 || config.audit_every > 0) return Ok{};
+  return config_error("min_recall", "needs --audit-every: audits find what a head's choice keeps");
+}
+
 Status check_nvme(const ServiceConfig& config) {
   if (!config.kv_nvme_path.empty()) return Ok{};
   constexpr auto kWhy = "needs --kv-nvme-path: the folder of the NVMe tier";
@@ -238,6 +249,7 @@ Status validate(const ServiceConfig& config) {
   FT_RETURN_IF_ERROR(check_ranges(config, kIntRanges));
   FT_RETURN_IF_ERROR(check_ranges(config, kRealRanges));
   FT_RETURN_IF_ERROR(check_trace(config));
+  FT_RETURN_IF_ERROR(check_min_recall(config));
   FT_RETURN_IF_ERROR(check_nvme(config));
   return check_budget(config);
 }

@@ -141,6 +141,9 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
   f("predictor_fallbacks", m.predictor_fallbacks);
+  f("dense_fallbacks", m.dense_fallbacks);
+  f("dense_capped", m.dense_capped);
+  f("spilled", m.spilled);
   f("device_bytes", m.device_bytes);
   f("full_kv_bytes", m.full_kv_bytes);
 }
@@ -259,6 +262,7 @@ void visit_fields(F&& f, Is<AdmitSequence> auto& m) {
   f("sampling", m.sampling);
   f("forced_ids", m.forced_ids);
   f("prefix_keys", m.prefix_keys);
+  f("dense", m.dense);
 }
 
 template <typename F>
@@ -289,6 +293,7 @@ void visit_fields(F&& f, Is<StepPlan> auto& m) {
   f("step", m.step);
   f("releases", m.releases);
   f("publishes", m.publishes);
+  f("spills", m.spills);
   f("admits", m.admits);
   f("starts", m.starts);
   f("prefills", m.prefills);
@@ -306,6 +311,7 @@ void visit_fields(F&& f, Is<AdmitResult> auto& m) {
   f("sequence", m.sequence);
   f("reusable_tokens", m.reusable_tokens);
   f("error", m.error);
+  f("device_is_full", m.device_is_full);
 }
 
 template <typename F>

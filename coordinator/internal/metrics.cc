@@ -75,6 +75,13 @@ struct Metrics::Impl {
   Counter& fallbacks = counter("foretoken_predictor_fallbacks_total",
                                "Times that a map had no finite scores, and its latest blocks were "
                                "taken");
+  Counter& dense_fallbacks =
+      labelled("foretoken_fallback_dense_total", "Times that a head attended all blocks in a step",
+               "reason", "recall");
+  Counter& dense_capped = counter("foretoken_fallback_capped_total",
+                                  "Times that the cap kept a head from attending all blocks");
+  Counter& spilled = counter("foretoken_spilled_requests_total",
+                             "Requests under --kv-policy auto that were predicted, not dense");
   Counter& recall_sum =
       counter("foretoken_predictor_recall_sum", "Attention mass kept, summed over audits");
   Counter& recall_count = counter("foretoken_predictor_recall_count", "Audited maps");
@@ -134,6 +141,9 @@ void Metrics::on_done(const DoneMessage& done) {
   impl_->host_bytes.Increment(static_cast<double>(done.kv.bytes_host));
   impl_->late.Increment(static_cast<double>(done.kv.late));
   impl_->fallbacks.Increment(static_cast<double>(done.kv.predictor_fallbacks));
+  impl_->dense_fallbacks.Increment(static_cast<double>(done.kv.dense_fallbacks));
+  impl_->dense_capped.Increment(static_cast<double>(done.kv.dense_capped));
+  impl_->spilled.Increment(done.kv.spilled ? 1 : 0);
   impl_->recall_sum.Increment(done.kv.recall_sum);
   impl_->recall_count.Increment(static_cast<double>(done.kv.recall_count));
   impl_->whole.Observe(done.timing.total_ms / 1000);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "common/check.h"
 
@@ -28,6 +29,8 @@ void add_to(KvReport& sum, const KvReport& part) {
   sum.bytes_nvme += part.bytes_nvme;
   sum.late += part.late;
   sum.predictor_fallbacks += part.predictor_fallbacks;
+  sum.dense_fallbacks += part.dense_fallbacks;
+  sum.dense_capped += part.dense_capped;
   sum.device_bytes += part.device_bytes;
   sum.full_kv_bytes += part.full_kv_bytes;
 }
@@ -36,23 +39,27 @@ std::int64_t prompt_length(const NewSequence& sequence) {
   return static_cast<std::int64_t>(sequence.admit.prompt.size());
 }
 
-int weight(const Error& error) {
-  if (error.code == ErrorCode::kPending) return 0;
-  return error.code == ErrorCode::kExhausted ? 1 : 2;
+// A prefix comes soon, room can be made on a device, room may come, what is wrong stays wrong: the
+// worst is what counts.
+int weight(const AdmitResult& answer) {
+  if (!answer.error) return 0;
+  if (answer.error->code == ErrorCode::kPending) return 1;
+  if (answer.device_is_full) return 2;
+  return answer.error->code == ErrorCode::kExhausted ? 3 : 4;
 }
 
 // What all ranks can do of an admission or a start: the least of their answers.
 Result<AdmitResult> joint_answer(SequenceId id, const std::vector<StepResult>& ranks) {
-  AdmitResult joint{id, std::numeric_limits<std::int64_t>::max(), std::nullopt};
+  AdmitResult joint;
+  joint.sequence = id;
+  joint.reusable_tokens = std::numeric_limits<std::int64_t>::max();
   for (const auto& rank : ranks) {
     const auto answer = std::find_if(rank.admits.begin(), rank.admits.end(),
                                      [id](const auto& a) { return a.sequence == id; });
     if (answer == rank.admits.end()) return broken("no answer to the admission of " + name(id));
-    // A prefix comes soon, room may come, what is wrong stays wrong: the worst is what counts.
-    if (answer->error && (!joint.error || weight(*answer->error) > weight(*joint.error))) {
-      joint.error = answer->error;
-    }
-    joint.reusable_tokens = std::min(joint.reusable_tokens, answer->reusable_tokens);
+    const auto reusable = std::min(joint.reusable_tokens, answer->reusable_tokens);
+    if (weight(*answer) > weight(joint)) joint = *answer;
+    joint.reusable_tokens = reusable;
   }
   return joint;
 }
@@ -89,6 +96,7 @@ void Scheduler::add(NewSequence sequence) {
   const auto count = std::min(static_cast<std::size_t>(reusable), keys.size());
   sequence.admit.prefix_keys.assign(keys.begin(),
                                     keys.begin() + static_cast<std::ptrdiff_t>(count));
+  sequence.admit.dense = config_.spills;
   sequences_[id].given = std::move(sequence);
 }
 
@@ -98,10 +106,16 @@ void Scheduler::publish(const PublishSegment& segment) {
   if (!found->second.releasing) found->second.publishes.push_back(segment);
 }
 
+bool Scheduler::is_dense(SequenceId id) const {
+  const auto found = sequences_.find(id);
+  FT_CHECK(found != sequences_.end(), raw(id));
+  return found->second.given.admit.dense;
+}
+
 bool Scheduler::release(SequenceId id) {
   const auto found = sequences_.find(id);
   FT_CHECK(found != sequences_.end() && !found->second.releasing, raw(id));
-  if (found->second.phase == Phase::kNew) {
+  if (found->second.phase == Phase::kNew && !found->second.refused) {
     sequences_.erase(found);
     return false;
   }
@@ -116,11 +130,12 @@ std::optional<StepPlan> Scheduler::next_plan() {
   StepPlan plan;
   InFlight step;
   plan_publishes_and_releases(plan, step);
+  plan_spills(plan, step);
   plan_admissions(plan, step);
   plan_decodes(plan, step);
   plan_prefills(plan, step);
-  if (plan.releases.empty() && plan.publishes.empty() && plan.admits.empty() &&
-      plan.starts.empty() && plan.prefills.empty() && plan.decodes.empty()) {
+  if (plan.releases.empty() && plan.publishes.empty() && plan.spills.empty() &&
+      plan.admits.empty() && plan.starts.empty() && plan.prefills.empty() && plan.decodes.empty()) {
     return std::nullopt;
   }
   plan.epoch = config_.epoch;
@@ -144,10 +159,18 @@ void Scheduler::plan_publishes_and_releases(StepPlan& plan, InFlight& step) {
   step.releases = plan.releases;
 }
 
+void Scheduler::plan_spills(StepPlan& plan, InFlight& step) {
+  for (auto& [id, sequence] : sequences_) {
+    if (std::exchange(sequence.spill_due, false) && !sequence.releasing) plan.spills.push_back(id);
+  }
+  step.spills = !plan.spills.empty();
+}
+
 void Scheduler::plan_admissions(StepPlan& plan, InFlight& step) {
   for (auto& [id, sequence] : sequences_) {
     if (sequence.releasing) continue;
     if (sequence.phase == Phase::kNew) {
+      if (std::exchange(sequence.refused, false)) plan.releases.push_back(id);
       plan.admits.push_back(sequence.given.admit);
       step.admits.push_back(id);
       sequence.phase = Phase::kAdmitting;
@@ -287,13 +310,39 @@ void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks
                 .time = std::chrono::microseconds(slowest_us)});
 }
 
-// True, and an event, when a rank said no: the others let go of it too.
+// True when a rank said no: the others let go of it too. It is tried again where a dense sequence
+// can make room, else an event says so.
 bool Scheduler::is_refused(const AdmitResult& answer, std::vector<StepEvent>& events) {
   if (!answer.error) return false;
   auto& sequence = sequences_.at(answer.sequence);
+  if (answer.device_is_full && make_room(sequence)) return true;
   sequence.releasing = true;
   sequence.wanted = false;
   events.emplace_back(NotAdmitted{answer.sequence, *answer.error});
+  return true;
+}
+
+// The longest dense sequence that all ranks have admitted, or the refused one, spills. One at a
+// time: while one is about to, nobody knows what it makes room for.
+bool Scheduler::make_room(Sequence& refused) {
+  const bool spilling =
+      std::ranges::any_of(in_flight_, &InFlight::spills) ||
+      std::ranges::any_of(sequences_, [](const auto& s) { return s.second.spill_due; });
+  Sequence* longest = refused.given.admit.dense ? &refused : nullptr;
+  for (auto& [id, sequence] : sequences_) {
+    if (!sequence.given.admit.dense || sequence.releasing) continue;
+    if (sequence.phase < Phase::kAdmitted) continue;
+    const bool longer =
+        longest == nullptr || sequence.given.admit.max_length > longest->given.admit.max_length;
+    if (longer) longest = &sequence;
+  }
+  if (longest == nullptr && !spilling) return false;
+  if (!spilling) {
+    longest->given.admit.dense = false;
+    longest->spill_due = longest != &refused;
+  }
+  refused.phase = Phase::kNew;
+  refused.refused = true;
   return true;
 }
 
@@ -353,6 +402,7 @@ void Scheduler::on_releases(const InFlight& step, const std::vector<StepResult>&
                             std::vector<StepEvent>& events) {
   for (const auto id : step.releases) {
     Released released{id, {}};
+    released.kv.spilled = config_.spills && !sequences_.at(id).given.admit.dense;
     for (const auto& rank : ranks) {
       for (const auto& stats : rank.stats) {
         if (stats.sequence == id) add_to(released.kv, stats.kv);

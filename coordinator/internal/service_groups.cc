@@ -107,7 +107,8 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
                       .max_num_seqs = parts_.config.max_num_seqs,
                       .max_batched_tokens = parts_.config.max_batched_tokens,
                       .max_inter_token = max_inter_token(parts_.config),
-                      .attention_tokens = parts_.model.attention_tokens});
+                      .attention_tokens = parts_.model.attention_tokens,
+                      .spills = parts_.config.kv_policy == "auto"});
   const auto& ready = group.ranks.capacity();
   log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
              raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);
@@ -253,7 +254,8 @@ void Service::on_step_event(Group& group, const Released& event, TimePoint now) 
 
 // ---- prefixes --------------------------------------------------------------------------------
 
-// The compute tag "dense" holds for prompts under every policy, and for all tokens under `full`.
+// The compute tag "dense" holds for prompts under every policy, for all tokens under `full`, and
+// under `auto` for those of a sequence that has not spilled.
 void Service::extend_keys(const Group& group, Request& request, std::size_t num_segments) const {
   auto& keys = request.segment_keys;
   if (keys.size() >= num_segments) return;
@@ -271,7 +273,10 @@ void Service::extend_keys(const Group& group, Request& request, std::size_t num_
 // The KV of a segment is complete when the token after it was sampled.
 void Service::publish_generated(Group& group, Request& request) {
   const auto before = request.length() - 1;
-  if (parts_.config.kv_policy != "full" || before % kSegmentTokens != 0) return;
+  const auto& policy = parts_.config.kv_policy;
+  const bool dense =
+      policy == "full" || (policy == "auto" && group.scheduler->is_dense(request.sequence()));
+  if (!dense || before % kSegmentTokens != 0) return;
   const auto segments = static_cast<std::size_t>(before / kSegmentTokens);
   if (segments <= request.segments_given) return;
   extend_keys(group, request, segments);

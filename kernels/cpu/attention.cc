@@ -48,6 +48,8 @@ class SlotColumns {
     if (block == kAbsent) return {};
     return {slot_bytes(kv, args_.layer, head, slot), block};
   }
+  // Columns whose block maxima are written.
+  int width(const SequenceKv& kv) const { return std::min(kv.num_slots, args_.pitch); }
 
  private:
   const DecodeAttentionArgs& args_;
@@ -62,6 +64,7 @@ class BlockColumns {
     if (slot != kAbsent) return {slot_bytes(kv, args_.base.layer, head, slot), block};
     return {from_arena(kv, head, block), block};
   }
+  int width(const SequenceKv&) const { return args_.base.pitch; }
 
  private:
   const std::byte* from_arena(const SequenceKv& kv, int head, int block) const {
@@ -146,9 +149,9 @@ class DecodeAttention {
     args_.lse[offset(row, head, 1)] = simd::merge_parts(
         parts, static_cast<std::size_t>(group_) * head_floats(), per_head, args_.head_dim, out);
     if (args_.block_max == nullptr) return;
-    const int used = columns_.count(args_.sequences[row]);
+    const SequenceKv& kv = args_.sequences[row];
     float* block_max = args_.block_max + offset(row, head, args_.pitch);
-    std::fill(block_max + used, block_max + args_.pitch, kMinusInfinity);
+    std::fill(block_max + columns_.count(kv), block_max + columns_.width(kv), kMinusInfinity);
   }
 
  private:

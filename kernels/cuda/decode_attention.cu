@@ -317,13 +317,13 @@ __device__ void write_block_max(const Params<T>& p, int row, int first_head, int
   }
 }
 
-// Slots that hold no block, for those who read all of a row.
+// Slots [first, end) hold no block; for those who read all of a row.
 template <typename T>
 __device__ void clear_block_max(const Params<T>& p, int row, int first_head, int num_heads,
-                                int first_slot) {
+                                int first, int end) {
   for (int head = first_head; head < first_head + num_heads; ++head) {
     float* row_max = p.block_max + (static_cast<std::size_t>(row) * p.num_heads + head) * p.pitch;
-    for (int slot = first_slot + threadIdx.x; slot < p.pitch; slot += kThreads) {
+    for (int slot = first + threadIdx.x; slot < end; slot += kThreads) {
       row_max[slot] = kNothing;
     }
   }
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   }
 
   if (p.block_max != nullptr && share == active_shares - 1) {
-    clear_block_max(p, row, first_head, num_heads, num_slots);
+    clear_block_max(p, row, first_head, num_heads, num_slots, min(kv.num_slots, p.pitch));
   }
 
   shared.store(acc, warp, g, q);

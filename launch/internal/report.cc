@@ -34,6 +34,9 @@ Json to_json(const KvReport& kv) {
           {"bytes_nvme", kv.bytes_nvme},
           {"late", kv.late},
           {"predictor_fallbacks", kv.predictor_fallbacks},
+          {"dense_fallbacks", kv.dense_fallbacks},
+          {"dense_capped", kv.dense_capped},
+          {"spilled", kv.spilled},
           {"device_bytes", kv.device_bytes},
           {"full_kv_bytes", kv.full_kv_bytes}};
 }

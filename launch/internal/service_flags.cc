@@ -32,8 +32,9 @@ constexpr std::array kFlags = {
     ServiceFlag{"device_memory_gib", kDevices, "X",
                 "CPU device: what counts as its device memory (0: half of the machine's)"},
 
-    ServiceFlag{"kv_policy", kPolicy, "full|streaming-llm|attention-predictor|oracle",
-                "Which KV blocks a decode step attends"},
+    ServiceFlag{"kv_policy", kPolicy, "auto|full|streaming-llm|attention-predictor|oracle",
+                "Which KV blocks a decode step attends (auto: all of a sequence's while the device "
+                "has room, then attention-predictor's)"},
     ServiceFlag{"kv_resident", kPolicy, "auto|never",
                 "Policy full: on the device where the whole KV fits, or never: streamed each step"},
     ServiceFlag{"kv_budget", kPolicy, "TOKENS",
@@ -54,6 +55,12 @@ constexpr std::array kFlags = {
     ServiceFlag{"audit_every", kPolicy, "N",
                 "Measure recall and KL against dense attention every N steps (0: never; costs a "
                 "dense forward)"},
+    ServiceFlag{"min_recall", kPolicy, "F",
+                "A KV head of a layer whose choice kept less attention than this at its last audit "
+                "attends all blocks until it keeps enough (0: never; needs --audit-every)"},
+    ServiceFlag{"max_dense_heads", kPolicy, "N",
+                "At most so many do in a step of a rank, the lowest first: each streams its whole "
+                "KV from host memory"},
     ServiceFlag{"predictor_weights", kPolicy, "FILE",
                 "Predictor weights as safetensors (default: the published ones)"},
     ServiceFlag{"trace", kPolicy, "churn=P",

@@ -26,6 +26,7 @@ class BasePolicy : public Policy {
 
   const PolicyConfig& config() const override { return setup_.config; }
   std::optional<int> selected_per_head() const override { return setup_.maps.max_per_head; }
+  bool spills() const override { return config().kind == PolicyKind::kAuto; }
   std::size_t state_bytes(int max_tokens) const override { return states_.bytes(max_tokens); }
   std::unique_ptr<PolicyState> admit(int max_tokens, kernels::Stream& stream) override {
     return states_.make(max_tokens, stream);

@@ -11,11 +11,12 @@
 namespace foretoken::predictor {
 namespace {
 
-constexpr std::array<std::pair<std::string_view, PolicyKind>, 4> kNames = {{
+constexpr std::array<std::pair<std::string_view, PolicyKind>, 5> kNames = {{
     {"full", PolicyKind::kFull},
     {"streaming-llm", PolicyKind::kStreamingLlm},
     {"attention-predictor", PolicyKind::kAttentionPredictor},
     {"oracle", PolicyKind::kOracle},
+    {"auto", PolicyKind::kAuto},
 }};
 
 // Critical blocks a map and a KV head: k = (budget - sink - local) / 16.
@@ -24,8 +25,7 @@ Maps maps_for(const PolicyConfig& config, const PolicyShape& shape) {
   if (config.kind == PolicyKind::kFull) return maps;
   maps.top_k = (config.budget_tokens - kSinkTokens - kLocalTokens) / kBlockTokens;
   maps.max_per_head = maps.top_k;
-  const bool has_maps =
-      config.kind == PolicyKind::kAttentionPredictor || config.kind == PolicyKind::kOracle;
+  const bool has_maps = config.kind != PolicyKind::kStreamingLlm;
   if (has_maps && config.predict_per == PredictPer::kQueryHead) {
     maps.per_kv_head = shape.num_heads / shape.kv.num_kv_heads;
     if (config.budget_per == BudgetPer::kQueryHead) maps.max_per_head *= maps.per_kv_head;
@@ -70,6 +70,7 @@ Result<std::unique_ptr<Policy>> make_policy(const PolicyConfig& config, const Po
     case PolicyKind::kOracle:
       return std::unique_ptr<Policy>(std::make_unique<OraclePolicy>(setup));
     case PolicyKind::kAttentionPredictor:
+    case PolicyKind::kAuto:
       break;
   }
   FT_ASSIGN_OR_RETURN(const kernels::PredictorWeights weights,

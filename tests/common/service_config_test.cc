@@ -77,6 +77,16 @@ TEST(ServiceConfig, TheNvmeTierNeedsItsFolder) {
   EXPECT_TRUE(validate(config));
 }
 
+TEST(ServiceConfig, ABoundOnRecallNeedsAudits) {
+  auto config = valid();
+  config.min_recall = 0.8;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--min-recall needs --audit-every"));
+  config.audit_every = 16;
+  EXPECT_TRUE(validate(config));
+  config.min_recall = 1;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--min-recall must be in [0"));
+}
+
 TEST(ServiceConfig, ComesBackFromJson) {
   auto config = valid();
   config.kv_policy = "oracle";

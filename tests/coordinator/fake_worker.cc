@@ -52,6 +52,10 @@ void FakeRank::free(const Sequence& sequence) {
   if (config_.rank == 0) store_->used -= sequence.slabs;
 }
 
+std::int64_t FakeRank::device_tokens(std::int64_t max_length, bool dense) const {
+  return dense ? max_length : std::min(max_length, config_.budget_tokens);
+}
+
 Ready FakeRank::ready(Epoch epoch) const {
   Ready ready;
   ready.epoch = epoch;
@@ -87,7 +91,14 @@ StepResult FakeRank::run(const StepPlan& plan) {
     require(sequence.prefilled, "a published segment was computed");
     require(static_cast<std::size_t>((publish.index + 1) * kSegmentTokens) < sequence.tokens.size(),
             "a published segment is whole, and its last token was fed back");
+    require(static_cast<std::size_t>((publish.index + 1) * kSegmentTokens) <= sequence.dense_tokens,
+            "a published segment was computed densely");
     if (config_.rank == config_.world_size - 1) store_->published.insert(publish.key);
+  }
+  for (const auto id : plan.spills) {
+    require(find(id).dense, "a sequence spills once");
+    find(id).dense = false;
+    find(id).dense_tokens = find(id).tokens.size();
   }
   for (const auto& sequence : plan.admits) result.admits.push_back(admit(sequence));
   for (const auto& sequence : plan.starts) result.admits.push_back(start(sequence));
@@ -138,7 +149,18 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
     result.error = Error{ErrorCode::kPending, "its prefix is on its way from NVMe"};
     return result;
   }
+  std::int64_t on_device = device_tokens(admit.max_length, admit.dense);
+  for (const auto& [id, other] : sequences_) {
+    on_device += device_tokens(other.max_length, other.dense);
+  }
+  if (config_.device_tokens && on_device > *config_.device_tokens) {
+    result.error = Error{ErrorCode::kExhausted, "the device is full"};
+    result.device_is_full = true;
+    return result;
+  }
   Sequence sequence;
+  sequence.dense = admit.dense;
+  if (config_.device_tokens && !admit.dense) sequence.dense_tokens = admit.prompt.size();
   sequence.slabs = segments_for(admit.max_length);
   if (config_.rank == 0) {
     if (store_->used + sequence.slabs > std::min(store_->slabs, store_->ready)) {
@@ -162,7 +184,9 @@ AdmitResult FakeRank::admit(const AdmitSequence& admit) {
 }
 
 AdmitResult FakeRank::start(const StartSequence& start) {
-  AdmitResult result{start.sequence, start.reused_tokens, std::nullopt};
+  AdmitResult result;
+  result.sequence = start.sequence;
+  result.reusable_tokens = start.reused_tokens;
   auto& sequence = find(start.sequence);
   require(!sequence.started && start.reused_tokens <= sequence.reusable &&
               start.reused_tokens % kSegmentTokens == 0,

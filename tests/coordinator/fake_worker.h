@@ -8,6 +8,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <vector>
@@ -36,6 +37,10 @@ struct FakeRankConfig {
   std::int64_t max_model_len = 4096;
   int vocab = 257;
   int eos = 256;
+  // What fits the device, under policy auto: a dense sequence takes its greatest length, another
+  // one the budget at most.
+  std::optional<std::int64_t> device_tokens;
+  std::int64_t budget_tokens = 144;
   int eos_every = 64;  // one token in so many is the end token; 0: none
   // What a step says that it took.
   std::int64_t decode_us = 1000;
@@ -68,6 +73,8 @@ class FakeRank {
     std::uint64_t seed = 0;
     std::vector<TokenId> forced;
     std::int64_t slabs = 0;
+    bool dense = false;
+    std::size_t dense_tokens = std::numeric_limits<std::size_t>::max();  // at most so many are
     std::int64_t reusable = 0;
     bool started = false;
     std::int64_t reused = 0;
@@ -81,6 +88,7 @@ class FakeRank {
   void prefill(const PrefillItem& item, StepResult& result);
   void sample(SequenceId id, StepResult& result);
   void free(const Sequence& sequence);
+  std::int64_t device_tokens(std::int64_t max_length, bool dense) const;
 
   const FakeRankConfig config_;
   std::shared_ptr<FakeStore> store_;

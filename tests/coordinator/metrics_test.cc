@@ -31,5 +31,14 @@ TEST(Metrics, CountsOfTheNvmeTierOnlyRise) {
               HasSubstr("foretoken_kv_checksum_failures_total{model_name=\"m\",tier=\"nvme\"} 2"));
 }
 
+TEST(Metrics, CountsRequestsThatSpilled) {
+  Metrics metrics("m");
+  DoneMessage done;
+  metrics.on_done(done);
+  done.kv.spilled = true;
+  metrics.on_done(done);
+  EXPECT_THAT(metrics.text(), HasSubstr("foretoken_spilled_requests_total{model_name=\"m\"} 1"));
+}
+
 }  // namespace
 }  // namespace foretoken::coordinator

@@ -48,11 +48,11 @@ class SchedulerTest : public ::testing::Test {
       result.step = to.step;
       result.rank = rank;
       for (const auto& admit : to.admits) {
-        result.admits.push_back({admit.sequence, reusable[std::size_t(rank)], std::nullopt});
+        result.admits.push_back({admit.sequence, reusable[std::size_t(rank)], std::nullopt, false});
         lengths_[admit.sequence] = static_cast<std::int64_t>(admit.prompt.size());
       }
       for (const auto& start : to.starts) {
-        result.admits.push_back({start.sequence, start.reused_tokens, std::nullopt});
+        result.admits.push_back({start.sequence, start.reused_tokens, std::nullopt, false});
       }
       for (const auto id : to.releases) {
         KvReport report;
@@ -505,6 +505,107 @@ TEST_F(SchedulerTest, RanksThatContradictBreakTheGroup) {
   EXPECT_TRUE(broken([](auto& r) { r[0].tokens[0].sequence = SequenceId{9}; }));
   EXPECT_TRUE(broken([](auto& r) { r[0].tokens.push_back(r[0].tokens[0]); }));
   EXPECT_TRUE(broken([](auto& r) { r[0].step = r[1].step = StepNumber{9}; }));
+}
+
+// Policy auto. Rank 1 has room for so many tokens of dense sequences' greatest lengths.
+class SpillingSchedulerTest : public SchedulerTest {
+ protected:
+  SpillingSchedulerTest() : SchedulerTest({.epoch = Epoch{1}, .num_layers = 4, .spills = true}) {}
+
+  std::vector<StepEvent> refused(const StepPlan& to) {
+    auto results = answers(to);
+    for (auto& answer : results[1].admits) {
+      answer.error = Error{ErrorCode::kExhausted, "device memory"};
+      answer.device_is_full = true;
+    }
+    return feed(results);
+  }
+  // Sequence 1 decodes, densely, and will be `length` tokens long.
+  void start_first(int length) {
+    scheduler_.add(sequence(1, 30, length - 30));
+    const auto admission = plan();
+    EXPECT_TRUE(admission.admits.at(0).dense);
+    feed(answers(admission));
+    step();
+  }
+};
+
+TEST_F(SpillingSchedulerTest, TheLongestDenseSequenceSpillsForANewOne) {
+  start_first(130);
+  scheduler_.add(sequence(2, 20, 4));
+  const auto first_try = plan();
+  EXPECT_TRUE(first_try.admits.at(0).dense);
+  EXPECT_THAT(only<NotAdmitted>(refused(first_try)), IsEmpty());
+  EXPECT_FALSE(scheduler_.is_dense(SequenceId{1}));
+
+  const auto second_try = plan();
+  EXPECT_THAT(second_try.spills, ElementsAre(SequenceId{1}));
+  EXPECT_THAT(second_try.releases, ElementsAre(SequenceId{2}));  // rank 0 had admitted it
+  ASSERT_EQ(second_try.admits.size(), 1U);
+  EXPECT_TRUE(second_try.admits[0].dense);
+  EXPECT_THAT(second_try.decodes, ElementsAre(SequenceId{1}));
+  EXPECT_EQ(only<Admitted>(feed(answers(second_try))).size(), 1U);
+  EXPECT_TRUE(scheduler_.is_dense(SequenceId{2}));
+
+  scheduler_.release(SequenceId{1});
+  const auto released = only<Released>(step());
+  ASSERT_EQ(released.size(), 1U);
+  EXPECT_TRUE(released[0].kv.spilled);
+}
+
+TEST_F(SpillingSchedulerTest, ANewSequenceThatIsTheLongestSpillsItself) {
+  start_first(60);
+  scheduler_.add(sequence(2, 100, 4));
+  EXPECT_THAT(only<NotAdmitted>(refused(plan())), IsEmpty());
+  const auto second_try = plan();
+  EXPECT_THAT(second_try.spills, IsEmpty());
+  EXPECT_FALSE(second_try.admits.at(0).dense);
+  EXPECT_TRUE(scheduler_.is_dense(SequenceId{1}));
+  // It doesn't even fit spilled, so that the other one must spill after all.
+  EXPECT_THAT(only<NotAdmitted>(refused(second_try)), IsEmpty());
+  const auto third_try = plan();
+  EXPECT_THAT(third_try.spills, ElementsAre(SequenceId{1}));
+  EXPECT_FALSE(third_try.admits.at(0).dense);
+  // Nothing is dense any more: it waits for others to end.
+  EXPECT_EQ(only<NotAdmitted>(refused(third_try)).size(), 1U);
+}
+
+TEST_F(SpillingSchedulerTest, ASecondRefusalWaitsForTheSpillOnItsWay) {
+  start_first(130);
+  scheduler_.add(sequence(2, 20, 4));
+  const auto one = plan();
+  scheduler_.add(sequence(3, 25, 4, 50));
+  const auto other = plan();
+  refused(one);
+  const auto spill = plan();
+  EXPECT_THAT(spill.spills, ElementsAre(SequenceId{1}));
+  refused(other);
+  const auto retry = plan();
+  EXPECT_THAT(retry.spills, IsEmpty());
+  EXPECT_TRUE(retry.admits.at(0).dense);
+}
+
+TEST_F(SpillingSchedulerTest, ARefusedSequenceThatIsCancelledIsReleased) {
+  start_first(130);
+  scheduler_.add(sequence(2, 20, 4));
+  refused(plan());
+  EXPECT_TRUE(scheduler_.release(SequenceId{2}));
+  const auto release = plan();
+  EXPECT_THAT(release.releases, ElementsAre(SequenceId{2}));
+  EXPECT_THAT(release.admits, IsEmpty());
+  EXPECT_EQ(only<Released>(feed(answers(release))).size(), 1U);
+}
+
+TEST_F(SpillingSchedulerTest, AFullStoreSpillsNothing) {
+  start_first(130);
+  scheduler_.add(sequence(2, 20, 4));
+  const auto admission = plan();
+  auto results = answers(admission);
+  results[0].admits[0].error = Error{ErrorCode::kExhausted, "no slabs"};
+  results[1].admits[0].error = Error{ErrorCode::kExhausted, "device memory"};
+  results[1].admits[0].device_is_full = true;
+  EXPECT_EQ(only<NotAdmitted>(feed(results)).size(), 1U);
+  EXPECT_TRUE(scheduler_.is_dense(SequenceId{1}));
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ FakeRankConfig fake_rank_config(const SimulationConfig& config) {
   fake.world_size = config.world_size;
   fake.max_num_seqs = 4;
   fake.max_batched_token_layers = 128 * fake.num_layers;
+  fake.device_tokens = config.device_tokens;
   return fake;
 }
 
@@ -239,6 +240,7 @@ void Simulation::start_group(std::size_t number) {
     auto config = rank_config_;
     config.group = static_cast<int>(number);
     config.rank = i;
+    if (i > 0 && config.device_tokens) *config.device_tokens *= 2;
     Rank rank;
     rank.peer = "rank" + std::to_string(++num_ranks_);
     rank.group = config.group;

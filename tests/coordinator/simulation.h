@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -24,6 +25,7 @@ struct SimulationConfig {
   std::string kv_policy = "attention-predictor";
   std::int64_t slabs = 24;
   int max_inter_token_ms = 0;
+  std::optional<std::int64_t> device_tokens = {};  // of rank 0; others have twice that
   // Events in a million moves.
   int rank_faults = 0;
   int client_faults = 0;

@@ -72,6 +72,13 @@ TEST_F(SimulationTest, ScarceRoomDelaysButNothingFails) {
             50 * games(10));
 }
 
+TEST_F(SimulationTest, AFullDeviceSpillsButNothingFails) {
+  EXPECT_EQ(
+      play({.num_requests = 100, .kv_policy = "auto", .device_tokens = 1500}, 9'000'000, games(10))
+          .done,
+      100 * games(10));
+}
+
 TEST_F(SimulationTest, DisturbingClientsDisturbNobodyElse) {
   const auto totals = play({.num_requests = 100, .client_faults = 5000}, 4'000'000, games(25));
   EXPECT_GT(totals.done, 80 * games(25));
@@ -105,6 +112,19 @@ TEST_F(SimulationTest, TheSameSeedPlaysTheSameGame) {
   second.run();
   EXPECT_EQ(first.num_done(), second.num_done());
   EXPECT_EQ(first.fingerprint(), second.fingerprint());
+}
+
+TEST_F(SimulationTest, EverythingAtOnceWhileSequencesSpill) {
+  const auto totals = play({.num_requests = 100,
+                            .kv_policy = "auto",
+                            .slabs = 12,
+                            .device_tokens = 1500,
+                            .rank_faults = 4000,
+                            .client_faults = 3000,
+                            .start_faults = 300},
+                           10'000'000, games(25));
+  EXPECT_GT(totals.deaths, 2 * games(25));
+  EXPECT_GT(totals.done, 60 * games(25));
 }
 
 }  // namespace

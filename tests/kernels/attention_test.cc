@@ -5,6 +5,7 @@
 #include <deque>
 
 #include "kernels/checksum.h"
+#include "kernels/one_head.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/test_device.h"
 
@@ -314,8 +315,8 @@ class Decode : public testing::TestWithParam<Shape> {
             block_max.data(),
             pitch};
   }
-  // columns[c]: the block that column c stands for, or kAbsent.
-  void check(Sequence& sequence, int row, int head, const std::vector<int>& columns) {
+  // columns[c]: the block that column c stands for, or kAbsent, as are columns up to `width`.
+  void check(Sequence& sequence, int row, int head, const std::vector<int>& columns, int width) {
     const auto at = static_cast<std::size_t>(row * num_heads + head);
     const auto dim = static_cast<std::size_t>(s.head_dim);
     const auto query = std::span(q).subspan(at * dim, dim);
@@ -330,7 +331,7 @@ class Decode : public testing::TestWithParam<Shape> {
     } else {
       ASSERT_NEAR(lse[at], want.lse, kTolerance);
     }
-    for (int column = 0; column < pitch; ++column) {
+    for (int column = 0; column < width; ++column) {
       const float actual =
           block_max[at * static_cast<std::size_t>(pitch) + static_cast<std::size_t>(column)];
       const int block = column < static_cast<int>(columns.size())
@@ -366,7 +367,7 @@ TEST_P(Decode, AttendsEverySlotThatHoldsABlock) {
           all[row].slot_to_block.begin() +
           static_cast<std::ptrdiff_t>(slots) * (kLayer * s.num_kv_heads + head / s.group);
       check(all[row], static_cast<int>(row), head,
-            {first, first + static_cast<std::ptrdiff_t>(slots)});
+            {first, first + static_cast<std::ptrdiff_t>(slots)}, all[row].slots_per_head);
     }
   }
 }
@@ -381,7 +382,7 @@ TEST_P(Decode, SkipsEmptySlots) {
   }
   const std::vector<SequenceKv> sequences = {sequence.kv};
   test.run(&Device::decode_attention, args(sequences));
-  for (int head = 0; head < num_heads; ++head) check(sequence, 0, head, columns);
+  for (int head = 0; head < num_heads; ++head) check(sequence, 0, head, columns, 20);
 }
 
 TEST_P(Decode, IsEqualToTheBitOnAnyNumberOfThreads) {
@@ -416,7 +417,7 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
     std::vector<int> columns(static_cast<std::size_t>(all[row].length / 16 + 1));
     for (std::size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int>(i);
     for (int head = 0; head < num_heads; ++head)
-      check(all[row], static_cast<int>(row), head, columns);
+      check(all[row], static_cast<int>(row), head, columns, pitch);
   }
   // Without `out` the keys alone are read, with the same result.
   const auto with_values = std::pair(lse, block_max);
@@ -431,6 +432,34 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
   }
 }
 
+TEST_P(Decode, StreamsOneHeadOfSeveral) {
+  Sequence sequence(s, kLayers, 300, 6, 60);
+  for (int head = 0; head < s.num_kv_heads; ++head) {
+    sequence.make_resident(kLayer, head, 18, 4 - head % 2);
+  }
+  std::vector<SequenceKv> sequences = {sequence.kv};
+  std::uint32_t mismatches = 0;
+  test.run(&Device::streamed_attention, StreamedAttentionArgs{args(sequences), &mismatches});
+  const auto all = std::pair(out, lse);
+  for (int head = 0; head < s.num_kv_heads; ++head) {
+    sequences[0] = one_head(sequence.kv, head);
+    StreamedAttentionArgs one{args(sequences), &mismatches};
+    const auto first = static_cast<std::ptrdiff_t>(head) * s.group;
+    one.base.q = q.data() + first * s.head_dim;
+    one.base.out = out.data() + first * s.head_dim;
+    one.base.lse = lse.data() + first;
+    one.base.num_heads = s.group;
+    one.base.num_kv_heads = 1;
+    test.run(&Device::streamed_attention, one);
+    for (std::ptrdiff_t i = first; i < first + s.group; ++i) {
+      ASSERT_EQ(lse[static_cast<std::size_t>(i)], all.second[static_cast<std::size_t>(i)]) << i;
+    }
+    for (std::ptrdiff_t i = first * s.head_dim; i < (first + s.group) * s.head_dim; ++i) {
+      ASSERT_EQ(out[static_cast<std::size_t>(i)], all.first[static_cast<std::size_t>(i)]) << i;
+    }
+  }
+}
+
 TEST_P(Decode, LeavesOutACorruptBlockAndCountsIt) {
   Sequence sequence(s, kLayers, 100, 4, 50);
   for (int head = 0; head < s.num_kv_heads; ++head) sequence.make_resident(kLayer, head, 6, 0);
@@ -441,7 +470,7 @@ TEST_P(Decode, LeavesOutACorruptBlockAndCountsIt) {
   EXPECT_EQ(mismatches, 5U);
   for (int head = 0; head < num_heads; ++head) {
     const bool corrupt = head / s.group == 0;
-    check(sequence, 0, head, {0, 1, 2, corrupt ? kAbsent : 3, 4, 5, 6});
+    check(sequence, 0, head, {0, 1, 2, corrupt ? kAbsent : 3, 4, 5, 6}, pitch);
   }
 }
 

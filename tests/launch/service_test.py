@@ -64,6 +64,22 @@ def test_a_budget_as_large_as_the_context_is_full_attention(model):
     assert generate(model, "--kv-policy=attention-predictor", *flags)["token_ids"] == full
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_heads_that_keep_too_little_attend_all_blocks(model, ranks):
+    flags = ("--prompt=" + "abc defg hi " * 36, "--max-tokens=40")
+    full = generate(model, FULL, *flags)["token_ids"]
+    flags += ("--kv-budget=144", "--audit-every=1", f"--tensor-parallel-size={ranks}")
+    free = generate(model, *flags)
+    bound = generate(model, *flags, "--min-recall=0.999")
+    assert free["kv"]["dense_fallbacks"] == 0 and free["kv"]["recall"] < 0.98
+    assert bound["kv"]["dense_fallbacks"] > 0 and bound["kv"]["dense_capped"] == 0
+    assert bound["kv"]["recall"] > 0.98
+    assert bound["token_ids"] == full
+    capped = generate(model, *flags, "--min-recall=0.999", "--max-dense-heads=0")
+    assert capped["kv"]["dense_fallbacks"] == 0 and capped["kv"]["dense_capped"] > 0
+    assert capped["token_ids"] == free["token_ids"]
+
+
 def test_stream_and_whole_answer_are_the_same(client):
     pieces = client.stream("Once upon a time", max_tokens=20, temperature=0, ignore_eos=True)
     ids, text = [], ""

@@ -119,6 +119,100 @@ TEST_F(EngineTest, DenseIsStreamedWhereThatIsAskedFor) {
   expect_same(dense, streamed);
 }
 
+TEST_F(EngineTest, AutoIsDenseWhileAllFits) {
+  const auto prompt = random_prompt(700, 15);
+  const LocalGroup::Options options{.max_tokens = 40};
+  const Answer dense = answer(service("full"), prompt, options);
+  const Answer automatic = answer(service("auto", 256), prompt, options);
+  EXPECT_EQ(dense.tokens, automatic.tokens);
+  EXPECT_EQ(automatic.report.blocks_predicted, 0);
+}
+
+// A budget that holds all blocks so far, if not all that there may be: what is attended after the
+// spill is what was attended before, from other slots.
+TEST_F(EngineTest, ASpillWithinTheBudgetChangesNothing) {
+  const auto prompt = random_prompt(700, 16);
+  LocalGroup::Options options{
+      .max_tokens = 200, .spare_tokens = 600, .forced_ids = random_prompt(200, 17)};
+  const Answer dense = answer(service("full"), prompt, options);
+  for (const int step : {1, 2, 7, 150}) {
+    options.spill_at = step;
+    const Answer spilled = answer(service("auto"), prompt, options);
+    for (std::size_t i = 0; i < 200; ++i) {
+      EXPECT_NEAR(spilled.infos[i].logprob, dense.infos[i].logprob, 0.02) << step << ", " << i;
+    }
+    EXPECT_GT(spilled.report.blocks_predicted, 0);
+    EXPECT_LT(spilled.report.device_bytes, dense.report.device_bytes);
+  }
+}
+
+TEST_F(EngineTest, ASequenceMaySpillBeforeItDecodes) {
+  const auto prompt = random_prompt(700, 19);
+  const LocalGroup::Options options{.max_tokens = 40, .spare_tokens = 600};
+  const Answer dense = answer(service("full"), prompt, options);
+  for (const int before_layer : {0, 1, 2}) {
+    LocalGroup group(service("auto"), small_model(), store_);
+    const SequenceId id{200};
+    StepPlan plan;
+    plan.admits = {LocalGroup::admission(id, prompt, options)};
+    ASSERT_FALSE(group.run(plan).admits.at(0).error);
+    plan = {};
+    plan.starts = {{id, 0}};
+    Answer spilled;
+    for (int layer = 0; layer < 3; ++layer) {
+      if (layer == before_layer) plan.spills = {id};
+      plan.prefills = {{id, layer, layer + 1, 0, 700}};
+      const StepResult result = group.run(plan);
+      if (layer == 2) spilled.infos.push_back(result.tokens.at(0).token);
+      plan = {};
+    }
+    plan.decodes = {id};
+    for (int i = 1; i < 40; ++i) spilled.infos.push_back(group.run(plan).tokens.at(0).token);
+    for (const TokenInfo& info : spilled.infos) spilled.tokens.push_back(info.id);
+    expect_same(dense, spilled);
+  }
+}
+
+TEST_F(EngineTest, ASpilledSequenceDecodesBesideADenseOne) {
+  const std::vector prompts{random_prompt(700, 21), random_prompt(500, 22)};
+  const LocalGroup::Options options{.max_tokens = 40, .spare_tokens = 600, .spill_at = 10};
+  const auto together =
+      LocalGroup(service("auto"), small_model(), store_).generate_batch(prompts, options);
+  expect_same(answer(service("full"), prompts[0], options), together[0]);
+  expect_same(answer(service("full"), prompts[1], options), together[1]);
+  EXPECT_GT(together[0].report.blocks_predicted, 0);
+  EXPECT_EQ(together[1].report.blocks_predicted, 0);
+  EXPECT_LT(together[0].report.device_bytes, together[1].report.device_bytes);
+}
+
+// The reference has the dense tokens in its prompt, so that its history starts with the rows of the
+// last 64 queries, as the spilled one's does. Rounding may swap blocks that are all but equal.
+TEST_F(EngineTest, ASpilledSequenceIsPredictedAsIfItsDenseTokensWereItsPrompt) {
+  const auto tokens = random_prompt(1000 + 30, 18);
+  const auto part = [&](int begin, int end) {
+    return std::vector(tokens.begin() + begin, tokens.begin() + end);
+  };
+  ServiceConfig config = service("auto", 384);
+  config.calibrate_with = "none";
+  config.audit_every = 1;
+  const Answer spilled = answer(
+      config, part(0, 900), {.max_tokens = 130, .forced_ids = part(900, 1030), .spill_at = 101});
+  config.kv_policy = "attention-predictor";
+  const Answer reference =
+      answer(config, part(0, 1000), {.max_tokens = 30, .forced_ids = part(1000, 1030)});
+  double difference = 0;
+  for (std::size_t i = 0; i < 30; ++i) {
+    difference += std::abs(spilled.infos[100 + i].logprob - reference.infos[i].logprob) / 30;
+  }
+  EXPECT_LT(difference, 0.02);
+  // The dense steps keep all attention.
+  const auto lost = [](const KvReport& kv) {
+    return static_cast<double>(kv.recall_count) - kv.recall_sum;
+  };
+  EXPECT_GT(lost(reference.report), 0);
+  EXPECT_NEAR(lost(spilled.report), lost(reference.report), 0.02 * lost(reference.report));
+}
+
 TEST_F(EngineTest, PrefillInPiecesIsThePrefill) {
   const auto prompt = random_prompt(700, 3);
   const Answer whole = answer(service("full"), prompt, {.max_tokens = 20});
@@ -205,6 +299,46 @@ TEST_F(EngineTest, AuditDoesNotChangeTheAnswer) {
       audited.report.recall_sum / static_cast<double>(audited.report.recall_count);
   EXPECT_GT(recall, 0.05);
   EXPECT_LT(recall, 1.0);
+}
+
+// Every head of a flat model is below the bound: found by the first step, which is an audit.
+TEST_F(EngineTest, HeadsThatKeepTooLittleAttendAllBlocks) {
+  const auto prompt = random_prompt(1200, 24);
+  const LocalGroup::Options options{.max_tokens = 30, .forced_ids = random_prompt(30, 25)};
+  const Answer dense = answer(service("full"), prompt, options);
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 10;
+  config.min_recall = 0.999;
+  const Answer rescued = answer(config, prompt, options);
+  for (std::size_t i = 0; i < 30; ++i) {
+    EXPECT_NEAR(rescued.infos[i].logprob, dense.infos[i].logprob, 0.02) << i;
+  }
+  EXPECT_EQ(rescued.report.dense_fallbacks, 29 * 3 * 2);  // steps, layers, KV heads
+  EXPECT_EQ(rescued.report.dense_capped, 0);
+  EXPECT_EQ(rescued.report.recall_sum, static_cast<double>(rescued.report.recall_count));
+}
+
+TEST_F(EngineTest, TheHeadsThatAttendAllBlocksAreCappedAStep) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 1;
+  config.min_recall = 0.999;
+  config.max_dense_heads = 2;
+  LocalGroup group(config, small_model(), store_);
+  const auto answers =
+      group.generate_batch({random_prompt(1200, 26), random_prompt(1000, 27)}, {.max_tokens = 11});
+  EXPECT_EQ(answers[0].report.dense_fallbacks + answers[1].report.dense_fallbacks, 10 * 2);
+  EXPECT_EQ(answers[0].report.dense_capped + answers[1].report.dense_capped, 10 * (2 * 6 - 2));
+}
+
+TEST_F(EngineTest, ABoundThatAllHeadsKeepChangesNothing) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 4;
+  const auto prompt = random_prompt(1200, 28);
+  const Answer plain = answer(config, prompt, {.max_tokens = 20});
+  config.min_recall = 0.001;
+  const Answer bounded = answer(config, prompt, {.max_tokens = 20});
+  EXPECT_EQ(plain.tokens, bounded.tokens);
+  EXPECT_EQ(bounded.report.dense_fallbacks, 0);
 }
 
 // The oracle keeps the most attention there is to keep, block for block; a sliding window less.

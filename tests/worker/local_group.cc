@@ -124,10 +124,12 @@ AdmitSequence LocalGroup::admission(SequenceId id, const std::vector<TokenId>& p
                                     const Options& options) {
   AdmitSequence admit{.sequence = id,
                       .prompt = prompt,
-                      .max_length = static_cast<std::int64_t>(prompt.size()) + options.max_tokens,
+                      .max_length = static_cast<std::int64_t>(prompt.size()) + options.max_tokens +
+                                    options.spare_tokens,
                       .sampling = {},
                       .forced_ids = options.forced_ids,
-                      .prefix_keys = dense_keys(prompt)};
+                      .prefix_keys = dense_keys(prompt),
+                      .dense = true};
   admit.sampling.temperature = 0;
   admit.sampling.num_logprobs = 2;
   return admit;
@@ -181,6 +183,7 @@ std::vector<Answer> LocalGroup::generate_batch(const std::vector<std::vector<Tok
   for (int step = 1; step < options.max_tokens; ++step) {
     StepPlan plan;
     plan.decodes = ids;
+    if (step == options.spill_at && policy_->spills()) plan.spills = {ids[0]};
     const StepResult result = run(plan);
     for (std::size_t i = 0; i < ids.size(); ++i) answers[i].infos.push_back(result.tokens[i].token);
   }

@@ -43,9 +43,11 @@ class LocalGroup {
 
   struct Options {
     int max_tokens = 16;
+    int spare_tokens = 0;     // that it could grow by beyond these
     bool publish = false;     // make the prompt's segments reusable at the end
     int tokens_per_item = 0;  // prefill in pieces of a layer; 0: whole layers at once
     std::vector<TokenId> forced_ids = {};
+    std::optional<int> spill_at = {};  // policy auto: the first sequence, before this decode step
   };
   Answer generate(const std::vector<TokenId>& prompt, const Options& options);
   // Several at once, decoding in one batch.

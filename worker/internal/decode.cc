@@ -1,7 +1,6 @@
 #include "worker/decode.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 
 #include "common/check.h"
@@ -14,6 +13,12 @@ namespace {
 kernels::DeviceBuffer floats(kernels::Device& device, std::int64_t count) {
   return {device, sizeof(float) * static_cast<std::size_t>(count),
           kernels::MemoryUse::kActivations};
+}
+
+// With as many chosen as there are, the network does not run (kernels: is_scored).
+void choose_nothing(kernels::HistoryState& history) {
+  history.top_k = history.max_columns;
+  history.max_per_head = 0;
 }
 
 }  // namespace
@@ -86,13 +91,20 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       lse_(floats(device, std::int64_t{model.num_layers()} * config.max_rows *
                               model.partition().heads.count)),
       exact_lse_(floats(device, model.partition().heads.count)),
-      pitch_(slots_for(policy, blocks_for(config.max_model_len))),
       exact_pitch_(blocks_for(config.max_model_len)),
       tables_(std::make_unique<Tables>(device, config.max_rows)) {
   const int heads = model.partition().heads.count;
   if (policy.observes()) {
+    const int most_slots = policy.spills() ? exact_pitch_ : slots_for(policy, exact_pitch_);
     block_max_ =
-        floats(device, std::int64_t{model.num_layers()} * config.max_rows * heads * pitch_);
+        floats(device, std::int64_t{model.num_layers()} * config.max_rows * heads * most_slots);
+  }
+  if (policy.spills()) {
+    const kernels::KvShape& shape = model.kv_shape();
+    kept_ = {device,
+             shape.block_bytes() *
+                 static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads * kLocalBlocks),
+             kernels::MemoryUse::kActivations};
   }
   exact_max_ = floats(device, std::int64_t{heads} * exact_pitch_);
   if (config.audit_every > 0) {
@@ -109,7 +121,17 @@ Decode::~Decode() = default;
 void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
   const std::int32_t length = sequence.length();
   device_.copy_in(sequence.kv().length, &length, sizeof length, compute);
-  policy_.select_ahead(sequence.alone(), compute);
+  choose_alone(sequence, compute);
+  compute.synchronize();  // `length` ends here
+}
+
+void Decode::spill(Sequence& sequence, kernels::Stream& compute) {
+  sequence.spill(policy_, kept_, compute);
+  if (sequence.decodes()) choose_alone(sequence, compute);  // else begin() will
+}
+
+void Decode::choose_alone(Sequence& sequence, kernels::Stream& compute) {
+  if (!sequence.is_dense()) policy_.select_ahead(sequence.alone(), compute);
   device_.resolve({.sequences = sequence.alone().sequences,
                    .selections = sequence.alone().selections,
                    .fetches = const_cast<kernels::FetchList*>(sequence.fetches_alone()),
@@ -117,17 +139,27 @@ void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   compute);
-  compute.synchronize();  // `length` ends here
 }
 
 void Decode::drain() { copy_->synchronize(); }
+
+Decode::Kind Decode::kind_of(std::span<Sequence* const> rows) const {
+  Kind kind{.rows = static_cast<int>(rows.size())};
+  const bool any_dense = std::ranges::any_of(rows, &Sequence::is_dense);
+  kind.pitch = any_dense ? exact_pitch_ : slots_for(policy_, exact_pitch_);
+  kind.streams_all = std::ranges::any_of(rows, &Sequence::streams_all);
+  const bool chooses = policy_.selected_per_head().has_value();
+  kind.fetches_blocks =
+      kind.streams_all || (chooses && !std::ranges::all_of(rows, &Sequence::is_dense));
+  return kind;
+}
 
 void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   FT_CHECK(static_cast<int>(rows.size()) <= config_.max_rows, rows.size(), config_.max_rows);
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
-  streams_all_ = std::ranges::any_of(rows_, &Sequence::streams_all);
-  fetches_blocks_ = streams_all_ || policy_.selected_per_head().has_value();
+  kind_ = kind_of(rows);
+  choose_dense();
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
   std::byte* base = tables_->staged[staging]->data();
@@ -138,6 +170,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
     host.selections[i] = rows_[i]->policy_state().selection;
     host.fetches[i] = rows_[i]->fetches();
     host.num_columns[i] = blocks_for(rows_[i]->length());  // the step's token included
+    if (rows_[i]->is_dense()) choose_nothing(host.histories[i]);
   }
   device_.copy_in(tables_->memory.data(), base, host.bytes, compute);
   tables_->copied[staging]->record(compute);
@@ -158,7 +191,7 @@ std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
 
 void Decode::run(kernels::Stream& compute) {
   if (!recordable()) return forward(compute);
-  const auto [graph, is_first] = graphs_.try_emplace({batch_.rows, streams_all_}, nullptr);
+  const auto [graph, is_first] = graphs_.try_emplace(kind_, nullptr);
   if (is_first) return forward(compute);
   if (graph->second == nullptr) {
     graph->second = device_.record(compute, [this, &compute] { forward(compute); });
@@ -168,13 +201,15 @@ void Decode::run(kernels::Stream& compute) {
 
 // Whether the step is the same for whatever sequences the batch holds.
 bool Decode::recordable() const {
+  if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
-  if (config_.calibrate_every > 0) return false;
-  return std::ranges::none_of(rows_, [&](const Sequence* row) { return audits(*row); });
+  return std::ranges::none_of(rows_, [&](const Sequence* row) {
+    return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
+  });
 }
 
 void Decode::forward(kernels::Stream& compute) {
-  if (fetches_blocks_) start_fetches(compute);
+  if (kind_.fetches_blocks) start_fetches(compute);
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
   }
@@ -201,7 +236,7 @@ void Decode::start_fetches(kernels::Stream& compute) {
 
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
-  if (fetches_blocks_) {
+  if (kind_.fetches_blocks) {
     count_late(layer, compute);
     store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
   }
@@ -212,6 +247,7 @@ void Decode::run_layer(int layer, kernels::Stream& compute) {
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
+  attend_densely(layer, compute);
   model_.finish_layer(layer, batch_.rows, act_, hidden_.data(), compute);
 }
 
@@ -238,7 +274,7 @@ void Decode::write_through() {
 void Decode::choose() {
   advanced_->wait(*side_);
   if (policy_.observes()) observe_attended(*side_);
-  policy_.select_ahead(batch_, *side_);
+  if (kind_.fetches_blocks) policy_.select_ahead(batch_, *side_);
   // Write-through looks the filled block up. Where its bytes failed their check it is absent, and
   // the resolver gives it a slot again: with whatever that slot holds until the gather.
   written_->wait(*side_);
@@ -289,22 +325,22 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .scale = model_.attention_scale(),
           .out = act_.attn.as<std::byte>() + q_row * skip,
           .lse = lse_.as<float>() + row,
-          .block_max = policy_.observes() ? block_max_.as<float>() + row * pitch_ : nullptr,
-          .pitch = pitch_};
+          .block_max = policy_.observes() ? block_max_.as<float>() + row * kind_.pitch : nullptr,
+          .pitch = kind_.pitch};
 }
 
 void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
   kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
-  if (!streams_all_) {
+  if (!kind_.streams_all) {
     device_.decode_attention(args, compute);
     return;
   }
-  FT_CHECK(args.block_max == nullptr);  // pitch_ is not by block
+  FT_CHECK(args.block_max == nullptr);  // its pitch is not by block
   store_.streamed_attention({args, nullptr}, compute);
 }
 
 bool Decode::calibrates(const Sequence& sequence, int layer) const {
-  return config_.calibrate_every > 0 &&
+  return config_.calibrate_every > 0 && !sequence.is_dense() &&
          (sequence.decode_steps + layer) % config_.calibrate_every == 0;
 }
 
@@ -328,10 +364,10 @@ bool Decode::any_calibrates(int layer) const {
 // Of the batch, from `layer` on.
 predictor::AttentionRows Decode::attended_rows(int layer, int num_layers) const {
   const std::ptrdiff_t row = std::ptrdiff_t{layer} * batch_.rows * model_.partition().heads.count;
-  return {.block_max = block_max_.as<float>() + row * pitch_,
+  return {.block_max = block_max_.as<float>() + row * kind_.pitch,
           .lse = lse_.as<float>() + row,
           .rows = 1,
-          .pitch = pitch_,
+          .pitch = kind_.pitch,
           .num_columns = tables_->device.num_columns,
           .by_slot = true,
           .num_layers = num_layers};
@@ -348,7 +384,7 @@ void Decode::observe_exactly(int layer, kernels::Stream& compute) {
       continue;
     }
     predictor::AttentionRows own = attended_rows(layer, 1);
-    own.block_max += static_cast<std::ptrdiff_t>(row) * heads * pitch_;
+    own.block_max += static_cast<std::ptrdiff_t>(row) * heads * kind_.pitch;
     own.lse += static_cast<std::ptrdiff_t>(row) * heads;
     own.num_columns += row;
     policy_.observe_decode(sequence.alone(), layer, own, compute);
@@ -365,78 +401,6 @@ void Decode::observe_attended(kernels::Stream& compute) {
     }
     first = end + 1;
   }
-}
-
-void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
-  kernels::DecodeAttentionArgs args =
-      attention_args(layer, rows_[static_cast<std::size_t>(row)]->alone(), row);
-  args.out = nullptr;  // keys alone
-  args.lse = exact_lse_.as<float>();
-  args.block_max = exact_max_.as<float>();
-  args.pitch = exact_pitch_;
-  store_.streamed_attention({args, nullptr}, compute);
-}
-
-// The step's token through the dense model, over the same cache. Its own K and V are overwritten by
-// the step that follows; nothing else is.
-void Decode::dense_pass(int row, kernels::Stream& compute) {
-  const predictor::DecodeBatch& batch = rows_[static_cast<std::size_t>(row)]->alone();
-  model_.embed_next(batch.sequences, 1, hidden_.data(), compute);
-  for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    model_.project_qkv(layer, 1, act_, hidden_.data(), compute);
-    if (fetches_blocks_) store_.wait(layer, compute);  // slots in flight are read and written here
-    rope(layer, batch, compute);
-    kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
-    args.block_max = nullptr;
-    store_.streamed_attention({args, nullptr}, compute);
-    model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
-  }
-  model_.logits(1, act_, hidden_.data(),
-                dense_logits_.as<float>() + row * model_.config().vocab_size, compute);
-}
-
-void Decode::measure_recall(int layer, int row, kernels::Stream& compute) {
-  Sequence& sequence = *rows_[static_cast<std::size_t>(row)];
-  score_exactly(layer, row, compute);
-  const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
-  std::vector<float> kept(heads);
-  std::vector<float> all(heads);
-  device_.copy_out(kept.data(), attention_args(layer, batch_, row).lse, heads * sizeof(float),
-                   compute);
-  device_.copy_out(all.data(), exact_lse_.data(), heads * sizeof(float), compute);
-  compute.synchronize();
-  for (std::size_t head = 0; head < heads; ++head) {
-    sequence.report.recall_sum += std::exp(static_cast<double>(kept[head]) - all[head]);
-    ++sequence.report.recall_count;
-  }
-}
-
-// KL(dense || sparse) of the next token's distribution.
-void Decode::measure_kl(int row, kernels::Stream& compute) {
-  const auto vocab = static_cast<std::size_t>(model_.config().vocab_size);
-  std::vector<float> dense(vocab);
-  std::vector<float> sparse(vocab);
-  const std::size_t offset = static_cast<std::size_t>(row) * vocab;
-  device_.copy_out(dense.data(), dense_logits_.as<float>() + offset, vocab * sizeof(float),
-                   compute);
-  device_.copy_out(sparse.data(), logits_.as<float>() + offset, vocab * sizeof(float), compute);
-  compute.synchronize();
-  const auto log_sum = [](const std::vector<float>& logits) {
-    const double top = *std::max_element(logits.begin(), logits.end());
-    double sum = 0;
-    for (const float logit : logits) sum += std::exp(logit - top);
-    return top + std::log(sum);
-  };
-  const double dense_sum = log_sum(dense);
-  const double sparse_sum = log_sum(sparse);
-  double kl = 0;
-  for (std::size_t i = 0; i < vocab; ++i) {
-    const double log_p = dense[i] - dense_sum;
-    kl += std::exp(log_p) * (log_p - (sparse[i] - sparse_sum));
-  }
-  KvReport& report = rows_[static_cast<std::size_t>(row)]->report;
-  report.kl_sum += kl;
-  ++report.kl_count;
 }
 
 // Blocks of the layer whose gather had not ended when the layer came to need it. Where the host

@@ -11,12 +11,14 @@ namespace foretoken::worker {
 namespace {
 
 DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
-  const bool calibrates =
-      config.kv_policy == "attention-predictor" && config.calibrate_with == "exact";
+  const bool predicts = config.kv_policy == "attention-predictor" || config.kv_policy == "auto";
+  const bool calibrates = predicts && config.calibrate_with == "exact";
   return {.max_rows = config.max_num_seqs,
           .max_model_len = max_model_len,
           .calibrate_every = calibrates ? config.calibrate_every : 0,
           .audit_every = config.audit_every,
+          .min_recall = static_cast<float>(config.min_recall),
+          .max_dense_heads = config.max_dense_heads,
           .record = !config.guard_arena};
 }
 
@@ -103,9 +105,10 @@ void Engine::launch(const StepPlan& plan) {
   result.epoch = plan.epoch;
   result.step = plan.step;
   result.rank = rank_;
-  if (!plan.releases.empty() || !plan.publishes.empty()) drain();
+  if (!plan.releases.empty() || !plan.publishes.empty() || !plan.spills.empty()) drain();
   for (const SequenceId id : plan.releases) release(id, result);
   for (const PublishSegment& segment : plan.publishes) publish(segment);
+  for (const SequenceId id : plan.spills) spill(id);
   for (const AdmitSequence& sequence : plan.admits) result.admits.push_back(admit(sequence));
   for (const StartSequence& sequence : plan.starts) result.admits.push_back(start(sequence));
   for (const PrefillItem& item : plan.prefills) prefill(item, pending);
@@ -173,8 +176,18 @@ void Engine::publish(const PublishSegment& segment) {
   if (!status) throw Exception(status.error());
 }
 
+void Engine::spill(SequenceId id) {
+  Sequence& sequence = find(id);
+  if (!sequence.is_dense()) {
+    throw Exception(ErrorCode::kInternal,
+                    "a plan spills sequence " + std::to_string(raw(id)) + ", which is not dense");
+  }
+  decode_.spill(sequence, *compute_);
+}
+
 AdmitResult Engine::admit(const AdmitSequence& admit) {
-  AdmitResult result{.sequence = admit.sequence, .reusable_tokens = 0, .error = std::nullopt};
+  AdmitResult result;
+  result.sequence = admit.sequence;
   if (admit.max_length > max_model_len_) {
     result.error = Error{ErrorCode::kInvalidArgument,
                          "the sequence may grow to " + std::to_string(admit.max_length) +
@@ -195,6 +208,7 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     if (failure.error().code != ErrorCode::kExhausted) throw;
     sequences_.erase(admit.sequence);
     result.error = failure.error();
+    result.device_is_full = true;
     if (const Status status = store_.release(admit.sequence); !status) {
       throw Exception(status.error());
     }
@@ -203,7 +217,9 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
 }
 
 AdmitResult Engine::start(const StartSequence& start) {
-  AdmitResult result{start.sequence, start.reused_tokens, std::nullopt};
+  AdmitResult result;
+  result.sequence = start.sequence;
+  result.reusable_tokens = start.reused_tokens;
   Sequence& sequence = find(start.sequence);
   const int segments = static_cast<int>(start.reused_tokens / kSegmentTokens);
   if (const Status status = store_.use(sequence.reservation(), segments); !status) {
@@ -275,6 +291,7 @@ std::string Engine::memory_plan() const {
   plan += memory_row("free, for sequences", free) + memory_row("in all", info.memory_bytes);
   plan += memory_row(fmt::format("a sequence of {} tokens", max_model_len_), longest.total());
   plan += memory_row("  KV slots", longest.kv_slots) + memory_row("  tables", longest.tables);
+  if (policy_.spills()) plan += memory_row("  KV slots until it spills", longest.all_blocks);
   plan += memory_row("  attention history", longest.history);
   return plan + fmt::format("\n  such sequences that fit at once: {}", free / longest.total());
 }

@@ -297,8 +297,8 @@ class Worker {
 
 // Whether launching the plan waits for nothing, or for little.
 bool only_computes(const StepPlan& plan) {
-  return plan.releases.empty() && plan.publishes.empty() && plan.admits.empty() &&
-         plan.starts.empty();
+  return plan.releases.empty() && plan.publishes.empty() && plan.spills.empty() &&
+         plan.admits.empty() && plan.starts.empty();
 }
 
 void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const RankConfig& config) {

@@ -5,12 +5,10 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "kernels/one_head.h"
 
 namespace foretoken::worker {
 namespace {
-
-constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
-constexpr int kLocalBlocks = kLocalTokens / kBlockTokens + 1;  // a window that starts inside one
 
 // Lays arrays one behind the other in a buffer, each on a cache line.
 class Layout {
@@ -44,10 +42,12 @@ struct TableLayout {
     fetches = layout.add<kernels::FetchList>(1);
     history = layout.add<kernels::HistoryState>(1);
     selection = layout.add<kernels::Selection>(1);
+    heads = layout.add<kernels::SequenceKv>(static_cast<std::size_t>(shape.num_kv_heads));
   }
   Layout layout;
   std::size_t block_to_slot, slot_to_block, entries, counts, totals, slabs, length, tokens;
   std::size_t sequence, fetches, history, selection;  // the batch of one
+  std::size_t heads;                                  // ... and of one KV head each
 };
 
 std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
@@ -70,7 +70,8 @@ SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Pol
   const int num_slots = slots_for(policy, max_blocks);
   return {.kv_slots = slot_bytes(shape, num_slots),
           .tables = TableLayout(shape, max_blocks, num_slots).layout.bytes(),
-          .history = policy.state_bytes(max_tokens)};
+          .history = policy.state_bytes(max_tokens),
+          .all_blocks = slot_bytes(shape, max_blocks)};
 }
 
 Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
@@ -87,9 +88,11 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   const int max_tokens = static_cast<int>(admit.max_length);
   FT_CHECK(max_tokens >= prompt_length_ && prompt_length_ > 0, max_tokens, prompt_length_);
   kv_.shape = shape;
+  recalls.assign(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads), 1.0F);
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
-  kv_.num_slots = slots_for(policy, kv_.max_blocks);
+  is_dense_ = admit.dense && policy.spills();
+  kv_.num_slots = is_dense_ ? kv_.max_blocks : slots_for(policy, kv_.max_blocks);
   streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
   try {
@@ -110,25 +113,15 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
   tables_ = {device_, at.layout.bytes(), kernels::MemoryUse::kTables};
   auto* base = tables_.as<std::byte>();
   device_.fill_zero(base, tables_.bytes(), stream);
-  const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
-  const std::vector<std::int32_t> absent(
-      maps * static_cast<std::size_t>(std::max(kv_.max_blocks, kv_.num_slots)), kernels::kAbsent);
-  kv_.slots = slots_.as<std::byte>();
   kv_.block_to_slot = reinterpret_cast<std::int32_t*>(base + at.block_to_slot);
   kv_.slot_to_block = reinterpret_cast<std::int32_t*>(base + at.slot_to_block);
   kv_.slabs = reinterpret_cast<std::byte* const*>(base + at.slabs);
   kv_.length = reinterpret_cast<std::int32_t*>(base + at.length);
   kv_.tokens = reinterpret_cast<TokenId*>(base + at.tokens);
   device_.copy_in(kv_.tokens, prompt.data(), prompt.size() * sizeof(TokenId), stream);
-  device_.copy_in(kv_.block_to_slot, absent.data(),
-                  maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
-  device_.copy_in(kv_.slot_to_block, absent.data(),
-                  maps * static_cast<std::size_t>(kv_.num_slots) * sizeof(std::int32_t), stream);
   fetches_ = {reinterpret_cast<kernels::FetchEntry*>(base + at.entries),
               reinterpret_cast<std::int32_t*>(base + at.counts), kv_.num_slots,
               reinterpret_cast<std::uint64_t*>(base + at.totals)};
-  device_.copy_in(base + at.sequence, &kv_, sizeof kv_, stream);
-  device_.copy_in(base + at.fetches, &fetches_, sizeof fetches_, stream);
   device_.copy_in(base + at.history, &policy_state_->history, sizeof policy_state_->history,
                   stream);
   device_.copy_in(base + at.selection, &policy_state_->selection, sizeof policy_state_->selection,
@@ -138,7 +131,30 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
             .histories = reinterpret_cast<kernels::HistoryState*>(base + at.history),
             .selections = reinterpret_cast<kernels::Selection*>(base + at.selection)};
   fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
-  stream.synchronize();  // `absent` ends here
+  heads_alone_ = reinterpret_cast<kernels::SequenceKv*>(base + at.heads);
+  empty_slot_tables(stream);
+}
+
+// Says what slots there are, and that none holds a block.
+void Sequence::empty_slot_tables(kernels::Stream& stream) {
+  const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
+  const std::vector<std::int32_t> absent(
+      maps * static_cast<std::size_t>(std::max(kv_.max_blocks, kv_.num_slots)), kernels::kAbsent);
+  kv_.slots = slots_.as<std::byte>();
+  fetches_.max_entries = kv_.num_slots;
+  device_.copy_in(kv_.block_to_slot, absent.data(),
+                  maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
+  device_.copy_in(kv_.slot_to_block, absent.data(),
+                  maps * static_cast<std::size_t>(kv_.num_slots) * sizeof(std::int32_t), stream);
+  device_.copy_in(const_cast<kernels::SequenceKv*>(alone_.sequences), &kv_, sizeof kv_, stream);
+  device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
+                  stream);
+  std::vector<kernels::SequenceKv> heads;
+  for (int head = 0; head < kv_.shape.num_kv_heads; ++head) {
+    heads.push_back(kernels::one_head(kv_, head));
+  }
+  device_.copy_in(heads_alone_, heads.data(), heads.size() * sizeof(kernels::SequenceKv), stream);
+  stream.synchronize();  // `absent` and `heads` end here
 }
 
 void Sequence::upload_slabs(kernels::Stream& stream) {
@@ -149,17 +165,57 @@ void Sequence::upload_slabs(kernels::Stream& stream) {
 
 void Sequence::make_prompt_resident(kernels::Stream& stream) {
   const int blocks = blocks_for(prompt_length_);
-  if (blocks > kv_.num_slots) return;
-  std::vector<std::int32_t> identity(static_cast<std::size_t>(blocks));
-  std::iota(identity.begin(), identity.end(), 0);
-  const std::size_t bytes = identity.size() * sizeof(std::int32_t);
+  if (blocks <= kv_.num_slots) map_to_slots(0, blocks, stream);
+}
+
+// Block first_block + i of every layer and head lies in slot i.
+void Sequence::map_to_slots(int first_block, int num_blocks, kernels::Stream& stream) {
+  std::vector<std::int32_t> slots(static_cast<std::size_t>(num_blocks));
+  std::vector<std::int32_t> blocks(slots.size());
+  std::iota(slots.begin(), slots.end(), 0);
+  std::iota(blocks.begin(), blocks.end(), first_block);
+  const std::size_t bytes = slots.size() * sizeof(std::int32_t);
   for (int map = 0; map < kv_.shape.num_layers * kv_.shape.num_kv_heads; ++map) {
-    device_.copy_in(kv_.block_to_slot + static_cast<std::ptrdiff_t>(map) * kv_.max_blocks,
-                    identity.data(), bytes, stream);
+    device_.copy_in(
+        kv_.block_to_slot + static_cast<std::ptrdiff_t>(map) * kv_.max_blocks + first_block,
+        slots.data(), bytes, stream);
     device_.copy_in(kv_.slot_to_block + static_cast<std::ptrdiff_t>(map) * kv_.num_slots,
-                    identity.data(), bytes, stream);
+                    blocks.data(), bytes, stream);
   }
   stream.synchronize();
+}
+
+void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffer& scratch,
+                     kernels::Stream& stream) {
+  FT_CHECK(is_dense_, raw(id_));
+  is_dense_ = false;
+  const int num_slots = slots_for(policy, kv_.max_blocks);
+  if (num_slots == kv_.num_slots) return;  // the budget holds all of it
+
+  // The last token's KV is not stored yet; block b lies in slot b, as nothing was ever evicted.
+  const int stored = decodes() ? length_ - 1 : 0;
+  const int first_kept = std::max(0, stored + 1 - kLocalTokens) / kBlockTokens;
+  const int num_kept = blocks_for(stored) - first_kept;
+  const int maps = kv_.shape.num_layers * kv_.shape.num_kv_heads;
+  const std::size_t block = kv_.shape.block_bytes();
+  const std::size_t bytes = static_cast<std::size_t>(num_kept) * block;
+  const auto at = [block](const kernels::DeviceBuffer& buffer, int index) {
+    return buffer.as<std::byte>() + static_cast<std::size_t>(index) * block;
+  };
+  for (int map = 0; map < maps; ++map) {
+    device_.copy(at(scratch, map * num_kept), at(slots_, map * kv_.num_slots + first_kept), bytes,
+                 stream);
+  }
+  stream.synchronize();
+  slots_ = kernels::DeviceBuffer();  // first: the device may be full
+  slots_ = {device_, slot_bytes(kv_.shape, num_slots), kernels::MemoryUse::kKvSlots};
+  kv_.num_slots = num_slots;
+  for (int map = 0; map < maps; ++map) {
+    device_.copy(at(slots_, map * num_slots), at(scratch, map * num_kept), bytes, stream);
+  }
+  empty_slot_tables(stream);
+  map_to_slots(first_kept, num_kept, stream);
+  report.device_bytes = device_bytes();
 }
 
 KvReport Sequence::final_report(kernels::Stream& stream) {
