@@ -41,45 +41,17 @@ struct Shared {
   std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
   Rank threshold[kMaxMaps];          // of a map: it wants the ranks from here on
   bool usable[kMaxMaps];
-  alignas(16) Rank greatest[kThreads];
   int histogram[256];
-  Rank most;    // the greatest of all
-  Rank prefix;  // of radix selection
-  int still;    // ranks to choose among those with the prefix
-  int of_bin;   // ranks that have it
+  unsigned long long most;    // the greatest of all
+  std::uint32_t least_score;  // of the threads' own greatest
+  int num_threads;            // that have one
+  Rank prefix;                // of radix selection
+  int still;                  // ranks to choose among those with the prefix
+  int of_bin;                 // ranks that have it
   int warp_total[kWarps];
 };
 
 // ranks.for_each(f): calls f(rank) for those of this thread. All threads of the CTA call these.
-
-// A number that at least k ranks reach, if there are k: the k-th greatest of the maxima of groups
-// of threads. 0 where k is too great for that.
-template <typename Ranks>
-__device__ Rank lower_bound(const Ranks& ranks, int k, Shared& shared, Rank* most) {
-  const int tid = static_cast<int>(threadIdx.x);
-  Rank mine = 0;
-  ranks.for_each([&](Rank rank) { mine = max(mine, rank); });
-  int groups = kThreads;  // more groups than 2 k make the bound no better, only dearer
-  int width = 1;
-  for (; width < 32 && groups / 2 >= 2 * k; width *= 2, groups /= 2) {
-    mine = max(mine, __shfl_xor_sync(~0U, mine, width));
-  }
-  if (tid % width == 0) shared.greatest[tid / width] = mine;
-  if (tid == 0) shared.prefix = shared.most = 0;
-  __syncthreads();
-  if (tid < groups) {
-    const Rank own = shared.greatest[tid];
-    int above = 0;
-    for (int i = 0; i < groups; ++i) above += shared.greatest[i] > own ? 1 : 0;
-    if (own != 0 && above == k - 1) shared.prefix = own;
-    if (own != 0 && above == 0) shared.most = own;
-  }
-  __syncthreads();
-  const Rank bound = shared.prefix;
-  *most = shared.most;
-  __syncthreads();
-  return bound;
-}
 
 // The bin that holds the shared.still-th greatest rank: extends the prefix by it. By one warp.
 __device__ void pick_bin(Shared& shared) {
@@ -107,6 +79,64 @@ __device__ void pick_bin(Shared& shared) {
   }
 }
 
+// A number that at least k ranks reach, if k threads have one: nearly the k-th greatest of the
+// threads' own maxima, found in two histograms of their scores. 0 where k is too great for that.
+template <typename Ranks>
+__device__ Rank lower_bound(const Ranks& ranks, int k, Shared& shared, Rank* most) {
+  const int tid = static_cast<int>(threadIdx.x);
+  Rank mine = 0;
+  ranks.for_each([&](Rank rank) { mine = max(mine, rank); });
+  const auto score = static_cast<std::uint32_t>(mine >> kColumnBits);
+  const bool has_one = mine != 0;
+  if (tid == 0) {
+    shared.most = 0;
+    shared.least_score = ~0U;
+    shared.num_threads = 0;
+  }
+  __syncthreads();
+  const unsigned with_one = __ballot_sync(~0U, has_one);
+  const std::uint32_t warp_least = __reduce_min_sync(~0U, has_one ? score : ~0U);
+  for (int offset = 16; offset > 0; offset /= 2) {
+    mine = max(mine, __shfl_xor_sync(~0U, mine, offset));
+  }
+  if (tid % 32 == 0 && with_one != 0) {
+    atomicMax(&shared.most, mine);
+    atomicMin(&shared.least_score, warp_least);
+    atomicAdd(&shared.num_threads, __popc(with_one));
+  }
+  __syncthreads();
+  *most = shared.most;
+  const std::uint32_t least = shared.least_score;
+  if (shared.num_threads < k) {
+    __syncthreads();
+    return 0;
+  }
+  const std::uint32_t range = static_cast<std::uint32_t>(*most >> kColumnBits) - least;
+  int shift = max(0, 32 - __clz(static_cast<int>(range)) - 8);
+  __syncthreads();
+  if (tid == 0) {
+    shared.prefix = 0;
+    shared.still = k;
+  }
+  for (int round = 0;; ++round) {
+    if (tid < 256) shared.histogram[tid] = 0;
+    __syncthreads();
+    const Rank prefix = shared.prefix;
+    if (has_one && (round == 0 || (score - least) >> (shift + 8) == prefix)) {
+      atomicAdd(&shared.histogram[(score - least) >> shift & 255], 1);
+    }
+    __syncthreads();
+    if (tid < 32) pick_bin(shared);
+    __syncthreads();
+    if (round == 1 || shift < 8) break;
+    shift -= 8;
+  }
+  const Rank bound = static_cast<Rank>(least + (static_cast<std::uint32_t>(shared.prefix) << shift))
+                     << kColumnBits;
+  __syncthreads();
+  return bound;
+}
+
 // A number that exactly k ranks reach. REQUIRES: there are more than k.
 template <typename Ranks>
 __device__ Rank kth_greatest(const Ranks& ranks, int k, Shared& shared) {
@@ -131,7 +161,8 @@ __device__ Rank kth_greatest(const Ranks& ranks, int k, Shared& shared) {
     if (threadIdx.x < 32) pick_bin(shared);
     __syncthreads();
     if (shift == 0 || shared.of_bin == shared.still) {
-      const Rank threshold = shared.prefix << shift;
+      // Of the last bin, only what passed the filter was counted.
+      const Rank threshold = max(shared.prefix << shift, bound);
       __syncthreads();
       return threshold;
     }
