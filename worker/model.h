@@ -5,7 +5,6 @@
 // Called by the step thread alone. Everything is enqueued; nothing waits.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <span>
 #include <string>
@@ -76,11 +75,8 @@ class Model {
                    kernels::Stream& stream);
   // What rope_prefill and rope_decode have in common.
   kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
-  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks. Of many rows the
-  // last sums may still be under way: the next project_qkv() of as many rows waits for them, all
-  // others call await_sums() before they read hidden.
+  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks.
   void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
-  void await_sums(kernels::Stream& stream) const;
   // logits[rows, vocab], of all ranks. REQUIRES: rows <= act.max_logit_rows.
   void logits(int rows, Activations& act, const void* hidden, float* logits,
               kernels::Stream& stream);
@@ -94,20 +90,8 @@ class Model {
   };
   void embed(kernels::EmbedArgs args, void* hidden, kernels::Stream& stream);
   kernels::NormedInput norm(const kernels::DeviceBuffer& weight, const Activations& act) const;
-  struct Half {  // of the rows, whose sum is made on link_
-    std::unique_ptr<kernels::Event> made, summed;
-  };
-  struct RowRange {
-    int begin;
-    int count;
-    const Half* half = nullptr;
-  };
-  std::vector<RowRange> row_ranges(int rows) const;
   void add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias, const void* x,
-                   const RowRange& rows, void* hidden, kernels::Stream& stream);
-  void await_sum(const RowRange& rows, kernels::Stream& stream) const;
-  template <typename Void>
-  Void* row_of(Void* data, const RowRange& range, std::int64_t columns) const;
+                   int rows, void* hidden, kernels::Stream& stream);
   Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
         Collective& collective);
 
@@ -116,9 +100,7 @@ class Model {
   kernels::Device& device_;
   Collective& collective_;
   kernels::KvShape kv_shape_;
-  std::vector<int> vocab_widths_;          // of every rank
-  std::unique_ptr<kernels::Stream> link_;  // sums that run beside products; null in a world of one
-  std::array<Half, 2> halves_;
+  std::vector<int> vocab_widths_;    // of every rank
   kernels::DeviceBuffer embedding_;  // [vocab of this rank, hidden] of embedding_type_
   kernels::DataType embedding_type_ = kernels::DataType::kFp16;
   kernels::DeviceBuffer inv_freq_;

@@ -41,10 +41,6 @@ Model::Model(const ModelConfig& config, const Partition& part, kernels::Device& 
   for (int rank = 0; rank < part.world_size; ++rank) {
     vocab_widths_.push_back(make_partition(config, rank, part.world_size)->vocab.count);
   }
-  if (part.world_size > 1 && !device.runs_at_once()) {
-    link_ = device.make_stream(kernels::StreamKind::kCopy);
-    for (Half& half : halves_) half = {device.make_event(), device.make_event()};
-  }
   kv_shape_.num_layers = static_cast<int>(config.num_layers);
   kv_shape_.num_kv_heads = part.kv_heads.count;
   kv_shape_.head_dim = static_cast<int>(config.head_dim);
@@ -104,27 +100,16 @@ kernels::NormedInput Model::norm(const kernels::DeviceBuffer& weight,
   return {weight.as<float>(), static_cast<float>(config_.rms_norm_eps), act.normed.data()};
 }
 
-// The first row of the range in data [rows, columns] of activations.
-template <typename Void>
-Void* Model::row_of(Void* data, const RowRange& range, std::int64_t columns) const {
-  using Byte = std::conditional_t<std::is_const_v<Void>, const std::byte, std::byte>;
-  return static_cast<Byte*>(data) + kernels::bytes_of(device_.activation_type()) *
-                                        static_cast<std::size_t>(range.begin * columns);
-}
-
 void Model::project_qkv(int layer, int rows, Activations& act, const void* hidden,
                         kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  for (const RowRange& range : row_ranges(rows)) {
-    await_sum(range, stream);
-    device_.linear({.x = row_of(hidden, range, config_.hidden_size),
-                    .weight = weights.qkv.get(),
-                    .bias = weights.qkv_bias.as<float>(),
-                    .rows = range.count,
-                    .out = row_of(act.qkv.data(), range, weights.qkv->rows),
-                    .norm = norm(weights.attention_norm, act)},
-                   stream);
-  }
+  device_.linear({.x = hidden,
+                  .weight = weights.qkv.get(),
+                  .bias = weights.qkv_bias.as<float>(),
+                  .rows = rows,
+                  .out = act.qkv.data(),
+                  .norm = norm(weights.attention_norm, act)},
+                 stream);
 }
 
 kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const {
@@ -144,68 +129,34 @@ kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const 
   return args;
 }
 
-// The rows of a layer's products and sums: all at once or, where sums take long, in halves, so that
-// one half's sum crosses the links while the other half's products are made.
-std::vector<Model::RowRange> Model::row_ranges(int rows) const {
-  constexpr int kManyRows = 1024;
-  if (link_ == nullptr || rows < kManyRows) return {{.begin = 0, .count = rows}};
-  const int half = rows / 2 / 128 * 128;  // whole tiles of a product
-  return {{.begin = 0, .count = half, .half = &halves_[0]},
-          {.begin = half, .count = rows - half, .half = &halves_[1]}};
-}
-
-// hidden += W x in these rows, summed over the ranks: await_sum() before they are read. The
-// residual is one rank's summand, so that the sum counts it once.
+// hidden += W x. The residual is one rank's summand, so that the sum over ranks counts it once.
 void Model::add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias,
-                        const void* x, const RowRange& rows, void* hidden,
-                        kernels::Stream& stream) {
+                        const void* x, int rows, void* hidden, kernels::Stream& stream) {
   device_.linear({.x = x,
                   .weight = &weight,
                   .bias = bias.as<float>(),
-                  .rows = rows.count,
+                  .rows = rows,
                   .out = hidden,
                   .residual = part_.rank == 0 ? hidden : nullptr},
                  stream);
-  const std::size_t count =
-      static_cast<std::size_t>(rows.count) * static_cast<std::size_t>(config_.hidden_size);
-  if (rows.half == nullptr) return collective_.all_reduce(hidden, count, stream);
-  rows.half->made->record(stream);
-  rows.half->made->wait(*link_);
-  collective_.all_reduce(hidden, count, *link_);
-  rows.half->summed->record(*link_);
-}
-
-void Model::await_sum(const RowRange& rows, kernels::Stream& stream) const {
-  if (rows.half != nullptr) rows.half->summed->wait(stream);
+  collective_.all_reduce(
+      hidden, static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size),
+      stream);
 }
 
 void Model::finish_layer(int layer, int rows, Activations& act, void* hidden,
                          kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  const std::vector<RowRange> ranges = row_ranges(rows);
-  for (const RowRange& range : ranges) {
-    add_product(*weights.o, weights.o_bias, row_of(act.attn.data(), range, weights.o->columns),
-                range, row_of(hidden, range, config_.hidden_size), stream);
-  }
-  for (const RowRange& range : ranges) {
-    await_sum(range, stream);
-    void* summed = row_of(hidden, range, config_.hidden_size);
-    void* mlp = row_of(act.mlp.data(), range, weights.down->columns);
-    device_.linear({.x = summed,
-                    .weight = weights.gate_up.get(),
-                    .bias = weights.gate_up_bias.as<float>(),
-                    .rows = range.count,
-                    .out = mlp,
-                    .norm = norm(weights.mlp_norm, act),
-                    .swiglu = {act.gate_up.data()}},
-                   stream);
-    add_product(*weights.down, weights.down_bias, mlp, range, summed, stream);
-  }
-}
-
-void Model::await_sums(kernels::Stream& stream) const {
-  if (link_ == nullptr) return;
-  for (const Half& half : halves_) half.summed->wait(stream);
+  add_product(*weights.o, weights.o_bias, act.attn.data(), rows, hidden, stream);
+  device_.linear({.x = hidden,
+                  .weight = weights.gate_up.get(),
+                  .bias = weights.gate_up_bias.as<float>(),
+                  .rows = rows,
+                  .out = act.mlp.data(),
+                  .norm = norm(weights.mlp_norm, act),
+                  .swiglu = {act.gate_up.data()}},
+                 stream);
+  add_product(*weights.down, weights.down_bias, act.mlp.data(), rows, hidden, stream);
 }
 
 void Model::logits(int rows, Activations& act, const void* hidden, float* logits,
