@@ -8,6 +8,9 @@
 // that changes from step to step lies in device memory; so one step of a number of rows is
 // recorded, and launched for all later ones.
 //
+// A batch with a spilled sequence (kvstore/spilled_kv.h) gathers a layer when the layer comes: what
+// is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
+//
 // Also here, since they are decode steps with something beside them: calibration (exact rows into
 // the history) and the audit (how much attention the choice kept, how far the logits moved). Their
 // steps are not recorded, and the audit waits for its figures.
@@ -20,6 +23,7 @@
 
 #include "common/service_config.h"
 #include "worker/model.h"
+#include "worker/nvme_reads.h"
 #include "worker/sampler.h"
 #include "worker/sequence.h"
 
@@ -31,6 +35,7 @@ struct DecodeConfig {
   int calibrate_every = 0;  // steps; 0: never
   int audit_every = 0;      // steps; 0: never
   bool record = true;       // false where ops wait for their stream (guard_arena)
+  OnLate on_late = OnLate::kWait;
 };
 
 class Decode {
@@ -56,9 +61,12 @@ class Decode {
   void forward(kernels::Stream& compute);
   void start_fetches(kernels::Stream& compute);
   int layers_to_fetch(int layer) const;
+  void fetch_now(int layer, kernels::Stream& compute);
   void run_layer(int layer, kernels::Stream& compute);
   void rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void fetch_at_query(int layer, kernels::Stream& compute);
+  void stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
+              kernels::Stream& compute);
   void attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void observe_exactly(int layer, kernels::Stream& compute);
   void observe_attended(kernels::Stream& compute);
@@ -105,12 +113,15 @@ class Decode {
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
   bool streams_all_ = false;     // of some row
+  bool spills_ = false;          // of some row
+  bool audits_ = false;          // some row, in this step
   bool fetches_blocks_ = false;  // otherwise every block has a slot, and is there
   // Steps by (rows, streams_all_): null after the first, which is not recorded.
   std::map<std::pair<int, bool>, std::unique_ptr<kernels::Graph>> graphs_;
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows
   std::vector<std::int32_t> counts_;    // host copy of a sequence's counters
+  NvmeReads nvme_reads_;
 };
 
 }  // namespace foretoken::worker

@@ -87,7 +87,8 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       exact_lse_(floats(device, model.partition().heads.count)),
       pitch_(slots_for(policy, blocks_for(config.max_model_len))),
       exact_pitch_(blocks_for(config.max_model_len)),
-      tables_(std::make_unique<Tables>(device, config.max_rows)) {
+      tables_(std::make_unique<Tables>(device, config.max_rows)),
+      nvme_reads_(device, config.on_late) {
   const int heads = model.partition().heads.count;
   if (policy.observes()) {
     block_max_ =
@@ -126,6 +127,8 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
   streams_all_ = std::ranges::any_of(rows_, &Sequence::streams_all);
+  spills_ = std::ranges::any_of(rows_, [](const Sequence* row) { return row->spilled(); });
+  for (Sequence* row : rows_) nvme_reads_.open_segment(*row);
   fetches_blocks_ = streams_all_ || policy_.selected_per_head().has_value();
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
@@ -151,6 +154,7 @@ std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
   }
+  for (Sequence* row : rows_) nvme_reads_.close_segment(*row);
   for (Sequence* row : rows_) ++row->decode_steps;
   return draw;
 }
@@ -168,12 +172,19 @@ void Decode::run(kernels::Stream& compute) {
 // Whether the step is the same for whatever sequences the batch holds.
 bool Decode::recordable() const {
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
+  if (spills_) return false;
   if (config_.calibrate_every > 0) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) { return audits(*row); });
 }
 
 void Decode::forward(kernels::Stream& compute) {
-  if (fetches_blocks_) start_fetches(compute);
+  audits_ = std::ranges::any_of(rows_, [this](const Sequence* row) { return audits(*row); });
+  if (fetches_blocks_ && !spills_) start_fetches(compute);
+  // An audit's dense pass would give the disk time that other steps don't: it comes after.
+  for (int layer = 0; fetches_blocks_ && spills_ && audits_ && layer < model_.num_layers();
+       ++layer) {
+    fetch_now(layer, compute);
+  }
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
   }
@@ -205,9 +216,21 @@ void Decode::start_fetches(kernels::Stream& compute) {
   }
 }
 
+// The layer's gather, joined.
+void Decode::fetch_now(int layer, kernels::Stream& compute) {
+  for (Sequence* row : rows_) nvme_reads_.bring(*row, layer, compute);
+  resolved_->record(compute);
+  resolved_->wait(*copy_);
+  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
+  store_.wait(layer, compute);
+  for (Sequence* row : rows_) nvme_reads_.let_go(*row, layer);
+}
+
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
-  if (fetches_blocks_) {
+  if (fetches_blocks_ && spills_ && !audits_) {
+    fetch_now(layer, compute);
+  } else if (fetches_blocks_) {
     count_late(layer, compute);
     store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
   }
@@ -255,6 +278,7 @@ void Decode::choose() {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   *side_);
+  for (Sequence* row : rows_) nvme_reads_.ask_ahead(*row, *side_);
   chosen_->record(*side_);
 }
 
@@ -271,10 +295,7 @@ void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
                    .first_layer = layer,
                    .num_layers = 1},
                   compute);
-  resolved_->record(compute);
-  resolved_->wait(*copy_);
-  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
-  store_.wait(layer, compute);
+  fetch_now(layer, compute);
 }
 
 kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::DecodeBatch& batch,
@@ -299,6 +320,14 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .pitch = pitch_};
 }
 
+// Attention over all blocks of these rows.
+void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
+                    kernels::Stream& compute) {
+  for (Sequence* row : rows) nvme_reads_.bring_all(*row, args.layer);
+  store_.streamed_attention({args, nullptr}, compute);
+  for (Sequence* row : rows) nvme_reads_.let_go(*row, args.layer);
+}
+
 void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
   kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
   if (!streams_all_) {
@@ -306,7 +335,7 @@ void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Str
     return;
   }
   FT_CHECK(args.block_max == nullptr);  // pitch_ is not by block
-  store_.streamed_attention({args, nullptr}, compute);
+  stream(args, rows_, compute);
 }
 
 bool Decode::calibrates(const Sequence& sequence, int layer) const {
@@ -374,19 +403,20 @@ void Decode::observe_attended(kernels::Stream& compute) {
 }
 
 void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
-  kernels::DecodeAttentionArgs args =
-      attention_args(layer, rows_[static_cast<std::size_t>(row)]->alone(), row);
+  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
+  kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), row);
   args.out = nullptr;  // keys alone
   args.lse = exact_lse_.as<float>();
   args.block_max = exact_max_.as<float>();
   args.pitch = exact_pitch_;
-  store_.streamed_attention({args, nullptr}, compute);
+  stream(args, std::span(&sequence, 1), compute);
 }
 
 // The step's token through the dense model, over the same cache. Its own K and V are overwritten by
 // the step that follows; nothing else is.
 void Decode::dense_pass(int row, kernels::Stream& compute) {
-  const predictor::DecodeBatch& batch = rows_[static_cast<std::size_t>(row)]->alone();
+  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
+  const predictor::DecodeBatch& batch = sequence->alone();
   model_.embed_next(batch.sequences, 1, hidden_.data(), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     model_.project_qkv(layer, 1, act_, hidden_.data(), compute);
@@ -394,7 +424,7 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
     rope(layer, batch, compute);
     kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
     args.block_max = nullptr;
-    store_.streamed_attention({args, nullptr}, compute);
+    stream(args, std::span(&sequence, 1), compute);
     model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
   }
   model_.logits(1, act_, hidden_.data(),

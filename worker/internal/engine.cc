@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 #include "common/check.h"
 #include "common/log.h"
@@ -17,7 +18,8 @@ DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
           .max_model_len = max_model_len,
           .calibrate_every = calibrates ? config.calibrate_every : 0,
           .audit_every = config.audit_every,
-          .record = !config.guard_arena};
+          .record = !config.guard_arena,
+          .on_late = config.on_late == "skip" ? OnLate::kSkip : OnLate::kWait};
 }
 
 // FNV-1a over what was drawn: ranks that disagree are found at once.
@@ -110,6 +112,7 @@ void Engine::launch(const StepPlan& plan) {
   for (const StartSequence& sequence : plan.starts) result.admits.push_back(start(sequence));
   for (const PrefillItem& item : plan.prefills) prefill(item, pending);
   if (!plan.decodes.empty()) decode(plan.decodes, pending);
+  note_lost(plan, result);
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     result.kv_slabs = count_slabs();
@@ -166,9 +169,21 @@ void Engine::release(SequenceId id, StepResult& result) {
   if (const Status status = store_.release(id); !status) throw Exception(status.error());
 }
 
+// Sequences of the plan whose KV on NVMe is lost: what they draw from here on is noise.
+void Engine::note_lost(const StepPlan& plan, StepResult& result) {
+  std::set<SequenceId> worked_on(plan.decodes.begin(), plan.decodes.end());
+  for (const PrefillItem& item : plan.prefills) worked_on.insert(item.sequence);
+  for (const SequenceId id : worked_on) {
+    const kvstore::SpilledKv* spilled = find(id).spilled();
+    if (spilled != nullptr && !spilled->status()) {
+      result.lost.push_back({id, spilled->status().error()});
+    }
+  }
+}
+
+// The segments of a sequence that has spilled are its own.
 void Engine::publish(const PublishSegment& segment) {
-  if (!model_.partition().writes_kv) return;
-  find(segment.sequence);
+  if (!model_.partition().writes_kv || find(segment.sequence).spilled() != nullptr) return;
   const Status status = store_.commit(segment.sequence, segment.index, segment.key);
   if (!status) throw Exception(status.error());
 }
@@ -185,6 +200,16 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
       store_.reserve(admit.sequence, admit.prefix_keys, segments_for(admit.max_length));
   if (!reservation) {
     result.error = reservation.error();
+    return result;
+  }
+  if (reservation->spilled != nullptr && !device_.runs_at_once()) {
+    result.error = Error{ErrorCode::kInvalidArgument,
+                         "the sequence is larger than the arena, and runs from NVMe on the CPU "
+                         "device alone; raise --kv-host-gib"};
+    reservation->spilled.reset();
+    if (const Status status = store_.release(admit.sequence); !status) {
+      throw Exception(status.error());
+    }
     return result;
   }
   result.reusable_tokens = std::int64_t{reservation->hit_segments} * kSegmentTokens;

@@ -90,6 +90,10 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
   kv_.num_slots = slots_for(policy, kv_.max_blocks);
+  if (const kvstore::SpilledKv* spilled = reservation_.spilled.get()) {
+    kv_.runs = spilled->runs();
+    kv_.checksums = spilled->checksums();
+  }
   streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
   try {
@@ -174,6 +178,7 @@ KvReport Sequence::final_report(kernels::Stream& stream) {
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   report.bytes_host = report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());
+  if (spilled() != nullptr) report.bytes_nvme = spilled()->bytes_read();
   return report;
 }
 
