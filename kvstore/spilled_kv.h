@@ -73,6 +73,8 @@ class SpilledKv {
   // SequenceKv's.
   std::byte* const* runs() const { return runs_; }
   std::uint64_t* checksums() const { return checksums_; }
+  // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written.
+  float* scores() const { return scores_; }
 
   // Gives runs of all heads their frames, to be filled; their bytes are undefined. Waits for the
   // disk where others must leave first. REQUIRES: they were never given one.
@@ -89,6 +91,9 @@ class SpilledKv {
   // wait() for all heads.
   Status wait(int layer, Segments segments);
   void let_go(int layer);
+  // Asks the disk for some of the runs of the highest scores, in place of ones of lower scores.
+  // Once a step, when it has asked for what it needs.
+  void promote();
   bool is_here(int layer, HeadSegment run) const;
 
   // Does what can be done without waiting.
@@ -116,7 +121,9 @@ class SpilledKv {
   bool in_frame(const Run& run) const;
   void hold(int layer, RunIndex run);
   std::optional<std::uint32_t> take_frame();
-  void evict_some();
+  std::vector<RunIndex> least_wanted(std::size_t count) const;
+  void evict(RunIndex run);
+  void read_to(RunIndex run, std::uint32_t frame);
   void show(RunIndex run);
   void hide(RunIndex run);
   Status wait_for_end();
@@ -133,6 +140,7 @@ class SpilledKv {
   const Parts parts_;
   std::byte** runs_ = nullptr;          // pinned
   std::uint64_t* checksums_ = nullptr;  // pinned
+  float* scores_ = nullptr;             // pinned
   std::vector<Run> runs_state_;         // by RunIndex
   std::vector<std::uint32_t> free_frames_;
   std::vector<std::vector<RunIndex>> held_;  // by layer

@@ -30,7 +30,8 @@ class NvmeReads {
   // A segment that the step has filled goes to NVMe behind. REQUIRES: the step has run.
   void close_segment(Sequence& sequence);
 
-  // Asks for the fetch lists of all layers, in their order, as far as there is room.
+  // Asks for the fetch lists of all layers, in their order, as far as there is room; then for what
+  // later steps may want.
   void ask_ahead(Sequence& sequence, kernels::Stream& stream);
   // Before the layer's gather.
   void bring(Sequence& sequence, int layer, kernels::Stream& stream);

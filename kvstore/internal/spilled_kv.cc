@@ -1,7 +1,9 @@
 #include "kvstore/spilled_kv.h"
 
 #include <algorithm>
-#include <cstring>
+#include <functional>
+#include <tuple>
+#include <utility>
 
 #include "common/check.h"
 #include "kernels/checksum.h"
@@ -14,6 +16,8 @@ namespace {
 // Of the frames, how many are emptied at a time: looking for the least wanted ones takes a look at
 // all.
 constexpr std::size_t kEvictedShare = 16;
+// Runs read for later steps, a step.
+constexpr std::size_t kPromoted = 16;
 
 std::size_t num_runs(const kernels::KvShape& shape, int num_segments) {
   return static_cast<std::size_t>(shape.num_layers) * static_cast<std::size_t>(shape.num_kv_heads) *
@@ -50,6 +54,8 @@ SpilledKv::SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Part
   checksums_ = static_cast<std::uint64_t*>(
       device.allocate_pinned(runs * kSegmentBlocks * sizeof(std::uint64_t)));
   std::fill_n(checksums_, runs * kSegmentBlocks, 0);
+  scores_ = static_cast<float*>(device.allocate_pinned(runs * sizeof(float)));
+  std::fill_n(scores_, runs, 0.0F);
   for (std::size_t i = parts_.frames.size(); i > 0; --i) {
     free_frames_.push_back(static_cast<std::uint32_t>(i - 1));
   }
@@ -57,6 +63,7 @@ SpilledKv::SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Part
 
 SpilledKv::~SpilledKv() {
   io_.forget(*listener_);
+  device_.release_pinned(scores_);
   device_.release_pinned(checksums_);
   device_.release_pinned(runs_);
 }
@@ -104,30 +111,41 @@ void SpilledKv::show(RunIndex run) {
 void SpilledKv::hide(RunIndex run) { runs_[static_cast<std::size_t>(run)] = nullptr; }
 
 std::optional<std::uint32_t> SpilledKv::take_frame() {
-  if (free_frames_.empty()) evict_some();
+  if (free_frames_.empty()) {
+    for (const RunIndex run : least_wanted(parts_.frames.size() / kEvictedShare + 1)) evict(run);
+  }
   if (free_frames_.empty()) return std::nullopt;
   const std::uint32_t frame = free_frames_.back();
   free_frames_.pop_back();
   return frame;
 }
 
-void SpilledKv::evict_some() {
-  std::vector<RunIndex> candidates;
+// Of the runs that may leave, those of the lowest scores, and of these those wanted longest ago.
+std::vector<RunIndex> SpilledKv::least_wanted(std::size_t count) const {
+  using Rank = std::tuple<float, std::uint64_t, RunIndex>;
+  std::vector<Rank> runs;
   for (std::size_t i = 0; i < runs_state_.size(); ++i) {
     const Run& run = runs_state_[i];
-    if (run.place == Place::kHere && !run.is_held) {
-      candidates.push_back(RunIndex{static_cast<std::uint32_t>(i)});
-    }
+    if (run.place != Place::kHere || run.is_held) continue;
+    runs.emplace_back(scores_[i], run.wanted, RunIndex{static_cast<std::uint32_t>(i)});
   }
-  const auto count = static_cast<std::ptrdiff_t>(
-      std::min(candidates.size(), parts_.frames.size() / kEvictedShare + 1));
-  std::ranges::partial_sort(candidates, candidates.begin() + count, {},
-                            [this](RunIndex run) { return at(run).wanted; });
-  for (auto run = candidates.begin(); run != candidates.begin() + count; ++run) {
-    hide(*run);
-    at(*run).place = Place::kStored;
-    free_frames_.push_back(at(*run).frame);
-  }
+  count = std::min(count, runs.size());
+  std::ranges::partial_sort(runs, runs.begin() + static_cast<std::ptrdiff_t>(count));
+  std::vector<RunIndex> least;
+  for (std::size_t i = 0; i < count; ++i) least.push_back(std::get<RunIndex>(runs[i]));
+  return least;
+}
+
+void SpilledKv::evict(RunIndex run) {
+  hide(run);
+  at(run).place = Place::kStored;
+  free_frames_.push_back(at(run).frame);
+}
+
+void SpilledKv::read_to(RunIndex run, std::uint32_t frame) {
+  at(run).frame = frame;
+  at(run).place = Place::kComing;
+  to_read_.push_back(run);
 }
 
 // ---- filling ----------------------------------------------------------------------------------
@@ -186,11 +204,7 @@ void SpilledKv::hold(int layer, RunIndex index) {
   }
   run.is_held = true;
   if (run.place != Place::kStored) return;
-  const auto frame = take_frame();
-  if (!frame) return;
-  run.frame = *frame;
-  run.place = Place::kComing;
-  to_read_.push_back(index);
+  if (const auto frame = take_frame()) read_to(index, *frame);
 }
 
 Status SpilledKv::wait(int layer, std::span<const HeadSegment> runs) {
@@ -220,6 +234,26 @@ void SpilledKv::let_go(int layer) {
   for (const RunIndex run : held) at(run).is_held = false;
   num_held_ -= held.size();
   held.clear();
+}
+
+void SpilledKv::promote() {
+  if (!status_ || !to_read_.empty()) return;  // the step's own reads keep the disk busy
+  std::vector<std::pair<float, RunIndex>> wanted;
+  for (std::size_t i = 0; i < runs_state_.size(); ++i) {
+    if (runs_state_[i].place != Place::kStored) continue;
+    wanted.emplace_back(scores_[i], RunIndex{static_cast<std::uint32_t>(i)});
+  }
+  const auto most = std::min(wanted.size(), kPromoted);
+  std::ranges::partial_sort(wanted, wanted.begin() + static_cast<std::ptrdiff_t>(most),
+                            std::greater<>());
+  const std::vector<RunIndex> least = least_wanted(most);
+  for (std::size_t i = 0; i < least.size(); ++i) {
+    const auto& [score, run] = wanted[i];
+    if (score <= scores_[static_cast<std::size_t>(least[i])]) break;
+    evict(least[i]);
+    read_to(run, *take_frame());
+  }
+  advance();
 }
 
 // ---- transfers --------------------------------------------------------------------------------

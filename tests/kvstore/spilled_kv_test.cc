@@ -136,6 +136,22 @@ TEST_F(SpilledKvTest, WhatALayerHoldsStays) {
   ASSERT_TRUE(kv_->status());
 }
 
+// Scores say what stays, and what comes back before anybody asks for it.
+TEST_F(SpilledKvTest, WhatScoresHighestIsInMemory) {
+  fill_all();
+  for (int round = 0; round < 3; ++round) {
+    std::vector<std::size_t> best;
+    for (int i = 0; i < 12; ++i) best.push_back(random_() % truth_.size());
+    std::fill_n(kv_->scores(), truth_.size(), 0.5F);
+    for (const std::size_t run : best) kv_->scores()[run] = 0.9F;
+    kv_->promote();
+    io_->wait();
+    for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
+    read_all();  // whatever is read beside them
+    for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
+  }
+}
+
 TEST_F(SpilledKvTest, FaultsThatPassCostNothing) {
   disk_->fault = [this](const IoOperation&) {
     const unsigned dice = random_() % 40;

@@ -216,13 +216,10 @@ void Decode::start_fetches(kernels::Stream& compute) {
   }
 }
 
-// The layer's gather, joined.
+// The layer's gather, in line: what it brings is needed now.
 void Decode::fetch_now(int layer, kernels::Stream& compute) {
   for (Sequence* row : rows_) nvme_reads_.bring(*row, layer, compute);
-  resolved_->record(compute);
-  resolved_->wait(*copy_);
-  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
-  store_.wait(layer, compute);
+  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, compute);
   for (Sequence* row : rows_) nvme_reads_.let_go(*row, layer);
 }
 

@@ -74,6 +74,7 @@ void NvmeReads::ask_ahead(Sequence& sequence, kernels::Stream& stream) {
   for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
     if (!kv->ask(layer, wanted(sequence, layer, stream).runs)) return;
   }
+  kv->promote();
 }
 
 void NvmeReads::bring(Sequence& sequence, int layer, kernels::Stream& stream) {

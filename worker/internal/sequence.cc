@@ -96,6 +96,10 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   }
   streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
+  if (const kvstore::SpilledKv* spilled = reservation_.spilled.get()) {
+    policy_state_->selection.segment_scores = spilled->scores();
+    policy_state_->selection.max_segments = kv_.max_segments;
+  }
   try {
     slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
   } catch (const Exception&) {
