@@ -280,6 +280,11 @@ struct KvSlabs {
   std::int64_t ready = 0;
   KvNvme nvme = {};
 };
+// Its KV is lost, by KV that failed its check (kCorrupt) or a disk that failed.
+struct LostSequence {
+  SequenceId sequence{};
+  Error error;
+};
 struct StepResult {
   Epoch epoch{};
   StepNumber step{};
@@ -289,6 +294,7 @@ struct StepResult {
   std::vector<SequenceToken> tokens;  // rank 0 in full; others none
   std::uint64_t token_digest = 0;     // of the step's tokens: equal on every rank
   std::vector<SequenceStats> stats;   // of the sequences released by this plan
+  std::vector<LostSequence> lost;     // of those that the plan works on
   std::int64_t device_bytes_free = 0;
   std::optional<KvSlabs> kv_slabs;  // where the plan has admits, publishes or releases
   std::int64_t step_us = 0;         // time the step took on this rank

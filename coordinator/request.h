@@ -80,6 +80,7 @@ class Request {
   std::size_t segments_given = 0;       // of them, with its sequence's prompt
   std::optional<KvReport> report;       // kFinishing: nothing is awaited but the client's queue
   int deaths = 0;                       // of groups that it ran on
+  int losses = 0;                       // of its KV, by bytes that failed their check
   int refusals = 0;                     // admissions that failed though nothing else ran
   int pendings = 0;                     // in a row, while its prefix came from NVMe
   std::optional<TimePoint> retry_at;    // of such a one

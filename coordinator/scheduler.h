@@ -60,6 +60,11 @@ struct NotAdmitted {
   SequenceId sequence{};
   Error error;
 };
+// A rank has lost its KV. The sequence is gone; tokens of the step that told it aren't counted.
+struct Lost {
+  SequenceId sequence{};
+  Error error;
+};
 struct Sampled {
   SequenceId sequence{};
   std::int64_t position = 0;
@@ -70,7 +75,7 @@ struct Released {
   SequenceId sequence{};
   KvReport kv;
 };
-using StepEvent = std::variant<Admitted, NotAdmitted, Sampled, Released>;
+using StepEvent = std::variant<Admitted, NotAdmitted, Lost, Sampled, Released>;
 
 class Scheduler {
  public:
@@ -153,6 +158,7 @@ class Scheduler {
                    std::vector<StepEvent>& events);
   bool is_refused(const AdmitResult& answer, std::vector<StepEvent>& events);
   bool make_room(Sequence& refused);
+  void on_lost(const std::vector<StepResult>& ranks, std::vector<StepEvent>& events);
   Status on_tokens(const InFlight& step, const StepResult& rank0, std::vector<StepEvent>& events);
   void on_prefilled(const InFlight& step);
   void on_releases(const InFlight& step, const std::vector<StepResult>& ranks,

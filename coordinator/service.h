@@ -126,6 +126,7 @@ class Service {
   void on_event(Group& group, const GroupDead& event, TimePoint now);
   void on_step_event(Group& group, const Admitted& event, TimePoint now);
   void on_step_event(Group& group, const NotAdmitted& event, TimePoint now);
+  void on_step_event(Group& group, const Lost& event, TimePoint now);
   void on_step_event(Group& group, const Sampled& event, TimePoint now);
   void on_step_event(Group& group, const Released& event, TimePoint now);
   void wait_for_prefix(Request& request, TimePoint now);

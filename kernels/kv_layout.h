@@ -5,6 +5,9 @@
 //   slab     [num_layers, 16, block] of one segment and one KV head, then the checksums
 //            [num_layers, 16] uint64, then padding to 4 KiB
 //   slots    [num_layers, num_kv_heads, num_slots, block] device memory of one sequence
+//   frame    a run's place in the arena, of a sequence that is larger than it (spilled): what is in
+//   no
+//            frame is on NVMe
 //
 // Plain structs, read by device code: no constructors, no ownership.
 #pragma once
@@ -55,6 +58,10 @@ struct SequenceKv {
   std::int32_t max_segments;
   KvShape shape;
   TokenId* tokens = nullptr;  // [max_blocks * 16] prompt, then output
+  // Of a spilled sequence, in place of slabs: pinned host memory, which the host changes for runs
+  // that no op in flight touches. Null: the sequence has whole slabs.
+  std::byte* const* runs = nullptr;    // [num_layers, num_kv_heads, max_segments] null: on NVMe
+  std::uint64_t* checksums = nullptr;  // [num_layers, num_kv_heads, max_segments, 16]
 };
 
 constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {
@@ -72,6 +79,30 @@ constexpr std::size_t slab_block_offset(const KvShape& shape, int layer, int blo
 constexpr std::size_t slab_checksum_offset(const KvShape& shape, int layer, int block) {
   return shape.slab_payload_bytes() +
          std::size_t{8} * static_cast<std::size_t>(layer * kSegmentBlocks + block % kSegmentBlocks);
+}
+
+// Where a block lies in the arena, and its checksum. Null: it isn't in host memory.
+constexpr std::size_t run_index(const SequenceKv& kv, int layer, int head, int block) {
+  return (static_cast<std::size_t>(layer) * static_cast<std::size_t>(kv.shape.num_kv_heads) +
+          static_cast<std::size_t>(head)) *
+             static_cast<std::size_t>(kv.max_segments) +
+         static_cast<std::size_t>(block / kSegmentBlocks);
+}
+constexpr std::byte* arena_block(const SequenceKv& kv, int layer, int head, int block) {
+  if (kv.runs != nullptr) {
+    std::byte* run = kv.runs[run_index(kv, layer, head, block)];
+    return run == nullptr ? nullptr : run + slab_block_offset(kv.shape, 0, block);
+  }
+  std::byte* slab = kv.slabs[run_index(kv, 0, head, block)];
+  return slab == nullptr ? nullptr : slab + slab_block_offset(kv.shape, layer, block);
+}
+constexpr void* arena_checksum(const SequenceKv& kv, int layer, int head, int block) {
+  if (kv.runs != nullptr) {
+    return kv.checksums + run_index(kv, layer, head, block) * kSegmentBlocks +
+           block % kSegmentBlocks;
+  }
+  std::byte* slab = kv.slabs[run_index(kv, 0, head, block)];
+  return slab == nullptr ? nullptr : slab + slab_checksum_offset(kv.shape, layer, block);
 }
 
 // The checksum of a block: each 64-bit word is mixed with its place by a bijection, and the sum is
@@ -94,6 +125,11 @@ struct Selection {
   std::int32_t* blocks;  // [num_layers, num_kv_heads, max_selected], sorted within a head
   std::int32_t* counts;  // [num_layers, num_kv_heads]
   std::int32_t max_selected;
+  // How near each segment is to being wanted, by the predictor's scores: of its blocks that were
+  // not chosen, the highest score over the lowest that was; 0 where there are no scores. Null: not
+  // wanted; always so on a GPU, until sequences spill there.
+  float* segment_scores = nullptr;  // [num_layers, num_kv_heads, max_segments] pinned host memory
+  std::int32_t max_segments = 0;
 };
 
 struct FetchEntry {

@@ -12,7 +12,12 @@ inline SequenceKv one_head(SequenceKv kv, int head) {
   kv.slots += slot_offset(kv, 0, head, 0);
   kv.block_to_slot += static_cast<std::ptrdiff_t>(head) * kv.max_blocks;
   kv.slot_to_block += static_cast<std::ptrdiff_t>(head) * kv.num_slots;
-  kv.slabs += static_cast<std::ptrdiff_t>(head) * kv.max_segments;
+  const std::ptrdiff_t segments = static_cast<std::ptrdiff_t>(head) * kv.max_segments;
+  if (kv.slabs != nullptr) kv.slabs += segments;
+  if (kv.runs != nullptr) {
+    kv.runs += segments;
+    kv.checksums += segments * kSegmentBlocks;
+  }
   return kv;
 }
 

@@ -12,6 +12,9 @@
 //   store->fetch(layer, ..., copy_stream);  store->wait(layer, compute_stream);   // every step
 //   store->release(sequence);
 //
+// A sequence that is larger than the whole arena runs from NVMe, where the store has that tier: its
+// Reservation has `spilled` in place of slabs (kvstore/spilled_kv.h), no hits, and commits nothing.
+//
 // Owns the connection, the mapping, one event a layer and the mismatch counter. Everything that a
 // sequence holds is freed by the store when the KvStore is destroyed, or when the process has died.
 // All arena traffic goes through here (fetch, pack, unpack, write_through, streamed_attention), so
@@ -36,6 +39,7 @@
 #include "common/result.h"
 #include "kernels/device.h"
 #include "kernels/kv_layout.h"
+#include "kvstore/spilled_kv.h"
 
 namespace foretoken::kvstore {
 
@@ -61,6 +65,9 @@ struct Reservation {
   int hit_segments = 0;           // the least over this rank's heads
   std::vector<int> head_hits;     // [num_kv_heads] hits of each head, >= hit_segments
   std::vector<std::byte*> slabs;  // [num_kv_heads, num_segments] device addresses
+  // Of a sequence that is larger than the arena. It ends before the sequence is released, and
+  // before the KvStore does.
+  std::unique_ptr<SpilledKv> spilled;
 };
 
 // Whether the NVMe tier works: kOff where the store has none; kReadOnly while the file system is
@@ -115,7 +122,8 @@ class KvStore {
   // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there.
   // A second rank of the group that shares a head gets the same slabs.
   // Never waits for a disk. Error: kExhausted (may pass, nothing is held), kPending (some of the
-  // prefix is on its way from NVMe: come again within a second), kInvalidArgument (can never fit).
+  // prefix is on its way from NVMe: come again within a second), kInvalidArgument (can never fit),
+  // kUnavailable (it would need the NVMe tier, whose disk fails now).
   Result<Reservation> reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                               int num_segments);
 

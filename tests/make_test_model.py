@@ -147,9 +147,9 @@ SPECS = {
 }
 
 
-def make(name, folder, layout=None):
-    """Writes the model folder; `layout` overrides the spec's."""
-    spec = SPECS[name]
+def make(name, folder, layout=None, **changes):
+    """Writes the model folder; `layout` and changes override the spec's."""
+    spec = {**SPECS[name], **changes}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(spec)

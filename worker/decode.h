@@ -8,6 +8,9 @@
 // that changes from step to step lies in device memory; so one step of a number of rows is
 // recorded, and launched for all later ones.
 //
+// A batch with a spilled sequence (kvstore/spilled_kv.h) gathers a layer when the layer comes: what
+// is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
+//
 // Also here, since they are decode steps with something beside them: calibration (exact rows into
 // the history), the audit (how much attention the choice kept, how far the logits moved), and heads
 // that attend all blocks until an audit finds that their choice keeps enough again. Their steps are
@@ -23,6 +26,7 @@
 #include "common/service_config.h"
 #include "worker/dense_heads.h"
 #include "worker/model.h"
+#include "worker/nvme_reads.h"
 #include "worker/sampler.h"
 #include "worker/sequence.h"
 
@@ -36,6 +40,7 @@ struct DecodeConfig {
   float min_recall = 0;     // of a head, below which it attends all blocks; 0: never
   int max_dense_heads = 0;  // ... at most so many in a step
   bool record = true;       // false where ops wait for their stream (guard_arena)
+  OnLate on_late = OnLate::kWait;
 };
 
 class Decode {
@@ -73,9 +78,12 @@ class Decode {
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
   void start_fetches(kernels::Stream& compute);
+  void fetch_now(int layer, kernels::Stream& compute);
   void run_layer(int layer, kernels::Stream& compute);
   void rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void fetch_at_query(int layer, kernels::Stream& compute);
+  void stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
+              kernels::Stream& compute);
   void attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void observe_exactly(int layer, kernels::Stream& compute);
   void observe_attended(kernels::Stream& compute);
@@ -126,11 +134,14 @@ class Decode {
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
   Kind kind_;
+  bool spills_ = false;  // of some row
+  bool audits_ = false;  // some row, in this step
   std::vector<DenseHead> dense_heads_;                      // of the step
   std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows
   std::vector<std::int32_t> counts_;    // host copy of a sequence's counters
+  NvmeReads nvme_reads_;
 };
 
 }  // namespace foretoken::worker

@@ -68,6 +68,7 @@ class Engine {
   KvSlabs count_slabs();
   AdmitResult admit(const AdmitSequence& admit);
   AdmitResult start(const StartSequence& start);
+  void note_lost(const StepPlan& plan, StepResult& result);
   void prefill(const PrefillItem& item, Pending& pending);
   void decode(const std::vector<SequenceId>& ids, Pending& pending);
   Sequence& find(SequenceId id);

@@ -328,6 +328,12 @@ void visit_fields(F&& f, Is<SequenceStats> auto& m) {
 }
 
 template <typename F>
+void visit_fields(F&& f, Is<LostSequence> auto& m) {
+  f("sequence", m.sequence);
+  f("error", m.error);
+}
+
+template <typename F>
 void visit_fields(F&& f, Is<KvSlabs> auto& m) {
   f("free", m.free);
   f("cached", m.cached);
@@ -345,6 +351,7 @@ void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("tokens", m.tokens);
   f("token_digest", m.token_digest);
   f("stats", m.stats);
+  f("lost", m.lost);
   f("device_bytes_free", m.device_bytes_free);
   f("kv_slabs", m.kv_slabs);
   f("step_us", m.step_us);

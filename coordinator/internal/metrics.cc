@@ -135,6 +135,7 @@ void Metrics::on_done(const DoneMessage& done) {
       .Increment();
   impl_->prompt_tokens.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->generated.Increment(static_cast<double>(done.usage.completion_tokens));
+  impl_->nvme_read.Increment(static_cast<double>(done.kv.bytes_nvme));
   impl_->prefix_queries.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->prefix_hits.Increment(static_cast<double>(done.usage.cached_tokens));
   impl_->fetched.Increment(static_cast<double>(done.kv.blocks_fetched));

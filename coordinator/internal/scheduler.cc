@@ -294,6 +294,7 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
   learn(step, ranks);
   std::vector<StepEvent> events;
   FT_RETURN_IF_ERROR(on_admits(step, ranks, events));
+  on_lost(ranks, events);
   FT_RETURN_IF_ERROR(on_tokens(step, ranks.front(), events));
   on_prefilled(step);
   on_releases(step, ranks, events);
@@ -366,6 +367,18 @@ Status Scheduler::on_admits(const InFlight& step, const std::vector<StepResult>&
     if (sequence.phase == Phase::kStarting) sequence.phase = Phase::kPrefilling;
   }
   return Ok{};
+}
+
+void Scheduler::on_lost(const std::vector<StepResult>& ranks, std::vector<StepEvent>& events) {
+  for (const auto& rank : ranks) {
+    for (const auto& [id, error] : rank.lost) {
+      const auto found = sequences_.find(id);
+      if (found == sequences_.end() || found->second.releasing) continue;
+      found->second.releasing = true;
+      found->second.wanted = false;
+      events.emplace_back(Lost{id, error});
+    }
+  }
 }
 
 Status Scheduler::on_tokens(const InFlight& step, const StepResult& rank0,

@@ -13,6 +13,7 @@ constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no r
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
 constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each carries its tokens
 constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
+constexpr int kMaxLosses = 3;                        // of a request's KV, before it is told
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
 // whose exit is awaited, may hold the room.
@@ -203,8 +204,9 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   const bool filling = group.ranks.store_fills();
   // Nothing else runs that could make room.
   if (by_sequence_.empty() && !filling) ++request.refusals;
-  const bool never_fits = segments_for(request.length() + request.tokens_left()) >
-                          group.ranks.capacity().kv_slabs_total;
+  const bool never_fits =
+      parts_.config.kv_nvme_path.empty() && segments_for(request.length() + request.tokens_left()) >
+                                                group.ranks.capacity().kv_slabs_total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
@@ -216,6 +218,21 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
 // so.
 void Service::wait_for_prefix(Request& request, TimePoint now) {
   request.retry_at = now + kRetryFilling * (1 << std::min(request.pendings++, kMaxDoublings));
+  waiting_.push_front(request.origin().id);
+}
+
+// KV that failed its check is computed anew, from the prompt and the tokens that there are. A disk
+// that fails would fail again.
+void Service::on_step_event(Group&, const Lost& event, TimePoint now) {
+  const auto found = by_sequence_.find(event.sequence);
+  if (found == by_sequence_.end()) return;
+  auto& request = *find(found->second);
+  by_sequence_.erase(found);
+  request.wait_again();
+  if (event.error.code != ErrorCode::kCorrupt || ++request.losses >= kMaxLosses) {
+    return fail(request, event.error, now);
+  }
+  log().warn("request {}: {}; it is computed anew", raw(request.origin().id), event.error.message);
   waiting_.push_front(request.origin().id);
 }
 

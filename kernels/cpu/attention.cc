@@ -69,11 +69,12 @@ class BlockColumns {
  private:
   const std::byte* from_arena(const SequenceKv& kv, int head, int block) const {
     const int layer = args_.base.layer;
-    const std::byte* slab = kv.slabs[head * kv.max_segments + block / kSegmentBlocks];
-    const std::byte* data = slab + slab_block_offset(kv.shape, layer, block);
-    std::uint64_t expected = 0;
-    std::memcpy(&expected, slab + slab_checksum_offset(kv.shape, layer, block), sizeof expected);
-    if (block_checksum(data, kv.shape.block_bytes(), layer, block) == expected) return data;
+    const std::byte* data = arena_block(kv, layer, head, block);
+    if (data != nullptr) {
+      std::uint64_t expected = 0;
+      std::memcpy(&expected, arena_checksum(kv, layer, head, block), sizeof expected);
+      if (block_checksum(data, kv.shape.block_bytes(), layer, block) == expected) return data;
+    }
     std::atomic_ref(*args_.mismatches).fetch_add(1, std::memory_order_relaxed);
     return nullptr;
   }

@@ -83,4 +83,20 @@ void HeadChoice::finish(int layer, int num_kv_heads, int kv_head, int limit,
   selection.counts[head] = static_cast<std::int32_t>(wanted_.size());
 }
 
+void HeadChoice::note_segments(std::span<const float> scores,
+                               std::span<float> segment_scores) const {
+  float lowest = std::numeric_limits<float>::max();
+  for (const std::uint32_t c : wanted_) lowest = std::min(lowest, scores[c]);
+  if (lowest <= 0) return;
+  auto chosen = wanted_.begin();  // sorted
+  for (std::uint32_t c = 0; c < scores.size(); ++c) {
+    if (chosen != wanted_.end() && *chosen == c) {
+      ++chosen;
+      continue;
+    }
+    float& segment = segment_scores[(c + kSinkBlocks) / kSegmentBlocks];
+    segment = std::max(segment, scores[c] / lowest);
+  }
+}
+
 }  // namespace foretoken::kernels

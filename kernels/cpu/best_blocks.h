@@ -34,6 +34,9 @@ class HeadChoice {
   // of the best scores of any map.
   void finish(int layer, int num_kv_heads, int kv_head, int limit, const Selection& selection);
 
+  // After finish(): a map's part of (layer, kv_head) of the selection's segment_scores.
+  void note_segments(std::span<const float> scores, std::span<float> segment_scores) const;
+
  private:
   void want(std::uint32_t candidate, float score);
 

@@ -25,20 +25,14 @@ std::int32_t& block_of(const SequenceKv& kv, int layer, int head, int slot) {
   return kv.slot_to_block[row_of(kv, layer, head) * static_cast<std::size_t>(kv.num_slots) +
                           static_cast<std::size_t>(slot)];
 }
-// The slab that holds `block`, or null: not in host memory.
-std::byte* slab_of(const SequenceKv& kv, int head, int block) {
-  return kv.slabs[static_cast<std::size_t>(head) * static_cast<std::size_t>(kv.max_segments) +
-                  static_cast<std::size_t>(block / kSegmentBlocks)];
-}
 
-std::uint64_t stored_checksum(const SequenceKv& kv, const std::byte* slab, int layer, int block) {
+std::uint64_t stored_checksum(const SequenceKv& kv, int layer, int head, int block) {
   std::uint64_t value = 0;
-  std::memcpy(&value, slab + slab_checksum_offset(kv.shape, layer, block), sizeof value);
+  std::memcpy(&value, arena_checksum(kv, layer, head, block), sizeof value);
   return value;
 }
-void store_checksum(const SequenceKv& kv, std::byte* slab, int layer, int block,
-                    std::uint64_t value) {
-  std::memcpy(slab + slab_checksum_offset(kv.shape, layer, block), &value, sizeof value);
+void store_checksum(const SequenceKv& kv, int layer, int head, int block, std::uint64_t value) {
+  std::memcpy(arena_checksum(kv, layer, head, block), &value, sizeof value);
 }
 
 void count_mismatch(std::uint32_t* mismatches) {
@@ -47,19 +41,18 @@ void count_mismatch(std::uint32_t* mismatches) {
 
 // Arena -> `to`, verified. False: the block is not there or not what was written.
 bool read_block(const SequenceKv& kv, int layer, int head, int block, std::byte* to) {
-  const std::byte* slab = slab_of(kv, head, block);
-  if (slab == nullptr) return false;
-  const std::byte* from = slab + slab_block_offset(kv.shape, layer, block);
+  const std::byte* from = arena_block(kv, layer, head, block);
+  if (from == nullptr) return false;
   return copy_with_checksum(to, from, kv.shape.block_bytes(), layer, block) ==
-         stored_checksum(kv, slab, layer, block);
+         stored_checksum(kv, layer, head, block);
 }
 
-// `from` -> arena, with its checksum.
+// `from` -> arena, with its checksum. A spilled sequence may lack the frame: its owner knows.
 void write_block(const SequenceKv& kv, int layer, int head, int block, const std::byte* from) {
-  std::byte* slab = slab_of(kv, head, block);
-  FT_CHECK(slab != nullptr, layer, head, block);
-  std::byte* to = slab + slab_block_offset(kv.shape, layer, block);
-  store_checksum(kv, slab, layer, block,
+  std::byte* to = arena_block(kv, layer, head, block);
+  if (to == nullptr && kv.runs != nullptr) return;
+  FT_CHECK(to != nullptr, layer, head, block);
+  store_checksum(kv, layer, head, block,
                  copy_with_checksum(to, from, kv.shape.block_bytes(), layer, block));
 }
 
@@ -141,9 +134,8 @@ void write_filled_block(const SequenceKv& kv, int layer, int head, int block) {
     write_block(kv, layer, head, block, kv.slots + slot_offset(kv, layer, head, slot));
     return;
   }
-  std::byte* slab = slab_of(kv, head, block);
-  FT_CHECK(slab != nullptr, layer, head, block);
-  store_checksum(kv, slab, layer, block, ~stored_checksum(kv, slab, layer, block));
+  FT_CHECK(arena_checksum(kv, layer, head, block) != nullptr, layer, head, block);
+  store_checksum(kv, layer, head, block, ~stored_checksum(kv, layer, head, block));
 }
 
 void write_filled_blocks(const SequenceKv& kv) {
@@ -163,7 +155,8 @@ void gather_head(const SequenceKv& kv, const FetchList& fetches, int layer, int 
   for (int i = 0; i < fetches.counts[row]; ++i) {
     const auto [block, slot] = entries[i];
     if (read_block(kv, layer, head, block, kv.slots + slot_offset(kv, layer, head, slot))) continue;
-    count_mismatch(mismatches);
+    const bool is_late = kv.runs != nullptr && arena_block(kv, layer, head, block) == nullptr;
+    if (!is_late) count_mismatch(mismatches);
     slot_of(kv, layer, head, block) = kAbsent;
     block_of(kv, layer, head, slot) = kAbsent;
   }

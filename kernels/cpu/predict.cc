@@ -1,5 +1,8 @@
 // CpuDevice's predictor: the CNN over all maps, and the blocks it chooses.
+#include <algorithm>
 #include <atomic>
+#include <span>
+#include <vector>
 
 #include "common/check.h"
 #include "kernels/cpu/best_blocks.h"
@@ -20,6 +23,7 @@ void predict_head(const CnnFilters& filters, const HistoryState& state, int laye
                   const Selection& selection) {
   thread_local MapStream stream;
   thread_local HeadChoice choice;
+  std::vector<std::vector<float>> map_scores;  // for segment_scores
   const int candidates = num_candidates(state.num_columns[layer]);
   choice.start(candidates);
   if (candidates <= state.top_k) {
@@ -29,12 +33,23 @@ void predict_head(const CnnFilters& filters, const HistoryState& state, int laye
       const bool usable =
           stream.update(filters, state, layer, kv_head * state.maps_per_kv_head + m) &&
           choice.add_best(stream.scores(), state.top_k);
+      if (usable && selection.segment_scores != nullptr) {
+        map_scores.emplace_back(stream.scores().begin(), stream.scores().end());
+      }
       if (usable) continue;
       choice.add_latest(state.top_k);
       std::atomic_ref(*state.fallbacks).fetch_add(1, std::memory_order_relaxed);
     }
   }
   choice.finish(layer, state.num_kv_heads, kv_head, state.max_per_head, selection);
+  if (selection.segment_scores == nullptr) return;
+  const auto segments = static_cast<std::size_t>(selection.max_segments);
+  const std::span<float> scores(
+      selection.segment_scores +
+          static_cast<std::size_t>(layer * state.num_kv_heads + kv_head) * segments,
+      segments);
+  std::ranges::fill(scores, 0.0F);
+  for (const std::vector<float>& map : map_scores) choice.note_segments(map, scores);
 }
 
 }  // namespace

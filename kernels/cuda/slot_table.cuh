@@ -20,13 +20,8 @@ __device__ inline std::int32_t* block_to_slot(const SequenceKv& kv, int layer, i
 __device__ inline std::int32_t* slot_to_block(const SequenceKv& kv, int layer, int head) {
   return kv.slot_to_block + head_index(kv, layer, head) * kv.num_slots;
 }
-// The slab that holds `block`, or null: not in host memory.
-__device__ inline std::byte* slab_of(const SequenceKv& kv, int head, int block) {
-  return kv.slabs[static_cast<std::size_t>(head) * kv.max_segments + block / kSegmentBlocks];
-}
-__device__ inline std::uint64_t* checksum_of(const SequenceKv& kv, std::byte* slab, int layer,
-                                             int block) {
-  return reinterpret_cast<std::uint64_t*>(slab + slab_checksum_offset(kv.shape, layer, block));
+__device__ inline std::uint64_t* checksum_of(const SequenceKv& kv, int layer, int head, int block) {
+  return static_cast<std::uint64_t*>(arena_checksum(kv, layer, head, block));
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -212,12 +212,11 @@ __device__ bool load_block(const StreamedAttentionArgs& args, const SequenceKv& 
         reinterpret_cast<const WordPair*>(kv.slots + slot_offset(kv, layer, kv_head, slot)));
     return true;
   }
-  std::byte* slab = slab_of(kv, kv_head, block);
-  bool good = slab != nullptr;
+  const std::byte* data = arena_block(kv, layer, kv_head, block);
+  bool good = data != nullptr;
   if (good) {
-    const std::uint64_t expected = *checksum_of(kv, slab, layer, block);
-    registers.load(
-        reinterpret_cast<const WordPair*>(slab + slab_block_offset(kv.shape, layer, block)));
+    const std::uint64_t expected = *checksum_of(kv, layer, kv_head, block);
+    registers.load(reinterpret_cast<const WordPair*>(data));
     if constexpr (kValues) good = registers.checksum(layer, block) == expected;
   }
   if (!good && threadIdx.x % 32 == 0) atomicAdd(args.mismatches, 1U);

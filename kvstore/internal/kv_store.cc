@@ -9,6 +9,7 @@
 #include "common/log.h"
 #include "kvstore/internal/arena_guard.h"
 #include "kvstore/internal/protocol.h"
+#include "kvstore/internal/run_io.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/stripe_mapping.h"
 
@@ -30,6 +31,10 @@ Hello hello_of(const StoreClientConfig& config) {
 
 Error out_of_step(const char* why) {
   return {ErrorCode::kUnavailable, std::string("the KV store ") + why};
+}
+
+Error granted_otherwise() {
+  return {ErrorCode::kCorrupt, "the KV store granted what was not asked for"};
 }
 
 }  // namespace
@@ -56,10 +61,11 @@ class Connection {
   }
 
   template <typename Message>
-  Result<Message> ask_for(const Request& request) {
+  Result<Message> ask_for(const Request& request, FileDescriptor* passed = nullptr) {
     FT_ASSIGN_OR_RETURN(Answer answer, ask(request));
     auto* message = std::get_if<Message>(&answer.reply);
     if (message == nullptr) return broken(out_of_step("answered something else"));
+    if (passed != nullptr) *passed = std::move(answer.passed);
     return std::move(*message);
   }
 
@@ -84,6 +90,8 @@ struct KvStore::Impl {
   Connection connection;
   std::optional<StripeMapping> mapping;
   std::optional<ArenaGuard> guard;
+  FileDescriptor nvme_file;                              // the store's, once a sequence has spilled
+  std::optional<RunIo> io;                               // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
   kernels::DeviceBuffer mismatches;                      // uint32
 
@@ -93,6 +101,10 @@ struct KvStore::Impl {
   Status greet();
   void prepare_device();
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
+  Result<Reservation> translate_spilled(SequenceId sequence, const Grant& grant, int num_segments,
+                                        FileDescriptor file);
+
+  bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
 
   std::uint32_t* mismatch_counter() const { return mismatches.as<std::uint32_t>(); }
 
@@ -140,13 +152,11 @@ Result<Reservation> KvStore::Impl::translate(SequenceId sequence, const Grant& g
   const auto num_heads = static_cast<std::size_t>(config.shape.num_kv_heads);
   const auto segments = static_cast<std::size_t>(num_segments);
   const auto out_of_range = [&](int hits) { return hits < 0 || hits > num_segments; };
-  const auto no_slab = [&](SlabIndex slab) {
-    return raw(slab) >= mapping->layout().slabs_per_head;
-  };
+  const auto no_slab = [this](SlabIndex slab) { return is_no_slab(slab); };
   if (grant.head_hits.size() != num_heads || grant.slabs.size() != num_heads * segments ||
       std::ranges::any_of(grant.head_hits, out_of_range) ||
       std::ranges::any_of(grant.slabs, no_slab)) {
-    return Error{ErrorCode::kCorrupt, "the KV store granted what was not asked for"};
+    return granted_otherwise();
   }
   Reservation kv;
   kv.sequence = sequence;
@@ -156,6 +166,46 @@ Result<Reservation> KvStore::Impl::translate(SequenceId sequence, const Grant& g
   for (std::size_t i = 0; i < grant.slabs.size(); ++i) {
     kv.slabs.push_back(mapping->slab(static_cast<int>(i / segments), grant.slabs[i]));
   }
+  return kv;
+}
+
+// The slabs' runs are the frames.
+Result<Reservation> KvStore::Impl::translate_spilled(SequenceId sequence, const Grant& grant,
+                                                     int num_segments, FileDescriptor file) {
+  const kernels::KvShape& shape = config.shape;
+  const auto heads = static_cast<std::size_t>(shape.num_kv_heads);
+  const auto layers = static_cast<std::size_t>(shape.num_layers);
+  const std::size_t slabs_a_head = grant.slabs.size() / heads;
+  if (grant.slabs.size() != heads * slabs_a_head || !file ||
+      grant.slots.size() != heads * static_cast<std::size_t>(num_segments) ||
+      grant.slabs.size() * layers < SpilledKv::least_frames(shape, num_segments) ||
+      std::ranges::any_of(grant.slabs, [this](SlabIndex slab) { return is_no_slab(slab); })) {
+    return granted_otherwise();
+  }
+  if (!io) {
+    nvme_file = std::move(file);
+    IoMemory memory(shape.run_bytes() * RunIo::kDepth);
+    auto disk = make_block_device(nvme_file.get(), memory, RunIo::kDepth);
+    io.emplace(std::move(memory), std::move(disk), shape.run_bytes());
+  }
+  SpilledKv::Parts parts{shape, num_segments, {}, {}};
+  for (const SlotIndex slot : grant.slots) {
+    parts.slots.push_back(grant.slots_offset + shape.slab_bytes() * raw(slot));
+  }
+  for (std::size_t i = 0; i < grant.slabs.size(); ++i) {
+    const int head = static_cast<int>(i / slabs_a_head);
+    for (std::size_t layer = 0; layer < layers; ++layer) {
+      const std::size_t offset = layer * shape.run_bytes();
+      parts.frames.push_back({mapping->host_slab(head, grant.slabs[i]) + offset,
+                              mapping->slab(head, grant.slabs[i]) + offset});
+    }
+  }
+  Reservation kv;
+  kv.sequence = sequence;
+  kv.num_segments = num_segments;
+  kv.head_hits.resize(heads);
+  kv.spilled =
+      std::make_unique<SpilledKv>(device, *io, guard ? &*guard : nullptr, std::move(parts));
   return kv;
 }
 
@@ -191,9 +241,12 @@ KvStore::~KvStore() {
 
 Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                                      int num_segments) {
-  FT_ASSIGN_OR_RETURN(const Grant grant, impl_->connection.ask_for<Grant>(Reserve{
-                                             sequence, num_segments, {keys.begin(), keys.end()}}));
-  return impl_->translate(sequence, grant, num_segments);
+  FileDescriptor file;
+  FT_ASSIGN_OR_RETURN(const Grant grant,
+                      impl_->connection.ask_for<Grant>(
+                          Reserve{sequence, num_segments, {keys.begin(), keys.end()}}, &file));
+  if (grant.slots.empty()) return impl_->translate(sequence, grant, num_segments);
+  return impl_->translate_spilled(sequence, grant, num_segments, std::move(file));
 }
 
 Status KvStore::use(Reservation& kv, int hit_segments) {

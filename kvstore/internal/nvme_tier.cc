@@ -205,6 +205,25 @@ void NvmeTier::finish_store(std::size_t index) {
   end(index);
 }
 
+// ---- lending ----------------------------------------------------------------------------------
+
+std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count) {
+  std::vector<SlotIndex> slots;
+  while (slots.size() < count) {
+    const auto slot = index_.claim();
+    if (!slot) {
+      take_back(slots);
+      return std::nullopt;
+    }
+    slots.push_back(*slot);
+  }
+  return slots;
+}
+
+void NvmeTier::take_back(std::span<const SlotIndex> slots) {
+  for (const SlotIndex slot : slots) index_.give_back(slot);
+}
+
 // ---- reading ----------------------------------------------------------------------------------
 
 void NvmeTier::load(const SlabName& name, std::byte* to, TimePoint now) {

@@ -70,6 +70,13 @@ class NvmeTier {
   // REQUIRES: can_store(now), !knows(name).
   void store(const SlabName& name, const std::byte* slab, TimePoint now);
 
+  // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index
+  // until they are given back. nullopt: the file has not so many to give.
+  std::optional<std::vector<SlotIndex>> lend(std::size_t count);
+  void take_back(std::span<const SlotIndex> slots);
+  bool may_lend(TimePoint now) const { return health_.may_write(now); }
+  std::uint64_t slots_offset() const { return superblock_.geometry.slab_offset(SlotIndex{0}); }
+
   struct Loaded {
     SlabName name;
     bool is_whole = false;  // else `to` holds anything, and the caller does without

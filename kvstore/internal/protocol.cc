@@ -111,9 +111,11 @@ struct ReplyWriter {
     return Writer(kWelcome, 2).id(welcome.slab_bytes).integer(welcome.slabs_per_head).finish();
   }
   std::string operator()(const Grant& grant) const {
-    return Writer(kGrant, 2)
+    return Writer(kGrant, 4)
         .binary(grant.head_hits.data(), grant.head_hits.size())
         .binary(grant.slabs.data(), grant.slabs.size())
+        .id(grant.slots_offset)
+        .binary(grant.slots.data(), grant.slots.size())
         .finish();
   }
   std::string operator()(const StoreStat& stat) const {
@@ -292,6 +294,8 @@ Grant read_grant(Reader& reader) {
   Grant grant;
   grant.head_hits = reader.binary<int>("head_hits", 1, kMaxHeads);
   grant.slabs = reader.binary<SlabIndex>("slabs", 1, kMaxGrantSlabs);
+  grant.slots_offset = reader.id("slots_offset");
+  grant.slots = reader.binary<SlotIndex>("slots", 0, kMaxGrantSlabs);
   return grant;
 }
 

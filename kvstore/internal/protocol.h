@@ -23,10 +23,10 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 3;
+inline constexpr int kProtocolVersion = 4;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
-inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: heads x segments
+inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
 inline constexpr int kMaxHeads = 1'024;
 inline constexpr int kMaxLayers = 1'024;
 inline constexpr int kMaxHeadDim = 1'024;

@@ -188,7 +188,10 @@ void Server::drop(PeerId id) {
 void Server::end_lease(PeerId id) {
   const auto found = peers_.find(id);
   if (found == peers_.end()) return;
-  if (found->second.lease) book_->close_lease(*found->second.lease);
+  if (const auto lease = found->second.lease) {
+    take_back_slots(*lease, std::nullopt);
+    book_->close_lease(*lease);
+  }
   peers_.erase(found);
   welcome_waiting();
 }
@@ -224,6 +227,7 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
   if (const auto* commit = std::get_if<Commit>(&request)) {
     note(peer, this->commit(peer, *commit));
   } else if (const auto* release = std::get_if<Release>(&request)) {
+    take_back_slots(*peer.lease, release->sequence);
     note(peer, book_->release(*peer.lease, release->sequence));
   } else {  // Goodbye
     end_lease(id);
@@ -243,6 +247,11 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
     return reply(peer, invalid(std::to_string(request.num_segments) + " segments of " +
                                std::to_string(peer.num_heads) +
                                " heads are more than one sequence may have"));
+  }
+  if (must_spill(request)) {
+    Result<Grant> grant = reserve_spilled(peer, request);
+    if (!grant) return reply(peer, grant.error());
+    return reply(peer, *std::move(grant), nvme_file_->fd());
   }
   if (promotions_ && is_coming(peer, request)) {
     return reply(peer, Error{ErrorCode::kPending, "its prefix is on its way from NVMe"});

@@ -9,8 +9,10 @@
 //
 // With an NVMe tier a Reserve whose prefix is partly in the file is refused as pending until that
 // is back in the arena: nobody waits here for a disk. The tier never fails a request: a prefix that
-// does not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc.
-// Example: tests/kvstore/server_test.cc
+// does not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc. A sequence
+// that is larger than the arena is given slots of the file beside slabs, and the file's descriptor:
+// as with the arena, only who has what is decided here (server_spill.cc). Example:
+// tests/kvstore/server_test.cc
 #pragma once
 
 #include <cstddef>
@@ -99,6 +101,11 @@ class Server {
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
 
+  // Sequences that are larger than the arena (server_spill.cc).
+  bool must_spill(const Reserve& request) const;
+  Result<Grant> reserve_spilled(const Peer& peer, const Reserve& request);
+  void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
+
   void open_tier();
   bool is_coming(const Peer& peer, const Reserve& request);
   void advance_tier();
@@ -114,7 +121,8 @@ class Server {
   std::unique_ptr<StoreBook> book_;     // with model_
   std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
   std::unique_ptr<TierMover> mover_;    // with tier_
-  std::unique_ptr<Promotions> promotions_;  // with mover_
+  std::unique_ptr<Promotions> promotions_;                                 // with mover_
+  std::map<std::pair<LeaseId, SequenceId>, std::vector<SlotIndex>> lent_;  // of tier_
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

@@ -125,6 +125,14 @@ void StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
   num_misses_ += static_cast<std::int64_t>(keys.size()) - allocation.hits;
 }
 
+bool StoreBook::is_shared(LeaseId id, SequenceId sequence) {
+  const LeaseOwner& owner = at(id).owner;
+  for (int i = 0; i < owner.num_heads; ++i) {
+    if (find(owner, sequence, owner.first_head + i) != nullptr) return true;
+  }
+  return false;
+}
+
 Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) {
   Lease& lease = at(id);
   if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");

@@ -17,6 +17,7 @@
 #include "common/ids.h"
 #include "common/prefix_key.h"
 #include "common/result.h"
+#include "kvstore/internal/nvme_format.h"
 #include "kvstore/internal/slab_pool.h"
 #include "kvstore/kv_store.h"
 
@@ -35,7 +36,10 @@ struct LeaseOwner {
 // What a sequence holds, head by head of its lease.
 struct Grant {
   std::vector<int> head_hits;    // [num_heads] leading segments that hold their prefix
-  std::vector<SlabIndex> slabs;  // [num_heads, num_segments]
+  std::vector<SlabIndex> slabs;  // [num_heads, num_segments]; of one that spilled, fewer a head
+  // One that spilled: comes with the NVMe file's descriptor. Slot i lies at slots_offset + i slabs.
+  std::uint64_t slots_offset = 0;
+  std::vector<SlotIndex> slots = {};  // [num_heads, num_segments], or empty
 };
 
 class StoreBook {
@@ -57,6 +61,8 @@ class StoreBook {
   Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
   Status commit(LeaseId lease, SequenceId sequence, int segment, const PrefixKey& key);
   Status release(LeaseId lease, SequenceId sequence);
+  // Whether another lease holds the sequence's slabs already, on a head of this one.
+  bool is_shared(LeaseId lease, SequenceId sequence);
   // What reserve() would say, without its doing.
   Status can_reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
                      int num_segments);

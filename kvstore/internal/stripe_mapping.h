@@ -26,6 +26,12 @@ class StripeMapping {
   // Device address of a slab; head counts from first_head.
   std::byte* slab(int head, SlabIndex slab) const;
 
+  // Where this process has it.
+  std::byte* host_slab(int head, SlabIndex slab) const {
+    return base_ + layout_.stripe_offset(head) +
+           layout_.slab_bytes * static_cast<std::size_t>(slab);
+  }
+
   std::byte* begin() const { return base_; }  // host
   std::size_t bytes() const { return bytes_; }
   const ArenaLayout& layout() const { return layout_; }

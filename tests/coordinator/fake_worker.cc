@@ -115,6 +115,10 @@ StepResult FakeRank::run(const StepPlan& plan) {
   require(std::set(plan.decodes.begin(), plan.decodes.end()).size() == plan.decodes.size(),
           "a sequence decodes once a step");
   for (const auto id : plan.decodes) sample(id, result);
+  if (store_->losses > 0 && !plan.decodes.empty() && config_.rank == config_.world_size - 1) {
+    --store_->losses;
+    result.lost.push_back({plan.decodes.front(), Error{store_->loss, "KV on NVMe: injected"}});
+  }
   for (const auto& token : result.tokens) {
     result.token_digest = mix(result.token_digest, raw(token.sequence));
     result.token_digest = mix(result.token_digest, static_cast<std::uint64_t>(token.token.id));

@@ -24,6 +24,8 @@ struct FakeStore {
   std::int64_t ready = std::numeric_limits<std::int64_t>::max();  // pre-faulted so far
   int pending_admits = 0;  // so many of sequences that have prefix keys: they come from NVMe
   int refuse_starts = 0;   // so many of sequences that share a prefix: there is no room to swap
+  int losses = 0;          // decoding sequences whose KV is found to be lost, in so many steps
+  ErrorCode loss = ErrorCode::kCorrupt;
   std::set<PrefixKey> published;
 };
 

@@ -339,6 +339,44 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
 }
 
+TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
+  start_rank();
+  ask(wish("undisturbed", 20));
+  work();
+  store_->losses = 2;
+  ask(wish("r1", 20));
+  work();
+  EXPECT_EQ(store_->losses, 0);
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 2U);
+  EXPECT_EQ(done[1].tokens, done[0].tokens);
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, ADiskThatFailsCostsTheRequestThatNeedsIt) {
+  start_rank();
+  store_->losses = 1;
+  store_->loss = ErrorCode::kIo;
+  ask(wish("r1", 20));
+  ask(wish("r2", 20));
+  work();
+  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
+  EXPECT_EQ(told<ErrorMessage>()[0].request_id, "r1");
+  EXPECT_EQ(told<ErrorMessage>()[0].code, "io");
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, KvThatIsLostOverAndOverEndsTheRequest) {
+  start_rank();
+  store_->losses = 100;
+  ask(wish("r1", 20));
+  work();
+  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
+  EXPECT_EQ(told<ErrorMessage>()[0].code, "corrupt");
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
 TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
   start_rank();
   store_->ready = 0;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "kernels/kv_layout.h"
@@ -61,8 +62,28 @@ class KvSequence {
     return slab(kv_head, block) + slab_block_offset(view.shape, layer, block);
   }
 
+  // The same KV as a spilled sequence's: runs and checksums by themselves, in the same memory.
+  void spill() {
+    for (int layer = 0; layer < view.shape.num_layers; ++layer) {
+      for (int head_and_segment = 0; head_and_segment < std::ssize(slabs_); ++head_and_segment) {
+        std::byte* slab = slabs_[static_cast<std::size_t>(head_and_segment)];
+        runs.push_back(slab + slab_block_offset(view.shape, layer, 0));
+        for (int block = 0; block < kSegmentBlocks; ++block) {
+          std::uint64_t checksum = 0;
+          std::memcpy(&checksum, slab + slab_checksum_offset(view.shape, layer, block), 8);
+          checksums.push_back(checksum);
+        }
+      }
+    }
+    view.runs = runs.data();
+    view.checksums = checksums.data();
+    view.slabs = nullptr;
+  }
+
   std::int32_t length = 0;
   SequenceKv view;
+  std::vector<std::byte*> runs;  // after spill()
+  std::vector<std::uint64_t> checksums;
 
  private:
   std::size_t num_heads_;

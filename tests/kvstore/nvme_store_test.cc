@@ -112,6 +112,54 @@ TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
   EXPECT_FALSE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
 }
 
+// The arena has ten slabs a head: as many as 13 segments of three layers must have, 29 frames.
+constexpr int kManySegments = 13;
+
+TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaIsLentSlots) {
+  server = std::make_unique<RunningServer>(
+      kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh});
+  const auto store = connect();
+  const auto free = store->stat()->slabs_free;
+  const PrefixKey key = key_of(1);
+  for (int i = 0; i < 5; ++i) {  // slots come back: the file has room for three such sequences
+    const SequenceId id{static_cast<std::uint64_t>(100 + i)};
+    auto kv = store->reserve(id, std::span(&key, 1), kManySegments);
+    ASSERT_TRUE(kv) << kv.error().message;
+    ASSERT_NE(kv->spilled, nullptr);
+    EXPECT_EQ(kv->hit_segments, 0);
+    EXPECT_TRUE(kv->slabs.empty());
+    EXPECT_LT(store->stat()->slabs_free, free);
+    ASSERT_TRUE(store->use(*kv, 0));
+    ASSERT_TRUE(kv->spilled->make_room(1, {0, kManySegments}));
+    kv->spilled.reset();
+    ASSERT_TRUE(store->release(id));
+  }
+  EXPECT_EQ(store->stat()->slabs_free, free);
+}
+
+TEST_F(NvmeStoreTest, RanksThatShareAHeadDoNotSpill) {
+  server = std::make_unique<RunningServer>(
+      kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh});
+  const auto low = connect(0);
+  const auto high = connect(1);
+  const auto kv = low->reserve(SequenceId{1}, {}, kManySegments);
+  ASSERT_TRUE(kv);
+  const auto refused = high->reserve(SequenceId{1}, {}, kManySegments);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+}
+
+TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {
+  start();
+  const auto store = connect();
+  for (const int segments : {200, 2000}) {
+    const auto kv = store->reserve(SequenceId{1}, {}, segments);
+    ASSERT_FALSE(kv);
+    EXPECT_EQ(kv.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(kv.error().message.find("can never fit"), std::string::npos) << kv.error().message;
+  }
+}
+
 TEST_F(NvmeStoreTest, RanksThatShareAHeadBothFindIt) {
   start();
   {

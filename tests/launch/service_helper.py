@@ -16,15 +16,12 @@ SMALL = ("--device=cpu", "--kv-host-gib=0.25", "--device-memory-gib=1")
 LARGE = ("--device=cpu", "--kv-host-gib=2", "--device-memory-gib=4")  # for SmolLM2
 
 sys.path.insert(0, str(ROOT / "tests"))
+import make_test_model  # noqa: E402
 
 
-def make_model(folder, name="llama"):
-    """A random model of tests/make_test_model.py; context 512."""
-    subprocess.run(
-        [sys.executable, ROOT / "tests" / "make_test_model.py", name, folder],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def make_model(folder, name="llama", **changes):
+    """A random model of tests/make_test_model.py, with changes to its spec; context 512."""
+    make_test_model.make(name, folder, **changes)
     return pathlib.Path(folder)
 
 

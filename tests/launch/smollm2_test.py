@@ -68,6 +68,30 @@ def test_predictor_closes_most_of_the_gap_to_the_oracle(text):
     assert closed >= 0.6
 
 
+def test_a_quarter_of_the_kv_in_host_memory_is_enough(tmp_path):
+    """The rest is on NVMe: the same tokens where a step waits for it, nearly the same attention
+    where it does not."""
+    prompt = tokenize(licence())[:LENGTH]
+    quarter = ("--device=cpu", "--kv-host-gib=0.0411", "--device-memory-gib=4")  # 7 slabs of 28
+    flags = ("--kv-policy=attention-predictor", f"--kv-budget={BUDGET}", "--audit-every=1",
+             "--calibrate-with=none")  # fmt: skip
+    answers = []
+    for on_late, size in (("wait", LARGE), ("wait", quarter), ("skip", quarter)):
+        folder = f"--kv-nvme-path={tmp_path}/{len(answers)}"
+        with Service(smollm2(), *flags, folder, "--kv-nvme-gib=0.3", f"--on-late={on_late}",
+                     size=size) as service:  # fmt: skip
+            with Client(service.endpoint, service.key_file, silence_timeout=300) as client:
+                answers.append(client.generate(prompt, max_tokens=ANSWER, ignore_eos=True,
+                                               temperature=0))  # fmt: skip
+    kept, waited, skipped = answers
+    recalls = [a.kv["recall_sum"] / a.kv["recall_count"] for a in answers]
+    print(f"recall: memory {recalls[0]:.4f}, wait {recalls[1]:.4f}, skip {recalls[2]:.4f}")
+    print(f"late: wait {waited.kv['late']}, skip {skipped.kv['late']}")
+    assert waited.ids == kept.ids and recalls[1] == pytest.approx(recalls[0])
+    assert recalls[2] == pytest.approx(recalls[1], abs=0.01)
+    assert kept.kv["bytes_nvme"] == 0 and waited.kv["bytes_nvme"] > 0
+
+
 def lengths_of(service):
     with Client(service.endpoint, service.key_file) as client:
         return client.status()

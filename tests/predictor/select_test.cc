@@ -64,6 +64,26 @@ TEST(HeadChoice, UnitesMapsAndKeepsTheBestScoresWhereTheUnionIsTooLarge) {
   EXPECT_THAT(chosen.of(1), ElementsAre(4, 5, 8));  // 5, 4 and 9; not 3
 }
 
+// Of each segment, the best block that was not chosen, over the worst that was, of any map.
+TEST(HeadChoice, NotesHowNearSegmentsAreToBeingWanted) {
+  Chosen chosen(1, 8);
+  HeadChoice choice;
+  std::vector<float> scores(30, 0.0F);
+  scores[0] = 8;   // block 4
+  scores[1] = 4;   // 5
+  scores[11] = 2;  // 15, of segment 0
+  scores[12] = 3;  // 16, of segment 1
+  scores[29] = -1;
+  choice.start(30);
+  EXPECT_TRUE(choice.add_best(scores, 2));
+  choice.finish(0, 1, 0, 8, chosen.selection());
+  std::vector<float> segments(4, 0.0F);
+  choice.note_segments(scores, segments);
+  EXPECT_THAT(segments, ElementsAre(0.5F, 0.75F, 0.0F, 0.0F));
+  choice.note_segments(std::vector<float>(30, -1.0F), segments);  // scores that say nothing
+  EXPECT_THAT(segments, ElementsAre(0.5F, 0.75F, 0.0F, 0.0F));
+}
+
 TEST(HeadChoice, FewerCandidatesThanKAreAllChosen) {
   Chosen chosen(1, 8);
   HeadChoice choice;

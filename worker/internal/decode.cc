@@ -92,7 +92,8 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
                               model.partition().heads.count)),
       exact_lse_(floats(device, model.partition().heads.count)),
       exact_pitch_(blocks_for(config.max_model_len)),
-      tables_(std::make_unique<Tables>(device, config.max_rows)) {
+      tables_(std::make_unique<Tables>(device, config.max_rows)),
+      nvme_reads_(device, config.on_late) {
   const int heads = model.partition().heads.count;
   if (policy.observes()) {
     const int most_slots = policy.spills() ? exact_pitch_ : slots_for(policy, exact_pitch_);
@@ -160,6 +161,8 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   batch_.rows = static_cast<int>(rows.size());
   kind_ = kind_of(rows);
   choose_dense();
+  spills_ = std::ranges::any_of(rows_, [](const Sequence* row) { return row->spilled(); });
+  for (Sequence* row : rows_) nvme_reads_.open_segment(*row);
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
   std::byte* base = tables_->staged[staging]->data();
@@ -185,6 +188,7 @@ std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
   }
+  for (Sequence* row : rows_) nvme_reads_.close_segment(*row);
   for (Sequence* row : rows_) ++row->decode_steps;
   return draw;
 }
@@ -203,13 +207,20 @@ void Decode::run(kernels::Stream& compute) {
 bool Decode::recordable() const {
   if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
+  if (spills_) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
     return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
   });
 }
 
 void Decode::forward(kernels::Stream& compute) {
-  if (kind_.fetches_blocks) start_fetches(compute);
+  audits_ = std::ranges::any_of(rows_, [this](const Sequence* row) { return audits(*row); });
+  if (kind_.fetches_blocks && !spills_) start_fetches(compute);
+  // An audit's dense pass would give the disk time that other steps don't: it comes after.
+  for (int layer = 0; kind_.fetches_blocks && spills_ && audits_ && layer < model_.num_layers();
+       ++layer) {
+    fetch_now(layer, compute);
+  }
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
   }
@@ -234,9 +245,18 @@ void Decode::start_fetches(kernels::Stream& compute) {
   }
 }
 
+// The layer's gather, in line: what it brings is needed now.
+void Decode::fetch_now(int layer, kernels::Stream& compute) {
+  for (Sequence* row : rows_) nvme_reads_.bring(*row, layer, compute);
+  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, compute);
+  for (Sequence* row : rows_) nvme_reads_.let_go(*row, layer);
+}
+
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
-  if (kind_.fetches_blocks) {
+  if (kind_.fetches_blocks && spills_ && !audits_) {
+    fetch_now(layer, compute);
+  } else if (kind_.fetches_blocks) {
     count_late(layer, compute);
     store_.wait(layer, compute);  // before the step's K and V: the open block may be in flight too
   }
@@ -285,6 +305,7 @@ void Decode::choose() {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   *side_);
+  for (Sequence* row : rows_) nvme_reads_.ask_ahead(*row, *side_);
   chosen_->record(*side_);
 }
 
@@ -301,10 +322,7 @@ void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
                    .first_layer = layer,
                    .num_layers = 1},
                   compute);
-  resolved_->record(compute);
-  resolved_->wait(*copy_);
-  store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, *copy_);
-  store_.wait(layer, compute);
+  fetch_now(layer, compute);
 }
 
 kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::DecodeBatch& batch,
@@ -329,6 +347,14 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .pitch = kind_.pitch};
 }
 
+// Attention over all blocks of these rows.
+void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
+                    kernels::Stream& compute) {
+  for (Sequence* row : rows) nvme_reads_.bring_all(*row, args.layer);
+  store_.streamed_attention({args, nullptr}, compute);
+  for (Sequence* row : rows) nvme_reads_.let_go(*row, args.layer);
+}
+
 void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
   kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
   if (!kind_.streams_all) {
@@ -336,7 +362,7 @@ void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Str
     return;
   }
   FT_CHECK(args.block_max == nullptr);  // its pitch is not by block
-  store_.streamed_attention({args, nullptr}, compute);
+  stream(args, rows_, compute);
 }
 
 bool Decode::calibrates(const Sequence& sequence, int layer) const {

@@ -9,19 +9,20 @@
 namespace foretoken::worker {
 
 void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
-  kernels::DecodeAttentionArgs args =
-      attention_args(layer, rows_[static_cast<std::size_t>(row)]->alone(), row);
+  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
+  kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), row);
   args.out = nullptr;  // keys alone
   args.lse = exact_lse_.as<float>();
   args.block_max = exact_max_.as<float>();
   args.pitch = exact_pitch_;
-  store_.streamed_attention({args, nullptr}, compute);
+  stream(args, std::span(&sequence, 1), compute);
 }
 
 // The step's token through the dense model, over the same cache. Its own K and V are overwritten by
 // the step that follows; nothing else is.
 void Decode::dense_pass(int row, kernels::Stream& compute) {
-  const predictor::DecodeBatch& batch = rows_[static_cast<std::size_t>(row)]->alone();
+  Sequence* sequence = rows_[static_cast<std::size_t>(row)];
+  const predictor::DecodeBatch& batch = sequence->alone();
   model_.embed_next(batch.sequences, 1, hidden_.data(), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     model_.project_qkv(layer, 1, act_, hidden_.data(), compute);
@@ -30,7 +31,7 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
     rope(layer, batch, compute);
     kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
     args.block_max = nullptr;
-    store_.streamed_attention({args, nullptr}, compute);
+    stream(args, std::span(&sequence, 1), compute);
     model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
   }
   model_.logits(1, act_, hidden_.data(),
@@ -115,13 +116,14 @@ void Decode::attend_densely(int layer, kernels::Stream& compute) {
                              static_cast<std::size_t>(kv_head * group * args.head_dim);
     args.q = static_cast<const std::byte*>(args.q) + skip;
     args.out = static_cast<std::byte*>(args.out) + skip;
-    args.sequences = rows_[static_cast<std::size_t>(head.row)]->head_alone(kv_head);
+    Sequence* sequence = rows_[static_cast<std::size_t>(head.row)];
+    args.sequences = sequence->head_alone(kv_head);
     args.rows = 1;
     args.num_heads = group;
     args.num_kv_heads = 1;
     args.lse = exact_lse_.as<float>();  // not wanted
     args.block_max = nullptr;
-    store_.streamed_attention({args, nullptr}, compute);
+    stream(args, std::span(&sequence, 1), compute);
   }
 }
 

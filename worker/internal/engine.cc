@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <set>
 
 #include "common/check.h"
 #include "common/log.h"
@@ -19,7 +20,8 @@ DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
           .audit_every = config.audit_every,
           .min_recall = static_cast<float>(config.min_recall),
           .max_dense_heads = config.max_dense_heads,
-          .record = !config.guard_arena};
+          .record = !config.guard_arena,
+          .on_late = config.on_late == "skip" ? OnLate::kSkip : OnLate::kWait};
 }
 
 // FNV-1a over what was drawn: ranks that disagree are found at once.
@@ -113,6 +115,7 @@ void Engine::launch(const StepPlan& plan) {
   for (const StartSequence& sequence : plan.starts) result.admits.push_back(start(sequence));
   for (const PrefillItem& item : plan.prefills) prefill(item, pending);
   if (!plan.decodes.empty()) decode(plan.decodes, pending);
+  note_lost(plan, result);
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     result.kv_slabs = count_slabs();
@@ -169,9 +172,21 @@ void Engine::release(SequenceId id, StepResult& result) {
   if (const Status status = store_.release(id); !status) throw Exception(status.error());
 }
 
+// Sequences of the plan whose KV on NVMe is lost: what they draw from here on is noise.
+void Engine::note_lost(const StepPlan& plan, StepResult& result) {
+  std::set<SequenceId> worked_on(plan.decodes.begin(), plan.decodes.end());
+  for (const PrefillItem& item : plan.prefills) worked_on.insert(item.sequence);
+  for (const SequenceId id : worked_on) {
+    const kvstore::SpilledKv* spilled = find(id).spilled();
+    if (spilled != nullptr && !spilled->status()) {
+      result.lost.push_back({id, spilled->status().error()});
+    }
+  }
+}
+
+// The segments of a sequence that has spilled are its own.
 void Engine::publish(const PublishSegment& segment) {
-  if (!model_.partition().writes_kv) return;
-  find(segment.sequence);
+  if (!model_.partition().writes_kv || find(segment.sequence).spilled() != nullptr) return;
   const Status status = store_.commit(segment.sequence, segment.index, segment.key);
   if (!status) throw Exception(status.error());
 }
@@ -198,6 +213,16 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
       store_.reserve(admit.sequence, admit.prefix_keys, segments_for(admit.max_length));
   if (!reservation) {
     result.error = reservation.error();
+    return result;
+  }
+  if (reservation->spilled != nullptr && !device_.runs_at_once()) {
+    result.error = Error{ErrorCode::kInvalidArgument,
+                         "the sequence is larger than the arena, and runs from NVMe on the CPU "
+                         "device alone; raise --kv-host-gib"};
+    reservation->spilled.reset();
+    if (const Status status = store_.release(admit.sequence); !status) {
+      throw Exception(status.error());
+    }
     return result;
   }
   result.reusable_tokens = std::int64_t{reservation->hit_segments} * kSegmentTokens;

@@ -1,0 +1,91 @@
+// RunIo: a rank's own reads and writes of runs in the store's NVMe file, in the slots that the
+// store has lent to its sequences. The step thread waits here for what its own step needs, and
+// nobody else does.
+//
+//   io.read(owner, run, offset);                     // ends in owner.on_read()
+//   std::ranges::copy(bytes, io.next_buffer());
+//   io.write(owner, run, offset);                    // ends in owner.on_written()
+//   io.advance();  io.wait();                        // call the owners
+//
+// Transfers go through the RunIo's own buffers, so that one that never ends holds nothing of the
+// arena. What fails is tried again, twice. Where nothing ends for kStallLimit, all that is under
+// way fails, and nothing more is begun for a while (NvmeHealth).
+//
+// Owns the buffers and the device. For one thread. Example: tests/kvstore/spilled_kv_test.cc
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "common/result.h"
+#include "kvstore/internal/block_device.h"
+#include "kvstore/internal/nvme_health.h"
+#include "kvstore/spilled_kv.h"
+
+namespace foretoken::kvstore {
+
+class RunIo {
+ public:
+  static constexpr int kDepth = 64;  // buffers (guessed: 8 MiB at the 8B shape)
+  static constexpr std::chrono::seconds kStallLimit{2};
+
+  // Whose run it is hears of the end, from within advance() and wait().
+  class Owner {
+   public:
+    virtual ~Owner() = default;
+    virtual void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) = 0;
+    virtual void on_written(RunIndex run, const Status& status) = 0;
+  };
+
+  // REQUIRES: memory has kDepth runs.
+  RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t run_bytes);
+
+  bool can_read() const;
+  bool can_write() const;  // leaves half of the buffers to reads
+  void read(Owner& owner, RunIndex run, std::uint64_t offset);  // REQUIRES: can_read()
+  // What write() will write. REQUIRES: can_write().
+  std::span<std::byte> next_buffer() const;
+  void write(Owner& owner, RunIndex run, std::uint64_t offset);
+
+  // Takes what has ended.
+  void advance();
+  // The same, but waits for an end where there is none yet: kStallLimit at most.
+  void wait();
+  // The owner ends. Waits for what is under way for it, kStallLimit at most.
+  void forget(const Owner& owner);
+
+ private:
+  struct Transfer {
+    IoDirection direction = IoDirection::kRead;
+    Owner* owner = nullptr;  // null: it only keeps its buffer until it ends
+    RunIndex run{};
+    std::uint64_t offset = 0;
+    std::size_t moved = 0;
+    int tries = 0;
+  };
+
+  std::span<std::byte> buffer(std::size_t index) const;
+  std::optional<std::size_t> free_buffer() const;
+  void start(const Transfer& transfer);
+  void submit(std::size_t index);
+  void on_done(const IoDone& done);
+  void end(std::size_t index, const Status& status);
+  void give_up();
+  bool is_waited_for(const Owner& owner) const;
+
+  IoMemory memory_;
+  std::unique_ptr<BlockDevice> device_;  // behind memory_: it is in use until the device is gone
+  const std::size_t run_bytes_;
+  std::vector<std::optional<Transfer>> transfers_;  // by buffer
+  int num_waited_for_ = 0;                          // that have an owner
+  int num_writes_ = 0;                              // of them
+  NvmeHealth health_;
+  TimePoint last_progress_{};
+};
+
+}  // namespace foretoken::kvstore

@@ -1,0 +1,346 @@
+#include "kvstore/spilled_kv.h"
+
+#include <algorithm>
+#include <functional>
+#include <tuple>
+#include <utility>
+
+#include "common/check.h"
+#include "kernels/checksum.h"
+#include "kvstore/internal/arena_guard.h"
+#include "kvstore/internal/run_io.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+// Of the frames, how many are emptied at a time: looking for the least wanted ones takes a look at
+// all.
+constexpr std::size_t kEvictedShare = 16;
+// Runs read for later steps, a step.
+constexpr std::size_t kPromoted = 16;
+
+std::size_t num_runs(const kernels::KvShape& shape, int num_segments) {
+  return static_cast<std::size_t>(shape.num_layers) * static_cast<std::size_t>(shape.num_kv_heads) *
+         static_cast<std::size_t>(num_segments);
+}
+
+}  // namespace
+
+class SpilledKv::Listener final : public RunIo::Owner {
+ public:
+  explicit Listener(SpilledKv& kv) : kv_(kv) {}
+  void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) override {
+    kv_.on_read(run, bytes);
+  }
+  void on_written(RunIndex run, const Status& status) override { kv_.on_written(run, status); }
+
+ private:
+  SpilledKv& kv_;
+};
+
+SpilledKv::SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts)
+    : device_(device),
+      io_(io),
+      guard_(guard),
+      parts_(std::move(parts)),
+      runs_state_(num_runs(parts_.shape, parts_.num_segments)),
+      held_(static_cast<std::size_t>(parts_.shape.num_layers)),
+      listener_(std::make_unique<Listener>(*this)) {
+  FT_CHECK(parts_.frames.size() >= least_frames(parts_.shape, parts_.num_segments),
+           parts_.frames.size(), parts_.num_segments);
+  const std::size_t runs = runs_state_.size();
+  runs_ = static_cast<std::byte**>(device.allocate_pinned(runs * sizeof(std::byte*)));
+  std::fill_n(runs_, runs, nullptr);
+  checksums_ = static_cast<std::uint64_t*>(
+      device.allocate_pinned(runs * kSegmentBlocks * sizeof(std::uint64_t)));
+  std::fill_n(checksums_, runs * kSegmentBlocks, 0);
+  scores_ = static_cast<float*>(device.allocate_pinned(runs * sizeof(float)));
+  std::fill_n(scores_, runs, 0.0F);
+  for (std::size_t i = parts_.frames.size(); i > 0; --i) {
+    free_frames_.push_back(static_cast<std::uint32_t>(i - 1));
+  }
+}
+
+SpilledKv::~SpilledKv() {
+  io_.forget(*listener_);
+  device_.release_pinned(scores_);
+  device_.release_pinned(checksums_);
+  device_.release_pinned(runs_);
+}
+
+std::size_t SpilledKv::least_frames(const kernels::KvShape& shape, int num_segments) {
+  return static_cast<std::size_t>(shape.num_kv_heads) *
+         static_cast<std::size_t>(2 * num_segments + shape.num_layers);
+}
+
+// ---- places -----------------------------------------------------------------------------------
+
+RunIndex SpilledKv::index(int layer, HeadSegment run) const {
+  const int heads = parts_.shape.num_kv_heads;
+  FT_CHECK(layer >= 0 && layer < parts_.shape.num_layers && run.head >= 0 && run.head < heads &&
+               run.segment >= 0 && run.segment < parts_.num_segments,
+           layer, run.head, run.segment);
+  return RunIndex{
+      static_cast<std::uint32_t>((layer * heads + run.head) * parts_.num_segments + run.segment)};
+}
+
+int SpilledKv::layer_of(RunIndex run) const {
+  return static_cast<int>(static_cast<std::uint32_t>(run)) / parts_.num_segments /
+         parts_.shape.num_kv_heads;
+}
+
+// A slot is a slab: its layers' runs lie one behind the other.
+std::uint64_t SpilledKv::offset(RunIndex run) const {
+  const auto layer = static_cast<std::size_t>(layer_of(run));
+  const std::size_t slots = parts_.slots.size();
+  return parts_.slots[static_cast<std::size_t>(run) - layer * slots] +
+         layer * parts_.shape.run_bytes();
+}
+
+bool SpilledKv::in_frame(const Run& run) const {
+  return run.place != Place::kEmpty && run.place != Place::kStored && run.place != Place::kComing;
+}
+
+bool SpilledKv::is_here(int layer, HeadSegment run) const {
+  return in_frame(runs_state_[static_cast<std::size_t>(index(layer, run))]);
+}
+
+void SpilledKv::show(RunIndex run) {
+  runs_[static_cast<std::size_t>(run)] = parts_.frames[at(run).frame].device;
+}
+void SpilledKv::hide(RunIndex run) { runs_[static_cast<std::size_t>(run)] = nullptr; }
+
+std::optional<std::uint32_t> SpilledKv::take_frame() {
+  if (free_frames_.empty()) {
+    for (const RunIndex run : least_wanted(parts_.frames.size() / kEvictedShare + 1)) evict(run);
+  }
+  if (free_frames_.empty()) return std::nullopt;
+  const std::uint32_t frame = free_frames_.back();
+  free_frames_.pop_back();
+  return frame;
+}
+
+// Of the runs that may leave, those of the lowest scores, and of these those wanted longest ago.
+std::vector<RunIndex> SpilledKv::least_wanted(std::size_t count) const {
+  using Rank = std::tuple<float, std::uint64_t, RunIndex>;
+  std::vector<Rank> runs;
+  for (std::size_t i = 0; i < runs_state_.size(); ++i) {
+    const Run& run = runs_state_[i];
+    if (run.place != Place::kHere || run.is_held) continue;
+    runs.emplace_back(scores_[i], run.wanted, RunIndex{static_cast<std::uint32_t>(i)});
+  }
+  count = std::min(count, runs.size());
+  std::ranges::partial_sort(runs, runs.begin() + static_cast<std::ptrdiff_t>(count));
+  std::vector<RunIndex> least;
+  for (std::size_t i = 0; i < count; ++i) least.push_back(std::get<RunIndex>(runs[i]));
+  return least;
+}
+
+void SpilledKv::evict(RunIndex run) {
+  hide(run);
+  at(run).place = Place::kStored;
+  free_frames_.push_back(at(run).frame);
+}
+
+void SpilledKv::read_to(RunIndex run, std::uint32_t frame) {
+  at(run).frame = frame;
+  at(run).place = Place::kComing;
+  to_read_.push_back(run);
+}
+
+// ---- filling ----------------------------------------------------------------------------------
+
+Status SpilledKv::make_room(int layer, Segments segments) {
+  for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
+    for (int segment = segments.first; segment < segments.end; ++segment) {
+      FT_RETURN_IF_ERROR(status_);
+      const RunIndex run = index(layer, {head, segment});
+      FT_CHECK(at(run).place == Place::kEmpty, layer, head, segment);
+      auto frame = take_frame();
+      for (; !frame; frame = take_frame()) FT_RETURN_IF_ERROR(wait_for_end());
+      at(run) = {.place = Place::kOpen, .is_held = false, .frame = *frame, .wanted = ++clock_};
+      show(run);
+    }
+  }
+  return status_;
+}
+
+void SpilledKv::fill(int layer, Segments segments) {
+  if (!status_) return;
+  for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
+    for (int segment = segments.first; segment < segments.end; ++segment) {
+      const RunIndex run = index(layer, {head, segment});
+      FT_CHECK(at(run).place == Place::kOpen, layer, head, segment);
+      at(run).place = Place::kDirty;
+      to_write_.push_back(run);
+    }
+  }
+  advance();
+}
+
+// ---- reading ----------------------------------------------------------------------------------
+
+bool SpilledKv::ask(int layer, std::span<const HeadSegment> runs) {
+  if (!status_) return false;
+  const auto heads = static_cast<std::size_t>(parts_.shape.num_kv_heads);
+  const auto kept = heads * static_cast<std::size_t>(parts_.num_segments + parts_.shape.num_layers);
+  ++clock_;
+  for (const HeadSegment& run : runs) {
+    if (num_held_ + kept >= parts_.frames.size()) return false;
+    hold(layer, index(layer, run));
+  }
+  advance();
+  return true;
+}
+
+// Where there is no frame, the run is asked for again when something has ended.
+void SpilledKv::hold(int layer, RunIndex index) {
+  Run& run = at(index);
+  FT_CHECK(run.place != Place::kEmpty, layer, static_cast<std::uint32_t>(index));
+  run.wanted = clock_;
+  if (!run.is_held) {
+    held_[static_cast<std::size_t>(layer)].push_back(index);
+    ++num_held_;
+  }
+  run.is_held = true;
+  if (run.place != Place::kStored) return;
+  if (const auto frame = take_frame()) read_to(index, *frame);
+}
+
+Status SpilledKv::wait(int layer, std::span<const HeadSegment> runs) {
+  ++clock_;
+  for (;;) {
+    FT_RETURN_IF_ERROR(status_);
+    for (const HeadSegment& run : runs) hold(layer, index(layer, run));
+    if (std::ranges::all_of(runs, [&](HeadSegment run) { return is_here(layer, run); })) {
+      return Ok{};
+    }
+    FT_RETURN_IF_ERROR(wait_for_end());
+  }
+}
+
+Status SpilledKv::wait(int layer, Segments segments) {
+  std::vector<HeadSegment> runs;
+  for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
+    for (int segment = segments.first; segment < segments.end; ++segment) {
+      runs.push_back({head, segment});
+    }
+  }
+  return wait(layer, runs);
+}
+
+void SpilledKv::let_go(int layer) {
+  auto& held = held_[static_cast<std::size_t>(layer)];
+  for (const RunIndex run : held) at(run).is_held = false;
+  num_held_ -= held.size();
+  held.clear();
+}
+
+void SpilledKv::promote() {
+  if (!status_ || !to_read_.empty()) return;  // the step's own reads keep the disk busy
+  std::vector<std::pair<float, RunIndex>> wanted;
+  for (std::size_t i = 0; i < runs_state_.size(); ++i) {
+    if (runs_state_[i].place != Place::kStored) continue;
+    wanted.emplace_back(scores_[i], RunIndex{static_cast<std::uint32_t>(i)});
+  }
+  const auto most = std::min(wanted.size(), kPromoted);
+  std::ranges::partial_sort(wanted, wanted.begin() + static_cast<std::ptrdiff_t>(most),
+                            std::greater<>());
+  const std::vector<RunIndex> least = least_wanted(most);
+  for (std::size_t i = 0; i < least.size(); ++i) {
+    const auto& [score, run] = wanted[i];
+    if (score <= scores_[static_cast<std::size_t>(least[i])]) break;
+    evict(least[i]);
+    read_to(run, *take_frame());
+  }
+  advance();
+}
+
+// ---- transfers --------------------------------------------------------------------------------
+
+void SpilledKv::advance() {
+  io_.advance();
+  if (!status_) return;
+  start_reads();
+  start_writes();
+}
+
+// Something ends, or nothing ever will.
+Status SpilledKv::wait_for_end() {
+  const std::int64_t ended = num_ended_;
+  advance();
+  if (!status_ || num_ended_ != ended) return status_;
+  if (num_under_way_ == 0) {
+    fail(last_error_.value_or(
+        Error{ErrorCode::kUnavailable, "KV on NVMe: the disk has failed; see the log"}));
+    return status_;
+  }
+  io_.wait();
+  return status_;
+}
+
+void SpilledKv::start_reads() {
+  while (!to_read_.empty() && io_.can_read()) {
+    const RunIndex run = to_read_.front();
+    to_read_.pop_front();
+    ++num_under_way_;
+    io_.read(*listener_, run, offset(run));
+  }
+}
+
+void SpilledKv::start_writes() {
+  while (status_ && to_read_.empty() && !to_write_.empty() && io_.can_write()) {
+    const RunIndex run = to_write_.front();
+    to_write_.pop_front();
+    if (!copy_verified(io_.next_buffer().data(), parts_.frames[at(run).frame].host, run)) return;
+    at(run).place = Place::kWriting;
+    ++num_under_way_;
+    io_.write(*listener_, run, offset(run));
+  }
+}
+
+// A run's blocks, each with its proof in one pass. False: the sequence has failed.
+bool SpilledKv::copy_verified(std::byte* to, const std::byte* from, RunIndex run) {
+  std::optional<ArenaGuard::Scope> open;
+  if (guard_ != nullptr) open.emplace(*guard_);
+  const std::uint64_t* due = checksums_ + static_cast<std::size_t>(run) * kSegmentBlocks;
+  for (int block = 0; block < kSegmentBlocks; ++block) {
+    const std::size_t at = kernels::slab_block_offset(parts_.shape, 0, block);
+    if (kernels::copy_with_checksum(to + at, from + at, parts_.shape.block_bytes(), layer_of(run),
+                                    block) != due[block]) {
+      fail({ErrorCode::kCorrupt, "a block of KV failed its check between memory and NVMe"});
+      return false;
+    }
+  }
+  return true;
+}
+
+void SpilledKv::on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes) {
+  --num_under_way_;
+  ++num_ended_;
+  if (!status_) return;
+  if (!bytes) return fail(bytes.error());
+  Run& run = at(index);
+  if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) return;
+  bytes_read_ += static_cast<std::int64_t>(bytes->size());
+  run.place = Place::kHere;
+  show(index);
+}
+
+// What could not be written is tried again, as long as the disk may be written to.
+void SpilledKv::on_written(RunIndex index, const Status& status) {
+  --num_under_way_;
+  ++num_ended_;
+  if (!status_) return;
+  Run& run = at(index);
+  run.place = status ? Place::kHere : Place::kDirty;
+  if (status) return;
+  last_error_ = status.error();
+  to_write_.push_back(index);
+}
+
+void SpilledKv::fail(const Error& error) {
+  if (status_) status_ = error;
+}
+
+}  // namespace foretoken::kvstore

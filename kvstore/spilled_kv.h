@@ -1,0 +1,159 @@
+// SpilledKv: the KV of a sequence that is larger than the arena, on one rank. A layer's run of a
+// segment is in a frame (a run's place in the slabs that the sequence holds), or on NVMe alone, in
+// a slot that the store has lent to the sequence.
+//
+//   kv.make_room(layer, {0, n});  ... pack ...  kv.fill(layer, {0, whole});     // prefill
+//   kv.make_room(layer, {s, s + 1});  ... write-through ...  kv.fill(...);      // decode's open
+//   segment kv.ask(layer, runs);  ...  kv.wait(layer, runs);  ... gather ...  kv.let_go(layer);
+//
+// A run that was filled is written behind; only what is on NVMe leaves its frame, and then what has
+// the lowest score, and of those what was wanted longest ago. Each block is verified on its way out
+// and on its way back, against checksums that stay in host memory. A block that fails, or a disk
+// that does, costs the sequence: status() says so from then on, the frames hold what they held, and
+// every call does nothing. The sequence's KV is then to be computed anew from its tokens.
+//
+// Owns its tables; frames and slots are the store's, until the sequence is released. Ops read the
+// tables meanwhile: a run changes its place only in calls from make_room() to wait(), and only one
+// that no layer holds. For one thread. Example: tests/kvstore/spilled_kv_test.cc
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "common/result.h"
+#include "kernels/device.h"
+#include "kernels/kv_layout.h"
+
+namespace foretoken::kvstore {
+
+class ArenaGuard;
+class RunIo;
+
+enum class RunIndex : std::uint32_t {};  // (layer * num_kv_heads + head) * num_segments + segment
+
+struct HeadSegment {
+  int head = 0;
+  int segment = 0;
+  bool operator==(const HeadSegment&) const = default;
+};
+// Segments [first, end).
+struct Segments {
+  int first = 0;
+  int end = 0;
+};
+
+class SpilledKv {
+ public:
+  // A run's place in the arena.
+  struct Frame {
+    std::byte* host = nullptr;
+    std::byte* device = nullptr;
+  };
+  struct Parts {
+    kernels::KvShape shape;
+    int num_segments = 0;
+    std::vector<Frame> frames;
+    std::vector<std::uint64_t> slots;  // [num_kv_heads, num_segments] offsets in the NVMe file
+  };
+  // `guard` may be null. REQUIRES: parts.frames has least_frames() or more.
+  SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts);
+  ~SpilledKv();  // waits for what is under way
+  SpilledKv(const SpilledKv&) = delete;
+  SpilledKv& operator=(const SpilledKv&) = delete;
+
+  // Frames that a sequence needs: one layer of all segments is attended at a time, while another
+  // one leaves, and an open segment has all layers.
+  static std::size_t least_frames(const kernels::KvShape& shape, int num_segments);
+
+  // SequenceKv's.
+  std::byte* const* runs() const { return runs_; }
+  std::uint64_t* checksums() const { return checksums_; }
+  // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written.
+  float* scores() const { return scores_; }
+
+  // Gives runs of all heads their frames, to be filled; their bytes are undefined. Waits for the
+  // disk where others must leave first. REQUIRES: they were never given one.
+  Status make_room(int layer, Segments segments);
+  // Ops have filled them, all blocks.
+  void fill(int layer, Segments segments);
+
+  // Runs that ops of the layer are to read, soon: they stay in their frames until let_go(layer);
+  // what is not there is asked of the disk. False: that would leave too few frames for one whole
+  // layer, so only the first ones were. REQUIRES: they have room, or are filled.
+  bool ask(int layer, std::span<const HeadSegment> runs);
+  // Now: until all are there.
+  Status wait(int layer, std::span<const HeadSegment> runs);
+  // wait() for all heads.
+  Status wait(int layer, Segments segments);
+  void let_go(int layer);
+  // Asks the disk for some of the runs of the highest scores, in place of ones of lower scores.
+  // Once a step, when it has asked for what it needs.
+  void promote();
+  bool is_here(int layer, HeadSegment run) const;
+
+  // Does what can be done without waiting.
+  void advance();
+
+  const Status& status() const { return status_; }
+  std::int64_t bytes_read() const { return bytes_read_; }  // from NVMe
+
+ private:
+  class Listener;
+  // kEmpty: nowhere. kOpen: in a frame, being filled. kDirty, kWriting: in a frame, soon on NVMe.
+  // kHere: in a frame and on NVMe. kStored: on NVMe alone. kComing: has a frame, and is being read.
+  enum class Place : std::uint8_t { kEmpty, kOpen, kDirty, kWriting, kHere, kStored, kComing };
+  struct Run {
+    Place place = Place::kEmpty;
+    bool is_held = false;      // by its layer
+    std::uint32_t frame = 0;   // unless kEmpty or kStored
+    std::uint64_t wanted = 0;  // when, last
+  };
+
+  RunIndex index(int layer, HeadSegment run) const;
+  Run& at(RunIndex run) { return runs_state_[static_cast<std::size_t>(run)]; }
+  int layer_of(RunIndex run) const;
+  std::uint64_t offset(RunIndex run) const;
+  bool in_frame(const Run& run) const;
+  void hold(int layer, RunIndex run);
+  std::optional<std::uint32_t> take_frame();
+  std::vector<RunIndex> least_wanted(std::size_t count) const;
+  void evict(RunIndex run);
+  void read_to(RunIndex run, std::uint32_t frame);
+  void show(RunIndex run);
+  void hide(RunIndex run);
+  Status wait_for_end();
+  void start_reads();
+  void start_writes();
+  bool copy_verified(std::byte* to, const std::byte* from, RunIndex run);
+  void on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes);
+  void on_written(RunIndex index, const Status& status);
+  void fail(const Error& error);
+
+  kernels::Device& device_;
+  RunIo& io_;
+  ArenaGuard* guard_;
+  const Parts parts_;
+  std::byte** runs_ = nullptr;          // pinned
+  std::uint64_t* checksums_ = nullptr;  // pinned
+  float* scores_ = nullptr;             // pinned
+  std::vector<Run> runs_state_;         // by RunIndex
+  std::vector<std::uint32_t> free_frames_;
+  std::vector<std::vector<RunIndex>> held_;  // by layer
+  std::size_t num_held_ = 0;
+  std::deque<RunIndex> to_read_;
+  std::deque<RunIndex> to_write_;
+  int num_under_way_ = 0;
+  std::int64_t num_ended_ = 0;
+  std::uint64_t clock_ = 0;  // of wanted
+  std::int64_t bytes_read_ = 0;
+  Status status_ = Ok{};
+  std::optional<Error> last_error_;  // of a write
+  std::unique_ptr<Listener> listener_;
+};
+
+}  // namespace foretoken::kvstore

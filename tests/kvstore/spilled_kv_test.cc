@@ -1,0 +1,221 @@
+// A spilled sequence against a plain copy of its KV, on a disk that a test can damage.
+#include "kvstore/spilled_kv.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <map>
+#include <random>
+
+#include "kernels/checksum.h"
+#include "kvstore/internal/run_io.h"
+#include "tests/kvstore/memory_device.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+using kernels::KvShape;
+
+constexpr KvShape kShape{.num_layers = 6, .num_kv_heads = 2, .head_dim = 64};
+constexpr int kSegments = 9;
+constexpr unsigned kSeed = 7;
+
+class SpilledKvTest : public ::testing::Test {
+ protected:
+  SpilledKvTest()
+      : num_frames_(SpilledKv::least_frames(kShape, kSegments)),
+        memory_(num_frames_ * kShape.run_bytes()) {
+    auto disk = std::make_unique<MemoryDevice>(file_);
+    disk_ = disk.get();
+    io_ = std::make_unique<RunIo>(IoMemory(RunIo::kDepth * kShape.run_bytes()), std::move(disk),
+                                  kShape.run_bytes());
+    kv_ = std::make_unique<SpilledKv>(*device_, *io_, nullptr, parts());
+  }
+
+  SpilledKv::Parts parts() {
+    SpilledKv::Parts parts{kShape, kSegments, {}, {}};
+    for (std::size_t i = 0; i < num_frames_; ++i) {
+      std::byte* frame = memory_.data() + i * kShape.run_bytes();
+      parts.frames.push_back({frame, frame});
+    }
+    for (std::uint64_t i = kShape.num_kv_heads * kSegments; i > 0; --i) {  // in any order
+      parts.slots.push_back(4096 + i * kShape.slab_bytes());
+    }
+    return parts;
+  }
+
+  static std::size_t index(int layer, HeadSegment run) {
+    return static_cast<std::size_t>((layer * kShape.num_kv_heads + run.head) * kSegments +
+                                    run.segment);
+  }
+
+  // As an op would: any bytes, and their checksums.
+  void write(int layer, HeadSegment run) {
+    std::byte* at = kv_->runs()[index(layer, run)];
+    ASSERT_NE(at, nullptr);
+    for (std::size_t i = 0; i < kShape.run_bytes(); i += 4) {
+      const auto word = static_cast<std::uint32_t>(random_());
+      std::memcpy(at + i, &word, 4);
+    }
+    for (int block = 0; block < kSegmentBlocks; ++block) {
+      kv_->checksums()[index(layer, run) * kSegmentBlocks + static_cast<std::size_t>(block)] =
+          kernels::block_checksum(at + kernels::slab_block_offset(kShape, 0, block),
+                                  kShape.block_bytes(), layer, block);
+    }
+    truth_[index(layer, run)].assign(at, at + kShape.run_bytes());
+  }
+  void fill(int layer, int segment) {
+    ASSERT_TRUE(kv_->make_room(layer, {segment, segment + 1}));
+    for (int head = 0; head < kShape.num_kv_heads; ++head) write(layer, {head, segment});
+    kv_->fill(layer, {segment, segment + 1});
+  }
+  void fill_all() {
+    for (int layer = 0; layer < kShape.num_layers; ++layer) {
+      for (int segment = 0; segment < kSegments; ++segment) fill(layer, segment);
+    }
+  }
+  bool is_right(int layer, HeadSegment run) {
+    const std::byte* at = kv_->runs()[index(layer, run)];
+    return at != nullptr &&
+           std::ranges::equal(truth_.at(index(layer, run)), std::span(at, kShape.run_bytes()));
+  }
+  // All of the layer, as streamed attention wants it.
+  void read_layer(int layer) {
+    if (!kv_->wait(layer, Segments{0, kSegments})) return;
+    for (int head = 0; head < kShape.num_kv_heads; ++head) {
+      for (int segment = 0; segment < kSegments; ++segment) {
+        EXPECT_TRUE(is_right(layer, {head, segment})) << layer << ' ' << head << ' ' << segment;
+      }
+    }
+    kv_->let_go(layer);
+  }
+  void read_all() {
+    for (int layer = 0; layer < kShape.num_layers && kv_->status(); ++layer) read_layer(layer);
+  }
+
+  std::mt19937 random_{kSeed};
+  std::unique_ptr<kernels::Device> device_ = kernels::make_cpu_device({.num_threads = 1});
+  FileBytes file_;
+  std::size_t num_frames_;
+  std::vector<std::byte> memory_;
+  MemoryDevice* disk_ = nullptr;
+  std::unique_ptr<RunIo> io_;
+  std::unique_ptr<SpilledKv> kv_;
+  std::map<std::size_t, std::vector<std::byte>> truth_;
+};
+
+TEST_F(SpilledKvTest, WhatLeftComesBackAsItWas) {
+  fill_all();
+  for (int round = 0; round < 3; ++round) read_all();
+  ASSERT_TRUE(kv_->status());
+  EXPECT_GT(kv_->bytes_read(), 0);
+}
+
+TEST_F(SpilledKvTest, WhatALayerHoldsStays) {
+  fill_all();
+  for (int round = 0; round < 300; ++round) {
+    std::map<int, std::vector<HeadSegment>> held;
+    for (int layer = 0; layer < kShape.num_layers; ++layer) {
+      std::vector<HeadSegment> runs;
+      for (int i = 0; i < 4; ++i) {
+        runs.push_back({static_cast<int>(random_() % 2), static_cast<int>(random_() % kSegments)});
+      }
+      const bool asked = kv_->ask(layer, runs);
+      held[layer] = std::move(runs);
+      if (!asked) break;  // too little room: the later layers wait for their turn
+    }
+    for (const auto& [layer, runs] : held) {
+      ASSERT_TRUE(kv_->wait(layer, runs));
+      for (const HeadSegment& run : runs) ASSERT_TRUE(is_right(layer, run)) << round;
+    }
+    read_layer(static_cast<int>(random_() % kShape.num_layers));
+    for (const auto& [layer, runs] : held) kv_->let_go(layer);
+  }
+  ASSERT_TRUE(kv_->status());
+}
+
+// Scores say what stays, and what comes back before anybody asks for it.
+TEST_F(SpilledKvTest, WhatScoresHighestIsInMemory) {
+  fill_all();
+  for (int round = 0; round < 3; ++round) {
+    std::vector<std::size_t> best;
+    for (int i = 0; i < 12; ++i) best.push_back(random_() % truth_.size());
+    std::fill_n(kv_->scores(), truth_.size(), 0.5F);
+    for (const std::size_t run : best) kv_->scores()[run] = 0.9F;
+    kv_->promote();
+    io_->wait();
+    for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
+    read_all();  // whatever is read beside them
+    for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
+  }
+}
+
+TEST_F(SpilledKvTest, FaultsThatPassCostNothing) {
+  disk_->fault = [this](const IoOperation&) {
+    const unsigned dice = random_() % 40;
+    return dice == 0 ? IoFault::kError : dice == 1 ? IoFault::kShort : IoFault::kNone;
+  };
+  fill_all();
+  for (int round = 0; round < 3; ++round) read_all();
+  ASSERT_TRUE(kv_->status());
+}
+
+// Whatever of the file is damaged: it is right, or known to be lost.
+TEST_F(SpilledKvTest, DamageIsSeen) {
+  int seen = 0;
+  for (int round = 0; round < 40; ++round) {
+    kv_ = std::make_unique<SpilledKv>(*device_, *io_, nullptr, parts());
+    disk_->fault = [&, count = 0](const IoOperation& operation) mutable {
+      if (operation.direction == IoDirection::kRead || ++count % 20 != round % 20) {
+        return IoFault::kNone;
+      }
+      return round % 2 == 0 ? IoFault::kTorn : IoFault::kLost;
+    };
+    fill_all();
+    if (round % 3 == 0) file_[random_() % file_.size()] ^= std::byte{8};
+    read_all();
+    if (kv_->status()) continue;
+    EXPECT_EQ(kv_->status().error().code, ErrorCode::kCorrupt);
+    ++seen;
+  }
+  EXPECT_GT(seen, 20);
+}
+
+TEST_F(SpilledKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
+  fill_all();
+  disk_->fault = [](const IoOperation&) { return IoFault::kError; };
+  read_all();
+  ASSERT_FALSE(kv_->status());
+  EXPECT_EQ(kv_->status().error().code, ErrorCode::kIo);
+}
+
+TEST_F(SpilledKvTest, AFullFileSystemFailsTheSequence) {
+  disk_->fault = [](const IoOperation&) { return IoFault::kFull; };
+  for (int layer = 0; layer < kShape.num_layers && kv_->status(); ++layer) {
+    static_cast<void>(kv_->make_room(layer, {0, kSegments}));
+    for (int segment = 0; segment < kSegments && kv_->status(); ++segment) {
+      for (int head = 0; head < kShape.num_kv_heads; ++head) write(layer, {head, segment});
+    }
+    kv_->fill(layer, {0, kSegments});
+  }
+  ASSERT_FALSE(kv_->status());
+  EXPECT_EQ(kv_->status().error().code, ErrorCode::kExhausted);
+}
+
+TEST_F(SpilledKvTest, ADiskThatStandsStillIsWaitedForOnce) {
+  fill_all();
+  disk_->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  const auto begin = std::chrono::steady_clock::now();
+  read_all();
+  ASSERT_FALSE(kv_->status());
+  EXPECT_EQ(kv_->status().error().code, ErrorCode::kTimeout);
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);
+  kv_.reset();  // does not wait for what never ends
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);
+  disk_->release_held();
+}
+
+}  // namespace
+}  // namespace foretoken::kvstore

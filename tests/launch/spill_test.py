@@ -1,0 +1,142 @@
+"""A context that is larger than host memory runs from NVMe, and its tokens are those that it has with
+all of its KV in host memory."""
+
+import threading
+
+import pytest
+from foretoken.client import Client, ServiceError
+from service_helper import Service, make_model
+
+LENGTH = 5000  # 20 segments
+ANSWER = 200  # past the end of one
+PREDICTED = ("--kv-policy=attention-predictor", "--kv-budget=512")
+OPTIONS = {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
+DEVICE = ("--device=cpu", "--device-memory-gib=1", "--max-model-len=5376")
+ROOMY = (*DEVICE, "--kv-host-gib=0.25")
+QUARTER = (*DEVICE, "--kv-host-gib=0.0079")  # five slabs a head, of 21
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Twelve layers, so that a layer is a small part of the KV."""
+    return make_model(
+        tmp_path_factory.mktemp("models") / "deep",
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        max_position=8192,
+    )
+
+
+def prompt(number=0):
+    return [1 + (7 * number + 3 * place + place * place % 101) % 250 for place in range(LENGTH)]
+
+
+def connect(service):
+    return Client(service.endpoint, service.key_file, silence_timeout=300)
+
+
+def ask(service, ids, **options):
+    with connect(service) as client:
+        return client.generate(ids, **{**OPTIONS, **options})
+
+
+def answer(model, *flags, size):
+    with Service(model, *flags, size=size) as service:
+        return ask(service, prompt())
+
+
+@pytest.fixture(scope="module")
+def in_memory(model):
+    return answer(model, *PREDICTED, "--calibrate-with=none", size=ROOMY)
+
+
+def nvme(folder, *flags):
+    return (f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.1", *flags)
+
+
+@pytest.mark.parametrize("more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",)])
+def test_tokens_are_those_of_a_context_in_memory(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more)
+    kept = answer(model, *flags, size=ROOMY) if more else in_memory  # sums over ranks round otherwise
+    spilled = answer(model, *flags, *nvme(tmp_path / "kv"), size=QUARTER)
+    assert spilled.ids == kept.ids
+    assert spilled.kv["bytes_nvme"] > 0 and spilled.kv["late"] >= 0
+    assert in_memory.kv["bytes_nvme"] == 0
+
+
+def test_attention_over_all_blocks_reads_all_of_them(model, tmp_path):
+    """Exact calibration, an audit, and dense decode with few slots: a layer at a time."""
+    for policy in (
+        (*PREDICTED, "--calibrate-every=5", "--audit-every=7"),
+        ("--kv-policy=full", "--kv-resident=never"),
+        ("--kv-policy=oracle", "--kv-budget=512"),
+    ):
+        kept = answer(model, *policy, size=ROOMY)
+        folder = tmp_path / policy[1]
+        spilled = answer(model, *policy, *nvme(folder), size=QUARTER)
+        assert spilled.ids == kept.ids, policy
+        assert spilled.kv["recall_count"] == kept.kv["recall_count"]
+        assert spilled.kv["recall_sum"] == pytest.approx(kept.kv["recall_sum"])
+
+
+def test_skip_keeps_nearly_all_that_waiting_keeps(model, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", "--audit-every=4", *nvme(tmp_path / "kv"))
+    recalls = []
+    for on_late in ("wait", "skip"):
+        kv = answer(model, *flags, f"--on-late={on_late}", size=QUARTER).kv
+        recalls.append(kv["recall_sum"] / kv["recall_count"])
+        assert 0 < kv["late"] < kv["blocks_fetched"]
+    assert recalls[1] == pytest.approx(recalls[0], abs=0.01)
+
+
+def test_without_nvme_it_is_refused(model):
+    with Service(model, *PREDICTED, size=QUARTER) as service:
+        with pytest.raises(ServiceError, match="can never fit"):
+            ask(service, prompt())
+
+
+def damage(file):
+    """A bit of every sector, as the store's file is at this moment."""
+    with open(file, "r+b") as data:
+        for at in range(0, file.stat().st_size, 4096):
+            data.seek(at)
+            byte = data.read(1)
+            data.seek(at)
+            data.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service, connect(service) as client:
+        pieces = client.stream(prompt(), **OPTIONS)
+        ids = list(next(pieces).ids)
+        damage(tmp_path / "kv" / "kv-slabs")
+        for piece in pieces:
+            ids += piece.ids
+        assert "computed anew" in service.log.read_text()
+    assert len(ids) == ANSWER
+
+
+def test_others_run_beside_it(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        answers = [None, None]
+
+        def run(place, ids):
+            answers[place] = ask(service, ids)
+
+        threads = [
+            threading.Thread(target=run, args=(0, prompt())),
+            threading.Thread(target=run, args=(1, prompt()[:100])),
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(answers[1].ids) == ANSWER
+        assert answers[0].ids == in_memory.ids
+        with connect(service) as client:
+            assert client.status()["kv_slabs_used"] == 0
