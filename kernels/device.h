@@ -347,7 +347,8 @@ struct ResolveArgs {
 
 // Brings some layers' fetch lists from the arena into the slots; verifies each block's checksum.
 // A mismatch: the block is made absent (tables say so), and *mismatches counts it. So is a block of
-// a spilled sequence whose run is on NVMe (late), which is not counted: the host has the run table.
+// an outsized sequence whose run is on NVMe (late), which is not counted: the host has the run
+// table.
 struct GatherArgs {
   const SequenceKv* sequences;  // [rows]
   const FetchList* fetches;     // [rows]

@@ -5,8 +5,8 @@
 //   slab     [num_layers, 16, block] of one segment and one KV head, then the checksums
 //            [num_layers, 16] uint64, then padding to 4 KiB
 //   slots    [num_layers, num_kv_heads, num_slots, block] device memory of one sequence
-//   frame    a run's place in the arena, of a sequence that is larger than it (spilled): what is in
-//   no
+//   frame    a run's place in the arena, of a sequence that is larger than it (outsized): what is
+//   in no
 //            frame is on NVMe
 //
 // Plain structs, read by device code: no constructors, no ownership.
@@ -58,7 +58,7 @@ struct SequenceKv {
   std::int32_t max_segments;
   KvShape shape;
   TokenId* tokens = nullptr;  // [max_blocks * 16] prompt, then output
-  // Of a spilled sequence, in place of slabs: pinned host memory, which the host changes for runs
+  // Of an outsized sequence, in place of slabs: pinned host memory, which the host changes for runs
   // that no op in flight touches. Null: the sequence has whole slabs.
   std::byte* const* runs = nullptr;    // [num_layers, num_kv_heads, max_segments] null: on NVMe
   std::uint64_t* checksums = nullptr;  // [num_layers, num_kv_heads, max_segments, 16]
@@ -127,7 +127,7 @@ struct Selection {
   std::int32_t max_selected;
   // How near each segment is to being wanted, by the predictor's scores: of its blocks that were
   // not chosen, the highest score over the lowest that was; 0 where there are no scores. Null: not
-  // wanted; always so on a GPU, until sequences spill there.
+  // wanted; always so on a GPU, until there are outsized sequences there.
   float* segment_scores = nullptr;  // [num_layers, num_kv_heads, max_segments] pinned host memory
   std::int32_t max_segments = 0;
 };

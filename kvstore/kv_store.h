@@ -13,7 +13,8 @@
 //   store->release(sequence);
 //
 // A sequence that is larger than the whole arena runs from NVMe, where the store has that tier: its
-// Reservation has `spilled` in place of slabs (kvstore/spilled_kv.h), no hits, and commits nothing.
+// Reservation has `outsized` in place of slabs (kvstore/outsized_kv.h), no hits, and commits
+// nothing.
 //
 // Owns the connection, the mapping, one event a layer and the mismatch counter. Everything that a
 // sequence holds is freed by the store when the KvStore is destroyed, or when the process has died.
@@ -39,7 +40,7 @@
 #include "common/result.h"
 #include "kernels/device.h"
 #include "kernels/kv_layout.h"
-#include "kvstore/spilled_kv.h"
+#include "kvstore/outsized_kv.h"
 
 namespace foretoken::kvstore {
 
@@ -67,7 +68,7 @@ struct Reservation {
   std::vector<std::byte*> slabs;  // [num_kv_heads, num_segments] device addresses
   // Of a sequence that is larger than the arena. It ends before the sequence is released, and
   // before the KvStore does.
-  std::unique_ptr<SpilledKv> spilled;
+  std::unique_ptr<OutsizedKv> outsized;
 };
 
 // Whether the NVMe tier works: kOff where the store has none; kReadOnly while the file system is

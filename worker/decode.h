@@ -8,8 +8,8 @@
 // that changes from step to step lies in device memory; so one step of a number of rows is
 // recorded, and launched for all later ones.
 //
-// A batch with a spilled sequence (kvstore/spilled_kv.h) gathers a layer when the layer comes: what
-// is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
+// A batch with an outsized sequence (kvstore/outsized_kv.h) gathers a layer when the layer comes:
+// what is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
 //
 // Also here, since they are decode steps with something beside them: calibration (exact rows into
 // the history), the audit (how much attention the choice kept, how far the logits moved), and heads
@@ -134,8 +134,8 @@ class Decode {
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
   Kind kind_;
-  bool spills_ = false;  // of some row
-  bool audits_ = false;  // some row, in this step
+  bool outsized_ = false;                                   // some row
+  bool audits_ = false;                                     // some row, in this step
   std::vector<DenseHead> dense_heads_;                      // of the step
   std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
 

@@ -1,4 +1,4 @@
-// NvmeReads: has what a step reads of a spilled sequence (kvstore/spilled_kv.h) in memory before
+// NvmeReads: has what a step reads of an outsized sequence (kvstore/outsized_kv.h) in memory before
 // the ops that read it: the runs of its fetch lists, or all of a layer for attention that streams
 // it.
 //
@@ -23,7 +23,7 @@ class NvmeReads {
  public:
   NvmeReads(kernels::Device& device, OnLate on_late) : device_(device), on_late_(on_late) {}
 
-  // All of these do nothing for a sequence that has not spilled.
+  // All of these do nothing for a sequence that is not outsized.
 
   // The step's token finds a segment that it may be written to. REQUIRES: its length is not grown.
   void open_segment(Sequence& sequence);

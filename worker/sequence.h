@@ -43,7 +43,7 @@ class Sequence {
   const predictor::PolicyState& policy_state() const { return *policy_state_; }
   kvstore::Reservation& reservation() { return reservation_; }
   // Null where the arena holds all of the sequence's KV.
-  kvstore::SpilledKv* spilled() const { return reservation_.spilled.get(); }
+  kvstore::OutsizedKv* outsized() const { return reservation_.outsized.get(); }
   // True where the policy attends all blocks and not all of them have slots: attention then streams
   // the others from the arena.
   bool streams_all() const { return streams_all_; }

@@ -47,7 +47,7 @@ bool read_block(const SequenceKv& kv, int layer, int head, int block, std::byte*
          stored_checksum(kv, layer, head, block);
 }
 
-// `from` -> arena, with its checksum. A spilled sequence may lack the frame: its owner knows.
+// `from` -> arena, with its checksum. An outsized sequence may lack the frame: its owner knows.
 void write_block(const SequenceKv& kv, int layer, int head, int block, const std::byte* from) {
   std::byte* to = arena_block(kv, layer, head, block);
   if (to == nullptr && kv.runs != nullptr) return;

@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kThreads) unpack_blocks_kernel(UnpackBlocksArg
 __device__ void write_filled_block(const SequenceKv& kv, int layer, int head, int block) {
   WordPair* to = arena_pairs(kv, layer, head, block);
   require(to != nullptr || kv.runs != nullptr);
-  if (to == nullptr) return;  // a spilled sequence that lacks the frame: its owner knows
+  if (to == nullptr) return;  // an outsized sequence that lacks the frame: its owner knows
   std::uint64_t* checksum = checksum_of(kv, layer, head, block);
   const int slot = block_to_slot(kv, layer, head)[block];
   if (slot == kAbsent) {

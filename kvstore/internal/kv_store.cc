@@ -90,8 +90,8 @@ struct KvStore::Impl {
   Connection connection;
   std::optional<StripeMapping> mapping;
   std::optional<ArenaGuard> guard;
-  FileDescriptor nvme_file;                              // the store's, once a sequence has spilled
-  std::optional<RunIo> io;                               // on it
+  FileDescriptor nvme_file;  // the store's, once a sequence was outsized
+  std::optional<RunIo> io;   // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
   kernels::DeviceBuffer mismatches;                      // uint32
 
@@ -101,8 +101,8 @@ struct KvStore::Impl {
   Status greet();
   void prepare_device();
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
-  Result<Reservation> translate_spilled(SequenceId sequence, const Grant& grant, int num_segments,
-                                        FileDescriptor file);
+  Result<Reservation> translate_outsized(SequenceId sequence, const Grant& grant, int num_segments,
+                                         FileDescriptor file);
 
   bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
 
@@ -170,15 +170,15 @@ Result<Reservation> KvStore::Impl::translate(SequenceId sequence, const Grant& g
 }
 
 // The slabs' runs are the frames.
-Result<Reservation> KvStore::Impl::translate_spilled(SequenceId sequence, const Grant& grant,
-                                                     int num_segments, FileDescriptor file) {
+Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const Grant& grant,
+                                                      int num_segments, FileDescriptor file) {
   const kernels::KvShape& shape = config.shape;
   const auto heads = static_cast<std::size_t>(shape.num_kv_heads);
   const auto layers = static_cast<std::size_t>(shape.num_layers);
   const std::size_t slabs_a_head = grant.slabs.size() / heads;
   if (grant.slabs.size() != heads * slabs_a_head || !file ||
       grant.slots.size() != heads * static_cast<std::size_t>(num_segments) ||
-      grant.slabs.size() * layers < SpilledKv::least_frames(shape, num_segments) ||
+      grant.slabs.size() * layers < OutsizedKv::least_frames(shape, num_segments) ||
       std::ranges::any_of(grant.slabs, [this](SlabIndex slab) { return is_no_slab(slab); })) {
     return granted_otherwise();
   }
@@ -188,7 +188,7 @@ Result<Reservation> KvStore::Impl::translate_spilled(SequenceId sequence, const 
     auto disk = make_block_device(nvme_file.get(), memory, RunIo::kDepth);
     io.emplace(std::move(memory), std::move(disk), shape.run_bytes());
   }
-  SpilledKv::Parts parts{shape, num_segments, {}, {}};
+  OutsizedKv::Parts parts{shape, num_segments, {}, {}};
   for (const SlotIndex slot : grant.slots) {
     parts.slots.push_back(grant.slots_offset + shape.slab_bytes() * raw(slot));
   }
@@ -204,8 +204,8 @@ Result<Reservation> KvStore::Impl::translate_spilled(SequenceId sequence, const 
   kv.sequence = sequence;
   kv.num_segments = num_segments;
   kv.head_hits.resize(heads);
-  kv.spilled =
-      std::make_unique<SpilledKv>(device, *io, guard ? &*guard : nullptr, std::move(parts));
+  kv.outsized =
+      std::make_unique<OutsizedKv>(device, *io, guard ? &*guard : nullptr, std::move(parts));
   return kv;
 }
 
@@ -246,7 +246,7 @@ Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const Prefix
                       impl_->connection.ask_for<Grant>(
                           Reserve{sequence, num_segments, {keys.begin(), keys.end()}}, &file));
   if (grant.slots.empty()) return impl_->translate(sequence, grant, num_segments);
-  return impl_->translate_spilled(sequence, grant, num_segments, std::move(file));
+  return impl_->translate_outsized(sequence, grant, num_segments, std::move(file));
 }
 
 Status KvStore::use(Reservation& kv, int hit_segments) {

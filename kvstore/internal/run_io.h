@@ -11,7 +11,7 @@
 // arena. What fails is tried again, twice. Where nothing ends for kStallLimit, all that is under
 // way fails, and nothing more is begun for a while (NvmeHealth).
 //
-// Owns the buffers and the device. For one thread. Example: tests/kvstore/spilled_kv_test.cc
+// Owns the buffers and the device. For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
 
 #include <chrono>
@@ -25,7 +25,7 @@
 #include "common/result.h"
 #include "kvstore/internal/block_device.h"
 #include "kvstore/internal/nvme_health.h"
-#include "kvstore/spilled_kv.h"
+#include "kvstore/outsized_kv.h"
 
 namespace foretoken::kvstore {
 

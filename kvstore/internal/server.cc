@@ -248,8 +248,8 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
                                std::to_string(peer.num_heads) +
                                " heads are more than one sequence may have"));
   }
-  if (must_spill(request)) {
-    Result<Grant> grant = reserve_spilled(peer, request);
+  if (is_outsized(request)) {
+    Result<Grant> grant = reserve_outsized(peer, request);
     if (!grant) return reply(peer, grant.error());
     return reply(peer, *std::move(grant), nvme_file_->fd());
   }

@@ -11,7 +11,7 @@
 // is back in the arena: nobody waits here for a disk. The tier never fails a request: a prefix that
 // does not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc. A sequence
 // that is larger than the arena is given slots of the file beside slabs, and the file's descriptor:
-// as with the arena, only who has what is decided here (server_spill.cc). Example:
+// as with the arena, only who has what is decided here (server_outsized.cc). Example:
 // tests/kvstore/server_test.cc
 #pragma once
 
@@ -101,9 +101,9 @@ class Server {
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
 
-  // Sequences that are larger than the arena (server_spill.cc).
-  bool must_spill(const Reserve& request) const;
-  Result<Grant> reserve_spilled(const Peer& peer, const Reserve& request);
+  // Sequences that are larger than the arena (server_outsized.cc).
+  bool is_outsized(const Reserve& request) const;
+  Result<Grant> reserve_outsized(const Peer& peer, const Reserve& request);
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 
   void open_tier();

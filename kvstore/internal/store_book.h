@@ -36,8 +36,8 @@ struct LeaseOwner {
 // What a sequence holds, head by head of its lease.
 struct Grant {
   std::vector<int> head_hits;    // [num_heads] leading segments that hold their prefix
-  std::vector<SlabIndex> slabs;  // [num_heads, num_segments]; of one that spilled, fewer a head
-  // One that spilled: comes with the NVMe file's descriptor. Slot i lies at slots_offset + i slabs.
+  std::vector<SlabIndex> slabs;  // [num_heads, num_segments]; of an outsized one, fewer a head
+  // An outsized one: comes with the NVMe file's descriptor. Slot i lies at slots_offset + i slabs.
   std::uint64_t slots_offset = 0;
   std::vector<SlotIndex> slots = {};  // [num_heads, num_segments], or empty
 };

@@ -262,39 +262,39 @@ TEST_F(KvOpsTest, ABlockThatIsNotInHostMemoryIsAMiss) {
   EXPECT_EQ(kv.slot(0, 1, 6), 0);
 }
 
-// A spilled sequence's runs lie anywhere, and its checksums apart from them: what is packed,
+// An outsized sequence's runs lie anywhere, and its checksums apart from them: what is packed,
 // gathered and verified is the same. A run that is on NVMe is late, which is no fault.
-TEST_F(KvOpsTest, ASpilledSequenceIsPackedAndGatheredByItsRuns) {
+TEST_F(KvOpsTest, AnOutsizedSequenceIsPackedAndGatheredByItsRuns) {
   KvSequence kv(kShape, kNumSlots, kMaxBlocks);
-  KvSequence spilled(kShape, kNumSlots, kMaxBlocks);
+  KvSequence outsized(kShape, kNumSlots, kMaxBlocks);
   FetchTable fetches(kShape, 4);
-  spilled.spill();
-  std::ranges::reverse(spilled.runs);
+  outsized.make_outsized();
+  std::ranges::reverse(outsized.runs);
   pack_all_layers(kv, 400);
-  pack_all_layers(spilled, 400);
+  pack_all_layers(outsized, 400);
   for (const int block : {0, 17, 24}) {
-    for (KvSequence* sequence : {&kv, &spilled}) ask_for(*sequence, fetches, block);
+    for (KvSequence* sequence : {&kv, &outsized}) ask_for(*sequence, fetches, block);
     for (int layer = 0; layer < kShape.num_layers; ++layer) {
       ASSERT_EQ(gather(kv, fetches, layer), 0U);
-      ASSERT_EQ(gather(spilled, fetches, layer), 0U);
+      ASSERT_EQ(gather(outsized, fetches, layer), 0U);
       for (int head = 0; head < 2; ++head) {
-        ASSERT_EQ(std::memcmp(kv.slot_data(layer, head, 0), spilled.slot_data(layer, head, 0),
+        ASSERT_EQ(std::memcmp(kv.slot_data(layer, head, 0), outsized.slot_data(layer, head, 0),
                               kShape.block_bytes()),
                   0);
       }
     }
   }
-  const std::size_t run = run_index(spilled.view, 1, 1, 17);
-  spilled.checksums[run * kSegmentBlocks + 1] ^= 1;
-  ask_for(spilled, fetches, 17);
-  EXPECT_EQ(gather(spilled, fetches, 1), 1U);
-  EXPECT_EQ(spilled.slot(1, 1, 17), kAbsent);
-  EXPECT_EQ(spilled.slot(1, 0, 17), 0);
-  spilled.runs[run] = nullptr;
-  ask_for(spilled, fetches, 17);
-  EXPECT_EQ(gather(spilled, fetches, 1), 0U);
-  EXPECT_EQ(spilled.slot(1, 1, 17), kAbsent);
-  EXPECT_EQ(spilled.block(1, 1, 0), kAbsent);
+  const std::size_t run = run_index(outsized.view, 1, 1, 17);
+  outsized.checksums[run * kSegmentBlocks + 1] ^= 1;
+  ask_for(outsized, fetches, 17);
+  EXPECT_EQ(gather(outsized, fetches, 1), 1U);
+  EXPECT_EQ(outsized.slot(1, 1, 17), kAbsent);
+  EXPECT_EQ(outsized.slot(1, 0, 17), 0);
+  outsized.runs[run] = nullptr;
+  ask_for(outsized, fetches, 17);
+  EXPECT_EQ(gather(outsized, fetches, 1), 0U);
+  EXPECT_EQ(outsized.slot(1, 1, 17), kAbsent);
+  EXPECT_EQ(outsized.block(1, 1, 0), kAbsent);
 }
 
 // Decode fills a block token by token; the step that fills it writes it through, and it comes back

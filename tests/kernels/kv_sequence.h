@@ -62,8 +62,8 @@ class KvSequence {
     return slab(kv_head, block) + slab_block_offset(view.shape, layer, block);
   }
 
-  // The same KV as a spilled sequence's: runs and checksums by themselves, in the same memory.
-  void spill() {
+  // The same KV as an outsized sequence's: runs and checksums by themselves, in the same memory.
+  void make_outsized() {
     for (int layer = 0; layer < view.shape.num_layers; ++layer) {
       for (int head_and_segment = 0; head_and_segment < std::ssize(slabs_); ++head_and_segment) {
         std::byte* slab = slabs_[static_cast<std::size_t>(head_and_segment)];
@@ -82,7 +82,7 @@ class KvSequence {
 
   std::int32_t length = 0;
   SequenceKv view;
-  std::vector<std::byte*> runs;  // after spill()
+  std::vector<std::byte*> runs;  // after make_outsized()
   std::vector<std::uint64_t> checksums;
 
  private:

@@ -125,19 +125,19 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaIsLentSlots) {
     const SequenceId id{static_cast<std::uint64_t>(100 + i)};
     auto kv = store->reserve(id, std::span(&key, 1), kManySegments);
     ASSERT_TRUE(kv) << kv.error().message;
-    ASSERT_NE(kv->spilled, nullptr);
+    ASSERT_NE(kv->outsized, nullptr);
     EXPECT_EQ(kv->hit_segments, 0);
     EXPECT_TRUE(kv->slabs.empty());
     EXPECT_LT(store->stat()->slabs_free, free);
     ASSERT_TRUE(store->use(*kv, 0));
-    ASSERT_TRUE(kv->spilled->make_room(1, {0, kManySegments}));
-    kv->spilled.reset();
+    ASSERT_TRUE(kv->outsized->make_room(1, {0, kManySegments}));
+    kv->outsized.reset();
     ASSERT_TRUE(store->release(id));
   }
   EXPECT_EQ(store->stat()->slabs_free, free);
 }
 
-TEST_F(NvmeStoreTest, RanksThatShareAHeadDoNotSpill) {
+TEST_F(NvmeStoreTest, RanksThatShareAHeadTakeNoOutsizedSequence) {
   server = std::make_unique<RunningServer>(
       kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh});
   const auto low = connect(0);

@@ -161,7 +161,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   batch_.rows = static_cast<int>(rows.size());
   kind_ = kind_of(rows);
   choose_dense();
-  spills_ = std::ranges::any_of(rows_, [](const Sequence* row) { return row->spilled(); });
+  outsized_ = std::ranges::any_of(rows_, [](const Sequence* row) { return row->outsized(); });
   for (Sequence* row : rows_) nvme_reads_.open_segment(*row);
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
@@ -207,7 +207,7 @@ void Decode::run(kernels::Stream& compute) {
 bool Decode::recordable() const {
   if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
-  if (spills_) return false;
+  if (outsized_) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
     return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
   });
@@ -215,9 +215,9 @@ bool Decode::recordable() const {
 
 void Decode::forward(kernels::Stream& compute) {
   audits_ = std::ranges::any_of(rows_, [this](const Sequence* row) { return audits(*row); });
-  if (kind_.fetches_blocks && !spills_) start_fetches(compute);
+  if (kind_.fetches_blocks && !outsized_) start_fetches(compute);
   // An audit's dense pass would give the disk time that other steps don't: it comes after.
-  for (int layer = 0; kind_.fetches_blocks && spills_ && audits_ && layer < model_.num_layers();
+  for (int layer = 0; kind_.fetches_blocks && outsized_ && audits_ && layer < model_.num_layers();
        ++layer) {
     fetch_now(layer, compute);
   }
@@ -254,7 +254,7 @@ void Decode::fetch_now(int layer, kernels::Stream& compute) {
 
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
-  if (kind_.fetches_blocks && spills_ && !audits_) {
+  if (kind_.fetches_blocks && outsized_ && !audits_) {
     fetch_now(layer, compute);
   } else if (kind_.fetches_blocks) {
     count_late(layer, compute);

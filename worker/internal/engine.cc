@@ -177,16 +177,16 @@ void Engine::note_lost(const StepPlan& plan, StepResult& result) {
   std::set<SequenceId> worked_on(plan.decodes.begin(), plan.decodes.end());
   for (const PrefillItem& item : plan.prefills) worked_on.insert(item.sequence);
   for (const SequenceId id : worked_on) {
-    const kvstore::SpilledKv* spilled = find(id).spilled();
-    if (spilled != nullptr && !spilled->status()) {
-      result.lost.push_back({id, spilled->status().error()});
+    const kvstore::OutsizedKv* outsized = find(id).outsized();
+    if (outsized != nullptr && !outsized->status()) {
+      result.lost.push_back({id, outsized->status().error()});
     }
   }
 }
 
-// The segments of a sequence that has spilled are its own.
+// The segments of an outsized sequence are its own.
 void Engine::publish(const PublishSegment& segment) {
-  if (!model_.partition().writes_kv || find(segment.sequence).spilled() != nullptr) return;
+  if (!model_.partition().writes_kv || find(segment.sequence).outsized() != nullptr) return;
   const Status status = store_.commit(segment.sequence, segment.index, segment.key);
   if (!status) throw Exception(status.error());
 }
@@ -215,11 +215,11 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     result.error = reservation.error();
     return result;
   }
-  if (reservation->spilled != nullptr && !device_.runs_at_once()) {
+  if (reservation->outsized != nullptr && !device_.runs_at_once()) {
     result.error = Error{ErrorCode::kInvalidArgument,
                          "the sequence is larger than the arena, and runs from NVMe on the CPU "
                          "device alone; raise --kv-host-gib"};
-    reservation->spilled.reset();
+    reservation->outsized.reset();
     if (const Status status = store_.release(admit.sequence); !status) {
       throw Exception(status.error());
     }

@@ -20,7 +20,7 @@ bool is_resident(int block, int position) {
 
 // What make_room() says, status() keeps.
 void NvmeReads::open_segment(Sequence& sequence) {
-  kvstore::SpilledKv* kv = sequence.spilled();
+  kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
   const int segment = (sequence.length() - 1) / kSegmentTokens;
   if (kv->is_here(0, {0, segment})) return;
@@ -30,7 +30,7 @@ void NvmeReads::open_segment(Sequence& sequence) {
 }
 
 void NvmeReads::close_segment(Sequence& sequence) {
-  kvstore::SpilledKv* kv = sequence.spilled();
+  kvstore::OutsizedKv* kv = sequence.outsized();
   const int stored = sequence.length() - 1;
   if (kv == nullptr || stored % kSegmentTokens != 0) return;
   const int segment = stored / kSegmentTokens - 1;
@@ -69,7 +69,7 @@ NvmeReads::Wanted NvmeReads::wanted(const Sequence& sequence, int layer, kernels
 }
 
 void NvmeReads::ask_ahead(Sequence& sequence, kernels::Stream& stream) {
-  kvstore::SpilledKv* kv = sequence.spilled();
+  kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
   for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
     if (!kv->ask(layer, wanted(sequence, layer, stream).runs)) return;
@@ -78,7 +78,7 @@ void NvmeReads::ask_ahead(Sequence& sequence, kernels::Stream& stream) {
 }
 
 void NvmeReads::bring(Sequence& sequence, int layer, kernels::Stream& stream) {
-  kvstore::SpilledKv* kv = sequence.spilled();
+  kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
   const Wanted wanted = this->wanted(sequence, layer, stream);
   kv->advance();
@@ -91,14 +91,14 @@ void NvmeReads::bring(Sequence& sequence, int layer, kernels::Stream& stream) {
 }
 
 void NvmeReads::bring_all(Sequence& sequence, int layer) {
-  kvstore::SpilledKv* kv = sequence.spilled();
+  kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
   const int segments = step_position(sequence) / kSegmentTokens + 1;
   static_cast<void>(kv->wait(layer, kvstore::Segments{0, segments}));
 }
 
 void NvmeReads::let_go(Sequence& sequence, int layer) {
-  if (kvstore::SpilledKv* kv = sequence.spilled()) kv->let_go(layer);
+  if (kvstore::OutsizedKv* kv = sequence.outsized()) kv->let_go(layer);
 }
 
 }  // namespace foretoken::worker

@@ -202,21 +202,21 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
       .num_tokens = length,
       .to_arena = false,
       .sequence = sequence.alone().sequences,
-      .host_slabs = sequence.spilled() == nullptr ? sequence.reservation().slabs.data() : nullptr,
+      .host_slabs = sequence.outsized() == nullptr ? sequence.reservation().slabs.data() : nullptr,
       .max_segments = sequence.kv().max_segments};
   if (reused_blocks > 0) store_.pack(pack, *copy_);  // to slots alone: the arena has them
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;
   pack.to_arena = model_.partition().writes_kv;
-  kvstore::SpilledKv* spilled = sequence.spilled();
-  if (spilled != nullptr && !spilled->make_room(layer, {0, segments_for(length)})) {
+  kvstore::OutsizedKv* outsized = sequence.outsized();
+  if (outsized != nullptr && !outsized->make_room(layer, {0, segments_for(length)})) {
     pack.to_arena = false;  // the sequence is lost: status() says so
   }
   store_.pack(pack, *copy_);
   kv_of(layer).packed->record(*copy_);
-  if (spilled == nullptr) return;
+  if (outsized == nullptr) return;
   kv_of(layer).packed->synchronize();  // what leaves for NVMe is whole
-  spilled->fill(layer, {0, length / kSegmentTokens});
+  outsized->fill(layer, {0, length / kSegmentTokens});
 }
 
 // The history's first rows: the last queries' attention over the whole prompt.

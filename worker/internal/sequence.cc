@@ -93,14 +93,14 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   kv_.max_segments = reservation_.num_segments;
   is_dense_ = admit.dense && policy.spills();
   kv_.num_slots = is_dense_ ? kv_.max_blocks : slots_for(policy, kv_.max_blocks);
-  if (const kvstore::SpilledKv* spilled = reservation_.spilled.get()) {
-    kv_.runs = spilled->runs();
-    kv_.checksums = spilled->checksums();
+  if (const kvstore::OutsizedKv* outsized = reservation_.outsized.get()) {
+    kv_.runs = outsized->runs();
+    kv_.checksums = outsized->checksums();
   }
   streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
-  if (const kvstore::SpilledKv* spilled = reservation_.spilled.get()) {
-    policy_state_->selection.segment_scores = spilled->scores();
+  if (const kvstore::OutsizedKv* outsized = reservation_.outsized.get()) {
+    policy_state_->selection.segment_scores = outsized->scores();
     policy_state_->selection.max_segments = kv_.max_segments;
   }
   try {
@@ -238,7 +238,7 @@ KvReport Sequence::final_report(kernels::Stream& stream) {
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   report.bytes_host = report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());
-  if (spilled() != nullptr) report.bytes_nvme = spilled()->bytes_read();
+  if (outsized() != nullptr) report.bytes_nvme = outsized()->bytes_read();
   return report;
 }
 

@@ -61,9 +61,9 @@ def nvme(folder, *flags):
 def test_tokens_are_those_of_a_context_in_memory(model, in_memory, tmp_path, more):
     flags = (*PREDICTED, "--calibrate-with=none", *more)
     kept = answer(model, *flags, size=ROOMY) if more else in_memory  # sums over ranks round otherwise
-    spilled = answer(model, *flags, *nvme(tmp_path / "kv"), size=QUARTER)
-    assert spilled.ids == kept.ids
-    assert spilled.kv["bytes_nvme"] > 0 and spilled.kv["late"] >= 0
+    outsized = answer(model, *flags, *nvme(tmp_path / "kv"), size=QUARTER)
+    assert outsized.ids == kept.ids
+    assert outsized.kv["bytes_nvme"] > 0 and outsized.kv["late"] >= 0
     assert in_memory.kv["bytes_nvme"] == 0
 
 
@@ -76,10 +76,10 @@ def test_attention_over_all_blocks_reads_all_of_them(model, tmp_path):
     ):
         kept = answer(model, *policy, size=ROOMY)
         folder = tmp_path / policy[1]
-        spilled = answer(model, *policy, *nvme(folder), size=QUARTER)
-        assert spilled.ids == kept.ids, policy
-        assert spilled.kv["recall_count"] == kept.kv["recall_count"]
-        assert spilled.kv["recall_sum"] == pytest.approx(kept.kv["recall_sum"])
+        outsized = answer(model, *policy, *nvme(folder), size=QUARTER)
+        assert outsized.ids == kept.ids, policy
+        assert outsized.kv["recall_count"] == kept.kv["recall_count"]
+        assert outsized.kv["recall_sum"] == pytest.approx(kept.kv["recall_sum"])
 
 
 def test_skip_keeps_nearly_all_that_waiting_keeps(model, tmp_path):

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "kvstore/internal/server.h"
-#include "kvstore/spilled_kv.h"
+#include "kvstore/outsized_kv.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -18,15 +18,15 @@ std::uint32_t divide_up(std::size_t a, std::size_t b) {
 
 }  // namespace
 
-bool Server::must_spill(const Reserve& request) const {
+bool Server::is_outsized(const Reserve& request) const {
   return tier_ != nullptr &&
          static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
 }
 
-Result<Grant> Server::reserve_spilled(const Peer& peer, const Reserve& request) {
+Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
   const kernels::KvShape shape = model_->slab_shape();
   const std::uint32_t total = arena_->layout().slabs_per_head;
-  const std::uint32_t least = divide_up(SpilledKv::least_frames(shape, request.num_segments),
+  const std::uint32_t least = divide_up(OutsizedKv::least_frames(shape, request.num_segments),
                                         static_cast<std::size_t>(shape.num_layers));
   const auto heads = static_cast<std::size_t>(peer.num_heads);
   const std::size_t num_slots = heads * static_cast<std::size_t>(request.num_segments);

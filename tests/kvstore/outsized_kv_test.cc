@@ -1,5 +1,5 @@
-// A spilled sequence against a plain copy of its KV, on a disk that a test can damage.
-#include "kvstore/spilled_kv.h"
+// An outsized sequence against a plain copy of its KV, on a disk that a test can damage.
+#include "kvstore/outsized_kv.h"
 
 #include <gtest/gtest.h>
 
@@ -22,20 +22,20 @@ constexpr KvShape kShape{.num_layers = 6, .num_kv_heads = 2, .head_dim = 64};
 constexpr int kSegments = 9;
 constexpr unsigned kSeed = 7;
 
-class SpilledKvTest : public ::testing::Test {
+class OutsizedKvTest : public ::testing::Test {
  protected:
-  SpilledKvTest()
-      : num_frames_(SpilledKv::least_frames(kShape, kSegments)),
+  OutsizedKvTest()
+      : num_frames_(OutsizedKv::least_frames(kShape, kSegments)),
         memory_(num_frames_ * kShape.run_bytes()) {
     auto disk = std::make_unique<MemoryDevice>(file_);
     disk_ = disk.get();
     io_ = std::make_unique<RunIo>(IoMemory(RunIo::kDepth * kShape.run_bytes()), std::move(disk),
                                   kShape.run_bytes());
-    kv_ = std::make_unique<SpilledKv>(*device_, *io_, nullptr, parts());
+    kv_ = std::make_unique<OutsizedKv>(*device_, *io_, nullptr, parts());
   }
 
-  SpilledKv::Parts parts() {
-    SpilledKv::Parts parts{kShape, kSegments, {}, {}};
+  OutsizedKv::Parts parts() {
+    OutsizedKv::Parts parts{kShape, kSegments, {}, {}};
     for (std::size_t i = 0; i < num_frames_; ++i) {
       std::byte* frame = memory_.data() + i * kShape.run_bytes();
       parts.frames.push_back({frame, frame});
@@ -102,18 +102,18 @@ class SpilledKvTest : public ::testing::Test {
   std::vector<std::byte> memory_;
   MemoryDevice* disk_ = nullptr;
   std::unique_ptr<RunIo> io_;
-  std::unique_ptr<SpilledKv> kv_;
+  std::unique_ptr<OutsizedKv> kv_;
   std::map<std::size_t, std::vector<std::byte>> truth_;
 };
 
-TEST_F(SpilledKvTest, WhatLeftComesBackAsItWas) {
+TEST_F(OutsizedKvTest, WhatLeftComesBackAsItWas) {
   fill_all();
   for (int round = 0; round < 3; ++round) read_all();
   ASSERT_TRUE(kv_->status());
   EXPECT_GT(kv_->bytes_read(), 0);
 }
 
-TEST_F(SpilledKvTest, WhatALayerHoldsStays) {
+TEST_F(OutsizedKvTest, WhatALayerHoldsStays) {
   fill_all();
   for (int round = 0; round < 300; ++round) {
     std::map<int, std::vector<HeadSegment>> held;
@@ -137,7 +137,7 @@ TEST_F(SpilledKvTest, WhatALayerHoldsStays) {
 }
 
 // Scores say what stays, and what comes back before anybody asks for it.
-TEST_F(SpilledKvTest, WhatScoresHighestIsInMemory) {
+TEST_F(OutsizedKvTest, WhatScoresHighestIsInMemory) {
   fill_all();
   for (int round = 0; round < 3; ++round) {
     std::vector<std::size_t> best;
@@ -152,7 +152,7 @@ TEST_F(SpilledKvTest, WhatScoresHighestIsInMemory) {
   }
 }
 
-TEST_F(SpilledKvTest, FaultsThatPassCostNothing) {
+TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {
   disk_->fault = [this](const IoOperation&) {
     const unsigned dice = random_() % 40;
     return dice == 0 ? IoFault::kError : dice == 1 ? IoFault::kShort : IoFault::kNone;
@@ -163,10 +163,10 @@ TEST_F(SpilledKvTest, FaultsThatPassCostNothing) {
 }
 
 // Whatever of the file is damaged: it is right, or known to be lost.
-TEST_F(SpilledKvTest, DamageIsSeen) {
+TEST_F(OutsizedKvTest, DamageIsSeen) {
   int seen = 0;
   for (int round = 0; round < 40; ++round) {
-    kv_ = std::make_unique<SpilledKv>(*device_, *io_, nullptr, parts());
+    kv_ = std::make_unique<OutsizedKv>(*device_, *io_, nullptr, parts());
     disk_->fault = [&, count = 0](const IoOperation& operation) mutable {
       if (operation.direction == IoDirection::kRead || ++count % 20 != round % 20) {
         return IoFault::kNone;
@@ -183,7 +183,7 @@ TEST_F(SpilledKvTest, DamageIsSeen) {
   EXPECT_GT(seen, 20);
 }
 
-TEST_F(SpilledKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
+TEST_F(OutsizedKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
   fill_all();
   disk_->fault = [](const IoOperation&) { return IoFault::kError; };
   read_all();
@@ -191,7 +191,7 @@ TEST_F(SpilledKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kIo);
 }
 
-TEST_F(SpilledKvTest, AFullFileSystemFailsTheSequence) {
+TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
   disk_->fault = [](const IoOperation&) { return IoFault::kFull; };
   for (int layer = 0; layer < kShape.num_layers && kv_->status(); ++layer) {
     static_cast<void>(kv_->make_room(layer, {0, kSegments}));
@@ -204,7 +204,7 @@ TEST_F(SpilledKvTest, AFullFileSystemFailsTheSequence) {
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kExhausted);
 }
 
-TEST_F(SpilledKvTest, ADiskThatStandsStillIsWaitedForOnce) {
+TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {
   fill_all();
   disk_->fault = [](const IoOperation&) { return IoFault::kHeld; };
   const auto begin = std::chrono::steady_clock::now();

@@ -1,4 +1,4 @@
-// SpilledKv: the KV of a sequence that is larger than the arena, on one rank. A layer's run of a
+// OutsizedKv: the KV of a sequence that is larger than the arena, on one rank. A layer's run of a
 // segment is in a frame (a run's place in the slabs that the sequence holds), or on NVMe alone, in
 // a slot that the store has lent to the sequence.
 //
@@ -14,7 +14,7 @@
 //
 // Owns its tables; frames and slots are the store's, until the sequence is released. Ops read the
 // tables meanwhile: a run changes its place only in calls from make_room() to wait(), and only one
-// that no layer holds. For one thread. Example: tests/kvstore/spilled_kv_test.cc
+// that no layer holds. For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
 
 #include <cstddef>
@@ -47,7 +47,7 @@ struct Segments {
   int end = 0;
 };
 
-class SpilledKv {
+class OutsizedKv {
  public:
   // A run's place in the arena.
   struct Frame {
@@ -61,10 +61,10 @@ class SpilledKv {
     std::vector<std::uint64_t> slots;  // [num_kv_heads, num_segments] offsets in the NVMe file
   };
   // `guard` may be null. REQUIRES: parts.frames has least_frames() or more.
-  SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts);
-  ~SpilledKv();  // waits for what is under way
-  SpilledKv(const SpilledKv&) = delete;
-  SpilledKv& operator=(const SpilledKv&) = delete;
+  OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts);
+  ~OutsizedKv();  // waits for what is under way
+  OutsizedKv(const OutsizedKv&) = delete;
+  OutsizedKv& operator=(const OutsizedKv&) = delete;
 
   // Frames that a sequence needs: one layer of all segments is attended at a time, while another
   // one leaves, and an open segment has all layers.

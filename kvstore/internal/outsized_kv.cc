@@ -1,4 +1,4 @@
-#include "kvstore/spilled_kv.h"
+#include "kvstore/outsized_kv.h"
 
 #include <algorithm>
 #include <functional>
@@ -26,19 +26,19 @@ std::size_t num_runs(const kernels::KvShape& shape, int num_segments) {
 
 }  // namespace
 
-class SpilledKv::Listener final : public RunIo::Owner {
+class OutsizedKv::Listener final : public RunIo::Owner {
  public:
-  explicit Listener(SpilledKv& kv) : kv_(kv) {}
+  explicit Listener(OutsizedKv& kv) : kv_(kv) {}
   void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) override {
     kv_.on_read(run, bytes);
   }
   void on_written(RunIndex run, const Status& status) override { kv_.on_written(run, status); }
 
  private:
-  SpilledKv& kv_;
+  OutsizedKv& kv_;
 };
 
-SpilledKv::SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts)
+OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts)
     : device_(device),
       io_(io),
       guard_(guard),
@@ -61,21 +61,21 @@ SpilledKv::SpilledKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Part
   }
 }
 
-SpilledKv::~SpilledKv() {
+OutsizedKv::~OutsizedKv() {
   io_.forget(*listener_);
   device_.release_pinned(scores_);
   device_.release_pinned(checksums_);
   device_.release_pinned(runs_);
 }
 
-std::size_t SpilledKv::least_frames(const kernels::KvShape& shape, int num_segments) {
+std::size_t OutsizedKv::least_frames(const kernels::KvShape& shape, int num_segments) {
   return static_cast<std::size_t>(shape.num_kv_heads) *
          static_cast<std::size_t>(2 * num_segments + shape.num_layers);
 }
 
 // ---- places -----------------------------------------------------------------------------------
 
-RunIndex SpilledKv::index(int layer, HeadSegment run) const {
+RunIndex OutsizedKv::index(int layer, HeadSegment run) const {
   const int heads = parts_.shape.num_kv_heads;
   FT_CHECK(layer >= 0 && layer < parts_.shape.num_layers && run.head >= 0 && run.head < heads &&
                run.segment >= 0 && run.segment < parts_.num_segments,
@@ -84,33 +84,33 @@ RunIndex SpilledKv::index(int layer, HeadSegment run) const {
       static_cast<std::uint32_t>((layer * heads + run.head) * parts_.num_segments + run.segment)};
 }
 
-int SpilledKv::layer_of(RunIndex run) const {
+int OutsizedKv::layer_of(RunIndex run) const {
   return static_cast<int>(static_cast<std::uint32_t>(run)) / parts_.num_segments /
          parts_.shape.num_kv_heads;
 }
 
 // A slot is a slab: its layers' runs lie one behind the other.
-std::uint64_t SpilledKv::offset(RunIndex run) const {
+std::uint64_t OutsizedKv::offset(RunIndex run) const {
   const auto layer = static_cast<std::size_t>(layer_of(run));
   const std::size_t slots = parts_.slots.size();
   return parts_.slots[static_cast<std::size_t>(run) - layer * slots] +
          layer * parts_.shape.run_bytes();
 }
 
-bool SpilledKv::in_frame(const Run& run) const {
+bool OutsizedKv::in_frame(const Run& run) const {
   return run.place != Place::kEmpty && run.place != Place::kStored && run.place != Place::kComing;
 }
 
-bool SpilledKv::is_here(int layer, HeadSegment run) const {
+bool OutsizedKv::is_here(int layer, HeadSegment run) const {
   return in_frame(runs_state_[static_cast<std::size_t>(index(layer, run))]);
 }
 
-void SpilledKv::show(RunIndex run) {
+void OutsizedKv::show(RunIndex run) {
   runs_[static_cast<std::size_t>(run)] = parts_.frames[at(run).frame].device;
 }
-void SpilledKv::hide(RunIndex run) { runs_[static_cast<std::size_t>(run)] = nullptr; }
+void OutsizedKv::hide(RunIndex run) { runs_[static_cast<std::size_t>(run)] = nullptr; }
 
-std::optional<std::uint32_t> SpilledKv::take_frame() {
+std::optional<std::uint32_t> OutsizedKv::take_frame() {
   if (free_frames_.empty()) {
     for (const RunIndex run : least_wanted(parts_.frames.size() / kEvictedShare + 1)) evict(run);
   }
@@ -121,7 +121,7 @@ std::optional<std::uint32_t> SpilledKv::take_frame() {
 }
 
 // Of the runs that may leave, those of the lowest scores, and of these those wanted longest ago.
-std::vector<RunIndex> SpilledKv::least_wanted(std::size_t count) const {
+std::vector<RunIndex> OutsizedKv::least_wanted(std::size_t count) const {
   using Rank = std::tuple<float, std::uint64_t, RunIndex>;
   std::vector<Rank> runs;
   for (std::size_t i = 0; i < runs_state_.size(); ++i) {
@@ -136,13 +136,13 @@ std::vector<RunIndex> SpilledKv::least_wanted(std::size_t count) const {
   return least;
 }
 
-void SpilledKv::evict(RunIndex run) {
+void OutsizedKv::evict(RunIndex run) {
   hide(run);
   at(run).place = Place::kStored;
   free_frames_.push_back(at(run).frame);
 }
 
-void SpilledKv::read_to(RunIndex run, std::uint32_t frame) {
+void OutsizedKv::read_to(RunIndex run, std::uint32_t frame) {
   at(run).frame = frame;
   at(run).place = Place::kComing;
   to_read_.push_back(run);
@@ -150,7 +150,7 @@ void SpilledKv::read_to(RunIndex run, std::uint32_t frame) {
 
 // ---- filling ----------------------------------------------------------------------------------
 
-Status SpilledKv::make_room(int layer, Segments segments) {
+Status OutsizedKv::make_room(int layer, Segments segments) {
   for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
     for (int segment = segments.first; segment < segments.end; ++segment) {
       FT_RETURN_IF_ERROR(status_);
@@ -165,7 +165,7 @@ Status SpilledKv::make_room(int layer, Segments segments) {
   return status_;
 }
 
-void SpilledKv::fill(int layer, Segments segments) {
+void OutsizedKv::fill(int layer, Segments segments) {
   if (!status_) return;
   for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
     for (int segment = segments.first; segment < segments.end; ++segment) {
@@ -180,7 +180,7 @@ void SpilledKv::fill(int layer, Segments segments) {
 
 // ---- reading ----------------------------------------------------------------------------------
 
-bool SpilledKv::ask(int layer, std::span<const HeadSegment> runs) {
+bool OutsizedKv::ask(int layer, std::span<const HeadSegment> runs) {
   if (!status_) return false;
   const auto heads = static_cast<std::size_t>(parts_.shape.num_kv_heads);
   const auto kept = heads * static_cast<std::size_t>(parts_.num_segments + parts_.shape.num_layers);
@@ -194,7 +194,7 @@ bool SpilledKv::ask(int layer, std::span<const HeadSegment> runs) {
 }
 
 // Where there is no frame, the run is asked for again when something has ended.
-void SpilledKv::hold(int layer, RunIndex index) {
+void OutsizedKv::hold(int layer, RunIndex index) {
   Run& run = at(index);
   FT_CHECK(run.place != Place::kEmpty, layer, static_cast<std::uint32_t>(index));
   run.wanted = clock_;
@@ -207,7 +207,7 @@ void SpilledKv::hold(int layer, RunIndex index) {
   if (const auto frame = take_frame()) read_to(index, *frame);
 }
 
-Status SpilledKv::wait(int layer, std::span<const HeadSegment> runs) {
+Status OutsizedKv::wait(int layer, std::span<const HeadSegment> runs) {
   ++clock_;
   for (;;) {
     FT_RETURN_IF_ERROR(status_);
@@ -219,7 +219,7 @@ Status SpilledKv::wait(int layer, std::span<const HeadSegment> runs) {
   }
 }
 
-Status SpilledKv::wait(int layer, Segments segments) {
+Status OutsizedKv::wait(int layer, Segments segments) {
   std::vector<HeadSegment> runs;
   for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
     for (int segment = segments.first; segment < segments.end; ++segment) {
@@ -229,14 +229,14 @@ Status SpilledKv::wait(int layer, Segments segments) {
   return wait(layer, runs);
 }
 
-void SpilledKv::let_go(int layer) {
+void OutsizedKv::let_go(int layer) {
   auto& held = held_[static_cast<std::size_t>(layer)];
   for (const RunIndex run : held) at(run).is_held = false;
   num_held_ -= held.size();
   held.clear();
 }
 
-void SpilledKv::promote() {
+void OutsizedKv::promote() {
   if (!status_ || !to_read_.empty()) return;  // the step's own reads keep the disk busy
   std::vector<std::pair<float, RunIndex>> wanted;
   for (std::size_t i = 0; i < runs_state_.size(); ++i) {
@@ -258,7 +258,7 @@ void SpilledKv::promote() {
 
 // ---- transfers --------------------------------------------------------------------------------
 
-void SpilledKv::advance() {
+void OutsizedKv::advance() {
   io_.advance();
   if (!status_) return;
   start_reads();
@@ -266,7 +266,7 @@ void SpilledKv::advance() {
 }
 
 // Something ends, or nothing ever will.
-Status SpilledKv::wait_for_end() {
+Status OutsizedKv::wait_for_end() {
   const std::int64_t ended = num_ended_;
   advance();
   if (!status_ || num_ended_ != ended) return status_;
@@ -279,7 +279,7 @@ Status SpilledKv::wait_for_end() {
   return status_;
 }
 
-void SpilledKv::start_reads() {
+void OutsizedKv::start_reads() {
   while (!to_read_.empty() && io_.can_read()) {
     const RunIndex run = to_read_.front();
     to_read_.pop_front();
@@ -288,7 +288,7 @@ void SpilledKv::start_reads() {
   }
 }
 
-void SpilledKv::start_writes() {
+void OutsizedKv::start_writes() {
   while (status_ && to_read_.empty() && !to_write_.empty() && io_.can_write()) {
     const RunIndex run = to_write_.front();
     to_write_.pop_front();
@@ -300,7 +300,7 @@ void SpilledKv::start_writes() {
 }
 
 // A run's blocks, each with its proof in one pass. False: the sequence has failed.
-bool SpilledKv::copy_verified(std::byte* to, const std::byte* from, RunIndex run) {
+bool OutsizedKv::copy_verified(std::byte* to, const std::byte* from, RunIndex run) {
   std::optional<ArenaGuard::Scope> open;
   if (guard_ != nullptr) open.emplace(*guard_);
   const std::uint64_t* due = checksums_ + static_cast<std::size_t>(run) * kSegmentBlocks;
@@ -315,7 +315,7 @@ bool SpilledKv::copy_verified(std::byte* to, const std::byte* from, RunIndex run
   return true;
 }
 
-void SpilledKv::on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes) {
+void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes) {
   --num_under_way_;
   ++num_ended_;
   if (!status_) return;
@@ -328,7 +328,7 @@ void SpilledKv::on_read(RunIndex index, const Result<std::span<const std::byte>>
 }
 
 // What could not be written is tried again, as long as the disk may be written to.
-void SpilledKv::on_written(RunIndex index, const Status& status) {
+void OutsizedKv::on_written(RunIndex index, const Status& status) {
   --num_under_way_;
   ++num_ended_;
   if (!status_) return;
@@ -339,7 +339,7 @@ void SpilledKv::on_written(RunIndex index, const Status& status) {
   to_write_.push_back(index);
 }
 
-void SpilledKv::fail(const Error& error) {
+void OutsizedKv::fail(const Error& error) {
   if (status_) status_ = error;
 }
 
