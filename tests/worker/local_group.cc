@@ -29,6 +29,9 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
           .history_fill = predictor::HistoryFill::kZero,
           .residency = config.kv_resident == "never" ? predictor::Residency::kNever
                                                      : predictor::Residency::kWhereItFits,
+          .calibration = config.calibrate_with == "exact"    ? predictor::Calibration::kExact
+                         : config.calibrate_with == "sketch" ? predictor::Calibration::kSketch
+                                                             : predictor::Calibration::kNone,
           .weights = config.predictor_weights};
 }
 

@@ -178,6 +178,9 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
   policy.residency = config.kv_resident == "never" ? predictor::Residency::kNever
                                                    : predictor::Residency::kWhereItFits;
+  policy.calibration = config.calibrate_with == "exact"    ? predictor::Calibration::kExact
+                       : config.calibrate_with == "sketch" ? predictor::Calibration::kSketch
+                                                           : predictor::Calibration::kNone;
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
   return policy;
