@@ -14,9 +14,9 @@
 // Also here, since they are decode steps with something beside them: calibration (rows over all
 // blocks into the history, from their keys or from sketches of them), the audit (how much attention
 // the choice kept, how far the logits moved), and heads that attend all blocks until an audit finds
-// that their choice keeps enough again. Their steps are not recorded, and the audit waits for its
-// figures. Calibration is staggered: of M = calibrate_every steps, each calibrates every M-th
-// layer, so that none pays for all.
+// that their choice keeps enough again. The audit waits for its figures, so neither its steps nor
+// those of such heads are recorded. Calibration is staggered: of M = calibrate_every steps, each
+// calibrates every M-th layer, so that none pays for all.
 #pragma once
 
 #include <compare>
@@ -71,6 +71,7 @@ class Decode {
     int pitch = 0;                // of block_max_, >= every row's slots
     bool streams_all = false;     // of some row
     bool fetches_blocks = false;  // otherwise every block has a slot, and is there
+    int first_calibrated = 0;     // layer, of the first row; the others' must be the same
     auto operator<=>(const Kind&) const = default;
   };
 

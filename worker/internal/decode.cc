@@ -152,6 +152,7 @@ Decode::Kind Decode::kind_of(std::span<Sequence* const> rows) const {
   const bool chooses = policy_.selected_per_head().has_value();
   kind.fetches_blocks =
       kind.streams_all || (chooses && !std::ranges::all_of(rows, &Sequence::is_dense));
+  kind.first_calibrated = rows.empty() ? 0 : first_calibrated(*rows.front());
   return kind;
 }
 
@@ -212,7 +213,7 @@ bool Decode::recordable() const {
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
   if (spills_) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
-    return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
+    return audits(*row) || first_calibrated(*row) != kind_.first_calibrated;
   });
 }
 
