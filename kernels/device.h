@@ -508,6 +508,7 @@ struct DeviceInfo {
   std::size_t memory_bytes;  // what may be allocated, in all
   int compute_units;         // threads or SMs
   int gather_units;          // threads or thread blocks that a gather takes
+  bool shares_host_memory;   // its memory is the host's: KV crosses no link
 };
 
 class Device {

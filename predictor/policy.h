@@ -35,6 +35,10 @@ enum class Residency { kWhereItFits, kNever };
 // Where a calibration's row over all blocks comes from: there are none; all keys; or all keys'
 // sketches (kernels/key_sketch.h), which sequences then keep. The worker makes these rows.
 enum class Calibration { kNone, kExact, kSketch };
+// "exact", "sketch", "none", or "auto": exact where the device's memory is the host's, so that keys
+// cross no link; none where they would (docs/decisions/004-calibration.md). nullopt: another name.
+std::optional<Calibration> calibration_from_name(std::string_view name,
+                                                 const kernels::Device& device);
 
 struct PolicyConfig {
   PolicyKind kind = PolicyKind::kFull;

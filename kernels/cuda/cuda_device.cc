@@ -83,7 +83,7 @@ DeviceInfo select_device(const CudaDeviceConfig& config) {
                                             std::to_string(properties.minor) +
                                             "; Foretoken is built for 9.0 (H100, H200)");
   }
-  return {properties.name, memory_limit(config), properties.multiProcessorCount, kCopyCtas};
+  return {properties.name, memory_limit(config), properties.multiProcessorCount, kCopyCtas, false};
 }
 
 }  // namespace
