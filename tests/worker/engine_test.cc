@@ -288,9 +288,10 @@ TEST_F(EngineTest, BatchedChoicesAreWorthTheSame) {
   }
 }
 
+// On a GPU also: recorded steps (guarded ones are not) are the steps.
 TEST_F(EngineTest, DecodesWithTheArenaUnmappedOutsideGatherAndWrite) {
   const auto prompt = random_prompt(1000, 5);
-  for (const char* calibration : {"none", "sketch"}) {
+  for (const std::string calibration : {"none", "sketch", "exact"}) {
     ServiceConfig config = service("attention-predictor", 256);
     config.calibrate_with = calibration;
     config.calibrate_every = 2;
@@ -299,7 +300,8 @@ TEST_F(EngineTest, DecodesWithTheArenaUnmappedOutsideGatherAndWrite) {
     const Answer guarded = answer(config, prompt, {.max_tokens = 200});
     EXPECT_EQ(plain.tokens, guarded.tokens) << calibration;
     EXPECT_GT(guarded.report.blocks_fetched, 0);
-    EXPECT_EQ(guarded.report.bytes_host, guarded.report.blocks_fetched * 4096);
+    const std::int64_t fetched = guarded.report.blocks_fetched * 4096;
+    EXPECT_EQ(guarded.report.bytes_host > fetched, calibration == "exact");
   }
 }
 
