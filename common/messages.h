@@ -98,7 +98,7 @@ struct KvReport {
   std::int64_t kl_count = 0;
   std::int64_t blocks_predicted = 0;
   std::int64_t blocks_fetched = 0;
-  std::int64_t bytes_host = 0;  // fetched from host memory
+  std::int64_t bytes_host = 0;  // fetched from host memory, or read there by calibrations
   std::int64_t bytes_nvme = 0;
   std::int64_t late = 0;  // blocks that were not there in time
   // Times that a map's scores were not finite, so that its latest blocks were taken instead.
@@ -108,7 +108,7 @@ struct KvReport {
   std::int64_t dense_fallbacks = 0;
   std::int64_t dense_capped = 0;
   bool spilled = false;            // policy auto: it was predicted, all of it or from some token on
-  std::int64_t device_bytes = 0;   // slots, tables and history of the sequence
+  std::int64_t device_bytes = 0;   // slots, tables, history and sketches of the sequence
   std::int64_t full_kv_bytes = 0;  // the same context's whole KV
 };
 

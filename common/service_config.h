@@ -37,7 +37,7 @@ struct ServiceConfig {
   std::string history_type = "bf16";         // bf16 | e5m3 | fp32
   std::string history_fill = "zero";         // zero | hold
   int calibrate_every = 5;                   // steps
-  std::string calibrate_with = "exact";      // exact | none
+  std::string calibrate_with = "auto";       // auto | exact | sketch | none
   int audit_every = 0;                       // steps; 0: off
   double min_recall = 0;                     // of a head's last audit; 0: off
   int max_dense_heads = 8;                   // that attend all blocks in a step, a rank

@@ -28,6 +28,8 @@ std::string_view name_of(MemoryUse use) {
       return "tables";
     case MemoryUse::kHistory:
       return "attention history";
+    case MemoryUse::kSketches:
+      return "key sketches";
     case MemoryUse::kActivations:
       return "activations";
     case MemoryUse::kPrefill:

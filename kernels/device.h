@@ -40,7 +40,16 @@ constexpr std::size_t bytes_of(HistoryType type) {
 }
 
 // What an allocation is for; the device's memory table (Device::memory_in_use) counts by it.
-enum class MemoryUse { kWeights, kKvSlots, kTables, kHistory, kActivations, kPrefill, kCount };
+enum class MemoryUse {
+  kWeights,
+  kKvSlots,
+  kTables,
+  kHistory,
+  kSketches,
+  kActivations,
+  kPrefill,
+  kCount
+};
 std::string_view name_of(MemoryUse use);
 
 class Device;
@@ -324,6 +333,24 @@ struct WriteThroughArgs {
   bool to_arena;
 };
 
+// Sketches (kernels/key_sketch.h) of the complete blocks [0, num_blocks) of a layer, from the keys
+// in the prefill scratch. REQUIRES: the sequence keeps sketches, as in the next.
+struct SketchBlocksArgs {
+  const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
+  int scratch_tokens;
+  int num_kv_heads;
+  int layer;
+  int num_blocks;
+  const SequenceKv* sequence;
+};
+
+// The sketch of the block that the step just filled (as in WriteThroughArgs) from its slot, all
+// layers and heads. No-op for other rows.
+struct SketchFilledArgs {
+  const SequenceKv* sequences;  // [rows]
+  int rows;
+};
+
 // ++*length of every sequence: the step's token is stored in all layers.
 struct AdvanceArgs {
   const SequenceKv* sequences;  // [rows]
@@ -482,6 +509,7 @@ struct DeviceInfo {
   std::size_t memory_bytes;  // what may be allocated, in all
   int compute_units;         // threads or SMs
   int gather_units;          // threads or thread blocks that a gather takes
+  bool shares_host_memory;   // its memory is the host's: KV crosses no link
 };
 
 class Device {
@@ -543,9 +571,14 @@ class Device {
   virtual void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) = 0;
   virtual void decode_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
   virtual void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) = 0;
+  // streamed_attention of keys alone (args.out is null), with the sketches' keys for blocks that
+  // have no slot: the arena is not read. REQUIRES: the sequences keep sketches.
+  virtual void sketched_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
   virtual void pack_blocks(const PackBlocksArgs& args, Stream& stream) = 0;
   virtual void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) = 0;
   virtual void write_through(const WriteThroughArgs& args, Stream& stream) = 0;
+  virtual void sketch_blocks(const SketchBlocksArgs& args, Stream& stream) = 0;
+  virtual void sketch_filled(const SketchFilledArgs& args, Stream& stream) = 0;
   virtual void advance(const AdvanceArgs& args, Stream& stream) = 0;
   virtual void resolve(const ResolveArgs& args, Stream& stream) = 0;
   virtual void gather(const GatherArgs& args, Stream& stream) = 0;

@@ -62,6 +62,9 @@ struct SequenceKv {
   // that no op in flight touches. Null: the sequence has whole slabs.
   std::byte* const* runs = nullptr;    // [num_layers, num_kv_heads, max_segments] null: on NVMe
   std::uint64_t* checksums = nullptr;  // [num_layers, num_kv_heads, max_segments, 16]
+  // [num_layers, num_kv_heads, max_blocks, sketch] of complete blocks (kernels/key_sketch.h); null:
+  // none are kept.
+  std::byte* sketches = nullptr;
 };
 
 constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "kernels/key_sketch.h"
 #include "kernels/kv_layout.h"
 
 namespace foretoken::kernels {
@@ -18,6 +19,7 @@ inline SequenceKv one_head(SequenceKv kv, int head) {
     kv.runs += segments;
     kv.checksums += segments * kSegmentBlocks;
   }
+  if (kv.sketches != nullptr) kv.sketches += sketch_offset(kv, 0, head, 0);
   return kv;
 }
 

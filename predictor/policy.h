@@ -32,6 +32,13 @@ enum class HistoryFill { kZero, kHold };
 // Where the blocks of `full` lie: on the device if all of them fit, or in host memory alone, from
 // which each step's attention streams them.
 enum class Residency { kWhereItFits, kNever };
+// Where a calibration's row over all blocks comes from: there are none; all keys; or all keys'
+// sketches (kernels/key_sketch.h), which sequences then keep. The worker makes these rows.
+enum class Calibration { kNone, kExact, kSketch };
+// "exact", "sketch", "none", or "auto": exact where the device's memory is the host's, so that keys
+// cross no link; none where they would (docs/decisions/004-calibration.md). nullopt: another name.
+std::optional<Calibration> calibration_from_name(std::string_view name,
+                                                 const kernels::Device& device);
 
 struct PolicyConfig {
   PolicyKind kind = PolicyKind::kFull;
@@ -41,6 +48,7 @@ struct PolicyConfig {
   kernels::HistoryType history_type = kernels::HistoryType::kBf16;
   HistoryFill history_fill = HistoryFill::kZero;
   Residency residency = Residency::kWhereItFits;
+  Calibration calibration = Calibration::kNone;  // of a policy that observes
   // A benchmark's: what the predictor chose is replaced by a trace in which this share of the
   // blocks is new from step to step (kernels/trace_choice.h). Its work is done all the same.
   std::optional<float> trace_churn = {};
@@ -95,6 +103,7 @@ class Policy {
 
   // Whether it wants to see attention rows at all (observe_* are not called otherwise).
   virtual bool observes() const = 0;
+  Calibration calibration() const { return observes() ? config().calibration : Calibration::kNone; }
   // The last queries of the prompt, oldest first, up to 64, by block. state: one sequence.
   virtual void observe_prefill(const kernels::HistoryState* state, int layer,
                                const AttentionRows& rows, kernels::Stream& stream) = 0;

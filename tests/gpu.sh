@@ -5,8 +5,8 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted batch prefill
-# peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
+# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted calibration
+# batch prefill peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
 # $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
@@ -20,8 +20,8 @@ shift
 stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted batch
-    prefill peer timeline)
+  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted
+    calibration batch prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -94,6 +94,17 @@ predicted() {
   done
   predict 130000-budget1024-churn100 130000 1024 --trace churn=100 &&
     predict 130000-live 130000 2304 --baseline streamed
+}
+# What each source of calibrations costs at 128K, beside none.
+calibration() {
+  local words source every
+  for words in "none 5" "sketch 20" "sketch 5" "sketch 1" "exact 20" "exact 5"; do
+    read -r source every <<<"$words"
+    bench decode --kv-policy attention-predictor --calibrate-with "$source" \
+      --calibrate-every "$every" --context 130000 --kv-budget 2304 --trace churn=8 --tokens 64 \
+      --max-model-len 131072 --kv-host-gib 24 | tee "$results/calibration-$source-$every.json" ||
+      return 1
+  done
 }
 batch() {
   bench decode --kv-policy full --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 \

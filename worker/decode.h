@@ -11,10 +11,12 @@
 // A batch with an outsized sequence (kvstore/outsized_kv.h) gathers a layer when the layer comes:
 // what is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
 //
-// Also here, since they are decode steps with something beside them: calibration (exact rows into
-// the history), the audit (how much attention the choice kept, how far the logits moved), and heads
-// that attend all blocks until an audit finds that their choice keeps enough again. Their steps are
-// not recorded, and the audit waits for its figures.
+// Also here, since they are decode steps with something beside them: calibration (rows over all
+// blocks into the history, from their keys or from sketches of them), the audit (how much attention
+// the choice kept, how far the logits moved), and heads that attend all blocks until an audit finds
+// that their choice keeps enough again. The audit waits for its figures, so neither its steps nor
+// those of such heads are recorded. Calibration is staggered: of M = calibrate_every steps, each
+// calibrates every M-th layer, so that none pays for all.
 #pragma once
 
 #include <compare>
@@ -35,7 +37,7 @@ namespace foretoken::worker {
 struct DecodeConfig {
   int max_rows = 8;
   int max_model_len = 0;
-  int calibrate_every = 0;  // steps; 0: never
+  int calibrate_every = 0;  // steps from one calibration of a layer to the next; 0: never
   int audit_every = 0;      // steps; 0: never
   float min_recall = 0;     // of a head, below which it attends all blocks; 0: never
   int max_dense_heads = 0;  // ... at most so many in a step
@@ -69,6 +71,7 @@ class Decode {
     int pitch = 0;                // of block_max_, >= every row's slots
     bool streams_all = false;     // of some row
     bool fetches_blocks = false;  // otherwise every block has a slot, and is there
+    int first_calibrated = 0;     // layer, of the first row; the others' must be the same
     auto operator<=>(const Kind&) const = default;
   };
 
@@ -85,13 +88,16 @@ class Decode {
   void stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
               kernels::Stream& compute);
   void attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
-  void observe_exactly(int layer, kernels::Stream& compute);
+  void observe_calibrated(int layer, kernels::Stream& compute);
   void observe_attended(kernels::Stream& compute);
   void write_through();
   void choose();
   bool recordable() const;
-  // Exact rows of one row of the batch (keys alone): exact_max_, exact_lse_.
+  // Rows over all blocks of one row of the batch: exact_max_, exact_lse_. From their keys, or as
+  // calibration has them.
   void score_exactly(int layer, int row, kernels::Stream& compute);
+  void score_for_calibration(int layer, int row, kernels::Stream& compute);
+  void count_calibration_bytes(Sequence& sequence) const;
   void dense_pass(int row, kernels::Stream& compute);
   void measure_recall(int layer, int row, kernels::Stream& compute);
   void note_recall(const DenseHead& head, float recall);
@@ -100,12 +106,15 @@ class Decode {
   void attend_densely(int layer, kernels::Stream& compute);
   void measure_kl(int row, kernels::Stream& compute);
   void count_late(int layer, kernels::Stream& compute);
+  int first_calibrated(const Sequence& sequence) const;
   bool calibrates(const Sequence& sequence, int layer) const;
   bool any_calibrates(int layer) const;
+  predictor::DecodeBatch one_of_batch(int row) const;
   predictor::AttentionRows attended_rows(int layer, int num_layers) const;
   bool audits(const Sequence& sequence) const;
   kernels::DecodeAttentionArgs attention_args(int layer, const predictor::DecodeBatch& batch,
                                               int first_row) const;
+  kernels::DecodeAttentionArgs all_blocks_args(int layer, int row) const;
   predictor::AttentionRows exact_rows(int row) const;
 
   const DecodeConfig config_;

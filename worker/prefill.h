@@ -49,6 +49,7 @@ class Prefill {
   void load_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
+  void sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream);
   void* hidden_at(const Sequence& sequence, int token) const;
   LayerKv& kv_of(int layer) { return kv_[static_cast<std::size_t>(layer) % kv_.size()]; }
 

@@ -1,5 +1,6 @@
 // Sequence: what a rank keeps of one request: its tokens (on the device), its KV (slots in device
-// memory, slabs in the store's arena), the tables between the two, and its policy's state.
+// memory, slabs in the store's arena), the tables between the two, sketches of its keys where the
+// policy calibrates by them, and its policy's state.
 // Allocated whole at admission, for the greatest length it may reach; freed whole, but for the
 // slots that a dense one gives up when it spills.
 #pragma once
@@ -51,6 +52,7 @@ class Sequence {
   bool is_dense() const { return is_dense_; }
   // Whether the prompt is done, and its first token drawn or being drawn.
   bool decodes() const { return length_ > prompt_length_; }
+  bool keeps_sketches() const { return kv_.sketches != nullptr; }
 
   // Marks the prompt's blocks resident, block b in slot b, if there is a slot for each; prefill
   // then writes them there.
@@ -67,7 +69,7 @@ class Sequence {
   TokenId next_forced() const;
   // With what the device has counted. REQUIRES: nothing of the sequence is in flight.
   KvReport final_report(kernels::Stream& stream);
-  // Device bytes: slots, tables, history.
+  // Device bytes: slots, tables, history, sketches.
   std::int64_t device_bytes() const;
 
   const SamplingParams sampling;
@@ -99,6 +101,7 @@ class Sequence {
   kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
   kernels::DeviceBuffer slots_;
   kernels::DeviceBuffer tables_;
+  kernels::DeviceBuffer sketches_;
 };
 
 // Slots a KV head: sink, local window and the policy's choice, or every block there can be where
@@ -109,8 +112,9 @@ struct SequenceBytes {
   std::size_t kv_slots = 0;
   std::size_t tables = 0;
   std::size_t history = 0;
+  std::size_t sketches = 0;
   std::size_t all_blocks = 0;  // in place of kv_slots while it is dense
-  std::size_t total() const { return kv_slots + tables + history; }
+  std::size_t total() const { return kv_slots + tables + history + sketches; }
 };
 SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
                              int max_tokens);

@@ -91,7 +91,7 @@ const std::vector<Choice>& choices() {
       {"predict_per", &C::predict_per, {"kv-head", "query-head"}},
       {"history_type", &C::history_type, {"bf16", "e5m3", "fp32"}},
       {"history_fill", &C::history_fill, {"zero", "hold"}},
-      {"calibrate_with", &C::calibrate_with, {"exact", "none"}},
+      {"calibrate_with", &C::calibrate_with, {"auto", "exact", "sketch", "none"}},
       {"on_late", &C::on_late, {"wait", "skip"}},
   };
   return all;

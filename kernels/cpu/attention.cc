@@ -11,8 +11,10 @@
 #include "kernels/checksum.h"
 #include "kernels/cpu/cpu_device.h"
 #include "kernels/cpu/simd/decode_attention.h"
+#include "kernels/cpu/simd/key_sketch.h"
 #include "kernels/cpu/simd/prefill_attention.h"
 #include "kernels/cpu/slot_table.h"
+#include "kernels/key_sketch.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -36,14 +38,16 @@ struct FoundBlock {
   int block = 0;
 };
 
-// The columns of a decode step's attention: slots of the device, or blocks of the sequence.
+// The columns of a decode step's attention: slots of the device, or blocks of the sequence. find()
+// may make a block in `room`, of room_bytes().
 class SlotColumns {
  public:
   explicit SlotColumns(const DecodeAttentionArgs& args) : args_(args) {}
   int count(const SequenceKv& kv) const {
     return std::min(kv.num_slots, *kv.length / kBlockTokens + 1);
   }
-  FoundBlock find(const SequenceKv& kv, int head, int slot) const {
+  static std::size_t room_bytes(const KvShape&) { return 0; }
+  FoundBlock find(const SequenceKv& kv, int head, int slot, std::byte*) const {
     const int block = block_in_slot(kv, args_.layer, head, slot);
     if (block == kAbsent) return {};
     return {slot_bytes(kv, args_.layer, head, slot), block};
@@ -59,7 +63,8 @@ class BlockColumns {
  public:
   explicit BlockColumns(const StreamedAttentionArgs& args) : args_(args) {}
   int count(const SequenceKv& kv) const { return *kv.length / kBlockTokens + 1; }
-  FoundBlock find(const SequenceKv& kv, int head, int block) const {
+  static std::size_t room_bytes(const KvShape&) { return 0; }
+  FoundBlock find(const SequenceKv& kv, int head, int block, std::byte*) const {
     const int slot = slot_of_block(kv, args_.base.layer, head, block);
     if (slot != kAbsent) return {slot_bytes(kv, args_.base.layer, head, slot), block};
     return {from_arena(kv, head, block), block};
@@ -80,6 +85,26 @@ class BlockColumns {
   }
 
   const StreamedAttentionArgs& args_;
+};
+
+// Blocks of the sequence, of keys alone: those without a slot as their sketches give them.
+class SketchColumns {
+ public:
+  explicit SketchColumns(const DecodeAttentionArgs& args) : args_(args) {}
+  int count(const SequenceKv& kv) const { return *kv.length / kBlockTokens + 1; }
+  static std::size_t room_bytes(const KvShape& shape) { return shape.block_bytes() / 2; }
+  FoundBlock find(const SequenceKv& kv, int head, int block, std::byte* room) const {
+    const int slot = slot_of_block(kv, args_.layer, head, block);
+    if (slot != kAbsent) return {slot_bytes(kv, args_.layer, head, slot), block};
+    FT_CHECK(kv.sketches != nullptr, args_.layer, head, block);
+    simd::restore_keys(kv.sketches + sketch_offset(kv, args_.layer, head, block), kv.shape.head_dim,
+                       kv.shape.kv_type, room);
+    return {room, block};
+  }
+  int width(const SequenceKv&) const { return args_.pitch; }
+
+ private:
+  const DecodeAttentionArgs& args_;
 };
 
 // A decode step's attention, split into parts of kPartBlocks columns of one row and KV head.
@@ -114,10 +139,13 @@ class DecodeAttention {
     float* block_max = args_.block_max == nullptr
                            ? nullptr
                            : args_.block_max + offset(part.row, first_head, args_.pitch);
+    const std::size_t room = Columns::room_bytes(kv.shape);
+    std::vector<std::byte> made(room * kPartBlocks);
     std::array<KvBlock, kPartBlocks> blocks;
     std::size_t num_blocks = 0;
     for (int column = part.column; column < end; ++column) {
-      const FoundBlock found = columns_.find(kv, part.kv_head, column);
+      const FoundBlock found =
+          columns_.find(kv, part.kv_head, column, made.data() + room * num_blocks);
       if (found.data != nullptr) {
         const int tokens = std::min(kBlockTokens, *kv.length + 1 - found.block * kBlockTokens);
         blocks[num_blocks++] = {found.data, tokens, column};
@@ -251,6 +279,11 @@ void CpuDevice::decode_attention(const DecodeAttentionArgs& args, Stream& stream
 
 void CpuDevice::streamed_attention(const StreamedAttentionArgs& args, Stream& stream) {
   enqueue(stream, [this, args] { run_decode_attention(pool_, args.base, BlockColumns(args)); });
+}
+
+void CpuDevice::sketched_attention(const DecodeAttentionArgs& args, Stream& stream) {
+  FT_CHECK(args.out == nullptr);
+  enqueue(stream, [this, args] { run_decode_attention(pool_, args, SketchColumns(args)); });
 }
 
 }  // namespace foretoken::kernels

@@ -167,7 +167,7 @@ CpuDevice::CpuDevice(const CpuDeviceConfig& config)
 
 DeviceInfo CpuDevice::info() const {
   return {"CPU, " + std::to_string(pool_.num_threads()) + " threads", config_.memory_bytes,
-          pool_.num_threads(), 1};
+          pool_.num_threads(), 1, true};
 }
 
 void* CpuDevice::allocate(std::size_t bytes, MemoryUse use) {

@@ -2,8 +2,8 @@
 // default. Ops of the compute stream run at once, on the caller's thread and its pool; a copy
 // stream is one thread of low priority that runs beside them.
 //
-// Its ops lie in files by subject: elementwise.cc, linear.cc, attention.cc, kv_ops.cc, resolve.cc,
-// history.cc, predict.cc, sample.cc.
+// Its ops lie in files by subject: elementwise.cc, linear.cc, attention.cc, kv_ops.cc,
+// key_sketch.cc, resolve.cc, history.cc, predict.cc, sample.cc.
 #pragma once
 
 #include <array>
@@ -62,9 +62,12 @@ class CpuDevice final : public Device {
   void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) override;
   void decode_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) override;
+  void sketched_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void pack_blocks(const PackBlocksArgs& args, Stream& stream) override;
   void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) override;
   void write_through(const WriteThroughArgs& args, Stream& stream) override;
+  void sketch_blocks(const SketchBlocksArgs& args, Stream& stream) override;
+  void sketch_filled(const SketchFilledArgs& args, Stream& stream) override;
   void advance(const AdvanceArgs& args, Stream& stream) override;
   void resolve(const ResolveArgs& args, Stream& stream) override;
   void gather(const GatherArgs& args, Stream& stream) override;

@@ -83,7 +83,7 @@ DeviceInfo select_device(const CudaDeviceConfig& config) {
                                             std::to_string(properties.minor) +
                                             "; Foretoken is built for 9.0 (H100, H200)");
   }
-  return {properties.name, memory_limit(config), properties.multiProcessorCount, kCopyCtas};
+  return {properties.name, memory_limit(config), properties.multiProcessorCount, kCopyCtas, false};
 }
 
 }  // namespace
@@ -236,6 +236,9 @@ void CudaDevice::decode_attention(const DecodeAttentionArgs& args, Stream& strea
 void CudaDevice::streamed_attention(const StreamedAttentionArgs& args, Stream& stream) {
   cuda::streamed_attention(args, config_.activation_type, as_cuda(stream));
 }
+void CudaDevice::sketched_attention(const DecodeAttentionArgs& args, Stream& stream) {
+  cuda::sketched_attention(args, config_.activation_type, as_cuda(stream));
+}
 void CudaDevice::pack_blocks(const PackBlocksArgs& args, Stream& stream) {
   cuda::pack_blocks(args, as_cuda(stream));
 }
@@ -244,6 +247,12 @@ void CudaDevice::unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) {
 }
 void CudaDevice::write_through(const WriteThroughArgs& args, Stream& stream) {
   cuda::write_through(args, as_cuda(stream));
+}
+void CudaDevice::sketch_blocks(const SketchBlocksArgs& args, Stream& stream) {
+  cuda::sketch_blocks(args, config_.activation_type, as_cuda(stream));
+}
+void CudaDevice::sketch_filled(const SketchFilledArgs& args, Stream& stream) {
+  cuda::sketch_filled(args, config_.activation_type, as_cuda(stream));
 }
 void CudaDevice::advance(const AdvanceArgs& args, Stream& stream) {
   cuda::advance(args, as_cuda(stream));

@@ -55,9 +55,12 @@ class CudaDevice final : public Device {
   void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) override;
   void decode_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) override;
+  void sketched_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void pack_blocks(const PackBlocksArgs& args, Stream& stream) override;
   void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) override;
   void write_through(const WriteThroughArgs& args, Stream& stream) override;
+  void sketch_blocks(const SketchBlocksArgs& args, Stream& stream) override;
+  void sketch_filled(const SketchFilledArgs& args, Stream& stream) override;
   void advance(const AdvanceArgs& args, Stream& stream) override;
   void resolve(const ResolveArgs& args, Stream& stream) override;
   void gather(const GatherArgs& args, Stream& stream) override;

@@ -20,6 +20,7 @@ void rope_decode(const RopeDecodeArgs& args, DataType activation, CudaStream& st
 void decode_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 // streamed_attention.cu
 void streamed_attention(const StreamedAttentionArgs& args, DataType activation, CudaStream& stream);
+void sketched_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 
 // prefill_block_max.cu
 void prefill_block_max(const PrefillBlockMaxArgs& args, DataType activation, CudaStream& stream);
@@ -31,6 +32,10 @@ void pack_blocks(const PackBlocksArgs& args, CudaStream& stream);
 void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream);
 void write_through(const WriteThroughArgs& args, CudaStream& stream);
 void gather(const GatherArgs& args, CudaStream& stream);
+
+// key_sketch.cu
+void sketch_blocks(const SketchBlocksArgs& args, DataType activation, CudaStream& stream);
+void sketch_filled(const SketchFilledArgs& args, DataType activation, CudaStream& stream);
 
 // slot_table.cu
 void advance(const AdvanceArgs& args, CudaStream& stream);

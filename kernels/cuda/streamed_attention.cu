@@ -7,6 +7,9 @@
 // that has its tokens' scores has all it needs for its part of the weighted sum of values. All
 // query heads of the KV head go over the registers; the softmax is online, to base 2. Shares are
 // merged by a second kernel.
+//
+// sketched_attention is the same kernel over sketches in device memory: they are turned into the
+// keys they stand for, in those registers.
 #include <algorithm>
 #include <cstdint>
 
@@ -16,6 +19,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/slot_table.cuh"
 #include "kernels/cuda/types.cuh"
+#include "kernels/key_sketch.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -26,6 +30,9 @@ constexpr int kMaxGroup = 32;  // query heads of a KV head: a lane each keeps th
 constexpr int kCtas = 264;     // of all rows and heads, about: two an SM
 constexpr float kLog2E = 1.44269504F;
 constexpr float kNothing = -INFINITY;
+
+// What of a block is read: all of it, its keys, or its keys' sketch where it has no slot.
+enum class Reads { kBlock, kKeys, kSketch };
 
 // A share's softmax of one query head, not yet normalized: its weights' maximum and sum.
 struct PartialSum {
@@ -84,10 +91,19 @@ __device__ float max_over_tokens(float x) {
   return x;
 }
 
-// A block in the registers of a warp. Without kValues its V half is not read.
-template <typename T, int kHeadDim, bool kValues>
+// Eight codes and eight steps of a sketch, loaded at once.
+struct alignas(16) Words8 {
+  std::uint32_t v[8];
+};
+struct alignas(8) Bytes8 {
+  std::uint8_t v[8];
+};
+
+// A block in the registers of a warp.
+template <typename T, int kHeadDim, Reads kReads>
 struct BlockRegisters {
   using L = Layout<kHeadDim>;
+  static constexpr bool kValues = kReads == Reads::kBlock;
   WordPair k[L::kLoads];
   WordPair v[kValues ? L::kLoads : 1];
 
@@ -100,6 +116,27 @@ struct BlockRegisters {
         v[i] = __ldcs(block + L::kHalfPairs + 32 * i + L::lane());
       }
     }
+  }
+  // The keys that a sketch stands for. A lane's dims are the same for all its tokens.
+  __device__ void restore(const std::byte* sketch) {
+    const int dim = L::first_dim();
+    const auto codes = *reinterpret_cast<const Words8*>(sketch + sizeof(std::uint32_t) * dim);
+    const auto low =
+        *reinterpret_cast<const Vec8<T>*>(sketch + sketch_low_offset(kHeadDim) + sizeof(T) * dim);
+    const auto step = *reinterpret_cast<const Bytes8*>(sketch + sketch_step_offset(kHeadDim) + dim);
+    Vec8<T> keys[L::kLoads];
+#pragma unroll
+    for (int d = 0; d < 8; ++d) {
+      const float first = to_float(low.v[d]);
+      const float width = __half2float(__ushort_as_half(half_from_step(step.v[d])));
+#pragma unroll
+      for (int i = 0; i < L::kLoads; ++i) {
+        const std::uint32_t level = codes.v[d] >> 2 * L::token(i) & 3U;
+        keys[i].v[d] = from_float<T>(key_of_level(level, first, width));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < L::kLoads; ++i) k[i] = *reinterpret_cast<const WordPair*>(&keys[i]);
   }
   __device__ std::uint64_t checksum(int layer, int block) const {
     std::uint64_t sum = 0;
@@ -125,17 +162,18 @@ __device__ float element(const WordPair& pair, int i) {
 }
 
 // One warp's softmax: of head h, lane h has the maximum and the sum, `out` the weighted values.
-template <typename T, int kHeadDim, bool kValues>
+template <typename T, int kHeadDim, Reads kReads>
 class WarpAttention {
  public:
   using L = Layout<kHeadDim>;
+  using Registers = BlockRegisters<T, kHeadDim, kReads>;
+  static constexpr bool kValues = Registers::kValues;
   // q, out: [group, kHeadDim] shared; q is of the CTA, and scaled; out is this warp's, and zero.
   __device__ WarpAttention(const float* q, float* out, int group)
       : q_(q), out_(out), group_(group) {}
 
   // block_max: of the group's first head and this block, or null.
-  __device__ void attend(BlockRegisters<T, kHeadDim, kValues>& block, int num_tokens,
-                         float* block_max, int pitch) {
+  __device__ void attend(Registers& block, int num_tokens, float* block_max, int pitch) {
     if constexpr (kValues) block.clear_values_from(num_tokens);
     for (int head = 0; head < group_; ++head) {
       float weights[L::kLoads];
@@ -165,7 +203,7 @@ class WarpAttention {
 
  private:
   // logits[i]: of token(i) and this head, to base 2.
-  __device__ void score(const BlockRegisters<T, kHeadDim, kValues>& block, int head, int num_tokens,
+  __device__ void score(const Registers& block, int head, int num_tokens,
                         float (&logits)[L::kLoads]) const {
     const float* q = q_ + head * kHeadDim + L::first_dim();
     float query[8];
@@ -180,8 +218,8 @@ class WarpAttention {
       logits[i] = L::token(i) < num_tokens ? dot : kNothing;
     }
   }
-  __device__ void add_values(const BlockRegisters<T, kHeadDim, kValues>& block, int head,
-                             const float (&weights)[L::kLoads], float shrink) {
+  __device__ void add_values(const Registers& block, int head, const float (&weights)[L::kLoads],
+                             float shrink) {
     float* out = out_ + head * kHeadDim + L::first_dim();
 #pragma unroll
     for (int d = 0; d < 8; ++d) {
@@ -200,11 +238,11 @@ class WarpAttention {
   float sum_ = 0;
 };
 
-// A block of the sequence from its slot, or from the arena and verified where all of it is read.
-// False: it is not what was written, and counted.
-template <typename T, int kHeadDim, bool kValues>
+// A block of the sequence from its slot, or from its sketch, or from the arena and verified where
+// all of it is read. False: it is not what was written, and counted.
+template <typename T, int kHeadDim, Reads kReads>
 __device__ bool load_block(const StreamedAttentionArgs& args, const SequenceKv& kv, int kv_head,
-                           int block, BlockRegisters<T, kHeadDim, kValues>& registers) {
+                           int block, BlockRegisters<T, kHeadDim, kReads>& registers) {
   const int layer = args.base.layer;
   const int slot = block_to_slot(kv, layer, kv_head)[block];
   if (slot != kAbsent) {
@@ -212,12 +250,16 @@ __device__ bool load_block(const StreamedAttentionArgs& args, const SequenceKv& 
         reinterpret_cast<const WordPair*>(kv.slots + slot_offset(kv, layer, kv_head, slot)));
     return true;
   }
+  if constexpr (kReads == Reads::kSketch) {
+    registers.restore(kv.sketches + sketch_offset(kv, layer, kv_head, block));
+    return true;
+  }
   const std::byte* data = arena_block(kv, layer, kv_head, block);
   bool good = data != nullptr;
   if (good) {
     const std::uint64_t expected = *checksum_of(kv, layer, kv_head, block);
     registers.load(reinterpret_cast<const WordPair*>(data));
-    if constexpr (kValues) good = registers.checksum(layer, block) == expected;
+    if constexpr (kReads == Reads::kBlock) good = registers.checksum(layer, block) == expected;
   }
   if (!good && threadIdx.x % 32 == 0) atomicAdd(args.mismatches, 1U);
   return good;
@@ -265,8 +307,9 @@ __device__ void store_share(const Params<T>& p, const SharedParts& shared, int g
 }
 
 // grid: (shares, KV heads, rows).
-template <typename T, int kHeadDim, bool kValues>
+template <typename T, int kHeadDim, Reads kReads>
 __global__ void __launch_bounds__(kThreads) streamed_attention_kernel(Params<T> p) {
+  constexpr bool kValues = kReads == Reads::kBlock;
   extern __shared__ __align__(16) float memory[];
   const DecodeAttentionArgs& args = p.args.base;
   const int row = static_cast<int>(blockIdx.z);
@@ -280,6 +323,7 @@ __global__ void __launch_bounds__(kThreads) streamed_attention_kernel(Params<T> 
   const int length = *kv.length;
   const int num_blocks = length / kBlockTokens + 1;
   require(num_blocks <= args.pitch || args.block_max == nullptr);
+  require(kReads != Reads::kSketch || kv.sketches != nullptr);
   require(block_to_slot(kv, args.layer, kv_head)[num_blocks - 1] != kAbsent);  // the open block
 
   const auto* q = static_cast<const T*>(args.q) +
@@ -294,12 +338,12 @@ __global__ void __launch_bounds__(kThreads) streamed_attention_kernel(Params<T> 
   if (block_max != nullptr) {
     block_max += (static_cast<std::size_t>(row) * args.num_heads + first_head) * args.pitch;
   }
-  WarpAttention<T, kHeadDim, kValues> attention(shared.q, shared.out + warp * group * kHeadDim,
-                                                group);
+  WarpAttention<T, kHeadDim, kReads> attention(shared.q, shared.out + warp * group * kHeadDim,
+                                               group);
   const int step = p.num_shares * kWarps;
   for (int block = share * kWarps + warp; block < num_blocks; block += step) {
-    BlockRegisters<T, kHeadDim, kValues> registers;
-    if (load_block<T, kHeadDim, kValues>(p.args, kv, kv_head, block, registers)) {
+    BlockRegisters<T, kHeadDim, kReads> registers;
+    if (load_block<T, kHeadDim, kReads>(p.args, kv, kv_head, block, registers)) {
       const int num_tokens = min(kBlockTokens, length + 1 - block * kBlockTokens);
       attention.attend(registers, num_tokens, block_max == nullptr ? nullptr : block_max + block,
                        args.pitch);
@@ -349,8 +393,9 @@ __global__ void merge_shares_kernel(Params<T> p) {
   if (threadIdx.x == 0) args.lse[at] = sum > 0 ? (highest + log2f(sum)) / kLog2E : kNothing;
 }
 
-template <typename T, int kHeadDim, bool kValues>
-void run(const StreamedAttentionArgs& streamed, CudaStream& stream) {
+template <typename T, int kHeadDim, Reads kReads>
+void launch(const StreamedAttentionArgs& streamed, CudaStream& stream) {
+  constexpr bool kValues = kReads == Reads::kBlock;
   const DecodeAttentionArgs& args = streamed.base;
   const int shares = std::max(1, kCtas / (args.rows * args.num_kv_heads));
   const std::size_t parts = static_cast<std::size_t>(args.rows) * args.num_heads * shares;
@@ -359,7 +404,7 @@ void run(const StreamedAttentionArgs& streamed, CudaStream& stream) {
   const Params<T> params{streamed, shares,
                          reinterpret_cast<float*>(scratch + parts * sizeof(PartialSum)),
                          reinterpret_cast<PartialSum*>(scratch)};
-  const auto kernel = streamed_attention_kernel<T, kHeadDim, kValues>;
+  const auto kernel = streamed_attention_kernel<T, kHeadDim, kReads>;
   const std::size_t shared = shared_bytes(args.num_heads / args.num_kv_heads, kHeadDim, kValues);
   FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(shared)));
@@ -372,16 +417,8 @@ void run(const StreamedAttentionArgs& streamed, CudaStream& stream) {
   FT_CUDA(cudaGetLastError());
 }
 
-template <typename T, int kHeadDim>
-void run(const StreamedAttentionArgs& args, CudaStream& stream) {
-  args.base.out == nullptr ? run<T, kHeadDim, false>(args, stream)
-                           : run<T, kHeadDim, true>(args, stream);
-}
-
-}  // namespace
-
-void streamed_attention(const StreamedAttentionArgs& args, DataType activation,
-                        CudaStream& stream) {
+template <Reads kReads>
+void run(const StreamedAttentionArgs& args, DataType activation, CudaStream& stream) {
   const DecodeAttentionArgs& base = args.base;
   if (base.rows == 0) return;
   FT_CHECK(base.num_heads % base.num_kv_heads == 0, base.num_heads, base.num_kv_heads);
@@ -389,8 +426,22 @@ void streamed_attention(const StreamedAttentionArgs& args, DataType activation,
   FT_CHECK(base.head_dim == 64 || base.head_dim == 128, base.head_dim);
   with_half_type(activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    base.head_dim == 64 ? run<T, 64>(args, stream) : run<T, 128>(args, stream);
+    base.head_dim == 64 ? launch<T, 64, kReads>(args, stream)
+                        : launch<T, 128, kReads>(args, stream);
   });
+}
+
+}  // namespace
+
+void streamed_attention(const StreamedAttentionArgs& args, DataType activation,
+                        CudaStream& stream) {
+  args.base.out == nullptr ? run<Reads::kKeys>(args, activation, stream)
+                           : run<Reads::kBlock>(args, activation, stream);
+}
+
+void sketched_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream) {
+  FT_CHECK(args.out == nullptr);
+  run<Reads::kSketch>({args, nullptr}, activation, stream);
 }
 
 }  // namespace foretoken::kernels::cuda

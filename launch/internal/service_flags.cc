@@ -50,8 +50,10 @@ constexpr std::array kFlags = {
         "history_fill", kPolicy, "zero|hold",
         "What a block that was not attended leaves in the history: nothing, or its last value"},
     ServiceFlag{"calibrate_every", kPolicy, "M", "Steps from one calibration to the next"},
-    ServiceFlag{"calibrate_with", kPolicy, "exact|none",
-                "exact: full attention in the calibrating steps; none: never"},
+    ServiceFlag{
+        "calibrate_with", kPolicy, "auto|exact|sketch|none",
+        "How a calibration sees all blocks: by their keys, by sketches of them that stay on "
+        "the device (7/64 of the KV), or not at all; auto: by their keys on a CPU, else not"},
     ServiceFlag{"audit_every", kPolicy, "N",
                 "Measure recall and KL against dense attention every N steps (0: never; costs a "
                 "dense forward)"},

@@ -42,6 +42,15 @@ std::optional<PolicyKind> policy_from_name(std::string_view name) {
   return std::nullopt;
 }
 
+std::optional<Calibration> calibration_from_name(std::string_view name,
+                                                 const kernels::Device& device) {
+  if (name == "exact") return Calibration::kExact;
+  if (name == "sketch") return Calibration::kSketch;
+  if (name == "none") return Calibration::kNone;
+  if (name != "auto") return std::nullopt;
+  return device.info().shares_host_memory ? Calibration::kExact : Calibration::kNone;
+}
+
 std::string_view name_of(PolicyKind kind) {
   for (const auto& [name, known] : kNames) {
     if (known == kind) return name;

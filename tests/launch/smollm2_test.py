@@ -92,6 +92,19 @@ def test_a_quarter_of_the_kv_in_host_memory_is_enough(tmp_path):
     assert kept.kv["bytes_nvme"] == 0 and waited.kv["bytes_nvme"] > 0
 
 
+def test_sketches_calibrate_as_keys_do_on_any_number_of_ranks():
+    """3 KV heads on 1, 2 (2 + 1) and 4 ranks (a head's query heads are split)."""
+    ids = tokenize(licence())
+    prompt, forced = ids[:2500], ids[2500:2524]
+    every = "--calibrate-every=1"
+    by_keys = recall("attention-predictor", prompt, forced, "--calibrate-with=exact", every)
+    for ranks in (1, 2, 4):
+        flags = ("--calibrate-with=sketch", every, f"--tensor-parallel-size={ranks}")
+        by_sketches = recall("attention-predictor", prompt, forced, *flags)
+        print(f"recall: keys {by_keys:.4f}, sketches on {ranks} ranks {by_sketches:.4f}")
+        assert abs(by_sketches - by_keys) < 0.01
+
+
 def lengths_of(service):
     with Client(service.endpoint, service.key_file) as client:
         return client.status()

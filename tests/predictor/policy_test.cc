@@ -86,6 +86,18 @@ TEST_F(PolicyTest, ABudgetWithoutACriticalBlockIsAnError) {
   }
 }
 
+TEST_F(PolicyTest, CalibratesByKeysWhereTheyCrossNoLink) {
+  EXPECT_EQ(calibration_from_name("auto", *device_), Calibration::kExact);  // a CPU
+  EXPECT_EQ(calibration_from_name("sketch", *device_), Calibration::kSketch);
+  EXPECT_EQ(calibration_from_name("none", *device_), Calibration::kNone);
+  EXPECT_EQ(calibration_from_name("maybe", *device_), std::nullopt);
+  PolicyConfig config = predictor_config(PredictPer::kKvHead);
+  config.calibration = Calibration::kSketch;
+  EXPECT_EQ(make(config)->calibration(), Calibration::kSketch);
+  config.kind = PolicyKind::kOracle;  // keeps no history
+  EXPECT_EQ(make(config)->calibration(), Calibration::kNone);
+}
+
 TEST_F(PolicyTest, ATraceTakesThePlaceOfWhatThePredictorChose) {
   PolicyConfig config = predictor_config(PredictPer::kKvHead);
   config.trace_churn = 1.0F;

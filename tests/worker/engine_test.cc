@@ -17,6 +17,8 @@
 namespace foretoken::worker {
 namespace {
 
+constexpr int kBudgetSlots =
+    17;  // blocks of a budget of 256, the local window's spare one included
 constexpr std::int64_t kArenaBytes = std::int64_t{64} << 20;
 
 ModelConfig small_model() {
@@ -236,6 +238,24 @@ TEST_F(EngineTest, AReusedPrefixGivesTheSameTokens) {
   }
 }
 
+// What the sketches of a cached prefix are made of comes from the arena.
+TEST_F(EngineTest, AReusedPrefixHasItsSketches) {
+  const auto prompt = random_prompt(900, 4);
+  ServiceConfig config = service("attention-predictor", 256);
+  config.calibrate_with = "sketch";
+  config.calibrate_every = 1;
+  LocalGroup group(config, small_model(), store_);
+  const LocalGroup::Options options{
+      .max_tokens = 40, .publish = true, .forced_ids = random_prompt(40, 15)};
+  const Answer first = group.generate(prompt, options);
+  const Answer second = group.generate(prompt, options);
+  EXPECT_EQ(second.reused_tokens, 768);
+  for (std::size_t i = 0; i < first.infos.size(); ++i) {
+    EXPECT_NEAR(first.infos[i].logprob, second.infos[i].logprob, 0.02) << i;
+  }
+  EXPECT_EQ(group.device().memory_in_use(kernels::MemoryUse::kSketches), 0);
+}
+
 TEST_F(EngineTest, BatchedSequencesGetTheTokensTheyGetAlone) {
   std::vector<std::vector<TokenId>> prompts;
   for (unsigned i = 0; i < 4; ++i) prompts.push_back(random_prompt(200 + 333 * i, 10 + i));
@@ -268,15 +288,49 @@ TEST_F(EngineTest, BatchedChoicesAreWorthTheSame) {
   }
 }
 
+// On a GPU also: recorded steps (guarded ones are not) are the steps.
 TEST_F(EngineTest, DecodesWithTheArenaUnmappedOutsideGatherAndWrite) {
+  const auto prompt = random_prompt(1000, 5);
+  for (const std::string calibration : {"none", "sketch", "exact"}) {
+    ServiceConfig config = service("attention-predictor", 256);
+    config.calibrate_with = calibration;
+    config.calibrate_every = 2;
+    const Answer plain = answer(config, prompt, {.max_tokens = 200});
+    config.guard_arena = true;
+    const Answer guarded = answer(config, prompt, {.max_tokens = 200});
+    EXPECT_EQ(plain.tokens, guarded.tokens) << calibration;
+    EXPECT_GT(guarded.report.blocks_fetched, 0);
+    const std::int64_t fetched = guarded.report.blocks_fetched * 4096;
+    EXPECT_EQ(guarded.report.bytes_host > fetched, calibration == "exact");
+  }
+}
+
+// With as many layers as steps between calibrations, each step calibrates one layer.
+TEST_F(EngineTest, NoStepCalibratesAllLayers) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.calibrate_with = "exact";
+  config.calibrate_every = 3;
+  const auto prompt = random_prompt(1009, 16);  // 64 blocks to the end
+  for (const int steps : {1, 2, 3, 7}) {
+    const KvReport report = answer(config, prompt, {.max_tokens = steps + 1}).report;
+    const std::int64_t layers = (report.bytes_host - report.blocks_fetched * 4096) /
+                                ((64 - kBudgetSlots) * std::int64_t{2 * 2048});
+    EXPECT_EQ(layers, steps);
+  }
+}
+
+TEST_F(EngineTest, SketchesAreCountedInTheDevicesMemory) {
+  const auto prompt = random_prompt(700, 17);
   ServiceConfig config = service("attention-predictor", 256);
   config.calibrate_with = "none";
-  const auto prompt = random_prompt(1000, 5);
-  const Answer plain = answer(config, prompt, {.max_tokens = 200});
-  config.guard_arena = true;
-  const Answer guarded = answer(config, prompt, {.max_tokens = 200});
-  EXPECT_EQ(plain.tokens, guarded.tokens);
-  EXPECT_GT(guarded.report.blocks_fetched, 0);
+  const Answer without = answer(config, prompt, {.max_tokens = 4});
+  config.calibrate_with = "sketch";
+  const Answer with = answer(config, prompt, {.max_tokens = 4});
+  // 44 blocks of 3 layers and 2 heads, 7 bytes a dim.
+  EXPECT_EQ(with.report.device_bytes - without.report.device_bytes, 44 * 3 * 2 * 7 * 64);
+  // A policy that has no history calibrates by nothing.
+  config.kv_policy = "streaming-llm";
+  EXPECT_EQ(answer(config, prompt, {.max_tokens = 20}).tokens.size(), 20U);
 }
 
 TEST_F(EngineTest, AuditOfDenseAttentionFindsNothingLost) {
@@ -439,8 +493,9 @@ TEST_F(EngineTest, AStartWithoutRoomToSwapFailsThatSequenceAlone) {
 TEST_F(EngineTest, MemoryPlanNamesEachUseAndTheLongestSequence) {
   LocalGroup group(service("attention-predictor"), small_model(), store_);
   const std::string plan = group.engine().memory_plan();
-  for (const char* row : {"\n  weights ", "\n  prefill scratch ", "\n  free, for sequences ",
-                          "\n  a sequence of 2048 tokens ", "\n    KV slots "}) {
+  for (const char* row :
+       {"\n  weights ", "\n  prefill scratch ", "\n  free, for sequences ",
+        "\n  a sequence of 2048 tokens ", "\n    KV slots ", "\n    key sketches "}) {
     EXPECT_NE(plan.find(row), std::string::npos) << row << "in\n" << plan;
   }
 }

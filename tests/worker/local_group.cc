@@ -18,7 +18,8 @@ namespace {
 
 constexpr Epoch kEpoch{1};
 
-predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::HistoryType history) {
+predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::HistoryType history,
+                                      const kernels::Device& device) {
   return {.kind = *predictor::policy_from_name(config.kv_policy),
           .budget_tokens = config.kv_budget,
           .predict_per = config.predict_per == "query-head" ? predictor::PredictPer::kQueryHead
@@ -29,6 +30,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
           .history_fill = predictor::HistoryFill::kZero,
           .residency = config.kv_resident == "never" ? predictor::Residency::kNever
                                                      : predictor::Residency::kWhereItFits,
+          .calibration = *predictor::calibration_from_name(config.calibrate_with, device),
           .weights = config.predictor_weights};
 }
 
@@ -78,7 +80,7 @@ LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
   LoadProgress progress(LoadProgress::Style::kNone);
   model_ = Model::load(model, *weights, part, *device_, *collective_, progress).value_or_throw();
   policy_ =
-      predictor::make_policy(policy_config(config, history),
+      predictor::make_policy(policy_config(config, history, *device_),
                              {.kv = model_->kv_shape(), .num_heads = part.heads.count}, *device_)
           .value_or_throw();
   store_ = kvstore::KvStore::connect({.socket_path = store.socket(),

@@ -152,6 +152,7 @@ Decode::Kind Decode::kind_of(std::span<Sequence* const> rows) const {
   const bool chooses = policy_.selected_per_head().has_value();
   kind.fetches_blocks =
       kind.streams_all || (chooses && !std::ranges::all_of(rows, &Sequence::is_dense));
+  kind.first_calibrated = rows.empty() ? 0 : first_calibrated(*rows.front());
   return kind;
 }
 
@@ -188,8 +189,11 @@ std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
   }
-  for (Sequence* row : rows_) nvme_reads_.close_segment(*row);
-  for (Sequence* row : rows_) ++row->decode_steps;
+  for (Sequence* row : rows_) {
+    nvme_reads_.close_segment(*row);
+    count_calibration_bytes(*row);
+    ++row->decode_steps;
+  }
   return draw;
 }
 
@@ -209,7 +213,7 @@ bool Decode::recordable() const {
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
   if (outsized_) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
-    return audits(*row) || (config_.calibrate_every > 0 && !row->is_dense());
+    return audits(*row) || first_calibrated(*row) != kind_.first_calibrated;
   });
 }
 
@@ -263,7 +267,7 @@ void Decode::run_layer(int layer, kernels::Stream& compute) {
   rope(layer, batch_, compute);
   if (policy_.selects_at_query()) fetch_at_query(layer, compute);
   attend(layer, batch_, compute);
-  if (any_calibrates(layer)) observe_exactly(layer, compute);
+  if (any_calibrates(layer)) observe_calibrated(layer, compute);
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
@@ -286,6 +290,9 @@ void Decode::write_through() {
                         .rows = batch_.rows,
                         .to_arena = model_.partition().writes_kv},
                        *copy_);
+  if (policy_.calibration() == predictor::Calibration::kSketch) {
+    device_.sketch_filled({.sequences = batch_.sequences, .rows = batch_.rows}, *copy_);
+  }
   written_->record(*copy_);
 }
 
@@ -365,9 +372,17 @@ void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Str
   stream(args, rows_, compute);
 }
 
+// The first layer that calibrates in this step, or num_layers(); every M-th after it does too.
+int Decode::first_calibrated(const Sequence& sequence) const {
+  const int every = config_.calibrate_every;
+  if (every == 0 || sequence.is_dense()) return model_.num_layers();
+  const auto step = static_cast<int>(sequence.decode_steps % every);
+  return std::min((every - step) % every, model_.num_layers());
+}
+
 bool Decode::calibrates(const Sequence& sequence, int layer) const {
-  return config_.calibrate_every > 0 && !sequence.is_dense() &&
-         (sequence.decode_steps + layer) % config_.calibrate_every == 0;
+  const int first = first_calibrated(sequence);
+  return layer >= first && (layer - first) % config_.calibrate_every == 0;
 }
 
 bool Decode::audits(const Sequence& sequence) const {
@@ -399,21 +414,29 @@ predictor::AttentionRows Decode::attended_rows(int layer, int num_layers) const 
           .num_layers = num_layers};
 }
 
-// A row that calibrates at this layer gets the exact row, the others what they attended.
-void Decode::observe_exactly(int layer, kernels::Stream& compute) {
+// A row of the batch, where a recorded step finds it.
+predictor::DecodeBatch Decode::one_of_batch(int row) const {
+  return {.rows = 1,
+          .sequences = batch_.sequences + row,
+          .histories = batch_.histories + row,
+          .selections = batch_.selections + row};
+}
+
+// A row that calibrates at this layer gets its row over all blocks, the others what they attended.
+void Decode::observe_calibrated(int layer, kernels::Stream& compute) {
   const int heads = model_.partition().heads.count;
   for (int row = 0; row < batch_.rows; ++row) {
     const Sequence& sequence = *rows_[static_cast<std::size_t>(row)];
     if (calibrates(sequence, layer)) {
-      score_exactly(layer, row, compute);
-      policy_.observe_decode(sequence.alone(), layer, exact_rows(row), compute);
+      score_for_calibration(layer, row, compute);
+      policy_.observe_decode(one_of_batch(row), layer, exact_rows(row), compute);
       continue;
     }
     predictor::AttentionRows own = attended_rows(layer, 1);
     own.block_max += static_cast<std::ptrdiff_t>(row) * heads * kind_.pitch;
     own.lse += static_cast<std::ptrdiff_t>(row) * heads;
     own.num_columns += row;
-    policy_.observe_decode(sequence.alone(), layer, own, compute);
+    policy_.observe_decode(one_of_batch(row), layer, own, compute);
   }
 }
 
@@ -426,6 +449,34 @@ void Decode::observe_attended(kernels::Stream& compute) {
       policy_.observe_decode(batch_, first, attended_rows(first, end - first), compute);
     }
     first = end + 1;
+  }
+}
+
+kernels::DecodeAttentionArgs Decode::all_blocks_args(int layer, int row) const {
+  kernels::DecodeAttentionArgs args = attention_args(layer, one_of_batch(row), row);
+  args.out = nullptr;  // keys alone
+  args.lse = exact_lse_.as<float>();
+  args.block_max = exact_max_.as<float>();
+  args.pitch = exact_pitch_;
+  return args;
+}
+
+void Decode::score_for_calibration(int layer, int row, kernels::Stream& compute) {
+  if (policy_.calibration() == predictor::Calibration::kExact) {
+    return score_exactly(layer, row, compute);
+  }
+  device_.sketched_attention(all_blocks_args(layer, row), compute);
+}
+
+// Of the blocks without a slot, whose keys a calibration by keys reads in the host's memory.
+void Decode::count_calibration_bytes(Sequence& sequence) const {
+  if (policy_.calibration() != predictor::Calibration::kExact) return;
+  const kernels::SequenceKv& kv = sequence.kv();
+  const int absent = std::max(0, blocks_for(sequence.length()) - kv.num_slots);
+  const auto key_bytes = static_cast<std::int64_t>(kv.shape.block_bytes()) / 2;
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    if (!calibrates(sequence, layer)) continue;
+    sequence.report.bytes_host += absent * kv.shape.num_kv_heads * key_bytes;
   }
 }
 

@@ -10,12 +10,7 @@ namespace foretoken::worker {
 
 void Decode::score_exactly(int layer, int row, kernels::Stream& compute) {
   Sequence* sequence = rows_[static_cast<std::size_t>(row)];
-  kernels::DecodeAttentionArgs args = attention_args(layer, sequence->alone(), row);
-  args.out = nullptr;  // keys alone
-  args.lse = exact_lse_.as<float>();
-  args.block_max = exact_max_.as<float>();
-  args.pitch = exact_pitch_;
-  stream(args, std::span(&sequence, 1), compute);
+  stream(all_blocks_args(layer, row), std::span(&sequence, 1), compute);
 }
 
 // The step's token through the dense model, over the same cache. Its own K and V are overwritten by

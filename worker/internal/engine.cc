@@ -11,9 +11,9 @@
 namespace foretoken::worker {
 namespace {
 
-DecodeConfig decode_config(const ServiceConfig& config, int max_model_len) {
-  const bool predicts = config.kv_policy == "attention-predictor" || config.kv_policy == "auto";
-  const bool calibrates = predicts && config.calibrate_with == "exact";
+DecodeConfig decode_config(const ServiceConfig& config, int max_model_len,
+                           const predictor::Policy& policy) {
+  const bool calibrates = policy.calibration() != predictor::Calibration::kNone;
   return {.max_rows = config.max_num_seqs,
           .max_model_len = max_model_len,
           .calibrate_every = calibrates ? config.calibrate_every : 0,
@@ -79,7 +79,8 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
       prefill_(model_, device_, store_, policy_, std::min(config.max_batched_tokens, max_model_len),
                max_model_len),
       sampler_(device_, config.max_num_seqs, static_cast<int>(model_.config().vocab_size)),
-      decode_(decode_config(config, max_model_len), model_, device_, store_, policy_, sampler_),
+      decode_(decode_config(config, max_model_len, policy_), model_, device_, store_, policy_,
+              sampler_),
       first_logits_(device_, sizeof(float) * static_cast<std::size_t>(model_.config().vocab_size),
                     kernels::MemoryUse::kActivations) {
   for (auto& event : ended_) event = device_.make_event();
@@ -318,6 +319,7 @@ std::string Engine::memory_plan() const {
   plan += memory_row("  KV slots", longest.kv_slots) + memory_row("  tables", longest.tables);
   if (policy_.spills()) plan += memory_row("  KV slots until it spills", longest.all_blocks);
   plan += memory_row("  attention history", longest.history);
+  plan += memory_row("  key sketches", longest.sketches);
   return plan + fmt::format("\n  such sequences that fit at once: {}", free / longest.total());
 }
 

@@ -113,6 +113,7 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
   if (end < sequence.prompt_length()) return;
   write_blocks(sequence, layer, stream);
   if (policy_.observes()) start_history(sequence, layer, stream);
+  if (sequence.keeps_sketches()) sketch_keys(sequence, layer, stream);
 }
 
 void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
@@ -246,6 +247,17 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
                            .num_columns = num_columns_.as<std::int32_t>(),
                            .by_slot = false},
                           stream);
+}
+
+// Of the reused prefix too, whose keys are in the scratch as the others are.
+void Prefill::sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream) {
+  device_.sketch_blocks({.k = kv_of(layer).k.data(),
+                         .scratch_tokens = sequence.prompt_length(),
+                         .num_kv_heads = model_.kv_shape().num_kv_heads,
+                         .layer = layer,
+                         .num_blocks = sequence.prompt_length() / kBlockTokens,
+                         .sequence = sequence.alone().sequences},
+                        stream);
 }
 
 const void* Prefill::last_token(const Sequence& sequence) const {

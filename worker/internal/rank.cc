@@ -161,7 +161,7 @@ Welcome join(Line& line, const RankConfig& config, const Place& place) {
   return *welcome;
 }
 
-predictor::PolicyConfig policy_config(const ServiceConfig& config) {
+predictor::PolicyConfig policy_config(const ServiceConfig& config, const kernels::Device& device) {
   predictor::PolicyConfig policy;
   const auto kind = predictor::policy_from_name(config.kv_policy);
   if (!kind) throw Exception(ErrorCode::kConfig, "--kv-policy " + config.kv_policy + " is unknown");
@@ -178,6 +178,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config) {
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
   policy.residency = config.kv_resident == "never" ? predictor::Residency::kNever
                                                    : predictor::Residency::kWhereItFits;
+  policy.calibration = *predictor::calibration_from_name(config.calibrate_with, device);
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
   return policy;
@@ -258,7 +259,7 @@ class Worker {
           .value_or_throw();
     });
     policy_ = at_start(config_, [&] {
-      return predictor::make_policy(policy_config(config_),
+      return predictor::make_policy(policy_config(config_, *device_),
                                     {.kv = model_->kv_shape(), .num_heads = part.heads.count},
                                     *device_)
           .value_or_throw();

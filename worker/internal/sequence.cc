@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "kernels/key_sketch.h"
 #include "kernels/one_head.h"
 
 namespace foretoken::worker {
@@ -55,6 +56,15 @@ std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
          static_cast<std::size_t>(num_slots) * shape.block_bytes();
 }
 
+bool keeps_sketches(const predictor::Policy& policy) {
+  return policy.calibration() == predictor::Calibration::kSketch;
+}
+
+std::size_t all_sketch_bytes(const kernels::KvShape& shape, int max_blocks) {
+  return static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads) *
+         static_cast<std::size_t>(max_blocks) * kernels::sketch_bytes(shape);
+}
+
 }  // namespace
 
 int slots_for(const predictor::Policy& policy, int max_blocks) {
@@ -71,6 +81,7 @@ SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Pol
   return {.kv_slots = slot_bytes(shape, num_slots),
           .tables = TableLayout(shape, max_blocks, num_slots).layout.bytes(),
           .history = policy.state_bytes(max_tokens),
+          .sketches = keeps_sketches(policy) ? all_sketch_bytes(shape, max_blocks) : 0,
           .all_blocks = slot_bytes(shape, max_blocks)};
 }
 
@@ -110,6 +121,11 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     streams_all_ = true;  // dense attention over a context that doesn't fit the device
     kv_.num_slots = std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks);
     slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
+  }
+  if (worker::keeps_sketches(policy)) {
+    sketches_ = {device, all_sketch_bytes(shape, kv_.max_blocks), kernels::MemoryUse::kSketches};
+    device.fill_zero(sketches_.data(), sketches_.bytes(), stream);
+    kv_.sketches = sketches_.as<std::byte>();
   }
   allocate_tables(admit.prompt, stream);
   report.full_kv_bytes = static_cast<std::int64_t>(slot_bytes(shape, kv_.max_blocks));
@@ -237,7 +253,8 @@ KvReport Sequence::final_report(kernels::Stream& stream) {
   report.predictor_fallbacks = fallbacks;
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
-  report.bytes_host = report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());
+  // Beside what calibrations have read.
+  report.bytes_host += report.blocks_fetched * static_cast<std::int64_t>(kv_.shape.block_bytes());
   if (outsized() != nullptr) report.bytes_nvme = outsized()->bytes_read();
   return report;
 }
@@ -249,7 +266,7 @@ TokenId Sequence::next_forced() const {
 
 std::int64_t Sequence::device_bytes() const {
   return static_cast<std::int64_t>(slots_.bytes() + tables_.bytes() +
-                                   policy_state_->memory.bytes());
+                                   policy_state_->memory.bytes() + sketches_.bytes());
 }
 
 }  // namespace foretoken::worker
