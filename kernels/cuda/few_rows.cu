@@ -57,10 +57,9 @@ class Panels {
   __device__ Panels(const Params<T>& p, Panel* ring)
       : p_(p),
         ring_(ring),
-        warp_(static_cast<int>(threadIdx.x) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         tile_(static_cast<int>(blockIdx.x)),
-        first_(warp_ * kColumns),
+        first_(static_cast<int>(threadIdx.x) / 32 * kColumns),
         column_(first_) {
     if (first_ >= p.columns) tile_ = tiles();  // more warps than panels of a row
   }
@@ -109,7 +108,6 @@ class Panels {
  private:
   const Params<T>& p_;
   Panel* ring_;
-  int warp_;
   int lane_;
   int tile_;
   int first_;

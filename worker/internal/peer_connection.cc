@@ -33,27 +33,39 @@ bool all_ranks(bool so) {
   return all == 1;
 }
 
-// Empty where it is connected; else why it isn't.
+// Empty where it is connected; else why it isn't. A rank that can't still gives the others an
+// address, which none of them can open.
 std::string connect(kernels::PeerSum& sum, int world_size) {
-  const kernels::PeerSum::Address own = sum.address();
+  std::string why_not;
+  const auto attempt = [&why_not](const auto& step) {
+    try {
+      step();
+    } catch (const Exception& failure) {
+      why_not = failure.error().message;
+    }
+  };
+  kernels::PeerSum::Address own{};
+  attempt([&] { own = sum.address(); });
   std::vector<kernels::PeerSum::Address> all(static_cast<std::size_t>(world_size));
   MPI_Allgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, MPI_COMM_WORLD);
-  try {
-    sum.connect(all);
-  } catch (const Exception& failure) {
-    return failure.error().message;
-  }
-  return "";
+  if (why_not.empty()) attempt([&] { sum.connect(all); });
+  return why_not;
 }
 
 }  // namespace
 
 PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size) {
-  std::string why_not = "the ranks are on several nodes";
-  if (all_ranks(on_one_node(world_size)) && world_size <= kernels::PeerSum::kMaxRanks) {
+  std::string why_not;
+  if (!on_one_node(world_size)) {
+    why_not = "the ranks are on several nodes";
+  } else if (world_size > kernels::PeerSum::kMaxRanks) {
+    why_not = "there are more than " + std::to_string(kernels::PeerSum::kMaxRanks) + " ranks";
+  } else {
     sum_ = kernels::make_peer_sum(device, rank, world_size);
     why_not = connect(*sum_, world_size);
     if (all_ranks(why_not.empty())) return;
+    sum_->disconnect();
+    MPI_Barrier(MPI_COMM_WORLD);  // nobody has this rank's inbox open any more
     sum_.reset();
   }
   if (!why_not.empty()) log().warn("small sums go over NCCL, which is slower: {}", why_not);
