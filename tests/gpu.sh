@@ -5,9 +5,11 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted calibration
-# batch prefill peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
-# $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
+# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
+# steps calibration batch batches pressure prefill peer timeline, and where there are several GPUs
+# sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the
+# bundle: $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their
+# order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -20,8 +22,8 @@ shift
 stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted
-    calibration batch prefill peer timeline)
+  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
+    steps calibration batch batches pressure prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -95,6 +97,24 @@ predicted() {
   predict 130000-budget1024-churn100 130000 1024 --trace churn=100 &&
     predict 130000-live 130000 2304 --baseline streamed
 }
+# While all fits, auto is dense decode: to be compared with stage decode.
+auto() {
+  local context
+  for context in 1024 8192 32768 130000; do
+    bench decode --kv-policy auto --context "$context" --tokens 128 --max-model-len 131072 \
+      --kv-host-gib 40 | tee "$results/auto-$context.json" || return 1
+  done
+}
+streamed() {
+  bench decode --kv-policy full --kv-resident never --context 130000 --tokens 12 \
+    --max-model-len 131072 --kv-host-gib 40 | tee "$results/streamed.json"
+}
+# Ten thousand steps of one recorded graph.
+steps() {
+  bench decode --kv-policy attention-predictor --calibrate-with none --kv-budget 2304 \
+    --trace churn=8 --context 8000 --tokens 10000 --max-model-len 131072 --kv-host-gib 24 |
+    tee "$results/steps.json"
+}
 # What each source of calibrations costs at 128K, beside none.
 calibration() {
   local words source every
@@ -109,6 +129,23 @@ calibration() {
 batch() {
   bench decode --kv-policy full --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 \
     --max-model-len 4096 --kv-host-gib 12 | tee "$results/batch-32.json"
+}
+batches() {
+  bench decode --kv-policy attention-predictor --calibrate-with none --kv-budget 1024 \
+    --trace churn=8 --context 64000 --tokens 300 --batch 8 --max-num-seqs 8 \
+    --max-inter-token-ms 0 --max-model-len 65536 --kv-host-gib 72 | tee "$results/batch-8-64000.json"
+}
+# A share of an H200's memory that four dense contexts of 32,000 tokens fill, and four times as many.
+pressure() {
+  local flags=(--gpu-memory-utilization 0.24 --context 32000 --max-model-len 32768
+    --kv-host-gib 76 --max-inter-token-ms 0)
+  bench decode "${flags[@]}" --kv-policy full --tokens 100 --batch 4 --max-num-seqs 4 |
+    tee "$results/pressure-full.json" || return 1
+  bench decode "${flags[@]}" --kv-policy attention-predictor --calibrate-with none \
+    --kv-budget 1024 --trace churn=8 --tokens 150 --batch 16 --max-num-seqs 16 |
+    tee "$results/pressure-predicted.json" || return 1
+  bench decode "${flags[@]}" --kv-policy auto --calibrate-with none --kv-budget 1024 \
+    --tokens 150 --batch 16 --max-num-seqs 16 | tee "$results/pressure-auto.json"
 }
 prefill() {
   local context
