@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 
 import torch
 import transformers
@@ -68,14 +69,14 @@ def compare_dense(options, model, report):
             )  # fmt: skip
 
 
-def predicted(options, model, ids, forced, device, per):
+def predicted(options, model, ids, forced, device, per, source):
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(forced, file)
         file.flush()
         answer = generate(
             options.bin, model, ids, device, "--kv-policy", "attention-predictor", "--kv-budget",
-            str(BUDGET), "--predict-per", per, "--audit-every", "1", "--forced-ids", file.name,
-            "--max-tokens", str(len(forced)),
+            str(BUDGET), "--predict-per", per, "--calibrate-with", source, "--audit-every", "1",
+            "--forced-ids", file.name, "--max-tokens", str(len(forced)),
         )  # fmt: skip
     assert answer["token_ids"] == forced
     return answer["kv"]
@@ -84,18 +85,19 @@ def predicted(options, model, ids, forced, device, per):
 def compare_predicted(options, model, report):
     ids = tokenize(options.bin, model, options.text)
     ids, forced = ids[: options.length], ids[options.length : options.length + FORCED]
-    for per in ("kv-head", "query-head"):
-        expected = predicted(options, model, ids, forced, "cpu", per)
+    # The devices' own defaults differ.
+    for per, source in product(("kv-head", "query-head"), ("exact", "none")):
+        expected = predicted(options, model, ids, forced, "cpu", per, source)
         for device in options.devices:
             found = expected
             if device != "cpu":
-                found = predicted(options, model, ids, forced, device, per)
+                found = predicted(options, model, ids, forced, device, per, source)
             recall_is_close = abs(found["recall"] - expected["recall"]) <= MAX_RECALL_DIFFERENCE
             kl_is_close = abs(found["kl"] - expected["kl"]) <= MAX_KL_DIFFERENCE * expected["kl"]
             report(
-                "predicted", recall_is_close and kl_is_close, predict_per=per, tokens=len(ids),
-                forced=len(forced), budget=BUDGET, device=device, recall=found["recall"],
-                recall_of_cpu=expected["recall"], kl=found["kl"], kl_of_cpu=expected["kl"],
+                "predicted", recall_is_close and kl_is_close, predict_per=per,
+                calibrate_with=source, tokens=len(ids), forced=len(forced), budget=BUDGET,
+                device=device, recall=found["recall"], recall_of_cpu=expected["recall"], kl=found["kl"], kl_of_cpu=expected["kl"],
                 blocks_fetched=found["blocks_fetched"],
                 blocks_fetched_of_cpu=expected["blocks_fetched"],
             )  # fmt: skip
