@@ -361,6 +361,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     shared.first_item[i] = args.states[i].num_layers * args.states[i].num_kv_heads;
   }
   sum_up(args.rows, shared.first_item);
+  wait_for_earlier_kernels();
   if (blockIdx.x == 0) {
     for (int i = static_cast<int>(threadIdx.x); i < num_counters; i += kThreads) counters[i] = 0;
   }
@@ -381,10 +382,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void choose_blocks(const PredictArgs& args, int num_counters, CudaStream& stream) {
-  static const int grid = 2 * num_sms();
-  choose_kernel<<<static_cast<unsigned>(grid), kThreads, 0, stream.handle()>>>(
-      args, stream.counters(), num_counters);
-  FT_CUDA(cudaGetLastError());
+  static const auto grid = static_cast<unsigned>(2 * num_sms());
+  launch_overlapped(choose_kernel, grid, kThreads, 0, stream, args, stream.counters(),
+                    num_counters);
 }
 
 }  // namespace foretoken::kernels::cuda

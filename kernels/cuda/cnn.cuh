@@ -28,37 +28,58 @@ __device__ inline std::uint32_t max_pair(std::uint32_t a, std::uint32_t b) {
 
 // ---- cold ------------------------------------------------------------------------------------
 
-// The tables that the cold stencil needs; in shared memory.
+// The tables that the cold stencil needs, of one kind of operands; in shared memory.
 struct ColdTables {
-  std::uint32_t taps[kNumSides][3][2][kLanes];
+  uint4 taps[kNumSides][3][kLanes];
   float at_zero[kNumSides][2];
   std::uint32_t limit;
 
-  __device__ void load(const CnnTables& from) {
-    const auto* source = &from.cold[0][0][0][0];
-    auto* target = &taps[0][0][0][0];
-    for (unsigned i = threadIdx.x; i < sizeof taps / 4; i += blockDim.x) target[i] = source[i];
+  __device__ void load(const CnnTables& from, ColdOperand operand) {
+    const auto* source = reinterpret_cast<const uint4*>(&from.cold[operand][0][0][0][0]);
+    uint4* target = &taps[0][0][0];
+    for (unsigned i = threadIdx.x; i < sizeof taps / sizeof(uint4); i += blockDim.x) {
+      target[i] = source[i];
+    }
     if (threadIdx.x < 4) (&at_zero[0][0])[threadIdx.x] = (&from.cold_at_zero[0][0])[threadIdx.x];
-    if (threadIdx.x == 0) limit = from.cold_limit;
+    if (threadIdx.x == 0) limit = from.cold_limit[operand];
   }
 };
 
-// rows[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g + q).
-using ColdRows = std::uint32_t[5][2];
+// values[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g + q),
+// as operands. Their bits are in the order of their values, what is none of [0, 2] above all.
+struct ColdRows {
+  std::uint32_t values[5][2];
+  std::uint32_t most[2];  // over the rows
+
+  __device__ void find_most() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      most[half] = __vimax3_u16x2(values[0][half], values[1][half], values[2][half]);
+      most[half] = __vimax3_u16x2(most[half], values[3][half], values[4][half]);
+    }
+  }
+};
 
 // out[half]: columns 2 (q % 2), + 1 of segment g + 8 half; of the inner row where q < 2, else of
-// the edge.
-__device__ inline void cold_products(const ColdTables& tables, int side, const ColdRows& rows,
-                                     int2 (&out)[2]) {
+// the edge. Worth nothing of a segment that is not cold.
+template <ColdOperand kOperand>
+__device__ void cold_products(const ColdTables& tables, int side, const ColdRows& rows,
+                              int2 (&out)[2]) {
   const unsigned lane = threadIdx.x % 32;
   const float at_zero = tables.at_zero[side][lane % 4 / 2];
   float d[4] = {at_zero, at_zero, at_zero, at_zero};
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
-    const bool has_odd = k < 2;
-    const std::uint32_t a[4] = {rows[2 * k][0], rows[2 * k][1], has_odd ? rows[2 * k + 1][0] : 0,
-                                has_odd ? rows[2 * k + 1][1] : 0};
-    mma<__half>(d, a, tables.taps[side][k][0][lane], tables.taps[side][k][1][lane]);
+    const auto& even = rows.values[2 * k];
+    const std::uint32_t a[4] = {even[0], even[1], k < 2 ? rows.values[2 * k + 1][0] : 0,
+                                k < 2 ? rows.values[2 * k + 1][1] : 0};
+    const uint4 taps = tables.taps[side][k][lane];
+    if constexpr (kOperand == kPlainBf16) {
+      mma<__nv_bfloat16>(d, a, taps.x, taps.y);
+      mma<__nv_bfloat16>(d, a, taps.z, taps.w);
+    } else {
+      mma<__half>(d, a, taps.x, taps.y);
+    }
   }
   out[0] = {__float2int_rn(d[0]), __float2int_rn(d[1])};
   out[1] = {__float2int_rn(d[2]), __float2int_rn(d[3])};
@@ -66,15 +87,13 @@ __device__ inline void cold_products(const ColdTables& tables, int side, const C
 
 // Whether segments g and g + 8 are cold: all that they see stays below the limit.
 __device__ inline void find_cold(const ColdTables& tables, const ColdRows& rows, bool (&cold)[2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    std::uint32_t most = rows[0][half];
-#pragma unroll
-    for (int i = 1; i < 5; ++i) most = max_pair(most, rows[i][half]);
-    most = max_pair(most, __shfl_xor_sync(~0U, most, 1));
-    most = max_pair(most, __shfl_xor_sync(~0U, most, 2));
-    cold[half] = __hblt2(as_half2(most), as_half2(tables.limit));
-  }
+  // Segment g in the low half, g + 8 in the high one.
+  std::uint32_t most = __vmaxu2(__byte_perm(rows.most[0], rows.most[1], 0x5410),
+                                __byte_perm(rows.most[0], rows.most[1], 0x7632));
+  most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 1));
+  most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 2));
+  cold[0] = (most & 0xFFFFU) < tables.limit;
+  cold[1] = most >> 16 < tables.limit;
 }
 
 // Where conv2 pads with zeros, hidden values are not affine.

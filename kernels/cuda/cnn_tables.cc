@@ -1,5 +1,6 @@
 #include "kernels/cuda/cnn_tables.h"
 
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
@@ -20,6 +21,17 @@ std::uint32_t pack(double low, double high) {
   return bits(low) | bits(high) << 16;
 }
 double rounded(double x) { return __half2float(__float2half_rn(static_cast<float>(x))); }
+
+std::uint32_t pack_bf16(double low, double high) {
+  const auto bits = [](double x) {
+    return std::uint32_t{__bfloat16_as_ushort(__float2bfloat16_rn(static_cast<float>(x)))};
+  };
+  return bits(low) | bits(high) << 16;
+}
+// What rounding to bf16 leaves of x.
+double rest_of(double x) {
+  return x - __bfloat162float(__float2bfloat16_rn(static_cast<float>(x)));
+}
 
 // What builds the tables, lane by lane.
 class Maker {
@@ -47,7 +59,9 @@ class Maker {
         out_.cold_at_zero[side][i] = static_cast<float>(cold_output(side, i).at_zero * kOne);
       }
     }
-    out_.cold_limit = std::uint32_t{cold_limit_bits()} * 0x10001U;
+    out_.cold_limit[kScaledHalf] = half_limit();
+    out_.cold_limit[kPlainBf16] =
+        __bfloat16_as_ushort(__float2bfloat16_rd(filters_.bottom.cold.limit));
     return out_;
   }
 
@@ -136,16 +150,20 @@ class Maker {
       for (int e = 0; e < 2; ++e) {
         const int x = lane % 4 * 2 + e - lane / 4 % 4;
         if (k < kTileRows && x >= 0 && x < 5) {
-          tap[e] = output.history[k * 5 + x] * (kOne / kValueScale);
+          tap[e] = output.history[k * 5 + x] * kOne;
         }
-        fits_ &= std::abs(tap[e]) < 65504;
+        fits_ &= std::abs(tap[e]) / kValueScale < 65504;
       }
-      out_.cold[side][k / 2][k % 2][lane] = pack(tap[0], tap[1]);
+      out_.cold[kScaledHalf][side][k / 2][lane][k % 2] =
+          pack(tap[0] / kValueScale, tap[1] / kValueScale);
+      out_.cold[kPlainBf16][side][k / 2][lane][k % 2] = pack_bf16(tap[0], tap[1]);
+      out_.cold[kPlainBf16][side][k / 2][lane][2 + k % 2] =
+          pack_bf16(rest_of(tap[0]), rest_of(tap[1]));
     }
   }
 
   // Rounded down; none is cold where a stencil would leave fp16's range.
-  std::uint16_t cold_limit_bits() const {
+  std::uint16_t half_limit() const {
     if (!fits_) return 0;
     return __half_as_ushort(__float2half_rd(filters_.bottom.cold.limit * kValueScale));
   }

@@ -24,6 +24,9 @@ enum OutputRow { kInnerRow, kFirstRow, kLastRow, kNumOutputRows };
 enum TapRows { kUpperTaps, kLowerTaps, kCutTaps, kNumTapRows };
 // The window's two edges: rows 59 .. 63, or -1 .. 3.
 enum Side { kBottom, kTop, kNumSides };
+// How the cold stencils take history values: as fp16, scaled like the network's; or bf16, as rows of
+// that type hold them, times taps in two parts of bf16.
+enum ColdOperand { kScaledHalf, kPlainBf16, kNumColdOperands };
 
 struct CnnTables {
   std::uint32_t conv2[9][2][kLanes][4];               // [tap, half of the outputs]: operand A
@@ -35,9 +38,10 @@ struct CnnTables {
 
   // Cold: columns 0 .. 3 of a segment, of the row that enters or leaves, then of the two at the
   // edge; a product over 5 rows (and one of zeros) x 8 columns.
-  std::uint32_t cold[kNumSides][3][2][kLanes];  // [, product, register]: B
-  float cold_at_zero[kNumSides][2];             // [, inner or edge]
-  std::uint32_t cold_limit;                     // of scaled values, fp16 twice: cold below
+  // [, , product]: operand B's registers, then those of what rounding the taps left (bf16).
+  alignas(16) std::uint32_t cold[kNumColdOperands][kNumSides][3][kLanes][4];
+  float cold_at_zero[kNumSides][2];            // [, inner or edge]
+  std::uint32_t cold_limit[kNumColdOperands];  // an operand's bits: cold below
 };
 
 CnnTables make_cnn_tables(const PredictorWeights& weights);

@@ -1,4 +1,5 @@
-// Two neighbouring history values as the CNN takes them: scaled by 2^12, fp16, in one register.
+// Two neighbouring history values as the CNN takes them, in one register: scaled by 2^12, fp16; or
+// as the cold stencils take them (ColdOperand).
 #pragma once
 
 #include <cstdint>
@@ -50,6 +51,23 @@ __device__ inline std::uint32_t pair_of(std::uint16_t raw, bool* wrong) {
   return (good & 0xFFU) << 7 | (good & 0xFF00U) << 15;
 }
 
+// What lies outside [0, 2] has bits above kGreatest.
+template <typename T>
+struct ColdOperandOf {
+  static constexpr ColdOperand kKind = kScaledHalf;
+  static constexpr std::uint32_t kGreatest = 0x7000;  // 2, scaled
+};
+template <>
+struct ColdOperandOf<__nv_bfloat16> {
+  static constexpr ColdOperand kKind = kPlainBf16;
+  static constexpr std::uint32_t kGreatest = 0x4000;
+};
+__device__ inline std::uint32_t cold_operand(float2 raw) { return pack(raw.x, raw.y); }
+__device__ inline std::uint32_t cold_operand(std::uint32_t raw) { return raw; }
+__device__ inline std::uint32_t cold_operand(std::uint16_t raw) {
+  return __byte_perm(raw, 0, 0x1404) >> 1;  // a code is the upper byte of an fp16 twice as great
+}
+
 __device__ inline float2 first_of(float2 raw) { return {raw.x, 0}; }
 __device__ inline std::uint32_t first_of(std::uint32_t raw) { return raw & 0xFFFFU; }
 __device__ inline std::uint16_t first_of(std::uint16_t raw) {
@@ -79,6 +97,9 @@ struct PairRows {
   // The last candidate may have a neighbour that is none.
   __device__ std::uint32_t convert(Raw raw, int column, bool* wrong) const {
     return pair_of(column + 1 == columns ? first_of(raw) : raw, wrong);
+  }
+  __device__ std::uint32_t operand(Raw raw, int column) const {
+    return cold_operand(column + 1 == columns ? first_of(raw) : raw);
   }
 };
 

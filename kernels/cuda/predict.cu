@@ -97,19 +97,30 @@ __device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int 
   }
 }
 
-// Bit i of the result: row i holds a value that is none, among those that this lane reads.
+// Of the result, bit i: row i holds a value that is none, among those that this lane reads.
 template <typename T>
-__device__ unsigned convert_cold_rows(const PairRows<T>& rows, const RawColdRows<T>& raw, int span,
-                                      ColdRows& out) {
-  unsigned wrong_rows = 0;
+__device__ unsigned make_operands(const PairRows<T>& rows, const RawColdRows<T>& raw, int span,
+                                  ColdRows& out) {
 #pragma unroll
-  for (int i = 0; i < kSeenRows; ++i) {
-    bool wrong = false;
+  for (int half = 0; half < 2; ++half) {
+    const int column = read_column(span, half);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      out[i][half] = rows.convert(raw[i][half], read_column(span, half), &wrong);
+    for (int i = 0; i < kSeenRows; ++i) {
+      out.values[i][half] = rows.operand(raw[i][half], column);
     }
-    wrong_rows |= wrong ? 1U << i : 0U;
+  }
+  out.find_most();
+  constexpr std::uint32_t kGreatest = ColdOperandOf<T>::kGreatest;
+  const auto is_wrong = [](std::uint32_t pair) {
+    return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
+  };
+  unsigned wrong_rows = 0;
+  if (is_wrong(__vmaxu2(out.most[0], out.most[1]))) {
+#pragma unroll
+    for (int i = 0; i < kSeenRows; ++i) {
+      const bool wrong = is_wrong(__vmaxu2(out.values[i][0], out.values[i][1]));
+      wrong_rows |= wrong ? 1U << i : 0U;
+    }
   }
   return wrong_rows;
 }
@@ -153,10 +164,8 @@ __device__ void list_hot(const HotLists& lists, int sequence, const Map& map, in
 
 template <typename T>
 __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int sequence,
-                           const Map& map, int span) {
-  const PairRows<T> rows = rows_of<T>(map);
+                           const Map& map, const PairRows<T>& rows, bool slides, int span) {
   const std::int64_t num_rows = map.num_rows();
-  const bool slides = progress_of(map.header(), num_rows, rows.columns).slides;
   const std::int64_t first_row[kNumSides] = {num_rows - kSeenRows, num_rows - kHistoryRows - 1};
   RawColdRows<T> raw[kNumSides];
   load_cold_rows(rows, first_row[kBottom], span, raw[kBottom]);
@@ -171,11 +180,11 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
 #pragma unroll
   for (int side = 0; side < kNumSides; ++side) {
     ColdRows seen;
-    const unsigned wrong = convert_cold_rows(rows, raw[side], span, seen);
+    const unsigned wrong = make_operands(rows, raw[side], span, seen);
     if (side == kBottom) distrust(map, first_row[side], wrong & kNewest);
     find_cold_segments(tables, seen, span, rows.columns, cold[side]);
     int2 added[2];
-    cold_products(tables, side, seen, added);
+    cold_products<ColdOperandOf<T>::kKind>(tables, side, seen, added);
     const int sign = is_inner ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -190,26 +199,46 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
   list_hot(lists, sequence, map, span, cold, rows.columns, slides);
 }
 
-__global__ void __launch_bounds__(kSlideThreads, 4)
-    slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
-  __shared__ ColdTables tables;
-  __shared__ int first_item[kMaxSequences + 1];
-  tables.load(*from);
-  number_items(
-      states, rows,
-      [](const HistoryState& state, int layer) {
-        return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
-      },
-      first_item);
+// A warp's item: so many spans of a map, which are neighbours.
+constexpr int kSpansOfItem = 2;
+
+template <typename T>
+__device__ void run_slide(const ColdTables& tables, const HistoryState* states,
+                          const int* first_item, int rows, const HotLists& lists) {
   int sequence = 0;
   for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
     const Item item = find_item(states, first_item, i, &sequence);
     const Map map{states[item.sequence], item.map};
-    if (!is_scored(map.state, map.layer()) || item.unit >= num_spans(map.candidates())) continue;
-    with_history_type(map.state.type, [&](auto tag) {
-      slide_span<typename decltype(tag)::type>(tables, lists, item.sequence, map, item.unit);
-    });
+    if (!is_scored(map.state, map.layer())) continue;
+    const PairRows<T> map_rows = rows_of<T>(map);
+    const bool slides = progress_of(map.header(), map.num_rows(), map_rows.columns).slides;
+    const int first = item.unit * kSpansOfItem;
+    const int end = min(first + kSpansOfItem, num_spans(map_rows.columns));
+    for (int span = first; span < end; ++span) {
+      slide_span<T>(tables, lists, item.sequence, map, map_rows, slides, span);
+    }
   }
+}
+
+__global__ void __launch_bounds__(kSlideThreads, 4)
+    slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
+  __shared__ ColdTables tables;
+  __shared__ int first_item[kMaxSequences + 1];
+  allow_next_kernel();
+  number_items(
+      states, rows,
+      [](const HistoryState& state, int layer) {
+        const int spans = num_spans(num_candidates(state.num_columns[layer]));
+        return is_scored(state, layer) ? (spans + kSpansOfItem - 1) / kSpansOfItem : 0;
+      },
+      first_item);
+  // One type serves all sequences of a batch.
+  with_history_type(states[0].type, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    tables.load(*from, ColdOperandOf<T>::kKind);
+    __syncthreads();
+    run_slide<T>(tables, states, first_item, rows, lists);
+  });
 }
 
 // ---- hot -------------------------------------------------------------------------------------
@@ -326,15 +355,16 @@ __global__ void __launch_bounds__(kHotThreads, 2)
     hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
   __shared__ HotTables tables;
   __shared__ int first_task[kMaxSequences * kNumSides + 1];
+  allow_next_kernel();
   tables.load(*from);
+  HotWeights weights;
+  weights.load(*from);
+  wait_for_earlier_kernels();
   const int num_lists = lists.num_lists(rows);
   for (int i = static_cast<int>(threadIdx.x); i < num_lists; i += kHotThreads) {
     first_task[i] = (static_cast<int>(lists.counters[i]) + 7) / 8;
   }
   sum_up(num_lists, first_task);
-  HotWeights weights;
-  weights.load(*from);
-  // One type serves all sequences of a batch.
   with_history_type(states[0].type, [&](auto tag) {
     run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task,
                                           first_task[num_lists]);
@@ -378,12 +408,12 @@ __device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tab
     ColdRows seen;
     RawColdRows<T> raw;
     load_cold_rows(rows, window + row - 2, span, raw);
-    const unsigned wrong = convert_cold_rows(rows, raw, span, seen);
+    const unsigned wrong = make_operands(rows, raw, span, seen);
     distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
     bool cold[2];
     find_cold_segments(cold_tables, seen, span, rows.columns, cold);
     int2 added[2];
-    cold_products(cold_tables, kBottom, seen, added);
+    cold_products<ColdOperandOf<T>::kKind>(cold_tables, kBottom, seen, added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       cold_sum[half].x += cold[half] ? added[half].x : 0;
@@ -425,9 +455,13 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   __shared__ ColdTables cold_tables;
   __shared__ HotTables tables;
   __shared__ int first_item[kMaxSequences + 1];
+  allow_next_kernel();
   number_items(states, rows, rebuilt_spans, first_item);
+  wait_for_earlier_kernels();
   if (first_item[rows] == 0) return;
-  cold_tables.load(*from);
+  with_history_type(states[0].type, [&](auto tag) {
+    cold_tables.load(*from, ColdOperandOf<typename decltype(tag)::type>::kKind);
+  });
   tables.load(*from);
   HotWeights weights;
   weights.load(*from);
@@ -487,10 +521,10 @@ void predict(const PredictArgs& args, CudaStream& stream) {
   slide_kernel<<<4 * sms, kSlideThreads, 0, stream.handle()>>>(tables, args.states, args.rows,
                                                                lists);
   FT_CUDA(cudaGetLastError());
-  hot_kernel<<<2 * sms, kHotThreads, 0, stream.handle()>>>(tables, args.states, args.rows, lists);
-  FT_CUDA(cudaGetLastError());
-  rebuild_kernel<<<2 * sms, kHotThreads, 0, stream.handle()>>>(tables, args.states, args.rows);
-  FT_CUDA(cudaGetLastError());
+  launch_overlapped(hot_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states, args.rows,
+                    lists);
+  launch_overlapped(rebuild_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states,
+                    args.rows);
   choose_blocks(args, lists.num_lists(args.rows), stream);
 }
 
