@@ -97,10 +97,10 @@ class KvOpsTest : public testing::Test {
     }
   }
   std::uint32_t gather(KvSequence& kv, FetchTable& fetches, int layer) {
-    std::uint32_t mismatches = 0;
-    device->gather({&kv.view, &fetches.view, 1, layer, &mismatches}, *copy);
+    const std::uint32_t before = kv.mismatches;
+    device->gather({&kv.view, &fetches.view, 1, layer}, *copy);
     copy->synchronize();
-    return mismatches;
+    return kv.mismatches - before;
   }
   // One block of every (layer, head) into slot 0.
   static void ask_for(KvSequence& kv, FetchTable& fetches, int block) {
@@ -166,19 +166,18 @@ TEST_F(KvOpsTest, UnpackUndoesPack) {
   pack_all_layers(kv, 400);
   std::vector<std::byte> k_again(scratch_bytes());
   std::vector<std::byte> v_again(scratch_bytes());
-  std::uint32_t mismatches = 0;
   const UnpackBlocksArgs args{k_again.data(), v_again.data(), kScratchTokens, 2, 64, 2, 0, 25,
-                              &kv.view,       &mismatches};
+                              &kv.view};
   device->unpack_blocks(args, *copy);
   copy->synchronize();
-  EXPECT_EQ(mismatches, 0U);
+  EXPECT_EQ(kv.mismatches, 0U);
   EXPECT_EQ(k_again, k);
   EXPECT_EQ(v_again, v);
 
   kv.arena_data(2, 1, 9)[77] ^= std::byte{4};
   device->unpack_blocks(args, *copy);
   copy->synchronize();
-  EXPECT_EQ(mismatches, 1U);
+  EXPECT_EQ(kv.mismatches, 1U);
   const auto* row = k_again.data() + (kScratchTokens + 9 * kBlockTokens) * row_bytes();
   EXPECT_EQ(std::count(row, row + 16 * row_bytes(), std::byte{0}), 16 * 128) << "wrong bytes leak";
 }
@@ -247,6 +246,22 @@ TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
     ASSERT_EQ(kv.slot(kLayer, 1, kBlock), 0) << "the other head has no fault";
     std::ranges::copy(clean, kv.slab(0, 0));
   }
+}
+
+// The step writes to it, so it needs its slot: without the wrong bytes.
+TEST_F(KvOpsTest, AnOpenBlockThatFailsItsCheckStaysAsZeros) {
+  KvSequence kv(kShape, kNumSlots, kMaxBlocks);
+  FetchTable fetches(kShape, 4);
+  pack_all_layers(kv, 400);
+  kv.length = 6 * kBlockTokens + 3;
+  kv.arena_data(1, 0, 6)[5] ^= std::byte{1};
+  ask_for(kv, fetches, 6);
+  EXPECT_EQ(gather(kv, fetches, 1), 1U);
+  EXPECT_EQ(kv.slot(1, 0, 6), 0);
+  const std::byte* slot = kv.slot_data(1, 0, 0);
+  const auto block_bytes = static_cast<std::ptrdiff_t>(kShape.block_bytes());
+  EXPECT_EQ(std::count(slot, slot + block_bytes, std::byte{0}), block_bytes);
+  EXPECT_EQ(std::memcmp(kv.slot_data(1, 1, 0), kv.arena_data(1, 1, 6), kShape.block_bytes()), 0);
 }
 
 TEST_F(KvOpsTest, ABlockThatIsNotInHostMemoryIsAMiss) {
