@@ -101,6 +101,10 @@ struct KvReport {
   std::int64_t bytes_host = 0;  // fetched from host memory, or read there by calibrations
   std::int64_t bytes_nvme = 0;
   std::int64_t late = 0;  // blocks that were not there in time
+  // Reads of blocks in host memory that failed their check; and lives of the request before this
+  // one that ended so: its KV was computed anew.
+  std::int64_t checksum_failures = 0;
+  std::int64_t losses = 0;
   // Times that a map's scores were not finite, so that its latest blocks were taken instead.
   std::int64_t predictor_fallbacks = 0;
   // Times that a head attended all blocks in a step, as its last audit was below --min-recall, and
@@ -280,10 +284,12 @@ struct KvSlabs {
   std::int64_t ready = 0;
   KvNvme nvme = {};
 };
-// Its KV is lost, by KV that failed its check (kCorrupt) or a disk that failed.
+// Its KV is lost, by KV that failed its check (kCorrupt) or a disk that failed. The step's token of
+// it, and those of later steps, count for nothing.
 struct LostSequence {
   SequenceId sequence{};
   Error error;
+  std::int64_t checksum_failures = 0;  // reads of blocks in host memory
 };
 struct StepResult {
   Epoch epoch{};

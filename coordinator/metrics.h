@@ -29,6 +29,8 @@ class Metrics {
   void on_done(const DoneMessage& done);
   void on_failed(ErrorCode why);
   void on_restart();
+  // A sequence was lost, by so many reads of host memory that failed their check.
+  void on_lost(std::int64_t checksum_failures);
   void on_step(double seconds);
   void set_requests(std::size_t running, std::size_t waiting);
   void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);

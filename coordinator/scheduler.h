@@ -60,10 +60,12 @@ struct NotAdmitted {
   SequenceId sequence{};
   Error error;
 };
-// A rank has lost its KV. The sequence is gone; tokens of the step that told it aren't counted.
+// A rank has lost its KV. The sequence is gone; tokens of the step that told it aren't counted, and
+// what it computed is not published.
 struct Lost {
   SequenceId sequence{};
   Error error;
+  std::int64_t checksum_failures = 0;  // of all ranks
 };
 struct Sampled {
   SequenceId sequence{};
@@ -122,6 +124,7 @@ class Scheduler {
     bool releasing = false;        // nothing more is planned but its release
     bool release_planned = false;  // and that is out
     bool wanted = true;            // somebody waits for Released
+    bool lost = false;             // its KV may be wrong
     std::vector<PublishSegment> publishes;
   };
   struct InFlight {

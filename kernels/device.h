@@ -278,17 +278,6 @@ struct DecodeAttentionArgs {
   int pitch;         // >= every num_slots
 };
 
-// The same over all blocks of the sequence: resident ones from their slots, the others straight
-// from the arena (pinned host memory), without slots. block_max is by block (column), and -inf past
-// the last one.
-// out may be null: keys alone are read then, for LSE and block maxima.
-// A block that is read whole is verified as in gather: with a mismatch it is left out, and counted
-// in *mismatches. The CPU reads the values in any case.
-struct StreamedAttentionArgs {
-  DecodeAttentionArgs base;
-  std::uint32_t* mismatches;
-};
-
 // ---- the KV cache ----------------------------------------------------------------------------
 
 // Copies blocks [first_block, first_block + num_blocks) of a layer from the prefill scratch to the
@@ -311,7 +300,8 @@ struct PackBlocksArgs {
   int max_segments = 0;
 };
 
-// The reverse, for a reused prefix: arena -> scratch, verified.
+// The reverse, for a reused prefix: arena -> scratch, verified. A mismatch: zeros, and
+// *sequence->mismatches counts it.
 struct UnpackBlocksArgs {
   void* k;
   void* v;
@@ -322,7 +312,6 @@ struct UnpackBlocksArgs {
   int first_block;
   int num_blocks;
   const SequenceKv* sequence;
-  std::uint32_t* mismatches;
 };
 
 // Write-through of the block that the step just filled (length % 16 == 0, length counting the
@@ -373,15 +362,14 @@ struct ResolveArgs {
 };
 
 // Brings some layers' fetch lists from the arena into the slots; verifies each block's checksum.
-// A mismatch: the block is made absent (tables say so), and *mismatches counts it. So is a block of
-// an outsized sequence whose run is on NVMe (late), which is not counted: the host has the run
-// table.
+// A mismatch: the block is made absent (tables say so), and *sequence.mismatches counts it. The
+// open block, which the step writes to, stays, as zeros. Absent too is a block of an outsized
+// sequence whose run is on NVMe (late), which is not counted: the host has the run table.
 struct GatherArgs {
   const SequenceKv* sequences;  // [rows]
   const FetchList* fetches;     // [rows]
   int rows;
   int layer;  // the first of num_layers
-  std::uint32_t* mismatches;
   int num_layers = 1;
 };
 
@@ -482,12 +470,14 @@ struct SampleRow {
   bool append = false;  // the drawn token goes to tokens[num_tokens], where the next step reads it
   std::int32_t num_logprobs = 0;  // of the best tokens, <= kMaxLogprobs
   TokenId forced = -1;            // taken instead of sampling (its logprob is reported); < 0: none
+  const std::uint32_t* mismatches = nullptr;  // SequenceKv's, or null
 };
 inline constexpr int kMaxLogprobs = 20;
 
 struct SampledToken {
   TokenId token;
-  float logprob;  // of the raw logits' softmax, before temperature and penalties
+  float logprob;             // of the raw logits' softmax, before temperature and penalties
+  std::uint32_t mismatches;  // as they stand: with any, the token is drawn from wrong KV
   std::int32_t num_top;
   TokenId top_ids[kMaxLogprobs];
   float top_logprobs[kMaxLogprobs];
@@ -570,7 +560,12 @@ class Device {
   virtual void prefill_attention(const PrefillAttentionArgs& args, Stream& stream) = 0;
   virtual void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) = 0;
   virtual void decode_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
-  virtual void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) = 0;
+  // decode_attention over all blocks of the sequence: resident ones from their slots, the others
+  // straight from the arena (pinned host memory), without slots. block_max is by block (column),
+  // and -inf past the last one. args.out may be null: LSE and block maxima alone are wanted then.
+  // A block of the arena is verified as in gather, for which its values are read in any case: with
+  // a mismatch it is left out, and counted in *sequence.mismatches.
+  virtual void streamed_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
   // streamed_attention of keys alone (args.out is null), with the sketches' keys for blocks that
   // have no slot: the arena is not read. REQUIRES: the sequences keep sketches.
   virtual void sketched_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;

@@ -65,6 +65,7 @@ struct SequenceKv {
   // [num_layers, num_kv_heads, max_blocks, sketch] of complete blocks (kernels/key_sketch.h); null:
   // none are kept.
   std::byte* sketches = nullptr;
+  std::uint32_t* mismatches = nullptr;  // [1] reads of its arena blocks that failed their check
 };
 
 constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {

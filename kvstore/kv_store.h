@@ -16,7 +16,7 @@
 // Reservation has `outsized` in place of slabs (kvstore/outsized_kv.h), no hits, and commits
 // nothing.
 //
-// Owns the connection, the mapping, one event a layer and the mismatch counter. Everything that a
+// Owns the connection, the mapping and one event a layer. Everything that a
 // sequence holds is freed by the store when the KvStore is destroyed, or when the process has died.
 // All arena traffic goes through here (fetch, pack, unpack, write_through, streamed_attention), so
 // that guard_arena can prove it.
@@ -139,6 +139,10 @@ class KvStore {
   // rank is the one that writes its heads.
   Status commit(SequenceId sequence, int segment, const PrefixKey& key);
 
+  // KV of the sequence failed its check. Its slabs serve as nobody's prefix from now on, and are
+  // the last ones to be handed out again. Nothing more of it is published. One-way.
+  Status distrust(SequenceId sequence);
+
   // Gives the sequence's slabs back. One-way. REQUIRES: no op in flight touches them.
   Status release(SequenceId sequence);
 
@@ -157,14 +161,9 @@ class KvStore {
   bool fetched(int layer) const;
 
   void pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream);
-  // mismatches of the args is filled in, as it is for the next.
-  void unpack(kernels::UnpackBlocksArgs args, kernels::Stream& stream);
-  void streamed_attention(kernels::StreamedAttentionArgs args, kernels::Stream& stream);
+  void unpack(const kernels::UnpackBlocksArgs& args, kernels::Stream& stream);
+  void streamed_attention(const kernels::DecodeAttentionArgs& args, kernels::Stream& stream);
   void write_through(const kernels::WriteThroughArgs& args, kernels::Stream& stream);
-
-  // Blocks that failed their checksum since connect, by the ops that `stream` has passed. Waits for
-  // the stream.
-  std::uint32_t checksum_failures(kernels::Stream& stream);
 
  private:
   struct Impl;

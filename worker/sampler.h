@@ -6,7 +6,10 @@
 //   sampler.run(logits, rows.size(), stream);     // may be recorded, and launched again
 //   sampler.end(*draw, stream);
 //   ... next step ...
-//   tokens = sampler.collect(std::move(draw));    // waits
+//   sampler.collect(std::move(draw), result);     // waits
+//
+// With a token comes how often the sequence has read KV that failed its check: then the token is
+// worth nothing, nor is any later one.
 #pragma once
 
 #include <memory>
@@ -39,7 +42,8 @@ class Sampler {
   // logits [num_rows, vocab] (device), row i is rows[i]'s.
   void run(const float* logits, int num_rows, kernels::Stream& stream);
   void end(Draw& draw, kernels::Stream& stream);
-  std::vector<SequenceToken> collect(std::unique_ptr<Draw> draw);
+  // Adds to the result's tokens, and to its `lost`.
+  void collect(std::unique_ptr<Draw> draw, StepResult& result);
 
  private:
   kernels::Device& device_;

@@ -140,6 +140,8 @@ void visit_fields(F&& f, Is<KvReport> auto& m) {
   f("bytes_host", m.bytes_host);
   f("bytes_nvme", m.bytes_nvme);
   f("late", m.late);
+  f("checksum_failures", m.checksum_failures);
+  f("losses", m.losses);
   f("predictor_fallbacks", m.predictor_fallbacks);
   f("dense_fallbacks", m.dense_fallbacks);
   f("dense_capped", m.dense_capped);
@@ -331,6 +333,7 @@ template <typename F>
 void visit_fields(F&& f, Is<LostSequence> auto& m) {
   f("sequence", m.sequence);
   f("error", m.error);
+  f("checksum_failures", m.checksum_failures);
 }
 
 template <typename F>

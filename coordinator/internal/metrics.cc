@@ -22,6 +22,11 @@ const Histogram::BucketBoundaries kSeconds = {0.001, 0.002, 0.005, 0.01, 0.02, 0
                                               0.2,   0.5,   1,     2,    5,    10,   20,
                                               50,    100,   200,   500,  1000, 2560};
 
+constexpr auto kFailures = "foretoken_kv_checksum_failures_total";
+constexpr auto kFailuresHelp =
+    "Slabs on their way between the tiers, and reads of blocks for a device, that failed their "
+    "checksum; by the tier that held them";
+
 }  // namespace
 
 struct Metrics::Impl {
@@ -85,6 +90,9 @@ struct Metrics::Impl {
   Counter& recall_sum =
       counter("foretoken_predictor_recall_sum", "Attention mass kept, summed over audits");
   Counter& recall_count = counter("foretoken_predictor_recall_count", "Audited maps");
+  Counter& host_failures = labelled(kFailures, kFailuresHelp, "tier", "host");
+  Counter& losses = counter("foretoken_kv_losses_total",
+                            "Times that a request's KV was lost, and computed anew if it could be");
   Counter& restarts = counter("foretoken_worker_restarts_total", "Worker groups that died");
   Histogram& first_token =
       histogram("foretoken_time_to_first_token_seconds", "Arrival to first token");
@@ -140,6 +148,7 @@ void Metrics::on_done(const DoneMessage& done) {
   impl_->prefix_hits.Increment(static_cast<double>(done.usage.cached_tokens));
   impl_->fetched.Increment(static_cast<double>(done.kv.blocks_fetched));
   impl_->host_bytes.Increment(static_cast<double>(done.kv.bytes_host));
+  impl_->host_failures.Increment(static_cast<double>(done.kv.checksum_failures));
   impl_->late.Increment(static_cast<double>(done.kv.late));
   impl_->fallbacks.Increment(static_cast<double>(done.kv.predictor_fallbacks));
   impl_->dense_fallbacks.Increment(static_cast<double>(done.kv.dense_fallbacks));
@@ -152,6 +161,10 @@ void Metrics::on_done(const DoneMessage& done) {
 
 void Metrics::on_first_token(double seconds) { impl_->first_token.Observe(seconds); }
 void Metrics::on_next_token(double seconds) { impl_->next_token.Observe(seconds); }
+void Metrics::on_lost(std::int64_t checksum_failures) {
+  impl_->host_failures.Increment(static_cast<double>(checksum_failures));
+  impl_->losses.Increment();
+}
 void Metrics::on_restart() { impl_->restarts.Increment(); }
 void Metrics::on_step(double seconds) { impl_->step.Observe(seconds); }
 
@@ -183,10 +196,8 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   raise(impl_->nvme_read, &KvNvme::bytes_read);
   raise(impl_->nvme_written, &KvNvme::bytes_written);
   raise(impl_->nvme_errors, &KvNvme::io_errors);
-  constexpr auto kFailures = "foretoken_kv_checksum_failures_total";
-  constexpr auto kHelp = "Slabs that failed their checksum on their way between the tiers";
-  raise(impl_->labelled(kFailures, kHelp, "tier", "nvme"), &KvNvme::checksum_failures);
-  raise(impl_->labelled(kFailures, kHelp, "tier", "host"), &KvNvme::host_checksum_failures);
+  raise(impl_->labelled(kFailures, kFailuresHelp, "tier", "nvme"), &KvNvme::checksum_failures);
+  raise(impl_->host_failures, &KvNvme::host_checksum_failures);
   impl_->nvme = nvme;
 }
 

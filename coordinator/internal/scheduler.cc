@@ -28,6 +28,7 @@ void add_to(KvReport& sum, const KvReport& part) {
   sum.bytes_host += part.bytes_host;
   sum.bytes_nvme += part.bytes_nvme;
   sum.late += part.late;
+  sum.checksum_failures += part.checksum_failures;
   sum.predictor_fallbacks += part.predictor_fallbacks;
   sum.dense_fallbacks += part.dense_fallbacks;
   sum.dense_capped += part.dense_capped;
@@ -370,14 +371,21 @@ Status Scheduler::on_admits(const InFlight& step, const std::vector<StepResult>&
 }
 
 void Scheduler::on_lost(const std::vector<StepResult>& ranks, std::vector<StepEvent>& events) {
+  std::map<SequenceId, Lost> lost;
   for (const auto& rank : ranks) {
-    for (const auto& [id, error] : rank.lost) {
-      const auto found = sequences_.find(id);
-      if (found == sequences_.end() || found->second.releasing) continue;
-      found->second.releasing = true;
-      found->second.wanted = false;
-      events.emplace_back(Lost{id, error});
+    for (const auto& [id, error, failures] : rank.lost) {
+      lost.try_emplace(id, Lost{id, error}).first->second.checksum_failures += failures;
     }
+  }
+  for (const auto& [id, event] : lost) {
+    const auto found = sequences_.find(id);
+    if (found == sequences_.end()) continue;
+    auto& sequence = found->second;
+    sequence.lost = true;
+    sequence.publishes.clear();
+    if (std::exchange(sequence.releasing, true)) continue;
+    sequence.wanted = false;
+    events.emplace_back(event);
   }
 }
 
@@ -402,7 +410,7 @@ void Scheduler::on_prefilled(const InFlight& step) {
   for (const auto id : step.prefilled) {
     auto& sequence = sequences_.at(id);
     sequence.prompt_done = true;
-    if (sequence.release_planned) continue;
+    if (sequence.release_planned || sequence.lost) continue;
     const auto& keys = sequence.given.segment_keys;
     for (auto i = static_cast<std::size_t>(sequence.reused / kSegmentTokens); i < keys.size();
          ++i) {

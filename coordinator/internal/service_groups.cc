@@ -229,10 +229,17 @@ void Service::on_step_event(Group&, const Lost& event, TimePoint now) {
   auto& request = *find(found->second);
   by_sequence_.erase(found);
   request.wait_again();
-  if (event.error.code != ErrorCode::kCorrupt || ++request.losses >= kMaxLosses) {
-    return fail(request, event.error, now);
+  metrics_.on_lost(event.checksum_failures);
+  if (event.error.code != ErrorCode::kCorrupt) return fail(request, event.error, now);
+  if (++request.losses >= kMaxLosses) {
+    return fail(request,
+                {ErrorCode::kCorrupt, "its KV was lost " + std::to_string(kMaxLosses) +
+                                          " times, last as " + event.error.message +
+                                          "; the node's memory or its disk may be bad"},
+                now);
   }
-  log().warn("request {}: {}; it is computed anew", raw(request.origin().id), event.error.message);
+  log().warn("request {}, after {} tokens: {}; it is computed anew", raw(request.origin().id),
+             request.tokens().size(), event.error.message);
   waiting_.push_front(request.origin().id);
 }
 

@@ -50,6 +50,7 @@ void Service::complete(Request& request, KvReport kv, TimePoint now) {
   deliver(request, now);
   kv.policy = parts_.config.kv_policy;
   kv.budget_tokens = parts_.config.kv_budget;
+  kv.losses = request.losses;
   auto done = request.make_done(std::move(kv));
   metrics_.on_done(done);
   log().info("request {} done: {}, {} + {} tokens in {:.0f} ms", raw(request.origin().id),

@@ -61,30 +61,30 @@ class SlotColumns {
 
 class BlockColumns {
  public:
-  explicit BlockColumns(const StreamedAttentionArgs& args) : args_(args) {}
+  explicit BlockColumns(const DecodeAttentionArgs& args) : args_(args) {}
   int count(const SequenceKv& kv) const { return *kv.length / kBlockTokens + 1; }
   static std::size_t room_bytes(const KvShape&) { return 0; }
   FoundBlock find(const SequenceKv& kv, int head, int block, std::byte*) const {
-    const int slot = slot_of_block(kv, args_.base.layer, head, block);
-    if (slot != kAbsent) return {slot_bytes(kv, args_.base.layer, head, slot), block};
+    const int slot = slot_of_block(kv, args_.layer, head, block);
+    if (slot != kAbsent) return {slot_bytes(kv, args_.layer, head, slot), block};
     return {from_arena(kv, head, block), block};
   }
-  int width(const SequenceKv&) const { return args_.base.pitch; }
+  int width(const SequenceKv&) const { return args_.pitch; }
 
  private:
   const std::byte* from_arena(const SequenceKv& kv, int head, int block) const {
-    const int layer = args_.base.layer;
+    const int layer = args_.layer;
     const std::byte* data = arena_block(kv, layer, head, block);
     if (data != nullptr) {
       std::uint64_t expected = 0;
       std::memcpy(&expected, arena_checksum(kv, layer, head, block), sizeof expected);
       if (block_checksum(data, kv.shape.block_bytes(), layer, block) == expected) return data;
     }
-    std::atomic_ref(*args_.mismatches).fetch_add(1, std::memory_order_relaxed);
+    std::atomic_ref(*kv.mismatches).fetch_add(1, std::memory_order_relaxed);
     return nullptr;
   }
 
-  const StreamedAttentionArgs& args_;
+  const DecodeAttentionArgs& args_;
 };
 
 // Blocks of the sequence, of keys alone: those without a slot as their sketches give them.
@@ -277,8 +277,8 @@ void CpuDevice::decode_attention(const DecodeAttentionArgs& args, Stream& stream
   enqueue(stream, [this, args] { run_decode_attention(pool_, args, SlotColumns(args)); });
 }
 
-void CpuDevice::streamed_attention(const StreamedAttentionArgs& args, Stream& stream) {
-  enqueue(stream, [this, args] { run_decode_attention(pool_, args.base, BlockColumns(args)); });
+void CpuDevice::streamed_attention(const DecodeAttentionArgs& args, Stream& stream) {
+  enqueue(stream, [this, args] { run_decode_attention(pool_, args, BlockColumns(args)); });
 }
 
 void CpuDevice::sketched_attention(const DecodeAttentionArgs& args, Stream& stream) {

@@ -35,8 +35,8 @@ void store_checksum(const SequenceKv& kv, int layer, int head, int block, std::u
   std::memcpy(arena_checksum(kv, layer, head, block), &value, sizeof value);
 }
 
-void count_mismatch(std::uint32_t* mismatches) {
-  std::atomic_ref<std::uint32_t>(*mismatches).fetch_add(1, std::memory_order_relaxed);
+void count_mismatch(const SequenceKv& kv) {
+  std::atomic_ref<std::uint32_t>(*kv.mismatches).fetch_add(1, std::memory_order_relaxed);
 }
 
 // Arena -> `to`, verified. False: the block is not there or not what was written.
@@ -109,7 +109,7 @@ void unpack(const UnpackBlocksArgs& args) {
   for (int head = 0; head < args.num_kv_heads; ++head) {
     for (int block = args.first_block; block < args.first_block + args.num_blocks; ++block) {
       if (!read_block(kv, args.layer, head, block, packed.data())) {
-        count_mismatch(args.mismatches);
+        count_mismatch(kv);
         std::ranges::fill(packed, std::byte{0});  // wrong bytes go no further
       }
       const std::size_t half = packed.size() / 2;
@@ -148,15 +148,19 @@ void write_filled_blocks(const SequenceKv& kv) {
   }
 }
 
-void gather_head(const SequenceKv& kv, const FetchList& fetches, int layer, int head,
-                 std::uint32_t* mismatches) {
+void gather_head(const SequenceKv& kv, const FetchList& fetches, int layer, int head) {
   const std::size_t row = row_of(kv, layer, head);
   const FetchEntry* entries = fetches.entries + row * static_cast<std::size_t>(fetches.max_entries);
   for (int i = 0; i < fetches.counts[row]; ++i) {
     const auto [block, slot] = entries[i];
-    if (read_block(kv, layer, head, block, kv.slots + slot_offset(kv, layer, head, slot))) continue;
+    std::byte* to = kv.slots + slot_offset(kv, layer, head, slot);
+    if (read_block(kv, layer, head, block, to)) continue;
     const bool is_late = kv.runs != nullptr && arena_block(kv, layer, head, block) == nullptr;
-    if (!is_late) count_mismatch(mismatches);
+    if (!is_late) count_mismatch(kv);
+    if (block == *kv.length / kBlockTokens) {
+      std::memset(to, 0, kv.shape.block_bytes());
+      continue;
+    }
     slot_of(kv, layer, head, block) = kAbsent;
     block_of(kv, layer, head, slot) = kAbsent;
   }
@@ -191,7 +195,7 @@ void CpuDevice::gather(const GatherArgs& args, Stream& stream) {
       for (int row = 0; row < args.rows; ++row) {
         const SequenceKv& kv = args.sequences[row];
         for (int head = 0; head < kv.shape.num_kv_heads; ++head) {
-          gather_head(kv, args.fetches[row], layer, head, args.mismatches);
+          gather_head(kv, args.fetches[row], layer, head);
         }
       }
     }

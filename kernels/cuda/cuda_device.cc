@@ -233,7 +233,7 @@ void CudaDevice::prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stre
 void CudaDevice::decode_attention(const DecodeAttentionArgs& args, Stream& stream) {
   cuda::decode_attention(args, config_.activation_type, as_cuda(stream));
 }
-void CudaDevice::streamed_attention(const StreamedAttentionArgs& args, Stream& stream) {
+void CudaDevice::streamed_attention(const DecodeAttentionArgs& args, Stream& stream) {
   cuda::streamed_attention(args, config_.activation_type, as_cuda(stream));
 }
 void CudaDevice::sketched_attention(const DecodeAttentionArgs& args, Stream& stream) {

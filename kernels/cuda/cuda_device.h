@@ -54,7 +54,7 @@ class CudaDevice final : public Device {
   void prefill_attention(const PrefillAttentionArgs& args, Stream& stream) override;
   void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) override;
   void decode_attention(const DecodeAttentionArgs& args, Stream& stream) override;
-  void streamed_attention(const StreamedAttentionArgs& args, Stream& stream) override;
+  void streamed_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void sketched_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void pack_blocks(const PackBlocksArgs& args, Stream& stream) override;
   void unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) override;

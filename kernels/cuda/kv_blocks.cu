@@ -132,7 +132,7 @@ __device__ void unpack_block(const UnpackBlocksArgs& args, const SequenceKv& kv,
   auto* v = scratch_pairs<WordPair>(args.v, args.scratch_tokens, head, block, row_pairs);
   const auto store = [=](int i, WordPair words) { (i < half ? k + i : v + (i - half))[0] = words; };
   if (read_block(kv, args.layer, head, block, store)) return;
-  if (lane_index() == 0) atomicAdd(args.mismatches, 1U);
+  if (lane_index() == 0) atomicAdd(kv.mismatches, 1U);
   // Wrong bytes go no further: each lane overwrites what it wrote.
   for (int i = lane_index(); i < 2 * half; i += 32) store(i, WordPair{0, 0});
 }
@@ -201,9 +201,13 @@ __device__ void gather_entry(const GatherArgs& args, int layer, int row, int hea
   WordPair* to = slot_pairs(kv, layer, head, slot);
   const bool good =
       read_block(kv, layer, head, block, [to](int i, WordPair words) { to[i] = words; });
-  if (good || lane_index() != 0) return;
+  if (good) return;
+  const bool is_open = block == *kv.length / kBlockTokens;
+  for (int i = lane_index(); is_open && i < pairs_of(kv.shape); i += 32) to[i] = WordPair{0, 0};
+  if (lane_index() != 0) return;
   const bool is_late = kv.runs != nullptr && arena_pairs(kv, layer, head, block) == nullptr;
-  if (!is_late) atomicAdd(args.mismatches, 1U);
+  if (!is_late) atomicAdd(kv.mismatches, 1U);
+  if (is_open) return;
   block_to_slot(kv, layer, head)[block] = kAbsent;
   slot_to_block(kv, layer, head)[slot] = kAbsent;
 }

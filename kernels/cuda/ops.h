@@ -19,7 +19,7 @@ void rope_decode(const RopeDecodeArgs& args, DataType activation, CudaStream& st
 // decode_attention.cu
 void decode_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 // streamed_attention.cu
-void streamed_attention(const StreamedAttentionArgs& args, DataType activation, CudaStream& stream);
+void streamed_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 void sketched_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 
 // prefill_block_max.cu

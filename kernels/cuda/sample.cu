@@ -451,6 +451,7 @@ __device__ void write_token(const SampleRow& row, int token, float logprob, int 
   out.token = token;
   out.logprob = logprob;
   out.num_top = num_top;
+  out.mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
   if (row.append) row.tokens[row.num_tokens] = token;
 }
 

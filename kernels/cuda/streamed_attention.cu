@@ -31,7 +31,7 @@ constexpr int kCtas = 264;     // of all rows and heads, about: two an SM
 constexpr float kLog2E = 1.44269504F;
 constexpr float kNothing = -INFINITY;
 
-// What of a block is read: all of it, its keys, or its keys' sketch where it has no slot.
+// What of a block is used: all of it, its keys, or its keys' sketch where it has no slot.
 enum class Reads { kBlock, kKeys, kSketch };
 
 // A share's softmax of one query head, not yet normalized: its weights' maximum and sum.
@@ -42,7 +42,7 @@ struct PartialSum {
 
 template <typename T>
 struct Params {
-  StreamedAttentionArgs args;
+  DecodeAttentionArgs args;
   int num_shares;
   float* partial_out;        // [rows, num_heads, num_shares, head_dim]
   PartialSum* partial_sums;  // [rows, num_heads, num_shares]
@@ -138,14 +138,16 @@ struct BlockRegisters {
 #pragma unroll
     for (int i = 0; i < L::kLoads; ++i) k[i] = *reinterpret_cast<const WordPair*>(&keys[i]);
   }
-  __device__ std::uint64_t checksum(int layer, int block) const {
+  // Of block `index`, which lies at `block`: values that aren't here are read for this alone.
+  __device__ std::uint64_t checksum(const WordPair* block, int layer, int index) const {
     std::uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < L::kLoads; ++i) {
+      const int at = L::kHalfPairs + 32 * i + L::lane();
       sum += mix_pair(k[i], 32 * i + L::lane());
-      sum += mix_pair(v[i], L::kHalfPairs + 32 * i + L::lane());
+      sum += mix_pair(kValues ? v[kValues ? i : 0] : __ldcs(block + at), at);
     }
-    return finish_checksum(warp_sum_words(sum), layer, block);
+    return finish_checksum(warp_sum_words(sum), layer, index);
   }
   // Rows past the last token may hold anything, NaN too: they count as zero.
   __device__ void clear_values_from(int num_tokens) {
@@ -238,12 +240,12 @@ class WarpAttention {
   float sum_ = 0;
 };
 
-// A block of the sequence from its slot, or from its sketch, or from the arena and verified where
-// all of it is read. False: it is not what was written, and counted.
+// A block of the sequence from its slot, or from its sketch, or from the arena and verified. False:
+// it is not what was written, and counted.
 template <typename T, int kHeadDim, Reads kReads>
-__device__ bool load_block(const StreamedAttentionArgs& args, const SequenceKv& kv, int kv_head,
+__device__ bool load_block(const DecodeAttentionArgs& args, const SequenceKv& kv, int kv_head,
                            int block, BlockRegisters<T, kHeadDim, kReads>& registers) {
-  const int layer = args.base.layer;
+  const int layer = args.layer;
   const int slot = block_to_slot(kv, layer, kv_head)[block];
   if (slot != kAbsent) {
     registers.load(
@@ -254,14 +256,14 @@ __device__ bool load_block(const StreamedAttentionArgs& args, const SequenceKv& 
     registers.restore(kv.sketches + sketch_offset(kv, layer, kv_head, block));
     return true;
   }
-  const std::byte* data = arena_block(kv, layer, kv_head, block);
+  const auto* data = reinterpret_cast<const WordPair*>(arena_block(kv, layer, kv_head, block));
   bool good = data != nullptr;
   if (good) {
     const std::uint64_t expected = *checksum_of(kv, layer, kv_head, block);
-    registers.load(reinterpret_cast<const WordPair*>(data));
-    if constexpr (kReads == Reads::kBlock) good = registers.checksum(layer, block) == expected;
+    registers.load(data);
+    good = registers.checksum(data, layer, block) == expected;
   }
-  if (!good && threadIdx.x % 32 == 0) atomicAdd(args.mismatches, 1U);
+  if (!good && threadIdx.x % 32 == 0) atomicAdd(kv.mismatches, 1U);
   return good;
 }
 
@@ -299,8 +301,8 @@ __device__ void store_share(const Params<T>& p, const SharedParts& shared, int g
       sum += weight * part.sum;
       if constexpr (kValues) value += weight * shared.out[w * group * kHeadDim + i];
     }
-    const std::size_t at = share_index(p.args.base, row, first_head + head, p.num_shares,
-                                       static_cast<int>(blockIdx.x));
+    const std::size_t at =
+        share_index(p.args, row, first_head + head, p.num_shares, static_cast<int>(blockIdx.x));
     if constexpr (kValues) p.partial_out[at * kHeadDim + i % kHeadDim] = value;
     if (i % kHeadDim == 0) p.partial_sums[at] = {highest, sum};
   }
@@ -311,7 +313,7 @@ template <typename T, int kHeadDim, Reads kReads>
 __global__ void __launch_bounds__(kThreads) streamed_attention_kernel(Params<T> p) {
   constexpr bool kValues = kReads == Reads::kBlock;
   extern __shared__ __align__(16) float memory[];
-  const DecodeAttentionArgs& args = p.args.base;
+  const DecodeAttentionArgs& args = p.args;
   const int row = static_cast<int>(blockIdx.z);
   const int kv_head = static_cast<int>(blockIdx.y);
   const int share = static_cast<int>(blockIdx.x);
@@ -368,7 +370,7 @@ __global__ void __launch_bounds__(kThreads) streamed_attention_kernel(Params<T> 
 // The shares of one query head. grid: (num_heads, rows); a thread a dim.
 template <typename T>
 __global__ void merge_shares_kernel(Params<T> p) {
-  const DecodeAttentionArgs& args = p.args.base;
+  const DecodeAttentionArgs& args = p.args;
   const int head = static_cast<int>(blockIdx.x);
   const int row = static_cast<int>(blockIdx.y);
   const std::size_t first = share_index(args, row, head, p.num_shares, 0);
@@ -394,14 +396,13 @@ __global__ void merge_shares_kernel(Params<T> p) {
 }
 
 template <typename T, int kHeadDim, Reads kReads>
-void launch(const StreamedAttentionArgs& streamed, CudaStream& stream) {
+void launch(const DecodeAttentionArgs& args, CudaStream& stream) {
   constexpr bool kValues = kReads == Reads::kBlock;
-  const DecodeAttentionArgs& args = streamed.base;
   const int shares = std::max(1, kCtas / (args.rows * args.num_kv_heads));
   const std::size_t parts = static_cast<std::size_t>(args.rows) * args.num_heads * shares;
   std::byte* scratch =
       stream.scratch(parts * (sizeof(PartialSum) + (kValues ? kHeadDim * sizeof(float) : 0)));
-  const Params<T> params{streamed, shares,
+  const Params<T> params{args, shares,
                          reinterpret_cast<float*>(scratch + parts * sizeof(PartialSum)),
                          reinterpret_cast<PartialSum*>(scratch)};
   const auto kernel = streamed_attention_kernel<T, kHeadDim, kReads>;
@@ -418,30 +419,28 @@ void launch(const StreamedAttentionArgs& streamed, CudaStream& stream) {
 }
 
 template <Reads kReads>
-void run(const StreamedAttentionArgs& args, DataType activation, CudaStream& stream) {
-  const DecodeAttentionArgs& base = args.base;
-  if (base.rows == 0) return;
-  FT_CHECK(base.num_heads % base.num_kv_heads == 0, base.num_heads, base.num_kv_heads);
-  FT_CHECK(base.num_heads / base.num_kv_heads <= kMaxGroup, base.num_heads, base.num_kv_heads);
-  FT_CHECK(base.head_dim == 64 || base.head_dim == 128, base.head_dim);
+void run(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream) {
+  if (args.rows == 0) return;
+  FT_CHECK(args.num_heads % args.num_kv_heads == 0, args.num_heads, args.num_kv_heads);
+  FT_CHECK(args.num_heads / args.num_kv_heads <= kMaxGroup, args.num_heads, args.num_kv_heads);
+  FT_CHECK(args.head_dim == 64 || args.head_dim == 128, args.head_dim);
   with_half_type(activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    base.head_dim == 64 ? launch<T, 64, kReads>(args, stream)
+    args.head_dim == 64 ? launch<T, 64, kReads>(args, stream)
                         : launch<T, 128, kReads>(args, stream);
   });
 }
 
 }  // namespace
 
-void streamed_attention(const StreamedAttentionArgs& args, DataType activation,
-                        CudaStream& stream) {
-  args.base.out == nullptr ? run<Reads::kKeys>(args, activation, stream)
-                           : run<Reads::kBlock>(args, activation, stream);
+void streamed_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream) {
+  args.out == nullptr ? run<Reads::kKeys>(args, activation, stream)
+                      : run<Reads::kBlock>(args, activation, stream);
 }
 
 void sketched_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream) {
   FT_CHECK(args.out == nullptr);
-  run<Reads::kSketch>({args, nullptr}, activation, stream);
+  run<Reads::kSketch>(args, activation, stream);
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -93,7 +93,6 @@ struct KvStore::Impl {
   FileDescriptor nvme_file;  // the store's, once a sequence was outsized
   std::optional<RunIo> io;   // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
-  kernels::DeviceBuffer mismatches;                      // uint32
 
   Impl(const StoreClientConfig& client, kernels::Device& on, FileDescriptor socket)
       : config(client), device(on), connection(std::move(socket)) {}
@@ -105,8 +104,6 @@ struct KvStore::Impl {
                                          FileDescriptor file);
 
   bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
-
-  std::uint32_t* mismatch_counter() const { return mismatches.as<std::uint32_t>(); }
 
   // Runs an op that touches the arena. Under the guard the arena is open until the op is through.
   template <typename Op>
@@ -140,10 +137,6 @@ void KvStore::Impl::prepare_device() {
   for (int layer = 0; layer < config.shape.num_layers; ++layer) {
     fetched.push_back(device.make_event());
   }
-  mismatches = kernels::DeviceBuffer(device, sizeof(std::uint32_t), kernels::MemoryUse::kTables);
-  const auto stream = device.make_stream(kernels::StreamKind::kCompute);
-  device.fill_zero(mismatches.data(), mismatches.bytes(), *stream);
-  stream->synchronize();
 }
 
 // Slab numbers to device addresses. The store is trusted no further than a peer.
@@ -263,6 +256,8 @@ Status KvStore::commit(SequenceId sequence, int segment, const PrefixKey& key) {
   return impl_->connection.tell(Commit{sequence, segment, key});
 }
 
+Status KvStore::distrust(SequenceId sequence) { return impl_->connection.tell(Distrust{sequence}); }
+
 Status KvStore::release(SequenceId sequence) { return impl_->connection.tell(Release{sequence}); }
 
 Result<StoreStat> KvStore::stat() { return impl_->connection.ask_for<StoreStat>(StatRequest{}); }
@@ -274,8 +269,7 @@ std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->layout().s
 void KvStore::fetch(int layer, int num_layers, const kernels::SequenceKv* sequences,
                     const kernels::FetchList* fetches, int rows, kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] {
-    impl_->device.gather({sequences, fetches, rows, layer, impl_->mismatch_counter(), num_layers},
-                         stream);
+    impl_->device.gather({sequences, fetches, rows, layer, num_layers}, stream);
   });
   impl_->fetched[static_cast<std::size_t>(layer)]->record(stream);
 }
@@ -292,25 +286,17 @@ void KvStore::pack(const kernels::PackBlocksArgs& args, kernels::Stream& stream)
   impl_->touch_arena(stream, [&] { impl_->device.pack_blocks(args, stream); });
 }
 
-void KvStore::unpack(kernels::UnpackBlocksArgs args, kernels::Stream& stream) {
-  args.mismatches = impl_->mismatch_counter();
+void KvStore::unpack(const kernels::UnpackBlocksArgs& args, kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] { impl_->device.unpack_blocks(args, stream); });
 }
 
-void KvStore::streamed_attention(kernels::StreamedAttentionArgs args, kernels::Stream& stream) {
-  args.mismatches = impl_->mismatch_counter();
+void KvStore::streamed_attention(const kernels::DecodeAttentionArgs& args,
+                                 kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] { impl_->device.streamed_attention(args, stream); });
 }
 
 void KvStore::write_through(const kernels::WriteThroughArgs& args, kernels::Stream& stream) {
   impl_->touch_arena(stream, [&] { impl_->device.write_through(args, stream); });
-}
-
-std::uint32_t KvStore::checksum_failures(kernels::Stream& stream) {
-  std::uint32_t count = 0;
-  impl_->device.copy_out(&count, impl_->mismatch_counter(), sizeof count, stream);
-  stream.synchronize();
-  return count;
 }
 
 }  // namespace foretoken::kvstore

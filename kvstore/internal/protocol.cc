@@ -17,6 +17,7 @@ enum Kind : int {
   kRelease = 5,
   kStat = 6,
   kGoodbye = 7,
+  kDistrust = 8,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
@@ -100,6 +101,9 @@ struct RequestWriter {
     return Writer(kRelease, 1).id(raw(release.sequence)).finish();
   }
   std::string operator()(const StatRequest&) const { return Writer(kStat, 0).finish(); }
+  std::string operator()(const Distrust& distrust) const {
+    return Writer(kDistrust, 1).id(raw(distrust.sequence)).finish();
+  }
   std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
 };
 
@@ -356,6 +360,8 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(Release{SequenceId{reader.id("sequence")}});
     case kStat:
       return reader.finish<Request>(StatRequest{});
+    case kDistrust:
+      return reader.finish<Request>(Distrust{SequenceId{reader.id("sequence")}});
     case kGoodbye:
       return reader.finish<Request>(Goodbye{});
     default:

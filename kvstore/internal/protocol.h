@@ -1,7 +1,7 @@
 // Protocol: what a rank and the store say to each other, one message a SEQPACKET datagram: a
 // msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
 // Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, each or Error. Commit,
-// Release and Goodbye are one-way.
+// Distrust, Release and Goodbye are one-way.
 //
 // Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
 // Never throws. Error: kCorrupt, naming the field.
@@ -23,7 +23,7 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 4;
+inline constexpr int kProtocolVersion = 5;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
@@ -55,10 +55,13 @@ struct Commit {
 struct Release {
   SequenceId sequence{};
 };
+struct Distrust {
+  SequenceId sequence{};
+};
 struct StatRequest {};
 // The rank has unmapped the arena: its lease may end although its process lives.
 struct Goodbye {};
-using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye>;
+using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust>;
 
 // Comes with the arena's file descriptor (SCM_RIGHTS).
 struct Welcome {

@@ -226,6 +226,8 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
   }
   if (const auto* commit = std::get_if<Commit>(&request)) {
     note(peer, this->commit(peer, *commit));
+  } else if (const auto* distrust = std::get_if<Distrust>(&request)) {
+    note(peer, book_->distrust(*peer.lease, distrust->sequence));
   } else if (const auto* release = std::get_if<Release>(&request)) {
     take_back_slots(*peer.lease, release->sequence);
     note(peer, book_->release(*peer.lease, release->sequence));

@@ -24,14 +24,25 @@ std::optional<SlabIndex> SlabPool::take_empty() {
     return slab;
   }
   if (num_fresh_ < num_ready_) return SlabIndex{num_fresh_++};
-  if (cached_.empty()) return std::nullopt;
+  if (!cached_.empty()) return evict();
+  if (distrusted_.empty()) return std::nullopt;
+  const SlabIndex slab = distrusted_.front();
+  distrusted_.pop_front();
+  at(slab).distrusted = false;
+  return slab;
+}
+
+SlabIndex SlabPool::evict() {
   const SlabIndex victim = cached_.front();
   cached_.pop_front();
-  Slab& slab = at(victim);
-  by_key_.erase(slab.key);
-  slab.published = false;
+  unname(at(victim));
   ++num_evictions_;
   return victim;
+}
+
+void SlabPool::unname(Slab& slab) {
+  by_key_.erase(slab.key);
+  slab.published = false;
 }
 
 std::optional<SlabIndex> SlabPool::acquire() {
@@ -73,7 +84,7 @@ SlabPool::Run SlabPool::longest_run(std::span<const PrefixKey> keys) const {
 bool SlabPool::publish(SlabIndex index, const PrefixKey& key) {
   Slab& slab = at(index);
   FT_CHECK(slab.holds > 0, raw(index));
-  if (slab.published || !by_key_.try_emplace(key, index).second) return false;
+  if (slab.published || slab.distrusted || !by_key_.try_emplace(key, index).second) return false;
   slab.published = true;
   slab.key = key;
   return true;
@@ -81,9 +92,15 @@ bool SlabPool::publish(SlabIndex index, const PrefixKey& key) {
 
 void SlabPool::unpublish(SlabIndex index) {
   Slab& slab = at(index);
-  FT_CHECK(slab.holds == 1 && slab.published, raw(index), slab.holds);
-  by_key_.erase(slab.key);
-  slab.published = false;
+  FT_CHECK(slab.holds == 1, raw(index), slab.holds);
+  if (slab.published) unname(slab);
+}
+
+void SlabPool::distrust(SlabIndex index) {
+  Slab& slab = at(index);
+  FT_CHECK(slab.holds > 0, raw(index));
+  slab.distrusted = true;
+  if (slab.published) unname(slab);
 }
 
 bool SlabPool::is_shared(SlabIndex slab) const { return slabs_[raw(slab)].holds > 1; }
@@ -95,6 +112,8 @@ void SlabPool::release(SlabIndex index) {
   --num_used_;
   if (slab.published) {
     slab.cached_place = cached_.insert(cached_.end(), index);
+  } else if (slab.distrusted) {
+    distrusted_.push_back(index);
   } else {
     emptied_.push_back(index);
   }
@@ -106,6 +125,11 @@ void SlabPool::check() const {
   for (const SlabIndex slab : emptied_) {
     count(slab);
     FT_CHECK(slabs_[raw(slab)].holds == 0 && !slabs_[raw(slab)].published, raw(slab));
+  }
+  for (const SlabIndex slab : distrusted_) {
+    count(slab);
+    FT_CHECK(slabs_[raw(slab)].holds == 0 && !slabs_[raw(slab)].published, raw(slab));
+    FT_CHECK(slabs_[raw(slab)].distrusted, raw(slab));
   }
   for (const SlabIndex slab : cached_) {
     count(slab);

@@ -6,10 +6,14 @@
 //   cached     published, and held by nobody: given up, least recently used first, when an empty
 //              slab is wanted and there is none
 //
-// Every slab is in exactly one of these. Not thread-safe. Example: tests/kvstore/store_book_test.cc
+// Every slab is in exactly one of these. Beside that, one that KV which failed its check was read
+// from is distrusted: it is not published again, and when it is free the others are taken first, as
+// the memory may be what is bad. Whoever takes it then begins anew. Not thread-safe. Example:
+// tests/kvstore/store_book_test.cc
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <list>
 #include <optional>
 #include <span>
@@ -47,13 +51,16 @@ class SlabPool {
   Run longest_run(std::span<const PrefixKey> keys) const;
 
   // Makes a private slab published. False, and nothing changes, where it is published already or
-  // another slab holds the key.
+  // distrusted, or another slab holds the key.
   bool publish(SlabIndex slab, const PrefixKey& key);
 
-  // Makes a published slab private again. REQUIRES: !is_shared(slab).
+  // Makes a published slab private again, if it still is published. REQUIRES: !is_shared(slab).
   void unpublish(SlabIndex slab);
   // Whether the slab has more holders than one.
   bool is_shared(SlabIndex slab) const;
+
+  // Its key is forgotten; who holds it keeps it. REQUIRES: it is held.
+  void distrust(SlabIndex slab);
 
   // Takes back one hold. The last one frees a private slab and caches a published one.
   void release(SlabIndex slab);
@@ -73,17 +80,21 @@ class SlabPool {
   struct Slab {
     std::uint32_t holds = 0;
     bool published = false;
+    bool distrusted = false;
     PrefixKey key;                                // if published
     std::list<SlabIndex>::iterator cached_place;  // if cached
   };
   Slab& at(SlabIndex slab);
   std::optional<SlabIndex> take_empty();
+  SlabIndex evict();
+  void unname(Slab& slab);
 
   std::vector<Slab> slabs_;
   std::uint32_t num_ready_ = 0;
-  std::uint32_t num_fresh_ = 0;     // slabs [0, num_fresh_) have been handed out at least once
-  std::vector<SlabIndex> emptied_;  // of those, the ones that are free again
-  std::list<SlabIndex> cached_;     // least recently used first
+  std::uint32_t num_fresh_ = 0;       // slabs [0, num_fresh_) have been handed out at least once
+  std::vector<SlabIndex> emptied_;    // of those, the ones that are free again
+  std::deque<SlabIndex> distrusted_;  // ... and are not trusted
+  std::list<SlabIndex> cached_;       // least recently used first
   std::unordered_map<PrefixKey, SlabIndex> by_key_;
   std::uint32_t num_used_ = 0;
   std::uint64_t num_evictions_ = 0;

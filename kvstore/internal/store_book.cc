@@ -193,6 +193,18 @@ Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const Pre
   return Ok{};
 }
 
+Status StoreBook::distrust(LeaseId id, SequenceId sequence) {
+  const Lease& lease = at(id);
+  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  for (int i = 0; i < lease.owner.num_heads; ++i) {
+    const int head = lease.owner.first_head + i;
+    for (const SlabIndex slab : find(lease.owner, sequence, head)->slabs) {
+      pool(head).distrust(slab);
+    }
+  }
+  return Ok{};
+}
+
 Status StoreBook::release(LeaseId id, SequenceId sequence) {
   Lease& lease = at(id);
   if (lease.sequences.erase(sequence) == 0) return invalid(name_of(sequence) + " is not reserved");

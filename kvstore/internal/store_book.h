@@ -60,6 +60,7 @@ class StoreBook {
                         int num_segments);
   Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
   Status commit(LeaseId lease, SequenceId sequence, int segment, const PrefixKey& key);
+  Status distrust(LeaseId lease, SequenceId sequence);
   Status release(LeaseId lease, SequenceId sequence);
   // Whether another lease holds the sequence's slabs already, on a head of this one.
   bool is_shared(LeaseId lease, SequenceId sequence);

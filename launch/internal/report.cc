@@ -36,6 +36,8 @@ Json to_json(const KvReport& kv) {
           {"predictor_fallbacks", kv.predictor_fallbacks},
           {"dense_fallbacks", kv.dense_fallbacks},
           {"dense_capped", kv.dense_capped},
+          {"checksum_failures", kv.checksum_failures},
+          {"losses", kv.losses},
           {"spilled", kv.spilled},
           {"device_bytes", kv.device_bytes},
           {"full_kv_bytes", kv.full_kv_bytes}};

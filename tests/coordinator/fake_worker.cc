@@ -117,7 +117,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
   for (const auto id : plan.decodes) sample(id, result);
   if (store_->losses > 0 && !plan.decodes.empty() && config_.rank == config_.world_size - 1) {
     --store_->losses;
-    result.lost.push_back({plan.decodes.front(), Error{store_->loss, "KV on NVMe: injected"}});
+    result.lost.push_back({plan.decodes.front(), Error{store_->loss, "KV: injected"}, 3});
   }
   for (const auto& token : result.tokens) {
     result.token_digest = mix(result.token_digest, raw(token.sequence));

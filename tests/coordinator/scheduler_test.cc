@@ -201,6 +201,34 @@ TEST_F(SchedulerTest, PublishesPromptSegmentsOnceComputed) {
   EXPECT_THAT(plan().releases, ElementsAre(SequenceId{1}));
 }
 
+// What was computed from wrong KV must not get a key, whether or not somebody still waits for it.
+TEST_F(SchedulerTest, WhatALostSequenceComputedIsNotPublished) {
+  for (const int id : {1, 2}) {
+    const bool is_cancelled = id == 2;
+    scheduler_.add(sequence(id, 2 * kSegmentTokens, 5, 10 * id));
+    step();
+    auto last_of_prompt = answers(plan());
+    while (last_of_prompt[0].tokens.empty()) {
+      feed(last_of_prompt);
+      last_of_prompt = answers(plan());
+    }
+    const bool is_known = !is_cancelled || scheduler_.release(SequenceId(id));
+    EXPECT_TRUE(is_known);
+    const Error error{ErrorCode::kCorrupt, "KV blocks failed their check"};
+    last_of_prompt[0].lost.push_back({SequenceId(id), error, 2});
+    last_of_prompt[1].lost.push_back({SequenceId(id), error, 3});
+    const auto events = feed(last_of_prompt);
+    EXPECT_THAT(only<Sampled>(events), IsEmpty());
+    const auto lost = only<Lost>(events);
+    ASSERT_EQ(lost.size(), is_cancelled ? 0U : 1U);
+    for (const Lost& event : lost) EXPECT_EQ(event.checksum_failures, 5);
+    const auto release = plan();
+    EXPECT_THAT(release.publishes, IsEmpty());
+    EXPECT_THAT(release.releases, ElementsAre(SequenceId(id)));
+    feed(answers(release));
+  }
+}
+
 TEST_F(SchedulerTest, ReusedSegmentsAreNotPublishedAgain) {
   scheduler_.add(sequence(1, 600, 5, 10));
   step({512, 512});

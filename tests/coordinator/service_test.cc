@@ -350,7 +350,13 @@ TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
   const auto done = told<DoneMessage>();
   ASSERT_EQ(done.size(), 2U);
   EXPECT_EQ(done[1].tokens, done[0].tokens);
+  EXPECT_EQ(done[0].kv.losses, 0);
+  EXPECT_EQ(done[1].kv.losses, 1) << "two steps in flight said so";
   EXPECT_EQ(rank_->num_sequences(), 0U);
+  const std::string metrics = metrics_.text();
+  EXPECT_THAT(metrics, HasSubstr("foretoken_kv_losses_total{model_name=\"m\"} 1"));
+  EXPECT_THAT(metrics, HasSubstr("foretoken_kv_checksum_failures_total{model_name=\"m\","
+                                 "tier=\"host\"} 3"));
 }
 
 TEST_F(ServiceTest, ADiskThatFailsCostsTheRequestThatNeedsIt) {

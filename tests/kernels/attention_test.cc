@@ -209,6 +209,7 @@ struct Sequence {
     kv.max_blocks = blocks;
     kv.max_segments = segments;
     kv.shape = shape;
+    kv.mismatches = &mismatches;
     for (int layer = 0; layer < layers; ++layer) {
       for (int head = 0; head < s.num_kv_heads; ++head) {
         for (int block = 0; block < blocks; ++block) sign(layer, head, block);
@@ -279,6 +280,7 @@ struct Sequence {
   std::vector<std::vector<std::byte>> slabs;
   std::vector<std::byte*> slab_pointers;
   SequenceKv kv{};
+  std::uint32_t mismatches = 0;
 };
 
 class Decode : public testing::TestWithParam<Shape> {
@@ -410,9 +412,8 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
     }
     sequences.push_back(sequence.kv);
   }
-  std::uint32_t mismatches = 0;
-  test.run(&Device::streamed_attention, StreamedAttentionArgs{args(sequences), &mismatches});
-  EXPECT_EQ(mismatches, 0U);
+  test.run(&Device::streamed_attention, args(sequences));
+  for (const Sequence& sequence : all) EXPECT_EQ(sequence.mismatches, 0U);
   for (std::size_t row = 0; row < all.size(); ++row) {
     std::vector<int> columns(static_cast<std::size_t>(all[row].length / 16 + 1));
     for (std::size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int>(i);
@@ -421,8 +422,8 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
   }
   // Without `out` the keys alone are read, with the same result.
   const auto with_values = std::pair(lse, block_max);
-  StreamedAttentionArgs keys_alone{args(sequences), &mismatches};
-  keys_alone.base.out = nullptr;
+  DecodeAttentionArgs keys_alone = args(sequences);
+  keys_alone.out = nullptr;
   test.run(&Device::streamed_attention, keys_alone);
   EXPECT_EQ(lse, with_values.first);
   for (std::size_t i = 0; i < block_max.size(); ++i) {
@@ -438,18 +439,17 @@ TEST_P(Decode, StreamsOneHeadOfSeveral) {
     sequence.make_resident(kLayer, head, 18, 4 - head % 2);
   }
   std::vector<SequenceKv> sequences = {sequence.kv};
-  std::uint32_t mismatches = 0;
-  test.run(&Device::streamed_attention, StreamedAttentionArgs{args(sequences), &mismatches});
+  test.run(&Device::streamed_attention, args(sequences));
   const auto all = std::pair(out, lse);
   for (int head = 0; head < s.num_kv_heads; ++head) {
     sequences[0] = one_head(sequence.kv, head);
-    StreamedAttentionArgs one{args(sequences), &mismatches};
+    DecodeAttentionArgs one = args(sequences);
     const auto first = static_cast<std::ptrdiff_t>(head) * s.group;
-    one.base.q = q.data() + first * s.head_dim;
-    one.base.out = out.data() + first * s.head_dim;
-    one.base.lse = lse.data() + first;
-    one.base.num_heads = s.group;
-    one.base.num_kv_heads = 1;
+    one.q = q.data() + first * s.head_dim;
+    one.out = out.data() + first * s.head_dim;
+    one.lse = lse.data() + first;
+    one.num_heads = s.group;
+    one.num_kv_heads = 1;
     test.run(&Device::streamed_attention, one);
     for (std::ptrdiff_t i = first; i < first + s.group; ++i) {
       ASSERT_EQ(lse[static_cast<std::size_t>(i)], all.second[static_cast<std::size_t>(i)]) << i;
@@ -465,9 +465,9 @@ TEST_P(Decode, LeavesOutACorruptBlockAndCountsIt) {
   for (int head = 0; head < s.num_kv_heads; ++head) sequence.make_resident(kLayer, head, 6, 0);
   sequence.arena(kLayer, 0, 3)[77] ^= std::byte{1};
   const std::vector<SequenceKv> sequences = {sequence.kv};
-  std::uint32_t mismatches = 4;
-  test.run(&Device::streamed_attention, StreamedAttentionArgs{args(sequences), &mismatches});
-  EXPECT_EQ(mismatches, 5U);
+  sequence.mismatches = 4;
+  test.run(&Device::streamed_attention, args(sequences));
+  EXPECT_EQ(sequence.mismatches, 5U);
   for (int head = 0; head < num_heads; ++head) {
     const bool corrupt = head / s.group == 0;
     check(sequence, 0, head, {0, 1, 2, corrupt ? kAbsent : 3, 4, 5, 6}, pitch);

@@ -97,10 +97,19 @@ class KvOpsTest : public testing::Test {
     }
   }
   std::uint32_t gather(KvSequence& kv, FetchTable& fetches, int layer) {
-    std::uint32_t mismatches = 0;
-    device->gather({&kv.view, &fetches.view, 1, layer, &mismatches}, *copy);
+    const std::uint32_t before = kv.mismatches;
+    device->gather({&kv.view, &fetches.view, 1, layer}, *copy);
     copy->synchronize();
-    return mismatches;
+    return kv.mismatches - before;
+  }
+  std::uint32_t unpack_one(KvSequence& kv, int layer, int block) {
+    std::vector<std::byte> k_out(scratch_bytes());
+    std::vector<std::byte> v_out(scratch_bytes());
+    const std::uint32_t before = kv.mismatches;
+    device->unpack_blocks(
+        {k_out.data(), v_out.data(), kScratchTokens, 2, 64, layer, block, 1, &kv.view}, *copy);
+    copy->synchronize();
+    return kv.mismatches - before;
   }
   // One block of every (layer, head) into slot 0.
   static void ask_for(KvSequence& kv, FetchTable& fetches, int block) {
@@ -166,19 +175,18 @@ TEST_F(KvOpsTest, UnpackUndoesPack) {
   pack_all_layers(kv, 400);
   std::vector<std::byte> k_again(scratch_bytes());
   std::vector<std::byte> v_again(scratch_bytes());
-  std::uint32_t mismatches = 0;
   const UnpackBlocksArgs args{k_again.data(), v_again.data(), kScratchTokens, 2, 64, 2, 0, 25,
-                              &kv.view,       &mismatches};
+                              &kv.view};
   device->unpack_blocks(args, *copy);
   copy->synchronize();
-  EXPECT_EQ(mismatches, 0U);
+  EXPECT_EQ(kv.mismatches, 0U);
   EXPECT_EQ(k_again, k);
   EXPECT_EQ(v_again, v);
 
   kv.arena_data(2, 1, 9)[77] ^= std::byte{4};
   device->unpack_blocks(args, *copy);
   copy->synchronize();
-  EXPECT_EQ(mismatches, 1U);
+  EXPECT_EQ(kv.mismatches, 1U);
   const auto* row = k_again.data() + (kScratchTokens + 9 * kBlockTokens) * row_bytes();
   EXPECT_EQ(std::count(row, row + 16 * row_bytes(), std::byte{0}), 16 * 128) << "wrong bytes leak";
 }
@@ -199,11 +207,14 @@ TEST_F(KvOpsTest, GathersIntoSlots) {
   }
 }
 
-// Each fault is seen, counted once, and only the block that has it is made absent.
+// Each fault is seen, counted once, and only the block that has it is made absent, or zeros.
 // FORETOKEN_FAULTS sets how many are injected (2,000).
-TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
+TEST_F(KvOpsTest, EveryInjectedFaultIsFound) {
   KvSequence kv(kShape, kNumSlots, kMaxBlocks);
   FetchTable fetches(kShape, 4);
+  pack_all_layers(kv, 400);
+  const std::vector<std::byte> stale(kv.slab(0, 0), kv.slab(0, 0) + kShape.slab_bytes());
+  fill(k.data(), k.size(), random);  // other tokens, in the same slabs
   pack_all_layers(kv, 400);
   const std::vector<std::byte> clean(kv.slab(0, 0), kv.slab(0, 0) + kShape.slab_bytes());
   const std::size_t block_bytes = kShape.block_bytes();
@@ -214,7 +225,7 @@ TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
   for (int fault = 0; fault < num_faults; ++fault) {
     std::byte* block = kv.arena_data(kLayer, 0, kBlock);
     std::byte* checksum = kv.slab(0, 0) + slab_checksum_offset(kShape, kLayer, kBlock);
-    switch (fault % 5) {
+    switch (fault % 8) {
       case 0:  // 1 to 64 flipped bits, at distinct places
         for (unsigned bit = random() % 64 + 1, at = random(); bit > 0; --bit, at += 517) {
           block[at % block_bytes] ^= static_cast<std::byte>(1U << at / 7 % 8);
@@ -239,6 +250,20 @@ TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
         std::memcpy(block, kv.arena_data(0, 0, kBlock), block_bytes);  // equal bytes, here
         std::memcpy(checksum, kv.slab(0, 0) + slab_checksum_offset(kShape, 0, kBlock), 8);
         break;
+      case 5:  // a write that was lost: what the slab held before
+        std::memcpy(block, stale.data() + slab_block_offset(kShape, kLayer, kBlock), block_bytes);
+        break;
+      case 6:  // the same place of another head
+        std::memcpy(block, kv.arena_data(kLayer, 1, kBlock), block_bytes);
+        break;
+      case 7:  // cut off
+        std::memset(block + random() % block_bytes / 8 * 8, 0, 8);
+        break;
+    }
+    if (fault % 16 >= 8) {
+      ASSERT_EQ(unpack_one(kv, kLayer, kBlock), 1U) << "fault " << fault;
+      std::ranges::copy(clean, kv.slab(0, 0));
+      continue;
     }
     ask_for(kv, fetches, kBlock);
     ASSERT_EQ(gather(kv, fetches, kLayer), 1U) << "fault " << fault;
@@ -247,6 +272,22 @@ TEST_F(KvOpsTest, GatherFindsEveryInjectedFault) {
     ASSERT_EQ(kv.slot(kLayer, 1, kBlock), 0) << "the other head has no fault";
     std::ranges::copy(clean, kv.slab(0, 0));
   }
+}
+
+// The step writes to it, so it needs its slot: without the wrong bytes.
+TEST_F(KvOpsTest, AnOpenBlockThatFailsItsCheckStaysAsZeros) {
+  KvSequence kv(kShape, kNumSlots, kMaxBlocks);
+  FetchTable fetches(kShape, 4);
+  pack_all_layers(kv, 400);
+  kv.length = 6 * kBlockTokens + 3;
+  kv.arena_data(1, 0, 6)[5] ^= std::byte{1};
+  ask_for(kv, fetches, 6);
+  EXPECT_EQ(gather(kv, fetches, 1), 1U);
+  EXPECT_EQ(kv.slot(1, 0, 6), 0);
+  const std::byte* slot = kv.slot_data(1, 0, 0);
+  const auto block_bytes = static_cast<std::ptrdiff_t>(kShape.block_bytes());
+  EXPECT_EQ(std::count(slot, slot + block_bytes, std::byte{0}), block_bytes);
+  EXPECT_EQ(std::memcmp(kv.slot_data(1, 1, 0), kv.arena_data(1, 1, 6), kShape.block_bytes()), 0);
 }
 
 TEST_F(KvOpsTest, ABlockThatIsNotInHostMemoryIsAMiss) {

@@ -33,6 +33,7 @@ class KvSequence {
             max_blocks,
             max_segments,
             shape};
+    view.mismatches = &mismatches;
   }
   KvSequence(const KvSequence&) = delete;
   KvSequence& operator=(const KvSequence&) = delete;
@@ -81,6 +82,7 @@ class KvSequence {
   }
 
   std::int32_t length = 0;
+  std::uint32_t mismatches = 0;
   SequenceKv view;
   std::vector<std::byte*> runs;  // after make_outsized()
   std::vector<std::uint64_t> checksums;

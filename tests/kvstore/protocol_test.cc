@@ -56,6 +56,7 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(commit.segment, 5);
   EXPECT_EQ(commit.key, some_key(9));
   EXPECT_EQ(request_there_and_back(Release{sequence}).sequence, sequence);
+  EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
   request_there_and_back(StatRequest{});
   request_there_and_back(Goodbye{});
 }

@@ -33,9 +33,11 @@ std::vector<PrefixKey> keys_of(int prompt, int count) {
 
 // ---- the model --------------------------------------------------------------------------------
 
-// One head: every slab number is in exactly one of free, held and cached.
+// One head: every slab number is in exactly one of free, last, held and cached.
 struct HeadModel {
   std::set<SlabIndex> free;
+  std::list<SlabIndex> last;                 // free and distrusted, in the order they became so
+  std::set<SlabIndex> distrusted;            // held or in `last`
   std::map<SlabIndex, int> held;             // holds
   std::list<SlabIndex> cached;               // least recently used first
   std::map<SlabIndex, PrefixKey> published;  // held or cached
@@ -54,10 +56,12 @@ struct HeadModel {
   void take_empty(SlabIndex slab) {
     if (free.erase(slab) == 0) {
       ASSERT_TRUE(free.empty()) << "evicted although slabs were free";
-      ASSERT_FALSE(cached.empty());
-      ASSERT_EQ(cached.front(), slab) << "evicted out of turn";
-      cached.pop_front();
+      std::list<SlabIndex>& from = cached.empty() ? last : cached;
+      ASSERT_FALSE(from.empty());
+      ASSERT_EQ(from.front(), slab) << "evicted out of turn";
+      from.pop_front();
       published.erase(slab);
+      distrusted.erase(slab);
     }
     ASSERT_FALSE(held.contains(slab)) << "a slab in use was given away";
     held[slab] = 1;
@@ -68,10 +72,13 @@ struct HeadModel {
     held.erase(slab);
     if (published.contains(slab)) {
       cached.push_back(slab);
+    } else if (distrusted.contains(slab)) {
+      last.push_back(slab);
     } else {
       free.insert(slab);
     }
   }
+  std::size_t num_available() const { return free.size() + last.size() + cached.size(); }
 };
 
 struct AllocationModel {
@@ -110,7 +117,7 @@ class BookModel {
     for (int i = 0; i < owner.num_heads; ++i) {
       if (allocations_.contains(place(owner, sequence, i))) continue;
       const HeadModel& model = head(owner, i);
-      std::size_t available = model.free.size() + model.cached.size();
+      std::size_t available = model.num_available();
       std::size_t wanted = static_cast<std::size_t>(num_segments);
       for (const PrefixKey& key : keys) {
         const auto slab = model.find(key);
@@ -152,7 +159,7 @@ class BookModel {
       for (int at = hit_segments; at < allocation.hits; ++at) {
         if (model.held.at(allocation.slabs[static_cast<std::size_t>(at)]) > 1) ++shared;
       }
-      if (shared > model.free.size() + model.cached.size()) return false;
+      if (shared > model.num_available()) return false;
     }
     return true;
   }
@@ -186,7 +193,18 @@ class BookModel {
       HeadModel& model = head(owner, i);
       const SlabIndex slab =
           allocations_.at(place(owner, sequence, i)).slabs[static_cast<std::size_t>(segment)];
-      if (!model.published.contains(slab) && !model.find(key)) model.published[slab] = key;
+      if (model.published.contains(slab) || model.distrusted.contains(slab)) continue;
+      if (!model.find(key)) model.published[slab] = key;
+    }
+  }
+
+  void distrusted(LeaseId lease, SequenceId sequence) {
+    const LeaseOwner& owner = leases.at(lease).owner;
+    for (int i = 0; i < owner.num_heads; ++i) {
+      for (const SlabIndex slab : allocations_.at(place(owner, sequence, i)).slabs) {
+        head(owner, i).published.erase(slab);
+        head(owner, i).distrusted.insert(slab);
+      }
     }
   }
 
@@ -213,7 +231,7 @@ class BookModel {
     ASSERT_EQ(stat.leases, static_cast<std::int64_t>(leases.size()));
     std::size_t least_available = SIZE_MAX;
     for (const HeadModel& model : heads_) {
-      least_available = std::min(least_available, model.free.size() + model.cached.size());
+      least_available = std::min(least_available, model.num_available());
     }
     ASSERT_EQ(stat.slabs_free + stat.slabs_cached, static_cast<std::int64_t>(least_available));
     ASSERT_EQ(stat.slabs_free + stat.slabs_cached + stat.slabs_used, stat.slabs_ready);
@@ -259,6 +277,7 @@ class Traffic {
     const SequenceId sequence = any(held.sequences);
     if (choice < 50) return use(lease, sequence);
     if (choice < 75) return commit(lease, sequence);
+    if (choice < 78) return distrust(lease, sequence);
     release(lease, sequence);
   }
 
@@ -330,6 +349,10 @@ class Traffic {
     const PrefixKey key = key_of(other ? static_cast<int>(pick(5)) : prompt_of(sequence), segment);
     ASSERT_TRUE(book_.commit(lease, sequence, segment, key));
     model_.committed(lease, sequence, segment, key);
+  }
+  void distrust(LeaseId lease, SequenceId sequence) {
+    ASSERT_TRUE(book_.distrust(lease, sequence));
+    model_.distrusted(lease, sequence);
   }
   void release(LeaseId lease, SequenceId sequence) {
     ASSERT_TRUE(book_.release(lease, sequence));
@@ -466,9 +489,48 @@ TEST_F(StoreBookTest, AKeyThatIsThereStaysWithItsFirstSlab) {
   EXPECT_EQ(book.stat().slabs_free, 9);
 }
 
+TEST_F(StoreBookTest, WhatIsDistrustedServesNobodyAndIsTakenLast) {
+  const LeaseId rank = lease(0, 0);
+  cache(rank, SequenceId{1}, 7, 4);
+  const auto reader = book.reserve(rank, SequenceId{2}, keys_of(7, 4), 5);
+  const auto other = book.reserve(rank, SequenceId{3}, keys_of(7, 4), 5);
+  ASSERT_TRUE(reader && other);
+  ASSERT_TRUE(book.distrust(rank, SequenceId{2}));
+  ASSERT_TRUE(book.commit(rank, SequenceId{3}, 0, key_of(7, 0))) << "no harm, and no effect";
+  ASSERT_TRUE(book.release(rank, SequenceId{2}));
+  ASSERT_TRUE(book.release(rank, SequenceId{3}));
+  book.check();
+  EXPECT_EQ(book.stat().slabs_free, 10);
+
+  const auto next = book.reserve(rank, SequenceId{4}, keys_of(7, 4), 5);
+  ASSERT_TRUE(next);
+  EXPECT_EQ(next->head_hits[0], 0);
+  for (int i = 0; i < 4; ++i) {
+    EXPECT_EQ(std::ranges::count(next->slabs, reader->slabs[static_cast<std::size_t>(i)]), 0);
+  }
+  EXPECT_TRUE(book.reserve(rank, SequenceId{5}, {}, 5)) << "there are no others";
+  EXPECT_TRUE(book.commit(rank, SequenceId{5}, 0, key_of(7, 0)));
+  EXPECT_TRUE(book.release(rank, SequenceId{5}));
+  EXPECT_EQ(book.stat().slabs_cached, 1) << "whoever takes it begins anew";
+  book.check();
+}
+
+// Between a reservation and its use.
+TEST_F(StoreBookTest, UseTakesOverWhatWasDistrusted) {
+  const LeaseId rank = lease(0, 0);
+  cache(rank, SequenceId{1}, 7, 4);
+  ASSERT_TRUE(book.reserve(rank, SequenceId{2}, keys_of(7, 4), 4));
+  ASSERT_TRUE(book.distrust(rank, SequenceId{2}));
+  ASSERT_TRUE(book.use(rank, SequenceId{2}, 0));
+  ASSERT_TRUE(book.release(rank, SequenceId{2}));
+  book.check();
+  EXPECT_EQ(book.stat().slabs_free, 10);
+}
+
 TEST_F(StoreBookTest, RefusesWhatIsNotHeld) {
   const LeaseId rank = lease(0, 0);
   EXPECT_FALSE(book.release(rank, SequenceId{1}));
+  EXPECT_FALSE(book.distrust(rank, SequenceId{1}));
   EXPECT_FALSE(book.use(rank, SequenceId{1}, 0));
   EXPECT_FALSE(book.commit(rank, SequenceId{1}, 0, key_of(1, 0)));
   ASSERT_TRUE(book.reserve(rank, SequenceId{1}, {}, 2));

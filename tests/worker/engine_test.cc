@@ -13,6 +13,7 @@
 
 #include "predictor/weights.h"
 #include "tests/worker/local_group.h"
+#include "tests/worker/small_model.h"
 
 namespace foretoken::worker {
 namespace {
@@ -20,44 +21,6 @@ namespace {
 constexpr int kBudgetSlots =
     17;  // blocks of a budget of 256, the local window's spare one included
 constexpr std::int64_t kArenaBytes = std::int64_t{64} << 20;
-
-ModelConfig small_model() {
-  ModelConfig config;
-  config.hidden_size = 128;
-  config.num_layers = 3;
-  config.num_heads = 6;
-  config.num_kv_heads = 2;
-  config.head_dim = 64;
-  config.intermediate_size = 256;
-  config.vocab_size = 512;
-  config.max_position = 2048;
-  config.rms_norm_eps = 1e-5;
-  config.rope_theta = 10000;
-  config.tie_word_embeddings = false;
-  config.dtype = ModelDtype::kBf16;
-  return config;
-}
-
-ServiceConfig service(const std::string& policy, int budget = 1024) {
-  ServiceConfig config;
-  config.kv_policy = policy;
-  config.kv_budget = budget;
-  config.threads_per_rank = 2;
-  config.device_memory_gib = 0.5;
-  config.max_batched_tokens = 128;
-  config.max_num_seqs = 4;
-  // The same tests on a GPU: FORETOKEN_TEST_DEVICE=cuda worker_test
-  const char* device = std::getenv("FORETOKEN_TEST_DEVICE");
-  config.device = device != nullptr ? device : "cpu";
-  return config;
-}
-
-std::vector<TokenId> random_prompt(int length, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<TokenId> prompt(static_cast<std::size_t>(length));
-  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 512);
-  return prompt;
-}
 
 // Equal up to the first place where the better answer was a close call.
 void expect_same(const Answer& expected, const Answer& actual) {
@@ -314,7 +277,7 @@ TEST_F(EngineTest, NoStepCalibratesAllLayers) {
   for (const int steps : {1, 2, 3, 7}) {
     const KvReport report = answer(config, prompt, {.max_tokens = steps + 1}).report;
     const std::int64_t layers = (report.bytes_host - report.blocks_fetched * 4096) /
-                                ((64 - kBudgetSlots) * std::int64_t{2 * 2048});
+                                ((64 - kBudgetSlots) * std::int64_t{2 * 4096});
     EXPECT_EQ(layers, steps);
   }
 }

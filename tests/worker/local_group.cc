@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <fstream>
 #include <thread>
 
 #include "common/check.h"
@@ -72,6 +73,22 @@ StoreProcess::~StoreProcess() {
   std::filesystem::remove_all(folder_, ignored);
 }
 
+void StoreProcess::damage(std::size_t offset, std::byte flipped) const {
+  const auto descriptors = std::filesystem::path("/proc") / std::to_string(pid_) / "fd";
+  for (const auto& entry : std::filesystem::directory_iterator(descriptors)) {
+    std::error_code gone;
+    const auto target = std::filesystem::read_symlink(entry.path(), gone).string();
+    if (!target.starts_with("/memfd:")) continue;
+    std::fstream arena(entry.path(), std::ios::in | std::ios::out | std::ios::binary);
+    const auto at = static_cast<std::streamoff>(offset);
+    const auto byte = static_cast<std::byte>(arena.seekg(at).get());
+    arena.seekp(at).put(static_cast<char>(byte ^ flipped)).flush();
+    FT_CHECK(arena.good(), offset);
+    return;
+  }
+  FT_CHECK(false, pid_);
+}
+
 LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
                        const StoreProcess& store, kernels::HistoryType history)
     : model_config_(model), device_(device_for(config)), collective_(make_single_collective()) {
@@ -115,11 +132,15 @@ std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt) {
   return keys;
 }
 
-StepResult LocalGroup::run(StepPlan plan) {
+void LocalGroup::launch(StepPlan plan) {
   plan.epoch = kEpoch;
   plan.step = StepNumber{next_step_++};
   engine_->launch(plan);
-  return engine_->collect();
+}
+
+StepResult LocalGroup::run(StepPlan plan) {
+  launch(std::move(plan));
+  return collect();
 }
 
 AdmitSequence LocalGroup::admission(SequenceId id, const std::vector<TokenId>& prompt,

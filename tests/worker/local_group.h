@@ -21,6 +21,8 @@ class StoreProcess {
   StoreProcess(const StoreProcess&) = delete;
   StoreProcess& operator=(const StoreProcess&) = delete;
   std::string socket() const { return (folder_ / "store.sock").string(); }
+  // A byte of the arena, behind everybody's back.
+  void damage(std::size_t offset, std::byte flipped) const;
 
  private:
   std::filesystem::path folder_;
@@ -57,6 +59,9 @@ class LocalGroup {
   static AdmitSequence admission(SequenceId id, const std::vector<TokenId>& prompt,
                                  const Options& options);
   StepResult run(StepPlan plan);
+  // The two halves of run(): a plan may be launched before the one ahead of it is collected.
+  void launch(StepPlan plan);
+  StepResult collect() { return engine_->collect(); }
   kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
   kernels::Device& device() { return *device_; }
   const Engine& engine() { return *engine_; }

@@ -112,7 +112,8 @@ BenchSequence::BenchSequence(kernels::Device& device, kernels::Stream& stream,
       block_to_slot_(upload(device, stream, absent(shape, num_blocks), MemoryUse::kTables)),
       slot_to_block_(upload(device, stream, absent(shape, num_slots), MemoryUse::kTables)),
       length_(upload(device, stream, std::vector<std::int32_t>{num_blocks * kBlockTokens},
-                     MemoryUse::kTables)) {
+                     MemoryUse::kTables)),
+      mismatches_(upload(device, stream, std::vector<std::uint32_t>{0}, MemoryUse::kTables)) {
   std::vector<std::byte*> slabs(num_slabs(shape, num_blocks));
   for (std::size_t i = 0; i < slabs.size(); ++i) {
     slabs[i] = arena_.address() + i * shape.slab_bytes();
@@ -126,7 +127,8 @@ BenchSequence::BenchSequence(kernels::Device& device, kernels::Stream& stream,
          .num_slots = num_slots,
          .max_blocks = num_blocks,
          .max_segments = num_blocks / kSegmentBlocks,
-         .shape = shape};
+         .shape = shape,
+         .mismatches = mismatches_.as<std::uint32_t>()};
   view_ = upload(device, stream, std::vector<kernels::SequenceKv>{kv_}, MemoryUse::kTables);
   fill_arena(stream);
 }

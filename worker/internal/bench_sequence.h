@@ -46,7 +46,7 @@ class BenchSequence {
   kernels::Device& device_;
   kernels::KvShape shape_;
   RegisteredMemory arena_;
-  kernels::DeviceBuffer slots_, block_to_slot_, slot_to_block_, slabs_, length_, view_;
+  kernels::DeviceBuffer slots_, block_to_slot_, slot_to_block_, slabs_, length_, mismatches_, view_;
   kernels::SequenceKv kv_{};
 };
 

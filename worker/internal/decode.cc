@@ -358,7 +358,7 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
 void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,
                     kernels::Stream& compute) {
   for (Sequence* row : rows) nvme_reads_.bring_all(*row, args.layer);
-  store_.streamed_attention({args, nullptr}, compute);
+  store_.streamed_attention(args, compute);
   for (Sequence* row : rows) nvme_reads_.let_go(*row, args.layer);
 }
 
@@ -468,15 +468,16 @@ void Decode::score_for_calibration(int layer, int row, kernels::Stream& compute)
   device_.sketched_attention(all_blocks_args(layer, row), compute);
 }
 
-// Of the blocks without a slot, whose keys a calibration by keys reads in the host's memory.
+// Of the blocks without a slot, which a calibration by keys reads in the host's memory: values too,
+// for the checksum.
 void Decode::count_calibration_bytes(Sequence& sequence) const {
   if (policy_.calibration() != predictor::Calibration::kExact) return;
   const kernels::SequenceKv& kv = sequence.kv();
   const int absent = std::max(0, blocks_for(sequence.length()) - kv.num_slots);
-  const auto key_bytes = static_cast<std::int64_t>(kv.shape.block_bytes()) / 2;
+  const auto block_bytes = static_cast<std::int64_t>(kv.shape.block_bytes());
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
     if (!calibrates(sequence, layer)) continue;
-    sequence.report.bytes_host += absent * kv.shape.num_kv_heads * key_bytes;
+    sequence.report.bytes_host += absent * kv.shape.num_kv_heads * block_bytes;
   }
 }
 

@@ -132,10 +132,7 @@ StepResult Engine::collect() {
   pending_.pop_front();
   StepResult& result = pending.result;
   pending.ended->synchronize();
-  for (auto& draw : pending.draws) {
-    const auto tokens = sampler_.collect(std::move(draw));
-    result.tokens.insert(result.tokens.end(), tokens.begin(), tokens.end());
-  }
+  for (auto& draw : pending.draws) sampler_.collect(std::move(draw), result);
   check_drawn(result.tokens);
   result.token_digest = digest(result.tokens);
   if (rank_ != 0) result.tokens.clear();
@@ -168,12 +165,17 @@ Sequence& Engine::find(SequenceId id) {
 void Engine::release(SequenceId id, StepResult& result) {
   const auto found = sequences_.find(id);
   if (found == sequences_.end()) return;  // its admission failed here, and not on another rank
-  result.stats.push_back({id, found->second->final_report(*compute_)});
+  const KvReport report = found->second->final_report(*compute_);
+  result.stats.push_back({id, report});
   sequences_.erase(found);
-  if (const Status status = store_.release(id); !status) throw Exception(status.error());
+  Status status = Ok{};
+  if (report.checksum_failures > 0) status = store_.distrust(id);
+  if (status) status = store_.release(id);
+  if (!status) throw Exception(status.error());
 }
 
-// Sequences of the plan whose KV on NVMe is lost: what they draw from here on is noise.
+// Sequences of the plan whose KV on NVMe is lost: what they draw from here on is noise. Of what is
+// lost in the arena the sampler tells, when the host reads the tokens.
 void Engine::note_lost(const StepPlan& plan, StepResult& result) {
   std::set<SequenceId> worked_on(plan.decodes.begin(), plan.decodes.end());
   for (const PrefillItem& item : plan.prefills) worked_on.insert(item.sequence);

@@ -78,9 +78,7 @@ class GatherBench {
         copy_(device_->make_stream(kernels::StreamKind::kCopy)),
         forked_(device_->make_event()),
         joined_(device_->make_event()),
-        dense_(config_, *device_, *compute_),
-        mismatches_(*device_, sizeof(std::uint32_t), MemoryUse::kTables) {
-    device_->fill_zero(mismatches_.data(), mismatches_.bytes(), *compute_);
+        dense_(config_, *device_, *compute_) {
     dense_.run(*compute_);
     compute_->synchronize();
     dense_graph_ = device_->record(*compute_, [this] {
@@ -96,9 +94,9 @@ class GatherBench {
                                    num_blocks(block_bytes), num_slots());
       link = std::max(link, link_gb_per_s(sequence.arena()));
       for (const double churn : options_.churn) rows.push_back(measure(sequence, churn));
+      check_blocks(sequence);
     }
     for (Json& row : rows) row["link_share"] = row["gb_per_s"].get<double>() / link;
-    check_blocks();
     return {{"bench", "gather"},
             {"device", device_->info().name},
             {"gather_units", device_->info().gather_units},
@@ -153,7 +151,6 @@ class GatherBench {
                        .fetches = fetches.on_device(),
                        .rows = 1,
                        .layer = layer,
-                       .mismatches = mismatches_.as<std::uint32_t>(),
                        .num_layers = count},
                       *copy_);
     }
@@ -236,9 +233,9 @@ class GatherBench {
     });
   }
 
-  void check_blocks() {
+  void check_blocks(const BenchSequence& sequence) {
     std::uint32_t wrong = 0;
-    device_->copy_out(&wrong, mismatches_.data(), sizeof wrong, *compute_);
+    device_->copy_out(&wrong, sequence.kv().mismatches, sizeof wrong, *compute_);
     compute_->synchronize();
     if (wrong == 0) return;
     throw Exception(ErrorCode::kDevice,
@@ -251,7 +248,6 @@ class GatherBench {
   std::unique_ptr<kernels::Stream> compute_, copy_;
   std::unique_ptr<kernels::Event> forked_, joined_;
   DenseStep dense_;
-  DeviceBuffer mismatches_;
   std::unique_ptr<kernels::Graph> dense_graph_;
 };
 

@@ -179,8 +179,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
                  .layer = layer,
                  .first_block = 0,
                  .num_blocks = blocks,
-                 .sequence = sequence.alone().sequences,
-                 .mismatches = nullptr},
+                 .sequence = sequence.alone().sequences},
                 stream);
 }
 

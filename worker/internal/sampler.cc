@@ -21,7 +21,14 @@ kernels::SampleRow make_row(const Sequence& sequence) {
           .num_tokens = sequence.length(),
           .append = sequence.length() < sequence.max_length(),
           .num_logprobs = sampling.num_logprobs,
-          .forced = sequence.next_forced()};
+          .forced = sequence.next_forced(),
+          .mismatches = sequence.kv().mismatches};
+}
+
+LostSequence lost(SequenceId sequence, std::uint32_t mismatches) {
+  return {sequence,
+          {ErrorCode::kCorrupt, std::to_string(mismatches) + " KV blocks failed their check"},
+          mismatches};
 }
 
 TokenInfo token_info(const kernels::SampledToken& sampled) {
@@ -77,14 +84,16 @@ void Sampler::end(Draw& draw, kernels::Stream& stream) {
   draw.done->record(stream);
 }
 
-std::vector<SequenceToken> Sampler::collect(std::unique_ptr<Draw> draw) {
+void Sampler::collect(std::unique_ptr<Draw> draw, StepResult& result) {
   draw->done->synchronize();
   for (std::size_t i = 0; i < draw->tokens.size(); ++i) {
-    draw->tokens[i].token = token_info(draw->sampled.data()[i]);
+    const kernels::SampledToken& sampled = draw->sampled.data()[i];
+    SequenceToken& token = draw->tokens[i];
+    token.token = token_info(sampled);
+    result.tokens.push_back(token);
+    if (sampled.mismatches > 0) result.lost.push_back(lost(token.sequence, sampled.mismatches));
   }
-  std::vector<SequenceToken> tokens = draw->tokens;
   idle_.push_back(std::move(draw));
-  return tokens;
 }
 
 }  // namespace foretoken::worker

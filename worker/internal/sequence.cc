@@ -36,6 +36,7 @@ struct TableLayout {
     entries = layout.add<kernels::FetchEntry>(maps * static_cast<std::size_t>(num_slots));
     counts = layout.add<std::int32_t>(maps);
     totals = layout.add<std::uint64_t>(2);
+    mismatches = layout.add<std::uint32_t>(1);
     slabs = layout.add<std::byte*>(segments);
     length = layout.add<std::int32_t>(1);
     tokens = layout.add<TokenId>(static_cast<std::size_t>(max_blocks) * kBlockTokens);
@@ -46,7 +47,8 @@ struct TableLayout {
     heads = layout.add<kernels::SequenceKv>(static_cast<std::size_t>(shape.num_kv_heads));
   }
   Layout layout;
-  std::size_t block_to_slot, slot_to_block, entries, counts, totals, slabs, length, tokens;
+  std::size_t block_to_slot, slot_to_block, entries, counts, totals, mismatches, slabs, length,
+      tokens;
   std::size_t sequence, fetches, history, selection;  // the batch of one
   std::size_t heads;                                  // ... and of one KV head each
 };
@@ -142,6 +144,7 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
   kv_.slabs = reinterpret_cast<std::byte* const*>(base + at.slabs);
   kv_.length = reinterpret_cast<std::int32_t*>(base + at.length);
   kv_.tokens = reinterpret_cast<TokenId*>(base + at.tokens);
+  kv_.mismatches = reinterpret_cast<std::uint32_t*>(base + at.mismatches);
   device_.copy_in(kv_.tokens, prompt.data(), prompt.size() * sizeof(TokenId), stream);
   fetches_ = {reinterpret_cast<kernels::FetchEntry*>(base + at.entries),
               reinterpret_cast<std::int32_t*>(base + at.counts), kv_.num_slots,
@@ -245,12 +248,15 @@ void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffe
 KvReport Sequence::final_report(kernels::Stream& stream) {
   std::array<std::uint64_t, 2> totals{};
   std::uint32_t fallbacks = 0;
+  std::uint32_t mismatches = 0;
   device_.copy_out(totals.data(), fetches_.totals, sizeof totals, stream);
+  device_.copy_out(&mismatches, kv_.mismatches, sizeof mismatches, stream);
   if (const std::uint32_t* counter = policy_state_->history.fallbacks) {
     device_.copy_out(&fallbacks, counter, sizeof fallbacks, stream);
   }
   stream.synchronize();
   report.predictor_fallbacks = fallbacks;
+  report.checksum_failures = mismatches;
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   // Beside what calibrations have read.

@@ -61,6 +61,7 @@ struct DeviceSequence {
         device_slot_to_block(on, slot_to_block),
         slabs(on, slab_addresses(shape)),
         length(on, {0}),
+        mismatches(on, {7}),
         kv{slots.data(),
            device_block_to_slot.data(),
            device_slot_to_block.data(),
@@ -70,7 +71,7 @@ struct DeviceSequence {
            max_blocks,
            num_segments,
            shape},
-        view(on, {kv}) {
+        view(on, {with_mismatches()}) {
     const auto bytes = random_bytes(arena.host().size(), seed + 1);
     std::copy(bytes.begin(), bytes.end(), arena.host().begin());
   }
@@ -107,6 +108,10 @@ struct DeviceSequence {
     slabs.set(addresses);
   }
 
+  const SequenceKv& with_mismatches() {
+    kv.mismatches = mismatches.data();
+    return kv;
+  }
   std::size_t num_slabs(const KvShape& shape) const {
     return static_cast<std::size_t>(shape.num_kv_heads) * static_cast<std::size_t>(num_segments);
   }
@@ -134,6 +139,7 @@ struct DeviceSequence {
   DeviceArray<std::int32_t> device_slot_to_block;
   DeviceArray<std::byte*> slabs;
   DeviceArray<std::int32_t> length;
+  DeviceArray<std::uint32_t> mismatches;
   SequenceKv kv;  // host; what `view` holds on the device
   DeviceArray<SequenceKv> view;
 };

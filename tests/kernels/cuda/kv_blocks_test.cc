@@ -23,8 +23,7 @@ struct Side {
         sequence(device, shape, kNumSlots, kMaxBlocks),
         slabs(sequence.slab_addresses(shape)),
         k(device, random_bytes(scratch_bytes(), 2)),
-        v(device, random_bytes(scratch_bytes(), 3)),
-        mismatches(device, {7}) {}
+        v(device, random_bytes(scratch_bytes(), 3)) {}
 
   std::size_t scratch_bytes() const {
     return static_cast<std::size_t>(shape.num_kv_heads) * kScratchTokens * shape.block_bytes() /
@@ -38,10 +37,9 @@ struct Side {
                        knows_slabs ? slabs.data() : nullptr, sequence.num_segments});
   }
   void unpack(int layer, int first_block, int num_blocks) {
-    on.run(
-        &Device::unpack_blocks,
-        UnpackBlocksArgs{k.data(), v.data(), kScratchTokens, shape.num_kv_heads, shape.head_dim,
-                         layer, first_block, num_blocks, sequence.view.data(), mismatches.data()});
+    on.run(&Device::unpack_blocks,
+           UnpackBlocksArgs{k.data(), v.data(), kScratchTokens, shape.num_kv_heads, shape.head_dim,
+                            layer, first_block, num_blocks, sequence.view.data()});
   }
   void pack_all_layers() {
     for (int layer = 0; layer < shape.num_layers; ++layer) {
@@ -56,7 +54,6 @@ struct Side {
   bool knows_slabs = false;
   DeviceArray<std::byte> k;
   DeviceArray<std::byte> v;
-  DeviceArray<std::uint32_t> mismatches;
 };
 
 bool equal(std::span<const std::byte> a, std::span<const std::byte> b) {
@@ -68,7 +65,7 @@ void expect_equal(Side& cuda, Side& cpu) {
   EXPECT_TRUE(cuda.sequence.slots.get() == cpu.sequence.slots.get());
   EXPECT_TRUE(cuda.k.get() == cpu.k.get());
   EXPECT_TRUE(cuda.v.get() == cpu.v.get());
-  EXPECT_EQ(cuda.mismatches.get(), cpu.mismatches.get());
+  EXPECT_EQ(cuda.sequence.mismatches.get(), cpu.sequence.mismatches.get());
   cuda.sequence.download();
   cpu.sequence.download();
   EXPECT_EQ(cuda.sequence.block_to_slot, cpu.sequence.block_to_slot);
@@ -135,14 +132,14 @@ TEST_P(KvBlocks, UnpacksAsTheCpuAndSeesAFlippedBit) {
     side.unpack(0, 3, 0);
     side.unpack(0, 3, 41);
   });
-  EXPECT_EQ(cuda->mismatches.get()[0], 7U);
+  EXPECT_EQ(cuda->sequence.mismatches.get()[0], 7U);
   expect_equal(*cuda, *cpu);
   both([](Side& side) {
     side.sequence.arena_block(0, 0, 9)[77] ^= std::byte{4};
     side.sequence.slab(0, 33)[slab_checksum_offset(side.shape, 0, 33) + 7] ^= std::byte{1};
     side.unpack(0, 0, kMaxBlocks);
   });
-  EXPECT_EQ(cuda->mismatches.get()[0], 9U);
+  EXPECT_EQ(cuda->sequence.mismatches.get()[0], 9U);
   expect_equal(*cuda, *cpu);
 }
 
@@ -183,11 +180,29 @@ TEST_P(KvBlocks, GathersAsTheCpuAndSeesEveryFault) {
     DeviceFetches fetches(side.on, shape, kNumSlots);
     fetches.entries.set(entries);
     fetches.counts.set(counts);
-    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1,
-                                            layer, side.mismatches.data()});
+    side.on.run(&Device::gather,
+                GatherArgs{side.sequence.view.data(), fetches.view.data(), 1, layer});
   });
   expect_equal(*cuda, *cpu);
-  EXPECT_GT(cuda->mismatches.get()[0], 7U);
+  EXPECT_GT(cuda->sequence.mismatches.get()[0], 7U);
+}
+
+TEST_P(KvBlocks, AnOpenBlockThatFailsItsCheckStaysAsZeros) {
+  const KvShape shape = GetParam();
+  both([&](Side& side) {
+    side.pack_all_layers();
+    side.sequence.length.set({5 * kBlockTokens + 3});
+    for (int head = 0; head < shape.num_kv_heads; ++head) side.sequence.place(0, head, 5, 3);
+    side.sequence.upload();
+    side.sequence.arena_block(0, 0, 5)[77] ^= std::byte{4};
+    DeviceFetches fetches(side.on, shape, 1);
+    fetches.entries.set(std::vector<FetchEntry>(entries_of(shape, 1), {5, 3}));
+    fetches.counts.set(std::vector<std::int32_t>(entries_of(shape, 1), 1));
+    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1, 0});
+  });
+  EXPECT_EQ(cuda->sequence.mismatches.get()[0], 8U);
+  EXPECT_EQ(cuda->sequence.slot(0, 0, 5), 3);
+  expect_equal(*cuda, *cpu);
 }
 
 // More lists than a CTA has threads.
@@ -205,10 +220,8 @@ TEST_P(KvBlocks, GathersManyRows) {
     const DeviceArray<SequenceKv> sequences(
         side.on, std::vector<SequenceKv>(static_cast<std::size_t>(rows), side.sequence.kv));
     const DeviceArray<FetchList> fetches(side.on, lists);
-    side.on.run(&Device::gather,
-                GatherArgs{sequences.data(), fetches.data(), rows, 0, side.mismatches.data()});
-    side.on.run(&Device::gather,
-                GatherArgs{sequences.data(), fetches.data(), 0, 0, side.mismatches.data()});
+    side.on.run(&Device::gather, GatherArgs{sequences.data(), fetches.data(), rows, 0});
+    side.on.run(&Device::gather, GatherArgs{sequences.data(), fetches.data(), 0, 0});
   };
   const auto before = cuda->sequence.slots.get();
   both(run);
@@ -258,8 +271,7 @@ TEST_P(KvBlocks, RunsInAGraph) {
   const auto step = [&] {
     device.advance({cuda->sequence.view.data(), 1}, stream);
     device.write_through({cuda->sequence.view.data(), 1, true}, stream);
-    device.gather({cuda->sequence.view.data(), fetches.view.data(), 1, 0, cuda->mismatches.data()},
-                  stream);
+    device.gather({cuda->sequence.view.data(), fetches.view.data(), 1, 0}, stream);
   };
   cuda->sequence.place(0, 0, 2, 7);
   for (int layer = 0; layer < shape.num_layers; ++layer) {
@@ -277,7 +289,7 @@ TEST_P(KvBlocks, RunsInAGraph) {
   graph->launch(stream);
   stream.synchronize();
   EXPECT_EQ(cuda->sequence.length.get()[0], 48);
-  EXPECT_EQ(cuda->mismatches.get()[0], 7U);
+  EXPECT_EQ(cuda->sequence.mismatches.get()[0], 7U);
   const auto slots = cuda->sequence.slots.get();
   const std::span from(slots.data() + slot_offset(cuda->sequence.kv, 0, 0, 7), shape.block_bytes());
   const std::span to(slots.data() + slot_offset(cuda->sequence.kv, 0, 0, 3), shape.block_bytes());
