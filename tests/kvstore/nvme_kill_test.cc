@@ -1,7 +1,7 @@
 // A store is killed while it writes, again and again, over the same file; what the next one finds
 // is held against an oracle: each slab is right, and none is lost that was done.
 //
-// FORETOKEN_KILLS sets how many times (20).
+// FORETOKEN_KILLS sets how many times at least (20).
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <poll.h>
@@ -78,7 +78,8 @@ TEST(NvmeKill, NothingWrongAndNothingDoneIsLost) {
   std::mt19937 random(kSeed);
   const NvmeGeometry geometry = kill_test_geometry();
   std::vector<std::uint32_t> done;  // by all of them, in order
-  for (int i = 0; i < num_kills(); ++i) {
+  // More on a slow machine: until the oldest have had to give way.
+  for (int i = 0; i < num_kills() || done.size() <= geometry.num_slots; ++i) {
     const auto life = std::chrono::microseconds(random() % 30'000);
     for (const std::uint32_t number : run_and_kill(folder.path(), random(), life)) {
       done.push_back(number);
@@ -98,7 +99,6 @@ TEST(NvmeKill, NothingWrongAndNothingDoneIsLost) {
     EXPECT_LE(tier->stat().checksum_failures, 1) << "the one that was being written";
     if (HasFailure()) return;
   }
-  EXPECT_GT(done.size(), geometry.num_slots);
 }
 
 }  // namespace
