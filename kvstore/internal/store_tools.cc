@@ -21,7 +21,7 @@ class Inspection {
  public:
   explicit Inspection(const std::filesystem::path& folder) : file_(existing(folder)) {
     IoMemory memory(std::size_t{1} << 20);
-    const auto device = make_thread_device(file_.fd(), /*depth=*/1);
+    const auto device = make_thread_device(file_.fd(), memory, /*depth=*/1);
     const auto superblock = read_superblock(*device, memory.bytes()).value_or_throw();
     contents_ = scan_headers(*device, memory.bytes(), superblock).value_or_throw();
     for (const SlotHeader& header : contents_.slabs) held_.insert(header.slot);
