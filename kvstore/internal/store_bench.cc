@@ -16,6 +16,7 @@
 #include "common/ids.h"
 #include "kernels/checksum.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sample_slab.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -39,26 +40,6 @@ void wait_for(int event) {
   if (poll(&ready, 1, 10'000) != 1) {
     throw Exception(ErrorCode::kIo, "the disk has not answered for 10 s");
   }
-}
-
-// A slab of random blocks with their checksums.
-std::vector<std::byte> make_slab(const kernels::KvShape& shape, std::uint64_t seed) {
-  std::vector<std::byte> slab(shape.slab_bytes());
-  std::mt19937_64 random(seed);
-  for (std::size_t at = 0; at < shape.slab_payload_bytes(); at += 8) {
-    const std::uint64_t word = random();
-    std::memcpy(slab.data() + at, &word, sizeof word);
-  }
-  for (int layer = 0; layer < shape.num_layers; ++layer) {
-    for (int block = 0; block < kSegmentBlocks; ++block) {
-      const std::uint64_t checksum =
-          kernels::block_checksum(slab.data() + kernels::slab_block_offset(shape, layer, block),
-                                  shape.block_bytes(), layer, block);
-      std::memcpy(slab.data() + kernels::slab_checksum_offset(shape, layer, block), &checksum,
-                  sizeof checksum);
-    }
-  }
-  return slab;
 }
 
 SlabName name_of(std::uint32_t number) {
@@ -89,7 +70,7 @@ class StoreBench {
         order_(geometry_.num_slots) {
     std::iota(order_.begin(), order_.end(), 0U);
     std::ranges::shuffle(order_, std::mt19937(kSeed));
-    for (std::size_t i = 0; i < kSources; ++i) slabs_.push_back(make_slab(shape_, i));
+    for (std::size_t i = 0; i < kSources; ++i) slabs_.push_back(sample_slab(shape_, i));
   }
 
   Json run() {
