@@ -58,10 +58,19 @@ Status write_superblock(BlockDevice& device, std::span<std::byte> memory,
                            memory.data(), kSectorBytes});
 }
 
+// One that lays out another size than the file has is none: its slots may be any number.
 Result<Superblock> read_copy(BlockDevice& device, std::span<std::byte> memory, int copy) {
   FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kRead, NvmeGeometry::superblock_offset(copy),
                                        memory.data(), kSectorBytes}));
-  return decode_superblock(memory.first<kSectorBytes>());
+  FT_ASSIGN_OR_RETURN(Superblock superblock, decode_superblock(memory.first<kSectorBytes>()));
+  FT_ASSIGN_OR_RETURN(const std::uint64_t bytes, device.size());
+  if (const std::uint64_t due = superblock.geometry.file_bytes(); due != bytes) {
+    return Error{ErrorCode::kCorrupt, "NVMe file: it has " + std::to_string(bytes) +
+                                          " bytes, and its superblock " + std::to_string(due) +
+                                          ", of " + std::to_string(superblock.geometry.num_slots) +
+                                          " slots"};
+  }
+  return superblock;
 }
 
 // Odd generations are written to copy 0 first, even ones to copy 1: the copy that is overwritten
@@ -140,6 +149,8 @@ void order_by_age(std::vector<SlotHeader>& slabs) {
   std::ranges::reverse(slabs);
 }
 
+bool is_damage(const Error& error) { return error.code == ErrorCode::kCorrupt; }
+
 }  // namespace
 
 Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory) {
@@ -147,7 +158,8 @@ Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> mem
   if (!first && first.error().code == ErrorCode::kTimeout) return first;
   auto second = read_copy(device, memory, 1);
   if (first && second) return first->generation >= second->generation ? first : second;
-  return first ? first : second;
+  if (first || second) return first ? first : second;
+  return is_damage(first.error()) ? second : first;  // what can't be read may be whole
 }
 
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
@@ -173,17 +185,24 @@ Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memo
 Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
                                    const NvmeOpening& opening) {
   FT_CHECK(memory.size() >= kSectorBytes, memory.size());
-  if (opening.reuse == NvmeReuse::kStartAfresh) return start_afresh(device, memory, opening);
+  FT_ASSIGN_OR_RETURN(const std::uint64_t bytes, device.size());
+  if (opening.reuse == NvmeReuse::kStartAfresh || bytes == 0) {
+    return start_afresh(device, memory, opening);
+  }
   auto superblock = read_superblock(device, memory);
-  // `memory` is still the disk's: nothing else may be tried with it.
-  if (!superblock && superblock.error().code == ErrorCode::kTimeout) return superblock.error();
+  // A disk that fails now may still hold all of it; after a timeout `memory` is still the disk's.
+  if (!superblock && !is_damage(superblock.error())) {
+    return Error{superblock.error().code,
+                 "the NVMe file is left as it is, since its superblocks "
+                 "can't be read: " +
+                     superblock.error().message};
+  }
   const std::string why = superblock ? misfit(*superblock, opening) : superblock.error().message;
   if (!why.empty()) {
-    log().info("the NVMe file starts afresh: {}", why);
+    log().warn("the NVMe file starts afresh: {}", why);
     return start_afresh(device, memory, opening);
   }
   ++superblock->generation;
-  FT_RETURN_IF_ERROR(device.resize(superblock->geometry.file_bytes()));
   FT_RETURN_IF_ERROR(write_superblocks(device, memory, *superblock));
   return scan_headers(device, memory, *superblock);
 }

@@ -32,8 +32,8 @@ struct NvmeContents {
 };
 
 // kKeepSlabs keeps the file's slabs, where it holds this model's KV and has the size that is asked
-// for; else the file starts afresh. `memory` is used for
-// reading: whole sectors. Blocks.
+// for, and that its superblock says; else the file starts afresh. One that can't be read is left as
+// it is. `memory` is used for reading: whole sectors. Blocks.
 // Error: kConfig when not one slab fits; kExhausted, kIo, kTimeout of the device.
 Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
                                    const NvmeOpening& opening);

@@ -19,9 +19,10 @@ using Json = nlohmann::ordered_json;
 // A file as it stands: nothing is written to it by looking at it.
 class Inspection {
  public:
-  explicit Inspection(const std::filesystem::path& folder) : file_(existing(folder)) {
-    IoMemory memory(std::size_t{1} << 20);
-    const auto device = make_thread_device(file_.fd(), memory, /*depth=*/1);
+  explicit Inspection(const ToolTarget& target)
+      : make_device_(target.make_device), file_(existing(target.folder)) {
+    const IoMemory memory(std::size_t{1} << 20);
+    const auto device = make_device_(file_.fd(), memory, /*depth=*/1);
     const auto superblock = read_superblock(*device, memory.bytes()).value_or_throw();
     contents_ = scan_headers(*device, memory.bytes(), superblock).value_or_throw();
     for (const SlotHeader& header : contents_.slabs) held_.insert(header.slot);
@@ -44,7 +45,7 @@ class Inspection {
   std::int64_t verify() {
     const ModelIdentity& model = contents_.superblock.model;
     IoMemory memory = NvmeTier::make_memory(model);
-    auto device = make_block_device(file_.fd(), memory, NvmeTier::depth(model));
+    auto device = make_device_(file_.fd(), memory, NvmeTier::depth(model));
     NvmeTier tier(std::move(memory), std::move(device), contents_);
     std::vector<std::byte> room(model.slab_bytes());
     std::int64_t failed = 0;
@@ -53,6 +54,7 @@ class Inspection {
       if (tier.knows(header.name)) {
         tier.load(header.name, room.data(), std::chrono::steady_clock::now());
         if (ends_whole(tier)) continue;
+        require_disk(tier);
       }
       held_.erase(header.slot);
       ++failed;
@@ -87,6 +89,13 @@ class Inspection {
       if (!tier.has_more()) poll(&ready, 1, 100);
     }
   }
+  // A disk that does not work says nothing about what it holds.
+  static void require_disk(const NvmeTier& tier) {
+    if (tier.stat().state != NvmeState::kOffline) return;
+    throw Exception(ErrorCode::kIo,
+                    "the disk fails, or does not answer: what it holds can't be told, and nothing "
+                    "was changed");
+  }
   void punch(std::uint64_t offset, std::uint64_t bytes) const {
     if (fallocate(file_.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
@@ -94,6 +103,7 @@ class Inspection {
     }
   }
 
+  MakeDevice make_device_;
   NvmeFile file_;
   NvmeContents contents_;
   std::set<SlotIndex> held_;
@@ -101,23 +111,23 @@ class Inspection {
 
 }  // namespace
 
-Json stat_file(const std::filesystem::path& folder) {
-  const Inspection inspection(folder);
+Json stat_file(const ToolTarget& target) {
+  const Inspection inspection(target);
   Json json = inspection.report();
   json["allocated_bytes"] = inspection.allocated_bytes();
   return json;
 }
 
-Json verify_file(const std::filesystem::path& folder) {
-  Inspection inspection(folder);
+Json verify_file(const ToolTarget& target) {
+  Inspection inspection(target);
   const std::int64_t failed = inspection.verify();
   Json json = inspection.report();
   json["bad_slabs"] = failed;
   return json;
 }
 
-Json collect_file(const std::filesystem::path& folder) {
-  Inspection inspection(folder);
+Json collect_file(const ToolTarget& target) {
+  Inspection inspection(target);
   const std::uint64_t before = inspection.allocated_bytes();
   const std::int64_t failed = inspection.verify();
   inspection.collect();

@@ -18,11 +18,11 @@ struct Tool {
 constexpr std::array kTools = {
     Tool{"bench", "Measure the NVMe tier in this folder, and exit", run_store_bench},
     Tool{"stat", "Say what the NVMe file in this folder holds, and exit",
-         [](const BenchConfig& config) { return stat_file(config.folder); }},
+         [](const BenchConfig& config) { return stat_file({config.folder}); }},
     Tool{"verify", "The same, after reading and checking all of it",
-         [](const BenchConfig& config) { return verify_file(config.folder); }},
+         [](const BenchConfig& config) { return verify_file({config.folder}); }},
     Tool{"gc", "The same, and give back the space of what failed or is free",
-         [](const BenchConfig& config) { return collect_file(config.folder); }},
+         [](const BenchConfig& config) { return collect_file({config.folder}); }},
 };
 
 void print_for_people(const Json& json) {
