@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "common/result.h"
+#include "kvstore/internal/kv_cipher.h"
 
 namespace foretoken::kvstore {
 
@@ -38,6 +39,14 @@ class IoMemory {
   std::size_t count_;
 };
 
+// What is sealed as one where the file is encrypted (sealing_device.h): a slab, a run. Bytes that
+// were sealed once are written as they are from then on.
+struct SealedUnit {
+  std::span<std::byte> bytes;
+  Seal seal;  // that a read opens, that a write has made
+  bool is_sealed = false;
+};
+
 enum class IoDirection { kRead, kWrite };
 
 struct IoOperation {
@@ -45,7 +54,8 @@ struct IoOperation {
   std::uint64_t offset = 0;  // in the file
   std::byte* data = nullptr;
   std::size_t bytes = 0;
-  std::uint64_t tag = 0;  // the caller's name for it
+  std::uint64_t tag = 0;       // the caller's name for it
+  SealedUnit* unit = nullptr;  // that it moves, or some of it; the device's until the IoDone
 };
 
 struct IoDone {

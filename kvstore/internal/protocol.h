@@ -23,7 +23,7 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 4;
+inline constexpr int kProtocolVersion = 5;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
@@ -64,6 +64,7 @@ using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, 
 struct Welcome {
   std::uint64_t slab_bytes = 0;
   std::uint32_t slabs_per_head = 0;
+  bool encrypts_nvme = false;  // so that a rank does, with a key of its own
 };
 using Reply = std::variant<Error, Welcome, Grant, StoreStat>;
 

@@ -10,6 +10,7 @@
 
 #include "common/ids.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sealing_device.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -19,12 +20,13 @@ using Json = nlohmann::ordered_json;
 // A file as it stands: nothing is written to it by looking at it.
 class Inspection {
  public:
-  explicit Inspection(const ToolTarget& target)
-      : make_device_(target.make_device), file_(existing(target.folder)) {
+  explicit Inspection(const ToolTarget& target) : target_(target), file_(existing(target.folder)) {
     const IoMemory memory(std::size_t{1} << 20);
-    const auto device = make_device_(file_.fd(), memory, /*depth=*/1);
-    const auto superblock = read_superblock(*device, memory.bytes()).value_or_throw();
-    contents_ = scan_headers(*device, memory.bytes(), superblock).value_or_throw();
+    const auto device = target_.make_device(file_.fd(), memory, /*depth=*/1);
+    contents_.superblock =
+        read_superblock(*device, memory.bytes(), target_.cipher.get()).value_or_throw();
+    contents_ = scan_headers(*device, memory.bytes(), contents_.superblock, cipher().get())
+                    .value_or_throw();
     for (const SlotHeader& header : contents_.slabs) held_.insert(header.slot);
   }
 
@@ -34,6 +36,7 @@ class Inspection {
             {"kv_heads", superblock.model.total_kv_heads},
             {"layers", superblock.model.num_layers},
             {"head_dim", superblock.model.head_dim},
+            {"encrypted", superblock.cipher.has_value()},
             {"generation", superblock.generation},
             {"slab_bytes", superblock.geometry.slab_bytes},
             {"slabs_total", superblock.geometry.num_slots},
@@ -45,8 +48,9 @@ class Inspection {
   std::int64_t verify() {
     const ModelIdentity& model = contents_.superblock.model;
     IoMemory memory = NvmeTier::make_memory(model);
-    auto device = make_device_(file_.fd(), memory, NvmeTier::depth(model));
-    NvmeTier tier(std::move(memory), std::move(device), contents_);
+    auto device = make_sealing_device(
+        target_.make_device(file_.fd(), memory, NvmeTier::depth(model)), cipher());
+    NvmeTier tier(std::move(memory), std::move(device), contents_, cipher());
     std::vector<std::byte> room(model.slab_bytes());
     std::int64_t failed = 0;
     for (const SlotHeader& header : contents_.slabs) {
@@ -75,6 +79,10 @@ class Inspection {
   std::uint64_t allocated_bytes() const { return file_.allocated_bytes(); }
 
  private:
+  // The key may be given for a file that is not encrypted.
+  std::shared_ptr<const KvCipher> cipher() const {
+    return contents_.superblock.cipher ? target_.cipher : nullptr;
+  }
   static const std::filesystem::path& existing(const std::filesystem::path& folder) {
     if (!std::filesystem::exists(folder / "kv-slabs")) {
       throw Exception(ErrorCode::kNotFound, folder.native() + " holds no KV: there is no kv-slabs");
@@ -103,7 +111,7 @@ class Inspection {
     }
   }
 
-  MakeDevice make_device_;
+  ToolTarget target_;
   NvmeFile file_;
   NvmeContents contents_;
   std::set<SlotIndex> held_;

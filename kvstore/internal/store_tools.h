@@ -6,9 +6,9 @@
 //            system
 //
 // Throws Exception: kNotFound where the folder has no file, kCorrupt where it is none of ours, as
-// NvmeFile where it can't be opened; kTimeout and kIo where the disk does not answer, for 10 s at
-// the start and 1 s later on, or fails again and again: then nothing is given back.
-// Examples: tests/kvstore/store_tools_test.cc, tests/launch/nvme_test.py
+// NvmeFile where it can't be opened; kConfig without its key; kTimeout and kIo where the disk does
+// not answer, for 10 s at the start and 1 s later on, or fails again and again: then nothing is
+// given back. Examples: tests/kvstore/store_tools_test.cc, tests/launch/nvme_test.py
 #pragma once
 
 #include <filesystem>
@@ -25,7 +25,8 @@ using MakeDevice =
 
 struct ToolTarget {
   std::filesystem::path folder;
-  MakeDevice make_device = make_block_device;  // a test's own fails and stands still
+  std::shared_ptr<const KvCipher> cipher = nullptr;  // of an encrypted file
+  MakeDevice make_device = make_block_device;        // a test's own fails and stands still
 };
 
 nlohmann::ordered_json stat_file(const ToolTarget& target);
