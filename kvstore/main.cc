@@ -7,6 +7,7 @@
 #include <CLI/CLI.hpp>
 #include <csignal>
 #include <map>
+#include <memory>
 #include <string>
 
 #include "common/program.h"
@@ -20,6 +21,7 @@ using foretoken::ErrorCode;
 using foretoken::Exception;
 using foretoken::kernels::DataType;
 using foretoken::kvstore::FileDescriptor;
+using foretoken::kvstore::KvCipher;
 using foretoken::kvstore::ModelIdentity;
 using foretoken::kvstore::NumaPlacement;
 using foretoken::kvstore::NvmeConfig;
@@ -34,6 +36,8 @@ struct Options {
   ServerConfig server;
   NvmeConfig nvme;  // of the server, where it has a folder
   bool keep_slabs = false;
+  bool encrypts = false;
+  std::string key_file;
   ModelIdentity model;
   bool die_with_parent = false;
 };
@@ -52,6 +56,11 @@ void add_options(CLI::App& app, Options& options) {
       ->transform(CLI::AsSizeValue(false))
       ->needs(folder);
   app.add_flag("--persist", options.keep_slabs, "Keep the file from start to start")->needs(folder);
+  app.add_flag("--encrypt", options.encrypts, "Encrypt the file; with a random key, unless ...")
+      ->needs(folder);
+  app.add_option("--key-file", options.key_file,
+                 "... a file has it: 64 hexadecimal digits, mode 0600. Tools take it too")
+      ->type_name("FILE");
   app.add_flag("--die-with-parent", options.die_with_parent, "Exit when the parent process does");
   auto* heads = app.add_option("--kv-heads", options.model.total_kv_heads,
                                "Shape of the KV; without it, the first rank brings it");
@@ -77,6 +86,16 @@ FileDescriptor stop_signals() {
   return FileDescriptor(signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK));
 }
 
+std::shared_ptr<const KvCipher> cipher_of(const Options& options) {
+  if (!options.encrypts) return nullptr;
+  if (!options.key_file.empty()) return KvCipher::from_file(options.key_file);
+  if (options.keep_slabs) {
+    throw Exception(ErrorCode::kConfig,
+                    "--encrypt with --persist needs --key-file: a random key ends with the store");
+  }
+  return KvCipher::random();
+}
+
 void serve(const Options& options) {
   if (options.server.socket_path.empty() || options.server.arena_bytes == 0) {
     throw Exception(ErrorCode::kUsage, "--socket and --arena-bytes are required");
@@ -88,6 +107,7 @@ void serve(const Options& options) {
   if (!options.nvme.folder.empty()) {
     config.nvme = options.nvme;
     if (options.keep_slabs) config.nvme->reuse = NvmeReuse::kKeepSlabs;
+    config.nvme->cipher = cipher_of(options);
   }
   Server server(config);
   if (options.model.total_kv_heads > 0) {
@@ -105,6 +125,7 @@ int main(int argc, char** argv) {
   add_options(app, options);
   ToolFlags tools;
   tools.add_to(app);
-  return foretoken::run_program(app, argc, argv, "kvstore",
-                                [&] { tools.is_wanted() ? tools.run() : serve(options); });
+  return foretoken::run_program(app, argc, argv, "kvstore", [&] {
+    tools.is_wanted() ? tools.run(options.key_file) : serve(options);
+  });
 }

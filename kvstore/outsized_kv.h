@@ -33,6 +33,7 @@ namespace foretoken::kvstore {
 
 class ArenaGuard;
 class RunIo;
+struct Seal;
 
 enum class RunIndex : std::uint32_t {};  // (layer * num_kv_heads + head) * num_segments + segment
 
@@ -131,7 +132,7 @@ class OutsizedKv {
   void start_writes();
   bool copy_verified(std::byte* to, const std::byte* from, RunIndex run);
   void on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes);
-  void on_written(RunIndex index, const Status& status);
+  void on_written(RunIndex index, const Result<Seal>& written);
   void fail(const Error& error);
 
   kernels::Device& device_;
@@ -142,6 +143,7 @@ class OutsizedKv {
   std::uint64_t* checksums_ = nullptr;  // pinned
   float* scores_ = nullptr;             // pinned
   std::vector<Run> runs_state_;         // by RunIndex
+  std::vector<Seal> seals_;             // by RunIndex: of what is on NVMe
   std::vector<std::uint32_t> free_frames_;
   std::vector<std::vector<RunIndex>> held_;  // by layer
   std::size_t num_held_ = 0;

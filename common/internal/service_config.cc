@@ -44,6 +44,8 @@ void visit_config(F&& f, auto& c) {
   f("kv_host_gib", c.kv_host_gib);
   f("kv_nvme_path", c.kv_nvme_path);
   f("kv_nvme_gib", c.kv_nvme_gib);
+  f("kv_encrypt", c.kv_encrypt);
+  f("kv_key_file", c.kv_key_file);
   f("kv_persist", c.kv_persist);
   f("on_late", c.on_late);
   f("guard_arena", c.guard_arena);
@@ -196,10 +198,19 @@ Status check_min_recall(const ServiceConfig& config) {
 }
 
 Status check_nvme(const ServiceConfig& config) {
+  if (!config.kv_key_file.empty() && !config.kv_encrypt) {
+    return config_error("kv_key_file", "needs --kv-encrypt");
+  }
+  if (config.kv_encrypt && config.kv_persist && config.kv_key_file.empty()) {
+    return config_error("kv_encrypt",
+                        "with --kv-persist needs --kv-key-file: a random key ends with the "
+                        "service, and what is kept could never be read");
+  }
   if (!config.kv_nvme_path.empty()) return Ok{};
   constexpr auto kWhy = "needs --kv-nvme-path: the folder of the NVMe tier";
   if (config.kv_nvme_gib > 0) return config_error("kv_nvme_gib", kWhy);
   if (config.kv_persist) return config_error("kv_persist", kWhy);
+  if (config.kv_encrypt) return config_error("kv_encrypt", kWhy);
   return Ok{};
 }
 

@@ -10,6 +10,7 @@
 #include "kvstore/internal/arena_guard.h"
 #include "kvstore/internal/protocol.h"
 #include "kvstore/internal/run_io.h"
+#include "kvstore/internal/sealing_device.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/stripe_mapping.h"
 
@@ -90,8 +91,9 @@ struct KvStore::Impl {
   Connection connection;
   std::optional<StripeMapping> mapping;
   std::optional<ArenaGuard> guard;
-  FileDescriptor nvme_file;  // the store's, once a sequence was outsized
-  std::optional<RunIo> io;   // on it
+  FileDescriptor nvme_file;                // the store's, once a sequence was outsized
+  std::shared_ptr<const KvCipher> cipher;  // of this rank's runs there; null: not encrypted
+  std::optional<RunIo> io;                 // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
 
   Impl(const StoreClientConfig& client, kernels::Device& on, FileDescriptor socket)
@@ -122,6 +124,7 @@ Status KvStore::Impl::greet() {
   if (welcome->slab_bytes != config.shape.slab_bytes()) {
     return Error{ErrorCode::kInvalidArgument, "the KV store lays slabs out otherwise"};
   }
+  if (welcome->encrypts_nvme) cipher = KvCipher::random();  // nobody else reads what it writes
   const ArenaLayout layout{config.total_kv_heads, welcome->slab_bytes, welcome->slabs_per_head};
   try {
     mapping.emplace(answer.passed.get(), layout, config.first_head, config.shape.num_kv_heads,
@@ -178,7 +181,8 @@ Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const
   if (!io) {
     nvme_file = std::move(file);
     IoMemory memory(shape.run_bytes() * RunIo::kDepth);
-    auto disk = make_block_device(nvme_file.get(), memory, RunIo::kDepth);
+    auto disk =
+        make_sealing_device(make_block_device(nvme_file.get(), memory, RunIo::kDepth), cipher);
     io.emplace(std::move(memory), std::move(disk), shape.run_bytes());
   }
   OutsizedKv::Parts parts{shape, num_segments, {}, {}};

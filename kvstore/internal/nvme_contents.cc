@@ -52,25 +52,36 @@ Status transfer(BlockDevice& device, IoOperation operation) {
 }
 
 Status write_superblock(BlockDevice& device, std::span<std::byte> memory,
-                        const Superblock& superblock, int copy) {
-  encode(superblock, memory.first<kSectorBytes>());
+                        const Superblock& superblock, int copy, const KvCipher* cipher) {
+  encode(superblock, memory.first<kSectorBytes>(), cipher);
   return transfer(device, {IoDirection::kWrite, NvmeGeometry::superblock_offset(copy),
                            memory.data(), kSectorBytes});
 }
 
-Result<Superblock> read_copy(BlockDevice& device, std::span<std::byte> memory, int copy) {
+// One that lays out another size than the file has is none: its slots may be any number.
+Result<Superblock> read_copy(BlockDevice& device, std::span<std::byte> memory, int copy,
+                             const KvCipher* cipher) {
   FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kRead, NvmeGeometry::superblock_offset(copy),
                                        memory.data(), kSectorBytes}));
-  return decode_superblock(memory.first<kSectorBytes>());
+  FT_ASSIGN_OR_RETURN(Superblock superblock,
+                      decode_superblock(memory.first<kSectorBytes>(), cipher));
+  FT_ASSIGN_OR_RETURN(const std::uint64_t bytes, device.size());
+  if (const std::uint64_t due = superblock.geometry.file_bytes(); due != bytes) {
+    return Error{ErrorCode::kCorrupt, "NVMe file: it has " + std::to_string(bytes) +
+                                          " bytes, and its superblock " + std::to_string(due) +
+                                          ", of " + std::to_string(superblock.geometry.num_slots) +
+                                          " slots"};
+  }
+  return superblock;
 }
 
 // Odd generations are written to copy 0 first, even ones to copy 1: the copy that is overwritten
 // first is never the only whole one.
 Status write_superblocks(BlockDevice& device, std::span<std::byte> memory,
-                         const Superblock& superblock) {
+                         const Superblock& superblock, const KvCipher* cipher) {
   const int first = superblock.generation % 2 == 1 ? 0 : 1;
-  FT_RETURN_IF_ERROR(write_superblock(device, memory, superblock, first));
-  return write_superblock(device, memory, superblock, 1 - first);
+  FT_RETURN_IF_ERROR(write_superblock(device, memory, superblock, first, cipher));
+  return write_superblock(device, memory, superblock, 1 - first, cipher);
 }
 
 std::uint64_t random_id() {
@@ -95,6 +106,11 @@ Status write_empty_headers(BlockDevice& device, std::span<std::byte> memory,
   return Ok{};
 }
 
+std::optional<CipherKind> cipher_of(const NvmeOpening& opening) {
+  if (!opening.cipher) return std::nullopt;
+  return opening.cipher->kind();
+}
+
 Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memory,
                                   const NvmeOpening& opening) {
   const std::uint64_t capacity = opening.capacity_bytes.value_or(opening.default_bytes);
@@ -106,24 +122,26 @@ Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memo
                                          " bytes; give it more (--kv-nvme-gib)"};
   }
   NvmeContents contents;
-  contents.superblock = {1, random_id(), opening.model, geometry};
+  contents.superblock = {1, random_id(), opening.model, geometry, cipher_of(opening)};
   FT_RETURN_IF_ERROR(device.resize(0));
   FT_RETURN_IF_ERROR(device.resize(geometry.file_bytes()));
   FT_RETURN_IF_ERROR(write_empty_headers(device, memory, geometry));
-  FT_RETURN_IF_ERROR(write_superblocks(device, memory, contents.superblock));
+  FT_RETURN_IF_ERROR(write_superblocks(device, memory, contents.superblock, opening.cipher.get()));
   return contents;
 }
 
 // Why the file's slabs can't be kept; empty: they can.
 std::string misfit(const Superblock& found, const NvmeOpening& opening) {
+  if (found.cipher != cipher_of(opening)) return "it is not encrypted";
   if (found.model != opening.model) return "it holds another model's KV";
   if (!opening.capacity_bytes) return "";
   const auto asked = NvmeGeometry::fit(*opening.capacity_bytes, opening.model.slab_bytes());
   return asked == found.geometry ? "" : "it is of another size";
 }
 
-void take_header(NvmeContents& contents, ConstSector sector, SlotIndex slot) {
-  const auto header = decode_slot_header(sector, slot, contents.superblock.file_id);
+void take_header(NvmeContents& contents, ConstSector sector, SlotIndex slot,
+                 const KvCipher* cipher) {
+  const auto header = decode_slot_header(sector, slot, contents.superblock.file_id, cipher);
   if (!header) {
     ++contents.bad_headers;
   } else if (*header) {
@@ -140,18 +158,22 @@ void order_by_age(std::vector<SlotHeader>& slabs) {
   std::ranges::reverse(slabs);
 }
 
+bool is_damage(const Error& error) { return error.code == ErrorCode::kCorrupt; }
+
 }  // namespace
 
-Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory) {
-  auto first = read_copy(device, memory, 0);
+Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory,
+                                   const KvCipher* cipher) {
+  auto first = read_copy(device, memory, 0, cipher);
   if (!first && first.error().code == ErrorCode::kTimeout) return first;
-  auto second = read_copy(device, memory, 1);
+  auto second = read_copy(device, memory, 1, cipher);
   if (first && second) return first->generation >= second->generation ? first : second;
-  return first ? first : second;
+  if (first || second) return first ? first : second;
+  return is_damage(first.error()) ? second : first;  // what can't be read may be whole
 }
 
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
-                                  const Superblock& superblock) {
+                                  const Superblock& superblock, const KvCipher* cipher) {
   NvmeContents contents{superblock, {}, 0};
   const std::uint64_t end = superblock.geometry.num_slots;
   const std::size_t step = std::min(memory.size(), kScanBytes) / kSectorBytes;
@@ -163,7 +185,7 @@ Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memo
                           memory.data(), count * kSectorBytes}));
     for (std::uint64_t i = 0; i < count; ++i) {
       take_header(contents, memory.subspan(i * kSectorBytes).first<kSectorBytes>(),
-                  SlotIndex{static_cast<std::uint32_t>(slot + i)});
+                  SlotIndex{static_cast<std::uint32_t>(slot + i)}, cipher);
     }
   }
   order_by_age(contents.slabs);
@@ -173,19 +195,24 @@ Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memo
 Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
                                    const NvmeOpening& opening) {
   FT_CHECK(memory.size() >= kSectorBytes, memory.size());
-  if (opening.reuse == NvmeReuse::kStartAfresh) return start_afresh(device, memory, opening);
-  auto superblock = read_superblock(device, memory);
-  // `memory` is still the disk's: nothing else may be tried with it.
-  if (!superblock && superblock.error().code == ErrorCode::kTimeout) return superblock.error();
+  FT_ASSIGN_OR_RETURN(const std::uint64_t bytes, device.size());
+  if (opening.reuse == NvmeReuse::kStartAfresh || bytes == 0) {
+    return start_afresh(device, memory, opening);
+  }
+  auto superblock = read_superblock(device, memory, opening.cipher.get());
+  // A disk that fails now may still hold all of it; after a timeout `memory` is still the disk's.
+  if (!superblock && !is_damage(superblock.error())) {
+    return Error{superblock.error().code,
+                 "the NVMe file is left as it is: " + superblock.error().message};
+  }
   const std::string why = superblock ? misfit(*superblock, opening) : superblock.error().message;
   if (!why.empty()) {
-    log().info("the NVMe file starts afresh: {}", why);
+    log().warn("the NVMe file starts afresh: {}", why);
     return start_afresh(device, memory, opening);
   }
   ++superblock->generation;
-  FT_RETURN_IF_ERROR(device.resize(superblock->geometry.file_bytes()));
-  FT_RETURN_IF_ERROR(write_superblocks(device, memory, *superblock));
-  return scan_headers(device, memory, *superblock);
+  FT_RETURN_IF_ERROR(write_superblocks(device, memory, *superblock, opening.cipher.get()));
+  return scan_headers(device, memory, *superblock, opening.cipher.get());
 }
 
 }  // namespace foretoken::kvstore

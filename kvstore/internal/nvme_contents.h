@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
@@ -23,6 +24,7 @@ struct NvmeOpening {
   std::optional<std::uint64_t> capacity_bytes;  // nullopt: as a kept file has, else default_bytes
   std::uint64_t default_bytes = 0;
   NvmeReuse reuse = NvmeReuse::kStartAfresh;
+  std::shared_ptr<const KvCipher> cipher = nullptr;  // null: the file is not encrypted
 };
 
 struct NvmeContents {
@@ -32,16 +34,19 @@ struct NvmeContents {
 };
 
 // kKeepSlabs keeps the file's slabs, where it holds this model's KV and has the size that is asked
-// for; else the file starts afresh. `memory` is used for
-// reading: whole sectors. Blocks.
-// Error: kConfig when not one slab fits; kExhausted, kIo, kTimeout of the device.
+// for, and that its superblock says; else the file starts afresh. One that can't be read is left as
+// it is, as is one that another key has encrypted. `memory` is used for reading: whole sectors.
+// Blocks. Error: kConfig when not one slab fits, or the key is not the file's; kExhausted, kIo,
+// kTimeout of the device.
 Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> memory,
                                    const NvmeOpening& opening);
 
-// The valid superblock of the higher generation. Error: kCorrupt when there is none; kIo, kTimeout.
-Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory);
+// The valid superblock of the higher generation. Error: kCorrupt when there is none; kConfig where
+// the cipher is not the file's; kIo, kTimeout.
+Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory,
+                                   const KvCipher* cipher = nullptr);
 // All headers that are valid. Error: kIo, kTimeout.
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
-                                  const Superblock& superblock);
+                                  const Superblock& superblock, const KvCipher* cipher = nullptr);
 
 }  // namespace foretoken::kvstore

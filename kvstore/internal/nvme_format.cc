@@ -49,30 +49,75 @@ struct DiskHeader {
 };
 static_assert(sizeof(DiskHeader) == 96 && offsetof(DiskHeader, key) == 56);
 
+// Of an encrypted file: the same superblock, and behind it the proof that the key is the file's.
+struct DiskSealedSuperblock {
+  DiskSuperblock plain;
+  std::uint32_t cipher = 0;
+  std::uint32_t zero = 0;
+  Seal seal;  // of nothing, at the bytes before
+};
+static_assert(sizeof(DiskSealedSuperblock) == 248 && offsetof(DiskSealedSuperblock, seal) == 208);
+
+// What a header says of its slab.
+struct DiskSlab {
+  std::uint64_t generation = 0;
+  std::uint64_t number = 0;
+  std::uint64_t digest = 0;
+  std::uint64_t head = 0;
+  std::array<std::uint8_t, 32> key{};
+  Seal seal;
+};
+struct DiskSealedHeader {
+  std::array<char, 8> magic = kHeaderMagic;
+  std::uint32_t version = kSealedNvmeVersion;
+  std::uint32_t slot = 0;
+  std::uint64_t file_id = 0;
+  Seal seal;  // of `slab`, at the bytes before
+  DiskSlab slab;
+};
+static_assert(sizeof(DiskSealedHeader) == 168 && offsetof(DiskSealedHeader, slab) == 64);
+
+// The bytes of a sector's struct that stand before its seal.
+template <typename Disk>
+std::span<const std::byte> place_of(const Disk& disk) {
+  return std::as_bytes(std::span(&disk, 1)).first(offsetof(Disk, seal));
+}
+
 template <typename Disk>
 std::uint64_t checksum_of(const Disk& disk) {
   return XXH3_64bits(&disk, offsetof(Disk, checksum));
 }
 
 template <typename Disk>
-void write_sector(Disk disk, Sector sector) {
+void write_sector(const Disk& disk, Sector sector) {
   static_assert(std::is_trivially_copyable_v<Disk>);
-  disk.checksum = checksum_of(disk);
   std::ranges::fill(sector, std::byte{0});
   std::memcpy(sector.data(), &disk, sizeof disk);
+}
+
+template <typename Disk>
+Disk from_sector(ConstSector sector) {
+  Disk disk;
+  std::memcpy(&disk, sector.data(), sizeof disk);
+  return disk;
 }
 
 Error corrupt(const char* sector, const char* why) {
   return {ErrorCode::kCorrupt, std::string("NVMe file: ") + sector + " " + why};
 }
 
+template <typename Disk>
+Status check_version(const Disk& disk, std::uint32_t version, const char* name) {
+  if (disk.magic != Disk{}.magic) return corrupt(name, "has no magic");
+  if (disk.version != version) return corrupt(name, "is of another version");
+  return Ok{};
+}
+
 // What both kinds of sectors have in common.
 template <typename Disk>
-Result<Disk> read_sector(ConstSector sector, const char* name) {
-  Disk disk;
-  std::memcpy(&disk, sector.data(), sizeof disk);
-  if (disk.magic != Disk{}.magic) return corrupt(name, "has no magic");
-  if (disk.version != kNvmeVersion) return corrupt(name, "is of another version");
+Result<Disk> read_sector(ConstSector sector, std::uint32_t version, const char* name) {
+  const auto disk = from_sector<Disk>(sector);
+  FT_RETURN_IF_ERROR(check_version(disk, version, name));
   if (disk.checksum != checksum_of(disk)) return corrupt(name, "has a wrong checksum");
   return disk;
 }
@@ -94,7 +139,7 @@ NvmeGeometry NvmeGeometry::fit(std::uint64_t capacity_bytes, std::size_t slab_by
   return {slab_bytes, static_cast<std::uint32_t>(std::min<std::uint64_t>(slots, UINT32_MAX - 1))};
 }
 
-void encode(const Superblock& superblock, Sector sector) {
+void encode(const Superblock& superblock, Sector sector, const KvCipher* cipher) {
   const ModelIdentity& model = superblock.model;
   FT_CHECK(model.model_hash.size() <= kMaxModelHashBytes, model.model_hash.size());
   DiskSuperblock disk;
@@ -108,12 +153,44 @@ void encode(const Superblock& superblock, Sector sector) {
   disk.file_id = superblock.file_id;
   disk.model_hash_bytes = model.model_hash.size();
   std::ranges::copy(model.model_hash, disk.model_hash.begin());
-  write_sector(disk, sector);
+  if (cipher != nullptr) disk.version = kSealedNvmeVersion;
+  disk.checksum = checksum_of(disk);
+  FT_CHECK(superblock.cipher.has_value() == (cipher != nullptr));
+  if (cipher == nullptr) return write_sector(disk, sector);
+  DiskSealedSuperblock sealed{disk, static_cast<std::uint32_t>(*superblock.cipher), 0, {}};
+  sealed.seal = cipher->seal({}, place_of(sealed));
+  write_sector(sealed, sector);
 }
 
-Result<Superblock> decode_superblock(ConstSector sector) {
+namespace {
+
+Error not_our_key(const std::string& why) {
+  return {ErrorCode::kConfig, "the NVMe file is encrypted" + why};
+}
+
+// The superblock's checksum is right. Its cipher, if the key is the file's.
+Result<CipherKind> prove(const DiskSealedSuperblock& sealed, const KvCipher* cipher) {
+  if (cipher == nullptr) {
+    return not_our_key(": it takes --kv-encrypt and its key, --kv-key-file; or remove it");
+  }
+  if (sealed.cipher != static_cast<std::uint32_t>(cipher->kind())) {
+    return not_our_key(" otherwise than this CPU does, with " +
+                       std::string(cipher_name(cipher->kind())) + ": remove it");
+  }
+  if (!cipher->open({}, place_of(sealed), sealed.seal)) {
+    return not_our_key(" with another key than --kv-key-file's, or was changed");
+  }
+  return cipher->kind();
+}
+
+}  // namespace
+
+Result<Superblock> decode_superblock(ConstSector sector, const KvCipher* cipher) {
   constexpr auto kName = "superblock";
-  FT_ASSIGN_OR_RETURN(const DiskSuperblock disk, read_sector<DiskSuperblock>(sector, kName));
+  const bool is_sealed = from_sector<DiskSuperblock>(sector).version == kSealedNvmeVersion;
+  FT_ASSIGN_OR_RETURN(
+      const DiskSuperblock disk,
+      read_sector<DiskSuperblock>(sector, is_sealed ? kSealedNvmeVersion : kNvmeVersion, kName));
   if (!is_count(disk.total_kv_heads) || !is_count(disk.num_layers) || !is_count(disk.head_dim)) {
     return corrupt(kName, "has a shape out of range");
   }
@@ -131,10 +208,56 @@ Result<Superblock> decode_superblock(ConstSector sector) {
     return corrupt(kName, "lays slabs out otherwise");
   }
   if (disk.num_slots == 0 || disk.num_slots == UINT32_MAX) return corrupt(kName, "has no slots");
+  if (is_sealed) {
+    FT_ASSIGN_OR_RETURN(superblock.cipher,
+                        prove(from_sector<DiskSealedSuperblock>(sector), cipher));
+  }
   return superblock;
 }
 
-void encode(const SlotHeader& header, Sector sector) {
+namespace {
+
+constexpr auto kHeaderName = "slot header";
+
+void encode_sealed(const SlotHeader& header, Sector sector, const KvCipher& cipher) {
+  DiskSealedHeader disk;
+  disk.slot = raw(header.slot);
+  disk.file_id = header.file_id;
+  disk.slab = {header.generation,     header.number,
+               header.digest,         static_cast<std::uint64_t>(header.name.head),
+               header.name.key.bytes, header.seal};
+  disk.seal = cipher.seal(std::as_writable_bytes(std::span(&disk.slab, 1)), place_of(disk));
+  write_sector(disk, sector);
+}
+
+Result<SlotHeader> header_of(std::uint32_t slot, std::uint64_t file_id, const DiskSlab& slab) {
+  if (slab.head >= kMaxCount) return corrupt(kHeaderName, "has a KV head out of range");
+  return SlotHeader{SlotIndex{slot}, file_id,
+                    slab.generation, slab.number,
+                    slab.digest,     {static_cast<int>(slab.head), PrefixKey{slab.key}},
+                    slab.seal};
+}
+
+Result<SlotHeader> decode_plain(ConstSector sector) {
+  FT_ASSIGN_OR_RETURN(const DiskHeader disk,
+                      read_sector<DiskHeader>(sector, kNvmeVersion, kHeaderName));
+  return header_of(disk.slot, disk.file_id,
+                   {disk.generation, disk.number, disk.digest, disk.head, disk.key, {}});
+}
+
+Result<SlotHeader> decode_sealed(ConstSector sector, const KvCipher& cipher) {
+  auto disk = from_sector<DiskSealedHeader>(sector);
+  FT_RETURN_IF_ERROR(check_version(disk, kSealedNvmeVersion, kHeaderName));
+  if (!cipher.open(std::as_writable_bytes(std::span(&disk.slab, 1)), place_of(disk), disk.seal)) {
+    return corrupt(kHeaderName, "does not open");
+  }
+  return header_of(disk.slot, disk.file_id, disk.slab);
+}
+
+}  // namespace
+
+void encode(const SlotHeader& header, Sector sector, const KvCipher* cipher) {
+  if (cipher != nullptr) return encode_sealed(header, sector, *cipher);
   DiskHeader disk;
   disk.slot = raw(header.slot);
   disk.file_id = header.file_id;
@@ -143,21 +266,20 @@ void encode(const SlotHeader& header, Sector sector) {
   disk.digest = header.digest;
   disk.head = static_cast<std::uint64_t>(header.name.head);
   disk.key = header.name.key.bytes;
+  disk.checksum = checksum_of(disk);
   write_sector(disk, sector);
 }
 
 Result<std::optional<SlotHeader>> decode_slot_header(ConstSector sector, SlotIndex slot,
-                                                     std::uint64_t file_id) {
-  constexpr auto kName = "slot header";
+                                                     std::uint64_t file_id,
+                                                     const KvCipher* cipher) {
   if (std::ranges::all_of(sector, [](std::byte byte) { return byte == std::byte{0}; })) {
     return std::optional<SlotHeader>();
   }
-  FT_ASSIGN_OR_RETURN(const DiskHeader disk, read_sector<DiskHeader>(sector, kName));
-  if (disk.slot != raw(slot)) return corrupt(kName, "is of another slot");
-  if (disk.file_id != file_id) return corrupt(kName, "is of another file");
-  if (disk.head >= kMaxCount) return corrupt(kName, "has a KV head out of range");
-  SlotHeader header{slot,        disk.file_id, disk.generation,
-                    disk.number, disk.digest,  {static_cast<int>(disk.head), PrefixKey{disk.key}}};
+  FT_ASSIGN_OR_RETURN(const SlotHeader header,
+                      cipher == nullptr ? decode_plain(sector) : decode_sealed(sector, *cipher));
+  if (header.slot != slot) return corrupt(kHeaderName, "is of another slot");
+  if (header.file_id != file_id) return corrupt(kHeaderName, "is of another file");
   return std::optional(header);
 }
 

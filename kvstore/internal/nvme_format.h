@@ -6,6 +6,7 @@
 //   then            slabs, slot by slot, as they lie in the arena
 //
 // A sector proves itself: magic, version, the slot it was written for, and XXH3-64 over all that.
+// In an encrypted file the key proves them, and what a header says of its slab is sealed.
 // Decoding trusts nothing and never throws. Error: kCorrupt, naming the field.
 //
 // Pure functions; thread-safe. Example: tests/kvstore/nvme_faults_test.cc; fuzzed by
@@ -22,12 +23,14 @@
 
 #include "common/prefix_key.h"
 #include "common/result.h"
+#include "kvstore/internal/kv_cipher.h"
 #include "kvstore/internal/model_identity.h"
 
 namespace foretoken::kvstore {
 
 inline constexpr std::size_t kSectorBytes = 4096;  // what O_DIRECT reads and writes at least
 inline constexpr std::uint32_t kNvmeVersion = 1;
+inline constexpr std::uint32_t kSealedNvmeVersion = 2;  // of an encrypted file
 
 enum class SlotIndex : std::uint32_t {};
 
@@ -64,6 +67,7 @@ struct Superblock {
   std::uint64_t file_id = 0;     // random, of the file's first opening
   ModelIdentity model;
   NvmeGeometry geometry;
+  std::optional<CipherKind> cipher;  // of an encrypted file
   bool operator==(const Superblock&) const = default;
 };
 
@@ -74,19 +78,24 @@ struct SlotHeader {
   std::uint64_t number = 0;      // rises with each slab that is written to the file
   std::uint64_t digest = 0;      // of the slab's checksums
   SlabName name;
+  Seal seal;  // of the slab, in an encrypted file
   bool operator==(const SlotHeader&) const = default;
 };
 
 using Sector = std::span<std::byte, kSectorBytes>;
 using ConstSector = std::span<const std::byte, kSectorBytes>;
 
-void encode(const Superblock& superblock, Sector sector);
-void encode(const SlotHeader& header, Sector sector);
-Result<Superblock> decode_superblock(ConstSector sector);
+// `cipher`: the file's; null of one that is not encrypted. REQUIRES: superblock.cipher is its kind.
+void encode(const Superblock& superblock, Sector sector, const KvCipher* cipher = nullptr);
+void encode(const SlotHeader& header, Sector sector, const KvCipher* cipher = nullptr);
+// Error: kConfig where the file is encrypted, and not with this cipher. A cipher takes also the
+// superblock of a file that is not encrypted.
+Result<Superblock> decode_superblock(ConstSector sector, const KvCipher* cipher = nullptr);
 // nullopt: the sector is all zeros, as of a slot that was never written.
 // Error: also where the header is of another slot or of another file.
 Result<std::optional<SlotHeader>> decode_slot_header(ConstSector sector, SlotIndex slot,
-                                                     std::uint64_t file_id);
+                                                     std::uint64_t file_id,
+                                                     const KvCipher* cipher = nullptr);
 
 // Of a slab's checksums, [num_layers, 16] uint64: what binds a header to the bytes of its slab.
 std::uint64_t slab_digest(std::span<const std::byte> checksums);

@@ -9,7 +9,8 @@ namespace foretoken::kvstore {
 
 NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held)
     : slots_(num_slots) {
-  for (const SlotHeader& header : held) insert(header.slot, header.name, header.digest);
+  for (const SlotHeader& header : held)
+    insert(header.slot, header.name, header.digest, header.seal);
   for (std::uint32_t i = 0; i < num_slots; ++i) {
     if (!slots_[i].name) free_.push_back(SlotIndex{i});
   }
@@ -23,13 +24,16 @@ NvmeIndex::Slot& NvmeIndex::at(SlotIndex slot) {
 std::optional<NvmeIndex::Entry> NvmeIndex::find(const SlabName& name) const {
   const auto found = by_name_.find(name);
   if (found == by_name_.end()) return std::nullopt;
-  return Entry{found->second, slots_[raw(found->second)].digest};
+  const Slot& slot = slots_[raw(found->second)];
+  return Entry{found->second, slot.digest, slot.seal};
 }
 
 std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const std::uint32_t at = (raw(from) % num_slots() + i) % num_slots();
-    if (slots_[at].name) return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest}};
+    if (slots_[at].name) {
+      return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest, slots_[at].seal}};
+    }
   }
   return std::nullopt;
 }
@@ -55,11 +59,13 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   return victim;
 }
 
-void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t digest) {
+void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t digest,
+                       const Seal& seal) {
   Slot& slot = at(index);
   FT_CHECK(!slot.name && by_name_.try_emplace(name, index).second, raw(index));
   slot.name = name;
   slot.digest = digest;
+  slot.seal = seal;
   slot.place = used_.insert(used_.end(), index);
 }
 

@@ -29,6 +29,7 @@ class NvmeIndex {
   struct Entry {
     SlotIndex slot{};
     std::uint64_t digest = 0;
+    Seal seal;
   };
   std::optional<Entry> find(const SlabName& name) const;
   // The first held slot at or after `from`, going round. nullopt: nothing is held.
@@ -43,7 +44,7 @@ class NvmeIndex {
   // A slot to write to. nullopt: all are being read or written. Forgets a slab if it must.
   std::optional<SlotIndex> claim();
   // A claimed slot holds this slab now. REQUIRES: the name is not there.
-  void insert(SlotIndex slot, const SlabName& name, std::uint64_t digest);
+  void insert(SlotIndex slot, const SlabName& name, std::uint64_t digest, const Seal& seal = {});
   // A claimed slot holds nothing.
   void give_back(SlotIndex slot);
 
@@ -64,6 +65,7 @@ class NvmeIndex {
   struct Slot {
     std::optional<SlabName> name;  // held
     std::uint64_t digest = 0;
+    Seal seal;
     int pins = 0;                          // without a name: free at the last unpin
     std::list<SlotIndex>::iterator place;  // in used_, if held and not pinned
   };

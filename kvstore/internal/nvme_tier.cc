@@ -8,6 +8,7 @@
 #include "common/ids.h"
 #include "common/log.h"
 #include "kernels/checksum.h"
+#include "kvstore/internal/sealing_device.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -36,12 +37,14 @@ std::size_t checksum_bytes(const kernels::KvShape& shape) {
 Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const NvmeOpening& opening) {
   const TimePoint begin = std::chrono::steady_clock::now();
   IoMemory memory = make_memory(opening.model);
-  auto device = make_block_device(file.fd(), memory, depth(opening.model));
+  auto device = make_sealing_device(make_block_device(file.fd(), memory, depth(opening.model)),
+                                    opening.cipher);
   FT_ASSIGN_OR_RETURN(const NvmeContents contents, open_contents(*device, memory.bytes(), opening));
   const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
-  log().info("NVMe tier: {} slabs kept, room for {}; opened in {:.0f} ms", contents.slabs.size(),
-             contents.superblock.geometry.num_slots, took.count());
-  return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents);
+  log().info("NVMe tier: {} slabs kept, room for {}; {}; opened in {:.0f} ms",
+             contents.slabs.size(), contents.superblock.geometry.num_slots,
+             opening.cipher ? cipher_name(opening.cipher->kind()) : "not encrypted", took.count());
+  return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
 }
 
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) {
@@ -54,13 +57,14 @@ int NvmeTier::depth(const ModelIdentity& model) {
 }
 
 NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
-                   const NvmeContents& contents)
+                   const NvmeContents& contents, std::shared_ptr<const KvCipher> cipher)
     : superblock_(contents.superblock),
       shape_(superblock_.model.slab_shape()),
       memory_(std::move(memory)),
+      transfers_(num_buffers(superblock_.geometry.slab_bytes)),
       device_(std::move(device)),
-      index_(superblock_.geometry.num_slots, contents.slabs),
-      transfers_(num_buffers(superblock_.geometry.slab_bytes)) {
+      cipher_(std::move(cipher)),
+      index_(superblock_.geometry.num_slots, contents.slabs) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_.slab_bytes()));
   stat_.checksum_failures = contents.bad_headers;
   if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
@@ -116,12 +120,13 @@ std::optional<std::size_t> NvmeTier::free_buffer() const {
 void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now) {
   if (num_in_flight_++ == num_given_up_) last_progress_ = now;
   transfers_[index] = transfer;
+  transfers_[index]->slab.bytes = buffer(index).first(shape_.slab_bytes());
   submit(index);
 }
 
 // What its transfer still has to move.
 void NvmeTier::submit(std::size_t index) {
-  const Transfer& transfer = *transfers_[index];
+  Transfer& transfer = *transfers_[index];
   const bool is_header = transfer.kind == Kind::kStoreHeader;
   const NvmeGeometry& geometry = superblock_.geometry;
   const std::uint64_t offset =
@@ -129,7 +134,8 @@ void NvmeTier::submit(std::size_t index) {
   const std::size_t begin = (is_header ? shape_.slab_bytes() : 0) + transfer.moved;
   device_->submit({reads(transfer.kind) ? IoDirection::kRead : IoDirection::kWrite,
                    offset + transfer.moved, buffer(index).data() + begin,
-                   bytes_of(transfer) - transfer.moved, index});
+                   bytes_of(transfer) - transfer.moved, index,
+                   is_header ? nullptr : &transfer.slab});
 }
 
 std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
@@ -192,14 +198,14 @@ void NvmeTier::write_header(std::size_t index) {
   transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
-                    transfer.digest, transfer.name},
-         buffer(index).subspan(shape_.slab_bytes()).first<kSectorBytes>());
+                    transfer.digest, transfer.name, transfer.slab.seal},
+         buffer(index).subspan(shape_.slab_bytes()).first<kSectorBytes>(), cipher_.get());
   submit(index);
 }
 
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
-  index_.insert(transfer.slot, transfer.name, transfer.digest);
+  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
   storing_.erase(transfer.name);
   ++stat_.slabs_written;
   end(index);
@@ -230,7 +236,7 @@ void NvmeTier::load(const SlabName& name, std::byte* to, TimePoint now) {
   const auto entry = index_.find(name);
   FT_CHECK(entry.has_value());
   index_.pin(entry->slot);
-  waiting_.push_back({Kind::kLoad, name, entry->slot, to, entry->digest});
+  waiting_.push_back({Kind::kLoad, name, entry->slot, to, entry->digest, {{}, entry->seal}});
   start_loads(now);
 }
 
@@ -275,7 +281,13 @@ void NvmeTier::start_scrub(TimePoint now) {
   index_.pin(held->entry.slot);
   scrubbed_ = SlotIndex{raw(held->entry.slot) + 1};
   next_scrub_ = now + kScrubPause;
-  start(*free_buffer(), {Kind::kScrub, held->name, held->entry.slot, nullptr, held->entry.digest},
+  start(*free_buffer(),
+        {Kind::kScrub,
+         held->name,
+         held->entry.slot,
+         nullptr,
+         held->entry.digest,
+         {{}, held->entry.seal}},
         now);
 }
 
@@ -357,6 +369,9 @@ void NvmeTier::on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& 
     let_go(transfer);
     return end(done.tag);
   }
+  if (!done.bytes && done.bytes.error().code == ErrorCode::kCorrupt) {
+    return on_sealed_otherwise(done.tag, loaded);
+  }
   if (!done.bytes) return on_failed(done.tag, done.bytes.error(), now, loaded);
   const std::size_t moved = *done.bytes;
   if (transfer.kind == Kind::kLoad) stat_.bytes_read += static_cast<std::int64_t>(moved);
@@ -382,6 +397,14 @@ void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& l
       health_.on_written(now);
       return finish_store(index);
   }
+}
+
+// The disk works; what it holds is not what was written.
+void NvmeTier::on_sealed_otherwise(std::size_t index, std::vector<Loaded>& loaded) {
+  const Transfer transfer = *transfers_[index];
+  end_read(transfer, /*is_whole=*/false);
+  end(index);
+  if (transfer.kind == Kind::kLoad) loaded.push_back({transfer.name, false});
 }
 
 void NvmeTier::on_failed(std::size_t index, const Error& error, TimePoint now,

@@ -52,7 +52,9 @@ class NvmeTier {
   static int depth(const ModelIdentity& model);
 
   // REQUIRES: memory is make_memory(model)'s, contents are what open_contents() gave.
-  NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device, const NvmeContents& contents);
+  // cipher: the file's, which the device also seals with; null where it is not encrypted.
+  NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device, const NvmeContents& contents,
+           std::shared_ptr<const KvCipher> cipher = nullptr);
 
   // Whether load() may be called for it.
   bool has(const SlabName& name, TimePoint now) const;
@@ -103,6 +105,7 @@ class NvmeTier {
     SlotIndex slot{};
     std::byte* to = nullptr;   // kLoad
     std::uint64_t digest = 0;  // of the slab's checksums
+    SealedUnit slab{};         // in its buffer
     std::size_t moved = 0;     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
   };
@@ -131,17 +134,19 @@ class NvmeTier {
   void on_stalled(TimePoint now, std::vector<Loaded>& loaded);
   void on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded);
   void on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded);
+  void on_sealed_otherwise(std::size_t index, std::vector<Loaded>& loaded);
   void on_failed(std::size_t index, const Error& error, TimePoint now, std::vector<Loaded>& loaded);
 
   const Superblock superblock_;
   const kernels::KvShape shape_;  // of a slab
   IoMemory memory_;
-  std::unique_ptr<BlockDevice> device_;  // behind memory_: it is in use until the device is gone
+  std::vector<std::optional<Transfer>> transfers_;  // in flight, by buffer
+  std::unique_ptr<BlockDevice> device_;             // behind both: it uses them until it is gone
+  const std::shared_ptr<const KvCipher> cipher_;
   NvmeIndex index_;
   NvmeHealth health_;
-  std::vector<std::optional<Transfer>> transfers_;  // in flight, by buffer
-  std::deque<Transfer> waiting_;                    // loads without a buffer
-  std::deque<IoDone> ended_;                        // not looked at yet
+  std::deque<Transfer> waiting_;  // loads without a buffer
+  std::deque<IoDone> ended_;      // not looked at yet
   std::set<SlabName> storing_;
   std::size_t num_in_flight_ = 0;  // those given up included
   std::size_t num_given_up_ = 0;

@@ -32,7 +32,9 @@ class OutsizedKv::Listener final : public RunIo::Owner {
   void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) override {
     kv_.on_read(run, bytes);
   }
-  void on_written(RunIndex run, const Status& status) override { kv_.on_written(run, status); }
+  void on_written(RunIndex run, const Result<Seal>& written) override {
+    kv_.on_written(run, written);
+  }
 
  private:
   OutsizedKv& kv_;
@@ -44,6 +46,7 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
       guard_(guard),
       parts_(std::move(parts)),
       runs_state_(num_runs(parts_.shape, parts_.num_segments)),
+      seals_(runs_state_.size()),
       held_(static_cast<std::size_t>(parts_.shape.num_layers)),
       listener_(std::make_unique<Listener>(*this)) {
   FT_CHECK(parts_.frames.size() >= least_frames(parts_.shape, parts_.num_segments),
@@ -284,7 +287,7 @@ void OutsizedKv::start_reads() {
     const RunIndex run = to_read_.front();
     to_read_.pop_front();
     ++num_under_way_;
-    io_.read(*listener_, run, offset(run));
+    io_.read(*listener_, run, offset(run), seals_[static_cast<std::size_t>(run)]);
   }
 }
 
@@ -328,14 +331,17 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
 }
 
 // What could not be written is tried again, as long as the disk may be written to.
-void OutsizedKv::on_written(RunIndex index, const Status& status) {
+void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
   --num_under_way_;
   ++num_ended_;
   if (!status_) return;
   Run& run = at(index);
-  run.place = status ? Place::kHere : Place::kDirty;
-  if (status) return;
-  last_error_ = status.error();
+  run.place = written ? Place::kHere : Place::kDirty;
+  if (written) {
+    seals_[static_cast<std::size_t>(index)] = *written;
+    return;
+  }
+  last_error_ = written.error();
   to_write_.push_back(index);
 }
 

@@ -112,7 +112,11 @@ struct ReplyWriter {
     return Writer(kError, 2).text(error_code_name(error.code)).text(error.message).finish();
   }
   std::string operator()(const Welcome& welcome) const {
-    return Writer(kWelcome, 2).id(welcome.slab_bytes).integer(welcome.slabs_per_head).finish();
+    return Writer(kWelcome, 3)
+        .id(welcome.slab_bytes)
+        .integer(welcome.slabs_per_head)
+        .integer(welcome.encrypts_nvme ? 1 : 0)
+        .finish();
   }
   std::string operator()(const Grant& grant) const {
     return Writer(kGrant, 4)
@@ -378,7 +382,8 @@ Result<Reply> decode_reply(std::string_view bytes) {
       const std::uint64_t slab_bytes = reader.id("slab_bytes");
       const auto slabs =
           reader.integer("slabs_per_head", 1, std::numeric_limits<std::uint32_t>::max());
-      return reader.finish<Reply>(Welcome{slab_bytes, static_cast<std::uint32_t>(slabs)});
+      const bool encrypts = reader.small("encrypts_nvme", 0, 1) == 1;
+      return reader.finish<Reply>(Welcome{slab_bytes, static_cast<std::uint32_t>(slabs), encrypts});
     }
     case kGrant:
       return reader.finish<Reply>(read_grant(reader));

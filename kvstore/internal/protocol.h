@@ -67,6 +67,7 @@ using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, 
 struct Welcome {
   std::uint64_t slab_bytes = 0;
   std::uint32_t slabs_per_head = 0;
+  bool encrypts_nvme = false;  // so that a rank does, with a key of its own
 };
 using Reply = std::variant<Error, Welcome, Grant, StoreStat>;
 

@@ -18,9 +18,9 @@ TimePoint now() { return std::chrono::steady_clock::now(); }
 
 RunIo::RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t run_bytes)
     : memory_(std::move(memory)),
+      transfers_(kDepth),
       device_(std::move(device)),
-      run_bytes_(run_bytes),
-      transfers_(kDepth) {
+      run_bytes_(run_bytes) {
   FT_CHECK(memory_.bytes().size() >= run_bytes * kDepth, memory_.bytes().size(), run_bytes);
 }
 
@@ -43,8 +43,12 @@ bool RunIo::can_write() const {
   return health_.may_write(now()) && num_writes_ < kDepth / 2 && free_buffer().has_value();
 }
 
-void RunIo::read(Owner& owner, RunIndex run, std::uint64_t offset) {
-  start({IoDirection::kRead, &owner, run, offset});
+void RunIo::read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal) {
+  start({.direction = IoDirection::kRead,
+         .owner = &owner,
+         .run = run,
+         .offset = offset,
+         .bytes = {{}, seal}});
 }
 
 std::span<std::byte> RunIo::next_buffer() const {
@@ -63,13 +67,15 @@ void RunIo::start(const Transfer& transfer) {
   FT_CHECK(index.has_value());
   if (num_waited_for_++ == 0) last_progress_ = now();
   transfers_[*index] = transfer;
+  transfers_[*index]->bytes.bytes = buffer(*index);
   submit(*index);
 }
 
 void RunIo::submit(std::size_t index) {
-  const Transfer& transfer = *transfers_[index];
+  Transfer& transfer = *transfers_[index];
   device_->submit({transfer.direction, transfer.offset + transfer.moved,
-                   buffer(index).data() + transfer.moved, run_bytes_ - transfer.moved, index});
+                   buffer(index).data() + transfer.moved, run_bytes_ - transfer.moved, index,
+                   &transfer.bytes});
 }
 
 // ---- ending -----------------------------------------------------------------------------------
@@ -93,7 +99,7 @@ void RunIo::on_done(const IoDone& done) {
       done.bytes ? Error{ErrorCode::kIo, "the NVMe file ends before the run"} : done.bytes.error();
   if (error.code == ErrorCode::kExhausted) {
     health_.on_full(now());
-  } else {
+  } else if (error.code != ErrorCode::kCorrupt) {
     health_.on_failed(now());
     if (++transfer.tries < kMaxTries) return submit(index);
   }
@@ -106,7 +112,8 @@ void RunIo::end(std::size_t index, const Status& status) {
   --num_waited_for_;
   if (transfer.direction == IoDirection::kWrite) {
     --num_writes_;
-    transfer.owner->on_written(transfer.run, status);
+    transfer.owner->on_written(
+        transfer.run, status ? Result<Seal>(transfer.bytes.seal) : Result<Seal>(status.error()));
   } else if (status) {
     transfer.owner->on_read(transfer.run, std::span<const std::byte>(buffer(index)));
   } else {

@@ -2,7 +2,7 @@
 // store has lent to its sequences. The step thread waits here for what its own step needs, and
 // nobody else does.
 //
-//   io.read(owner, run, offset);                     // ends in owner.on_read()
+//   io.read(owner, run, offset, seal);               // ends in owner.on_read()
 //   std::ranges::copy(bytes, io.next_buffer());
 //   io.write(owner, run, offset);                    // ends in owner.on_written()
 //   io.advance();  io.wait();                        // call the owners
@@ -39,7 +39,8 @@ class RunIo {
    public:
     virtual ~Owner() = default;
     virtual void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) = 0;
-    virtual void on_written(RunIndex run, const Status& status) = 0;
+    // The seal is read() with, where the device seals.
+    virtual void on_written(RunIndex run, const Result<Seal>& written) = 0;
   };
 
   // REQUIRES: memory has kDepth runs.
@@ -47,7 +48,8 @@ class RunIo {
 
   bool can_read() const;
   bool can_write() const;  // leaves half of the buffers to reads
-  void read(Owner& owner, RunIndex run, std::uint64_t offset);  // REQUIRES: can_read()
+  // REQUIRES: can_read(); seal: what on_written() gave.
+  void read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal);
   // What write() will write. REQUIRES: can_write().
   std::span<std::byte> next_buffer() const;
   void write(Owner& owner, RunIndex run, std::uint64_t offset);
@@ -67,6 +69,7 @@ class RunIo {
     std::uint64_t offset = 0;
     std::size_t moved = 0;
     int tries = 0;
+    SealedUnit bytes{};  // in its buffer
   };
 
   std::span<std::byte> buffer(std::size_t index) const;
@@ -79,11 +82,11 @@ class RunIo {
   bool is_waited_for(const Owner& owner) const;
 
   IoMemory memory_;
-  std::unique_ptr<BlockDevice> device_;  // behind memory_: it is in use until the device is gone
-  const std::size_t run_bytes_;
   std::vector<std::optional<Transfer>> transfers_;  // by buffer
-  int num_waited_for_ = 0;                          // that have an owner
-  int num_writes_ = 0;                              // of them
+  std::unique_ptr<BlockDevice> device_;             // behind both: it uses them until it is gone
+  const std::size_t run_bytes_;
+  int num_waited_for_ = 0;  // that have an owner
+  int num_writes_ = 0;      // of them
   NvmeHealth health_;
   TimePoint last_progress_{};
 };

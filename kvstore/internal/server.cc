@@ -292,7 +292,9 @@ bool Server::greet(Peer& peer, const Hello& hello) {
   peer.first_head = hello.owner.first_head;
   peer.num_heads = hello.owner.num_heads;
   const ArenaLayout& layout = arena_->layout();
-  return reply(peer, Welcome{layout.slab_bytes, layout.slabs_per_head}, arena_->memory_fd());
+  return reply(
+      peer, Welcome{layout.slab_bytes, layout.slabs_per_head, config_.nvme && config_.nvme->cipher},
+      arena_->memory_fd());
 }
 
 Status Server::check(const Hello& hello) const {

@@ -39,6 +39,7 @@ struct NvmeConfig {
   // nullopt: what a kept file has, else nine tenths of what the file system has free.
   std::optional<std::uint64_t> capacity_bytes;
   NvmeReuse reuse = NvmeReuse::kStartAfresh;  // kKeepSlabs: of the last store, and for the next one
+  std::shared_ptr<const KvCipher> cipher = nullptr;  // null: not encrypted
 };
 
 struct ServerConfig {

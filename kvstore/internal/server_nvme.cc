@@ -23,9 +23,9 @@ constexpr double kShareOfRoom = 0.9;
 // A tier that can't be opened is tried again when the next rank says hello.
 void Server::open_tier() {
   const auto room = static_cast<double>(nvme_file_->room_bytes());
-  auto tier = NvmeTier::open(
-      *nvme_file_, {*model_, config_.nvme->capacity_bytes,
-                    static_cast<std::uint64_t>(kShareOfRoom * room), config_.nvme->reuse});
+  auto tier = NvmeTier::open(*nvme_file_, {*model_, config_.nvme->capacity_bytes,
+                                           static_cast<std::uint64_t>(kShareOfRoom * room),
+                                           config_.nvme->reuse, config_.nvme->cipher});
   if (!tier) return log().error("no NVMe tier: {}", tier.error().message);
   tier_ = *std::move(tier);
   const ArenaLayout& layout = arena_->layout();

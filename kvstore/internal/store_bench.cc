@@ -10,12 +10,14 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "common/check.h"
 #include "common/ids.h"
 #include "kernels/checksum.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sample_slab.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -39,26 +41,6 @@ void wait_for(int event) {
   if (poll(&ready, 1, 10'000) != 1) {
     throw Exception(ErrorCode::kIo, "the disk has not answered for 10 s");
   }
-}
-
-// A slab of random blocks with their checksums.
-std::vector<std::byte> make_slab(const kernels::KvShape& shape, std::uint64_t seed) {
-  std::vector<std::byte> slab(shape.slab_bytes());
-  std::mt19937_64 random(seed);
-  for (std::size_t at = 0; at < shape.slab_payload_bytes(); at += 8) {
-    const std::uint64_t word = random();
-    std::memcpy(slab.data() + at, &word, sizeof word);
-  }
-  for (int layer = 0; layer < shape.num_layers; ++layer) {
-    for (int block = 0; block < kSegmentBlocks; ++block) {
-      const std::uint64_t checksum =
-          kernels::block_checksum(slab.data() + kernels::slab_block_offset(shape, layer, block),
-                                  shape.block_bytes(), layer, block);
-      std::memcpy(slab.data() + kernels::slab_checksum_offset(shape, layer, block), &checksum,
-                  sizeof checksum);
-    }
-  }
-  return slab;
 }
 
 SlabName name_of(std::uint32_t number) {
@@ -89,7 +71,7 @@ class StoreBench {
         order_(geometry_.num_slots) {
     std::iota(order_.begin(), order_.end(), 0U);
     std::ranges::shuffle(order_, std::mt19937(kSeed));
-    for (std::size_t i = 0; i < kSources; ++i) slabs_.push_back(make_slab(shape_, i));
+    for (std::size_t i = 0; i < kSources; ++i) slabs_.push_back(sample_slab(shape_, i));
   }
 
   Json run() {
@@ -103,12 +85,14 @@ class StoreBench {
         gb_per_s(total, seconds_of([&] { store_all(geometry_.num_slots); }));
     json["write_behind_full_gb_per_s"] = gb_per_s(total, seconds_of([&] { store_all(0); }));
     json["promote_gb_per_s"] = gb_per_s(total, seconds_of([&] { load_all(); }));
+    json["turn_p99_ms"] = turn_p99_ms();
     tier_.reset();
     json["reopen_ms"] = 1e3 * seconds_of([&] { open(NvmeReuse::kKeepSlabs, geometry_); });
     json["prefix_hit_after_reopen_gb_per_s"] = gb_per_s(total, seconds_of([&] { load_all(); }));
     const NvmeStat stat = tier_->stat();
     FT_CHECK(stat.slabs_read == geometry_.num_slots, stat.slabs_read, geometry_.num_slots);
     tier_.reset();
+    add_encrypted(json);
     json["device_write_gb_per_s"] = gb_per_s(total, device_seconds(IoDirection::kWrite));
     json["device_read_gb_per_s"] = gb_per_s(total, device_seconds(IoDirection::kRead));
     add_checksum(json);
@@ -119,15 +103,61 @@ class StoreBench {
  private:
   std::size_t slab_bytes() const { return shape_.slab_bytes(); }
 
-  void open(NvmeReuse reuse, const NvmeGeometry& geometry) {
+  void open(NvmeReuse reuse, const NvmeGeometry& geometry,
+            std::shared_ptr<const KvCipher> cipher = nullptr) {
     tier_ =
-        NvmeTier::open(file_, {config_.model, geometry.file_bytes(), 0, reuse}).value_or_throw();
+        NvmeTier::open(file_, {config_.model, geometry.file_bytes(), 0, reuse, std::move(cipher)})
+            .value_or_throw();
+    turns_.clear();
+  }
+
+  // What the store's loop has done nothing else for.
+  template <typename Turn>
+  auto timed(const Turn& turn) {
+    const auto begin = Clock::now();
+    auto result = turn();
+    turns_.push_back(std::chrono::duration<double, std::milli>(Clock::now() - begin).count());
+    return result;
+  }
+  double turn_p99_ms() {
+    if (turns_.empty()) return 0;
+    const auto at = turns_.begin() + static_cast<std::ptrdiff_t>(turns_.size() * 99 / 100);
+    std::ranges::nth_element(turns_, at);
+    return *at;
+  }
+
+  // The same tier, encrypted, and one core's sealing and opening of a slab.
+  void add_encrypted(Json& json) {
+    const auto total = static_cast<double>(slab_bytes() * geometry_.num_slots);
+    const auto cipher = KvCipher::random();
+    json["cipher"] = cipher_name(cipher->kind());
+    open(NvmeReuse::kStartAfresh, geometry_, cipher);
+    json["encrypted_write_behind_gb_per_s"] =
+        gb_per_s(total, seconds_of([&] { store_all(geometry_.num_slots); }));
+    json["encrypted_write_behind_full_gb_per_s"] =
+        gb_per_s(total, seconds_of([&] { store_all(0); }));
+    json["encrypted_promote_gb_per_s"] = gb_per_s(total, seconds_of([&] { load_all(); }));
+    json["encrypted_turn_p99_ms"] = turn_p99_ms();
+    FT_CHECK(tier_->stat().slabs_read == geometry_.num_slots, tier_->stat().slabs_read);
+    tier_.reset();
+    const auto sealed_bytes = static_cast<double>(slab_bytes() * slabs_.size());
+    std::vector<Seal> seals;
+    json["seal_gb_per_s"] = gb_per_s(sealed_bytes, seconds_of([&] {
+                                       for (auto& slab : slabs_) {
+                                         seals.push_back(cipher->seal(slab, {}));
+                                       }
+                                     }));
+    json["open_gb_per_s"] = gb_per_s(sealed_bytes, seconds_of([&] {
+                                       for (std::size_t i = 0; i < kSources; ++i) {
+                                         FT_CHECK(cipher->open(slabs_[i], {}, seals[i]));
+                                       }
+                                     }));
   }
 
   // What has ended, after waiting for something to do so.
   std::vector<NvmeTier::Loaded> advance() {
     if (!tier_->has_more()) wait_for(tier_->completion_fd());
-    return tier_->advance(Clock::now());
+    return timed([this] { return tier_->advance(Clock::now()); });
   }
 
   // Slabs [first, first + num_slots): the second time others give way.
@@ -221,9 +251,10 @@ class StoreBench {
     for (std::uint32_t slot = 0; slot < geometry.num_slots; slot += kStep) {
       const std::uint32_t count = std::min(kStep, geometry.num_slots - slot);
       for (std::uint32_t i = 0; i < count; ++i) {
-        encode(SlotHeader{SlotIndex{slot + i}, superblock.file_id, 1, slot + i + 1, 0,
-                          name_of(slot + i)},
-               memory.bytes().subspan(i * kSectorBytes).first<kSectorBytes>());
+        encode(
+            SlotHeader{
+                SlotIndex{slot + i}, superblock.file_id, 1, slot + i + 1, 0, name_of(slot + i), {}},
+            memory.bytes().subspan(i * kSectorBytes).first<kSectorBytes>());
       }
       device->submit({IoDirection::kWrite, geometry.header_offset(SlotIndex{slot}),
                       memory.bytes().data(), count * kSectorBytes, 0});
@@ -241,6 +272,7 @@ class StoreBench {
   std::vector<std::uint32_t> order_;
   std::vector<std::vector<std::byte>> slabs_;
   std::unique_ptr<NvmeTier> tier_;
+  std::vector<double> turns_;  // milliseconds, since the last open()
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include "common/ids.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sealing_device.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -19,11 +20,13 @@ using Json = nlohmann::ordered_json;
 // A file as it stands: nothing is written to it by looking at it.
 class Inspection {
  public:
-  explicit Inspection(const std::filesystem::path& folder) : file_(existing(folder)) {
-    IoMemory memory(std::size_t{1} << 20);
-    const auto device = make_thread_device(file_.fd(), /*depth=*/1);
-    const auto superblock = read_superblock(*device, memory.bytes()).value_or_throw();
-    contents_ = scan_headers(*device, memory.bytes(), superblock).value_or_throw();
+  explicit Inspection(const ToolTarget& target) : target_(target), file_(existing(target.folder)) {
+    const IoMemory memory(std::size_t{1} << 20);
+    const auto device = target_.make_device(file_.fd(), memory, /*depth=*/1);
+    contents_.superblock =
+        read_superblock(*device, memory.bytes(), target_.cipher.get()).value_or_throw();
+    contents_ = scan_headers(*device, memory.bytes(), contents_.superblock, cipher().get())
+                    .value_or_throw();
     for (const SlotHeader& header : contents_.slabs) held_.insert(header.slot);
   }
 
@@ -33,6 +36,7 @@ class Inspection {
             {"kv_heads", superblock.model.total_kv_heads},
             {"layers", superblock.model.num_layers},
             {"head_dim", superblock.model.head_dim},
+            {"encrypted", superblock.cipher.has_value()},
             {"generation", superblock.generation},
             {"slab_bytes", superblock.geometry.slab_bytes},
             {"slabs_total", superblock.geometry.num_slots},
@@ -44,8 +48,9 @@ class Inspection {
   std::int64_t verify() {
     const ModelIdentity& model = contents_.superblock.model;
     IoMemory memory = NvmeTier::make_memory(model);
-    auto device = make_block_device(file_.fd(), memory, NvmeTier::depth(model));
-    NvmeTier tier(std::move(memory), std::move(device), contents_);
+    auto device = make_sealing_device(
+        target_.make_device(file_.fd(), memory, NvmeTier::depth(model)), cipher());
+    NvmeTier tier(std::move(memory), std::move(device), contents_, cipher());
     std::vector<std::byte> room(model.slab_bytes());
     std::int64_t failed = 0;
     for (const SlotHeader& header : contents_.slabs) {
@@ -53,6 +58,7 @@ class Inspection {
       if (tier.knows(header.name)) {
         tier.load(header.name, room.data(), std::chrono::steady_clock::now());
         if (ends_whole(tier)) continue;
+        require_disk(tier);
       }
       held_.erase(header.slot);
       ++failed;
@@ -73,6 +79,10 @@ class Inspection {
   std::uint64_t allocated_bytes() const { return file_.allocated_bytes(); }
 
  private:
+  // The key may be given for a file that is not encrypted.
+  std::shared_ptr<const KvCipher> cipher() const {
+    return contents_.superblock.cipher ? target_.cipher : nullptr;
+  }
   static const std::filesystem::path& existing(const std::filesystem::path& folder) {
     if (!std::filesystem::exists(folder / "kv-slabs")) {
       throw Exception(ErrorCode::kNotFound, folder.native() + " holds no KV: there is no kv-slabs");
@@ -87,6 +97,13 @@ class Inspection {
       if (!tier.has_more()) poll(&ready, 1, 100);
     }
   }
+  // A disk that does not work says nothing about what it holds.
+  static void require_disk(const NvmeTier& tier) {
+    if (tier.stat().state != NvmeState::kOffline) return;
+    throw Exception(ErrorCode::kIo,
+                    "the disk fails, or does not answer: what it holds can't be told, and nothing "
+                    "was changed");
+  }
   void punch(std::uint64_t offset, std::uint64_t bytes) const {
     if (fallocate(file_.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
@@ -94,6 +111,7 @@ class Inspection {
     }
   }
 
+  ToolTarget target_;
   NvmeFile file_;
   NvmeContents contents_;
   std::set<SlotIndex> held_;
@@ -101,23 +119,23 @@ class Inspection {
 
 }  // namespace
 
-Json stat_file(const std::filesystem::path& folder) {
-  const Inspection inspection(folder);
+Json stat_file(const ToolTarget& target) {
+  const Inspection inspection(target);
   Json json = inspection.report();
   json["allocated_bytes"] = inspection.allocated_bytes();
   return json;
 }
 
-Json verify_file(const std::filesystem::path& folder) {
-  Inspection inspection(folder);
+Json verify_file(const ToolTarget& target) {
+  Inspection inspection(target);
   const std::int64_t failed = inspection.verify();
   Json json = inspection.report();
   json["bad_slabs"] = failed;
   return json;
 }
 
-Json collect_file(const std::filesystem::path& folder) {
-  Inspection inspection(folder);
+Json collect_file(const ToolTarget& target) {
+  Inspection inspection(target);
   const std::uint64_t before = inspection.allocated_bytes();
   const std::int64_t failed = inspection.verify();
   inspection.collect();

@@ -6,16 +6,31 @@
 //            system
 //
 // Throws Exception: kNotFound where the folder has no file, kCorrupt where it is none of ours, as
-// NvmeFile where it can't be opened. Example: tests/launch/nvme_test.py
+// NvmeFile where it can't be opened; kConfig without its key; kTimeout and kIo where the disk does
+// not answer, for 10 s at the start and 1 s later on, or fails again and again: then nothing is
+// given back. Examples: tests/kvstore/store_tools_test.cc, tests/launch/nvme_test.py
 #pragma once
 
 #include <filesystem>
+#include <functional>
+#include <memory>
 #include <nlohmann/json.hpp>
+
+#include "kvstore/internal/block_device.h"
 
 namespace foretoken::kvstore {
 
-nlohmann::ordered_json stat_file(const std::filesystem::path& folder);
-nlohmann::ordered_json verify_file(const std::filesystem::path& folder);
-nlohmann::ordered_json collect_file(const std::filesystem::path& folder);
+using MakeDevice =
+    std::function<std::unique_ptr<BlockDevice>(int file, const IoMemory& memory, int depth)>;
+
+struct ToolTarget {
+  std::filesystem::path folder;
+  std::shared_ptr<const KvCipher> cipher = nullptr;  // of an encrypted file
+  MakeDevice make_device = make_block_device;        // a test's own fails and stands still
+};
+
+nlohmann::ordered_json stat_file(const ToolTarget& target);
+nlohmann::ordered_json verify_file(const ToolTarget& target);
+nlohmann::ordered_json collect_file(const ToolTarget& target);
 
 }  // namespace foretoken::kvstore

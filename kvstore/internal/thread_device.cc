@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <utility>
@@ -18,80 +19,102 @@ namespace {
 
 constexpr int kMaxThreads = 16;  // each does one operation at a time (guessed)
 
+// What the device and its threads share. A thread that is left behind in an operation has it alone.
+struct Shared {
+  explicit Shared(int in, IoMemory of)
+      : file(in), memory(std::move(of)), event(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+
+  const int file;
+  const IoMemory memory;
+  const FileDescriptor event;
+  std::mutex mutex;
+  std::condition_variable_any changed;
+  std::deque<IoOperation> waiting;  // guarded by mutex
+  std::vector<IoDone> ended;        // guarded by mutex
+  std::size_t num_moving = 0;       // guarded by mutex
+};
+
+// Bytes moved, or -errno.
+std::int64_t transfer(int file, const IoOperation& operation) {
+  const auto offset = static_cast<off_t>(operation.offset);
+  for (;;) {
+    const ssize_t count = operation.direction == IoDirection::kRead
+                              ? pread(file, operation.data, operation.bytes, offset)
+                              : pwrite(file, operation.data, operation.bytes, offset);
+    if (count >= 0) return count;
+    if (errno != EINTR) return -errno;
+  }
+}
+
+void work(const std::stop_token& stop, Shared& shared) {
+  std::unique_lock lock(shared.mutex);
+  while (shared.changed.wait(lock, stop, [&] { return !shared.waiting.empty(); })) {
+    const IoOperation operation = shared.waiting.front();
+    shared.waiting.pop_front();
+    ++shared.num_moving;
+    lock.unlock();
+    const std::int64_t count = transfer(shared.file, operation);
+    lock.lock();
+    --shared.num_moving;
+    shared.ended.push_back({operation.tag, io_result(count)});
+    eventfd_write(shared.event.get(), 1);
+    shared.changed.notify_all();
+  }
+}
+
 class ThreadDevice : public BlockDevice {
  public:
-  ThreadDevice(int file, int depth) : file_(file), event_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (!event_) throw Exception(ErrorCode::kIo, "no eventfd for the NVMe tier");
+  ThreadDevice(int file, const IoMemory& memory, int depth)
+      : shared_(std::make_shared<Shared>(file, memory)) {
+    if (!shared_->event) throw Exception(ErrorCode::kIo, "no eventfd for the NVMe tier");
     for (int i = 0; i < std::min(depth, kMaxThreads); ++i) {
-      threads_.emplace_back([this](const std::stop_token& stop) { work(stop); });
+      threads_.emplace_back(
+          [shared = shared_](const std::stop_token& stop) { work(stop, *shared); });
     }
   }
   ~ThreadDevice() override {
     for (auto& thread : threads_) thread.request_stop();
-    threads_.clear();
+    std::unique_lock lock(shared_->mutex);
+    shared_->waiting.clear();
+    if (shared_->changed.wait_for(lock, kEndLimit, [this] { return shared_->num_moving == 0; })) {
+      return;  // jthreads join
+    }
+    log_left_behind(shared_->num_moving);
+    for (auto& thread : threads_) thread.detach();
   }
   ThreadDevice(const ThreadDevice&) = delete;
   ThreadDevice& operator=(const ThreadDevice&) = delete;
 
   void submit(const IoOperation& operation) override {
     {
-      const std::lock_guard lock(mutex_);
-      waiting_.push_back(operation);
+      const std::lock_guard lock(shared_->mutex);
+      shared_->waiting.push_back(operation);
     }
-    changed_.notify_one();
+    shared_->changed.notify_one();
   }
 
   std::vector<IoDone> completed() override {
     std::uint64_t count = 0;
-    while (read(event_.get(), &count, sizeof count) == sizeof count) {
+    while (read(shared_->event.get(), &count, sizeof count) == sizeof count) {
     }
-    const std::lock_guard lock(mutex_);
-    return std::exchange(ended_, {});
+    const std::lock_guard lock(shared_->mutex);
+    return std::exchange(shared_->ended, {});
   }
 
-  Status resize(std::uint64_t bytes) override { return resize_file(file_, bytes); }
-  int completion_fd() const override { return event_.get(); }
+  Status resize(std::uint64_t bytes) override { return resize_file(shared_->file, bytes); }
+  Result<std::uint64_t> size() const override { return size_of_file(shared_->file); }
+  int completion_fd() const override { return shared_->event.get(); }
   std::string_view name() const override { return "threads with pread and pwrite"; }
 
  private:
-  void work(const std::stop_token& stop) {
-    std::unique_lock lock(mutex_);
-    while (changed_.wait(lock, stop, [this] { return !waiting_.empty(); })) {
-      const IoOperation operation = waiting_.front();
-      waiting_.pop_front();
-      lock.unlock();
-      const std::int64_t count = transfer(operation);
-      lock.lock();
-      ended_.push_back({operation.tag, io_result(count)});
-      eventfd_write(event_.get(), 1);
-    }
-  }
-
-  // Bytes moved, or -errno.
-  std::int64_t transfer(const IoOperation& operation) const {
-    const auto offset = static_cast<off_t>(operation.offset);
-    for (;;) {
-      const ssize_t count = operation.direction == IoDirection::kRead
-                                ? pread(file_, operation.data, operation.bytes, offset)
-                                : pwrite(file_, operation.data, operation.bytes, offset);
-      if (count >= 0) return count;
-      if (errno != EINTR) return -errno;
-    }
-  }
-
-  int file_;
-  FileDescriptor event_;
-  std::mutex mutex_;
-  std::condition_variable_any changed_;
-  std::deque<IoOperation> waiting_;    // guarded by mutex_
-  std::vector<IoDone> ended_;          // guarded by mutex_
-  std::vector<std::jthread> threads_;  // last: they use all of the above
+  std::shared_ptr<Shared> shared_;
+  std::vector<std::jthread> threads_;
 };
 
 }  // namespace
 
-std::unique_ptr<BlockDevice> make_thread_device(int file, int depth) {
-  return std::make_unique<ThreadDevice>(file, depth);
+std::unique_ptr<BlockDevice> make_thread_device(int file, const IoMemory& memory, int depth) {
+  return std::make_unique<ThreadDevice>(file, memory, depth);
 }
 
 }  // namespace foretoken::kvstore

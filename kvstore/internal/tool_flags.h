@@ -14,8 +14,9 @@ class ToolFlags {
   void add_to(CLI::App& app);
   // After parsing.
   bool is_wanted() const { return !tool_.empty(); }
-  // Throws Exception, as the tools do. REQUIRES: is_wanted().
-  void run() const;
+  // key_file: of an encrypted file, else empty. Throws Exception, as the tools do.
+  // REQUIRES: is_wanted().
+  void run(const std::string& key_file) const;
 
  private:
   std::string tool_;

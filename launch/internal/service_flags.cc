@@ -77,6 +77,13 @@ constexpr std::array kFlags = {
                 "Size of that tier (0: as a kept one has, else 9/10 of what is free there)"},
     ServiceFlag{"kv_persist", kStore, "",
                 "Keep the NVMe tier from start to start; with a --runtime-dir of yours"},
+    ServiceFlag{"kv_encrypt", kStore, "",
+                "Encrypt that tier, with a random key that is in memory only (AES-256-GCM, or "
+                "XChaCha20-Poly1305 where the CPU has no AES) ..."},
+    ServiceFlag{
+        "kv_key_file", kStore, "FILE",
+        "... or with this one, so that --kv-persist can keep it: 64 hexadecimal digits, mode "
+        "0600"},
     ServiceFlag{"on_late", kStore, "wait|skip",
                 "What a step does about a block that is not there in time"},
     ServiceFlag{"guard_arena", kStore, "",

@@ -14,6 +14,7 @@ namespace {
 struct ToolOptions {
   std::string folder;
   std::string bytes;
+  std::string key_file;
   bool json = false;
 };
 
@@ -22,6 +23,7 @@ int become_store_tool(const std::string& tool, const ToolOptions& options) {
   const std::string program = sibling_program("foretoken-kvstore").string();
   std::vector<std::string> words = {program, "--" + tool, options.folder};
   if (!options.bytes.empty()) words.push_back("--bench-bytes=" + options.bytes);
+  if (!options.key_file.empty()) words.push_back("--key-file=" + options.key_file);
   if (options.json) words.emplace_back("--json");
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
@@ -42,6 +44,9 @@ void add_tool(CLI::App& parent, const std::string& command, const std::string& t
   if (is_bench) {
     app->add_option("--bytes", options->bytes, "How much to write and read (default: 2GiB)")
         ->type_name("SIZE");
+  } else {
+    app->add_option("--kv-key-file", options->key_file, "Key of an encrypted one")
+        ->type_name("FILE");
   }
   app->add_flag("--json", options->json, "Print one JSON object");
   app->callback([tool, options, &action] {

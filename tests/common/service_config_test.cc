@@ -77,6 +77,20 @@ TEST(ServiceConfig, TheNvmeTierNeedsItsFolder) {
   EXPECT_TRUE(validate(config));
 }
 
+TEST(ServiceConfig, WhatIsKeptEncryptedNeedsItsKey) {
+  auto config = valid();
+  config.kv_encrypt = true;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-encrypt needs --kv-nvme-path"));
+  config.kv_nvme_path = "kv";
+  EXPECT_TRUE(validate(config));
+  config.kv_persist = true;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("needs --kv-key-file"));
+  config.kv_key_file = "key";
+  EXPECT_TRUE(validate(config));
+  config.kv_encrypt = false;
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-key-file needs --kv-encrypt"));
+}
+
 TEST(ServiceConfig, ABoundOnRecallNeedsAudits) {
   auto config = valid();
   config.min_recall = 0.8;

@@ -58,6 +58,7 @@ class MemoryDevice : public BlockDevice {
     file_.resize(bytes);
     return Ok{};
   }
+  Result<std::uint64_t> size() const override { return file_.size(); }
   int completion_fd() const override { return event_.get(); }
   std::string_view name() const override { return "memory"; }
 

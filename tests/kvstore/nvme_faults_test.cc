@@ -7,6 +7,7 @@
 
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <random>
 
 #include "tests/kvstore/tier_on_file.h"
@@ -107,20 +108,25 @@ struct Files {
   FileBytes now;
   FileBytes foreign;
 
-  Files() {
+  std::shared_ptr<const KvCipher> cipher;  // of all three
+
+  explicit Files(std::shared_ptr<const KvCipher> with = nullptr) : cipher(std::move(with)) {
     {
-      TierOnFile disk(now, kSlots);
+      TierOnFile disk = open(now);
       for (std::uint32_t i = 0; i < kSlots; ++i) disk.store(test_name(0, i));
     }
     earlier = now;
     {
-      TierOnFile disk(now, kSlots);
+      TierOnFile disk = open(now);
       for (std::uint32_t i = 4; i < 10; ++i) disk.store(test_name(0, i));
     }
     ModelIdentity other = kTestModel;
     other.model_hash = "another";
-    TierOnFile disk(foreign, kSlots, NvmeReuse::kKeepSlabs, other);
+    TierOnFile disk(foreign, kSlots, NvmeReuse::kKeepSlabs, other, cipher);
     for (std::uint32_t i = 2; i < 8; ++i) disk.store(test_name(0, i + 100));
+  }
+  TierOnFile open(FileBytes& file) const {
+    return {file, kSlots, NvmeReuse::kKeepSlabs, kTestModel, cipher};
   }
 };
 
@@ -138,16 +144,16 @@ int expect_right_or_absent(TierOnFile& disk) {
   return given;
 }
 
-TEST(NvmeFaults, DamageIsAMiss) {
-  const Files files;
+void expect_that_damage_is_a_miss(const Files& files, int num_injections) {
   Random random(kSeed);
   const std::int64_t whole = kSlots;
   std::int64_t detected = 0;
-  for (int i = 0; i < num_faults(); ++i) {
+  for (int i = 0; i < num_injections; ++i) {
     FileBytes file = files.now;
     // The store runs while it happens, or finds it at its start.
-    std::optional<TierOnFile> running;
-    if (random() % 2 == 0) running.emplace(file, kSlots);
+    std::unique_ptr<TierOnFile> running;
+    const auto open = [&] { running.reset(new TierOnFile(files.open(file))); };
+    if (random() % 2 == 0) open();
     switch (random() % 8) {
       case 0:
         flip_superblock(file, random);
@@ -173,14 +179,22 @@ TEST(NvmeFaults, DamageIsAMiss) {
       default:
         flip_bits(file, random);
     }
-    if (!running) running.emplace(file, kSlots);
+    if (!running) open();
     const int given = expect_right_or_absent(*running);
     if (given < whole) ++detected;
     const NvmeStat stat = running->tier->stat();
     EXPECT_LE(stat.slabs_held, whole);
     if (testing::Test::HasFailure()) FAIL() << "injection " << i << ", seed " << kSeed;
   }
-  RecordProperty("detected", static_cast<int>(detected));
+  testing::Test::RecordProperty("detected", static_cast<int>(detected));
+}
+
+TEST(NvmeFaults, DamageIsAMiss) { expect_that_damage_is_a_miss(Files(), num_faults()); }
+
+TEST(NvmeFaults, DamageOfAnEncryptedFileIsAMiss) {
+  for (const auto kind : {CipherKind::kAes256Gcm, CipherKind::kXChaCha20Poly1305}) {
+    expect_that_damage_is_a_miss(Files(KvCipher::random(kind)), num_faults() / 2);
+  }
 }
 
 // Every bit of a header, and every word of a slab, counts.
@@ -254,7 +268,10 @@ TEST(NvmeFaults, ACrashDuringTheOpeningLosesNothing) {
 
 class Model {
  public:
-  explicit Model(Random& random) : random_(random) { reopen(); }
+  Model(Random& random, std::shared_ptr<const KvCipher> cipher)
+      : random_(random), cipher_(std::move(cipher)) {
+    reopen();
+  }
 
   void step() {
     disk_->wait(std::chrono::milliseconds(random_() % 400));
@@ -282,7 +299,7 @@ class Model {
   void reopen() {
     if (disk_) disk_->device->release_held();
     disk_.reset();
-    disk_ = std::make_unique<TierOnFile>(file_, kSlots);
+    disk_ = std::make_unique<TierOnFile>(file_, kSlots, NvmeReuse::kKeepSlabs, kTestModel, cipher_);
     disk_->device->fault = [this](const IoOperation& operation) { return fault(operation); };
   }
   IoFault fault(const IoOperation& operation) {
@@ -306,20 +323,29 @@ class Model {
   }
 
   Random& random_;
+  std::shared_ptr<const KvCipher> cipher_;
   FileBytes file_;
   std::unique_ptr<TierOnFile> disk_;
   std::map<SlabName, bool> stored_;  // whether it ever was
   std::int64_t num_given_ = 0;
 };
 
-TEST(NvmeFaults, RandomOperationsWithFaultsNeverGiveWrongKv) {
+void run_random_operations(std::shared_ptr<const KvCipher> cipher, int count) {
   Random random(kSeed);
-  Model model(random);
-  for (int i = 0; i < 10 * num_faults(); ++i) {
+  Model model(random, std::move(cipher));
+  for (int i = 0; i < count; ++i) {
     model.step();
     if (testing::Test::HasFailure()) FAIL() << "operation " << i << ", seed " << kSeed;
   }
-  EXPECT_GT(model.num_given(), num_faults() / 2) << "so much came through";
+  EXPECT_GT(model.num_given(), count / 20) << "so much came through";
+}
+
+TEST(NvmeFaults, RandomOperationsWithFaultsNeverGiveWrongKv) {
+  run_random_operations(nullptr, 10 * num_faults());
+}
+
+TEST(NvmeFaults, RandomOperationsWithFaultsNeverGiveWrongKvOfAnEncryptedFile) {
+  run_random_operations(KvCipher::random(), num_faults());
 }
 
 }  // namespace

@@ -66,6 +66,59 @@ TEST_F(NvmeTierTest, AnotherModelsFileStartsAfresh) {
   EXPECT_EQ(TierOnFile(file, 4).tier->stat().slabs_held, 0) << "nor is it ours any more";
 }
 
+// A file of one size, whose superblock lays out another one.
+TEST_F(NvmeTierTest, ASuperblockOfAnotherSizeIsNone) {
+  { EXPECT_TRUE(TierOnFile(file, 4).store(test_name(0, 1))); }
+  const FileBytes whole = file;
+  Superblock hostile = decode_superblock(std::span(file).first<kSectorBytes>()).value();
+  hostile.generation += 2;
+  hostile.geometry.num_slots = UINT32_MAX - 1;
+  encode(hostile, std::span(file).first<kSectorBytes>());
+  {
+    TierOnFile disk(file, 4);
+    EXPECT_TRUE(disk.load(test_name(0, 1))) << "the other copy is right";
+  }
+  for (const std::size_t copy : {0, 1}) {
+    encode(hostile, std::span(file).subspan(copy * kSectorBytes).first<kSectorBytes>());
+  }
+  MemoryDevice device(file);
+  IoMemory memory(1 << 20);
+  const auto found = read_superblock(device, memory.bytes());
+  ASSERT_FALSE(found);
+  EXPECT_EQ(found.error().code, ErrorCode::kCorrupt);
+  EXPECT_NE(found.error().message.find("4294967294 slots"), std::string::npos);
+  NvmeOpening opening{kTestModel, std::nullopt, 1 << 20, NvmeReuse::kKeepSlabs};
+  const auto contents = open_contents(device, memory.bytes(), opening);
+  ASSERT_TRUE(contents);
+  EXPECT_EQ(contents->superblock.generation, 1U);
+  EXPECT_LE(file.size(), std::size_t{1} << 20);
+  file = whole;
+  file.resize(file.size() - 1);  // cut off while nobody ran
+  EXPECT_FALSE(read_superblock(device, memory.bytes()));
+}
+
+TEST_F(NvmeTierTest, AFileThatCantBeReadIsLeftAsItIs) {
+  { EXPECT_TRUE(TierOnFile(file, 4).store(test_name(0, 1))); }
+  const FileBytes before = file;
+  IoMemory memory(1 << 20);
+  const NvmeOpening opening{kTestModel, std::nullopt, 1 << 20, NvmeReuse::kKeepSlabs};
+  for (const std::uint64_t damaged : {0, 1, 2}) {  // of the copies, none or one is also damaged
+    file = before;
+    if (damaged > 0) file[(damaged - 1) * kSectorBytes] ^= std::byte{1};
+    const FileBytes found = file;
+    MemoryDevice device(file);
+    device.fault = [&](const IoOperation& operation) {
+      const bool can_be_read = damaged > 0 && operation.offset == (damaged - 1) * kSectorBytes;
+      return can_be_read ? IoFault::kNone : IoFault::kError;
+    };
+    const auto contents = open_contents(device, memory.bytes(), opening);
+    ASSERT_FALSE(contents);
+    EXPECT_EQ(contents.error().code, ErrorCode::kIo);
+    EXPECT_NE(contents.error().message.find("left as it is"), std::string::npos);
+    EXPECT_EQ(file, found);
+  }
+}
+
 TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   TierOnFile disk(file, 3);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));

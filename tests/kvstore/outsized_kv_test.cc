@@ -7,10 +7,14 @@
 #include <chrono>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <random>
+#include <string_view>
+#include <utility>
 
 #include "kernels/checksum.h"
 #include "kvstore/internal/run_io.h"
+#include "kvstore/internal/sealing_device.h"
 #include "tests/kvstore/memory_device.h"
 
 namespace foretoken::kvstore {
@@ -27,9 +31,16 @@ class OutsizedKvTest : public ::testing::Test {
   OutsizedKvTest()
       : num_frames_(OutsizedKv::least_frames(kShape, kSegments)),
         memory_(num_frames_ * kShape.run_bytes()) {
+    seal_with(nullptr);
+  }
+
+  // Begins anew, on a disk that is encrypted; null: it is not.
+  void seal_with(std::shared_ptr<const KvCipher> cipher) {
+    kv_.reset();
     auto disk = std::make_unique<MemoryDevice>(file_);
     disk_ = disk.get();
-    io_ = std::make_unique<RunIo>(IoMemory(RunIo::kDepth * kShape.run_bytes()), std::move(disk),
+    io_ = std::make_unique<RunIo>(IoMemory(RunIo::kDepth * kShape.run_bytes()),
+                                  make_sealing_device(std::move(disk), std::move(cipher)),
                                   kShape.run_bytes());
     kv_ = std::make_unique<OutsizedKv>(*device_, *io_, nullptr, parts());
   }
@@ -160,6 +171,45 @@ TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {
   fill_all();
   for (int round = 0; round < 3; ++round) read_all();
   ASSERT_TRUE(kv_->status());
+}
+
+TEST_F(OutsizedKvTest, AnEncryptedDiskGivesItBackAndHoldsNothingThatCanBeRead) {
+  seal_with(KvCipher::random());
+  int count = 0;  // short and failed operations, and so the same bytes again
+  disk_->fault = [&](const IoOperation&) {
+    ++count;
+    return count % 7 == 0 ? IoFault::kShort : count % 11 == 0 ? IoFault::kError : IoFault::kNone;
+  };
+  fill_all();
+  for (int round = 0; round < 3; ++round) read_all();
+  ASSERT_TRUE(kv_->status()) << kv_->status().error().message;
+  EXPECT_GT(kv_->bytes_read(), 0);
+  const std::string_view disk(reinterpret_cast<const char*>(file_.data()), file_.size());
+  for (const auto& [run, bytes] : truth_) {
+    const std::string_view text(reinterpret_cast<const char*>(bytes.data()), 16);
+    EXPECT_EQ(disk.find(text), std::string_view::npos) << run;
+  }
+}
+
+TEST_F(OutsizedKvTest, AChangedOrStaleRunOfAnEncryptedDiskIsSeen) {
+  for (int round = 0; round < 6; ++round) {
+    seal_with(KvCipher::random());
+    fill_all();
+    read_all();
+    ASSERT_TRUE(kv_->status());
+    const std::size_t run = kShape.run_bytes();
+    const FileBytes before = file_;
+    for (std::size_t at = 0; at + run <= file_.size(); at += run) {
+      if (round % 2 == 0) {
+        file_[at + random_() % run] ^= std::byte{1};
+      } else if (at >= run) {  // each has its neighbour's bytes
+        std::memcpy(file_.data() + at, before.data() + at - run, run);
+      }
+    }
+    read_all();
+    ASSERT_FALSE(kv_->status());
+    EXPECT_EQ(kv_->status().error().code, ErrorCode::kCorrupt);
+  }
 }
 
 // Whatever of the file is damaged: it is right, or known to be lost.

@@ -65,9 +65,10 @@ TEST(StoreProtocol, CarriesEveryReply) {
   const Error error = reply_there_and_back(Error{ErrorCode::kExhausted, "no room"});
   EXPECT_EQ(error.code, ErrorCode::kExhausted);
   EXPECT_EQ(error.message, "no room");
-  const Welcome welcome = reply_there_and_back(Welcome{std::uint64_t{1} << 40, 12});
+  const Welcome welcome = reply_there_and_back(Welcome{std::uint64_t{1} << 40, 12, true});
   EXPECT_EQ(welcome.slab_bytes, std::uint64_t{1} << 40);
   EXPECT_EQ(welcome.slabs_per_head, 12U);
+  EXPECT_TRUE(welcome.encrypts_nvme);
   const Grant grant = reply_there_and_back(Grant{{1, 2}, {SlabIndex{7}, SlabIndex{4'000'000'000}}});
   EXPECT_EQ(grant.head_hits, (std::vector<int>{1, 2}));
   EXPECT_EQ(grant.slabs, (std::vector<SlabIndex>{SlabIndex{7}, SlabIndex{4'000'000'000}}));

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <cstring>
-#include <random>
 #include <vector>
 
 #include "common/ids.h"
-#include "kernels/checksum.h"
 #include "kvstore/internal/nvme_format.h"
+#include "kvstore/internal/sample_slab.h"
 
 namespace foretoken::kvstore {
 
@@ -24,23 +23,7 @@ inline SlabName test_name(int head, std::uint32_t number) {
 
 inline std::vector<std::byte> test_slab(const SlabName& name,
                                         const ModelIdentity& model = kTestModel) {
-  const kernels::KvShape shape = model.slab_shape();
-  std::vector<std::byte> slab(shape.slab_bytes());
-  std::mt19937_64 random(std::hash<SlabName>()(name));
-  for (std::size_t at = 0; at < shape.slab_payload_bytes(); at += 8) {
-    const std::uint64_t word = random();
-    std::memcpy(slab.data() + at, &word, sizeof word);
-  }
-  for (int layer = 0; layer < shape.num_layers; ++layer) {
-    for (int block = 0; block < kSegmentBlocks; ++block) {
-      const std::uint64_t checksum =
-          kernels::block_checksum(slab.data() + kernels::slab_block_offset(shape, layer, block),
-                                  shape.block_bytes(), layer, block);
-      std::memcpy(slab.data() + kernels::slab_checksum_offset(shape, layer, block), &checksum,
-                  sizeof checksum);
-    }
-  }
-  return slab;
+  return sample_slab(model.slab_shape(), std::hash<SlabName>()(name));
 }
 
 // Blocks and checksums; the padding behind them is nobody's.

@@ -1,6 +1,8 @@
 // TierOnFile: an NVMe tier over a file in memory, with a clock of the test's own.
 #pragma once
 
+#include <poll.h>
+
 #include <chrono>
 #include <map>
 #include <memory>
@@ -9,6 +11,7 @@
 #include <vector>
 
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sealing_device.h"
 #include "tests/kvstore/memory_device.h"
 #include "tests/kvstore/test_slab.h"
 
@@ -18,16 +21,18 @@ class TierOnFile {
  public:
   // Room for num_slots slabs.
   TierOnFile(FileBytes& file, std::uint32_t num_slots, NvmeReuse reuse = NvmeReuse::kKeepSlabs,
-             const ModelIdentity& model = kTestModel)
-      : model_(model) {
+             const ModelIdentity& model = kTestModel,
+             std::shared_ptr<const KvCipher> cipher = nullptr)
+      : model_(model), is_sealed_(cipher != nullptr) {
     IoMemory memory = NvmeTier::make_memory(model);
     auto owned = std::make_unique<MemoryDevice>(file);
     device = owned.get();
     const NvmeGeometry geometry{model.slab_bytes(), num_slots};
     contents = open_contents(*device, memory.bytes(),
-                             {model, geometry.file_bytes(), /*default_bytes=*/0, reuse})
+                             {model, geometry.file_bytes(), /*default_bytes=*/0, reuse, cipher})
                    .value_or_throw();
-    tier = std::make_unique<NvmeTier>(std::move(memory), std::move(owned), contents);
+    auto sealing = make_sealing_device(std::move(owned), cipher);
+    tier = std::make_unique<NvmeTier>(std::move(memory), std::move(sealing), contents, cipher);
   }
 
   // What store() and load() of an idle tier come to. A miss: nullopt.
@@ -68,9 +73,15 @@ class TierOnFile {
 
  private:
   // A store's header follows its slab, so one more look is due while operations end.
-  bool is_quiet() const { return tier->is_idle() || device->all_held(); }
+  // Sealing ends when it ends: a slab of the test's takes far less than it is waited for.
+  bool is_quiet() const {
+    if (tier->is_idle() || !device->all_held()) return tier->is_idle();
+    pollfd ready{tier->completion_fd(), POLLIN, 0};
+    return !is_sealed_ || poll(&ready, 1, 100) == 0;
+  }
 
   ModelIdentity model_;
+  bool is_sealed_;
   std::map<SlabName, std::vector<std::byte>> loading_;  // the tier's until their Loaded
   std::map<SlabName, std::vector<std::byte>> ended_;    // of the last finish()
 };

@@ -192,3 +192,85 @@ def test_verify_meets_damage_that_the_tiers_own_check_met_first(model, tmp_path)
         data[4096 * (2 + held["slabs_total"]) + slot * held["slab_bytes"] + 1000] ^= 1
     (folder / "kv-slabs").write_bytes(data)
     assert tool("verify", folder)["bad_slabs"] == held["slabs_held"]
+
+
+def make_key(path, digit="7"):
+    path.write_text(digit * 64 + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def test_an_encrypted_tier_answers_the_same_and_shows_nothing(model, answers, tmp_path):
+    """Two files of the same KV: nothing of the plain one's slabs is found in the encrypted one."""
+    contents = {}
+    for kind, more in (
+        ("plain", ()),
+        ("sealed", ("--kv-encrypt", f"--kv-key-file={make_key(tmp_path / 'key')}")),
+    ):
+        folder = tmp_path / kind
+        flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist", *more)
+        with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+            for number, ids in enumerate(answers):
+                assert client.generate(prompt(number), **OPTIONS).ids == ids
+            push_out(client)
+            for number, ids in enumerate(answers):
+                again = client.generate(prompt(number), **OPTIONS)
+                assert again.ids == ids and again.usage["cached_tokens"] == 256
+            tier = nvme(client)
+            assert tier["state"] == "online" and tier["slabs_read"] > 0
+            assert tier["io_errors"] == 0 and tier["checksum_failures"] == 0
+            assert service.stop() == 0
+        contents[kind] = (folder / "kv-slabs").read_bytes()
+    held = tool("stat", tmp_path / "plain")
+    begin = 4096 * (2 + held["slabs_total"])
+    places = [begin + slot * held["slab_bytes"] for slot in range(held["slabs_total"])]
+    pieces = [contents["plain"][at : at + 64] for at in places]
+    written = [piece for piece in pieces if piece.strip(b"\0")]
+    assert len(written) >= held["slabs_held"]
+    assert not any(piece in contents["sealed"] for piece in written)
+
+
+def test_a_kept_encrypted_tier_needs_its_key(model, answers, tmp_path):
+    folder = tmp_path / "kv"
+    (tmp_path / "service").mkdir()
+    key, other = make_key(tmp_path / "key"), make_key(tmp_path / "other", "8")
+    kept = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist")
+    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+
+    def cached(*flags):
+        with Service(model, *kept, *flags, **options) as service, connect(service) as client:
+            done = client.generate(prompt(0), **OPTIONS)
+            assert done.ids == answers[0]
+            state = nvme(client)["state"]
+            assert service.stop() == 0
+            return done.usage["cached_tokens"], state, service.log.read_text()
+
+    ours = ("--kv-encrypt", f"--kv-key-file={key}")
+    assert cached(*ours)[:2] == (0, "online")
+    before = (folder / "kv-slabs").read_bytes()
+    for wrong, line in (
+        (("--kv-encrypt", f"--kv-key-file={other}"), "with another key"),
+        ((), "it takes --kv-encrypt and its key"),
+    ):
+        tokens, state, log = cached(*wrong)
+        assert (tokens, state) == (0, "offline") and line in log
+        assert (folder / "kv-slabs").read_bytes() == before, "it is left as it is"
+    assert cached(*ours)[:2] == (256, "online")
+
+    done = run("kv", "stat", folder)
+    assert done.returncode == 3 and "its key" in done.stderr
+    held = tool("verify", folder, f"--kv-key-file={key}")
+    assert held["encrypted"] and held["slabs_held"] >= 1 and held["bad_slabs"] == 0
+
+
+def test_a_key_that_cannot_do_is_refused_before_the_start(model, tmp_path):
+    key = make_key(tmp_path / "key")
+    path = f"--kv-nvme-path={tmp_path}/kv"
+    with Service(model, FULL, path, "--kv-persist", "--kv-encrypt", ready=False) as service:
+        assert service.process.wait(30) == 3
+        assert "needs --kv-key-file" in service.log.read_text()
+    key.chmod(0o644)
+    flags = (path, "--kv-encrypt", f"--kv-key-file={key}")
+    with Service(model, FULL, *flags, ready=False) as service:
+        assert service.process.wait(30) == 3
+        assert "chmod 600" in service.log.read_text()

@@ -57,10 +57,13 @@ def nvme(folder, *flags):
     return (f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.1", *flags)
 
 
-@pytest.mark.parametrize("more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",)])
+@pytest.mark.parametrize(
+    "more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",), ("--kv-encrypt",)]
+)
 def test_tokens_are_those_of_a_context_in_memory(model, in_memory, tmp_path, more):
     flags = (*PREDICTED, "--calibrate-with=none", *more)
-    kept = answer(model, *flags, size=ROOMY) if more else in_memory  # sums over ranks round otherwise
+    own = more and more != ("--kv-encrypt",)  # sums over ranks round otherwise
+    kept = answer(model, *flags, size=ROOMY) if own else in_memory
     outsized = answer(model, *flags, *nvme(tmp_path / "kv"), size=QUARTER)
     assert outsized.ids == kept.ids
     assert outsized.kv["bytes_nvme"] > 0 and outsized.kv["late"] >= 0
@@ -96,6 +99,18 @@ def test_without_nvme_it_is_refused(model):
     with Service(model, *PREDICTED, size=QUARTER) as service:
         with pytest.raises(ServiceError, match="can never fit"):
             ask(service, prompt())
+
+
+def test_an_encrypted_run_that_was_changed_costs_time_and_no_token(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", "--kv-encrypt", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service, connect(service) as client:
+        pieces = client.stream(prompt(), **OPTIONS)
+        ids = list(next(pieces).ids)
+        damage(tmp_path / "kv" / "kv-slabs")
+        for piece in pieces:
+            ids += piece.ids
+        assert "computed anew" in service.log.read_text()
+    assert len(ids) == ANSWER
 
 
 def damage(file):

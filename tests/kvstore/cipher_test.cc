@@ -1,0 +1,235 @@
+// What lies on the disk of an encrypted tier: nothing that can be read, and nothing that opens
+// anywhere else, with another key, or when a bit of it was changed.
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <xxhash.h>
+
+#include <cstring>
+#include <fstream>
+#include <optional>
+#include <set>
+#include <string>
+
+#include "kvstore/internal/kv_cipher.h"
+#include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/store_tools.h"
+#include "tests/kvstore/memory_device.h"
+#include "tests/kvstore/running_server.h"
+#include "tests/kvstore/tier_on_file.h"
+
+namespace foretoken::kvstore {
+namespace {
+
+constexpr CipherKind kKinds[] = {CipherKind::kAes256Gcm, CipherKind::kXChaCha20Poly1305};
+
+std::span<const std::byte> bytes_of(const std::uint64_t& place) {
+  return std::as_bytes(std::span(&place, 1));
+}
+
+class CipherTest : public testing::TestWithParam<CipherKind> {
+ protected:
+  void SetUp() override {
+    if (KvCipher::best_kind() != CipherKind::kAes256Gcm && GetParam() == CipherKind::kAes256Gcm) {
+      GTEST_SKIP() << "no AES here";
+    }
+    cipher = KvCipher::random(GetParam());
+  }
+  TierOnFile open(NvmeReuse reuse = NvmeReuse::kKeepSlabs) {
+    return {file, 4, reuse, kTestModel, cipher};
+  }
+  std::string why_not(const std::shared_ptr<const KvCipher>& with) {
+    const FileBytes before = file;
+    try {
+      TierOnFile(file, 4, NvmeReuse::kKeepSlabs, kTestModel, with);
+    } catch (const Exception& refusal) {
+      EXPECT_EQ(refusal.error().code, ErrorCode::kConfig);
+      EXPECT_EQ(file, before) << "it is left as it is";
+      return refusal.what();
+    }
+    return "it opens";
+  }
+
+  std::shared_ptr<const KvCipher> cipher;
+  FileBytes file;
+};
+
+TEST_P(CipherTest, OpensWhatItSealedAndNothingElse) {
+  const std::uint64_t place = 4096;
+  const std::uint64_t elsewhere = 8192;
+  for (const std::size_t size : {0, 4, 15, 16, 17, 4096, 100'003}) {
+    std::vector<std::byte> text(size, std::byte{'k'});
+    auto sealed = text;
+    const Seal seal = cipher->seal(sealed, bytes_of(place));
+    EXPECT_EQ(sealed == text, size == 0);
+    auto copy = sealed;
+    ASSERT_TRUE(cipher->open(copy, bytes_of(place), seal));
+    EXPECT_EQ(copy, text);
+
+    EXPECT_FALSE(cipher->open(copy = sealed, bytes_of(elsewhere), seal));
+    EXPECT_FALSE(KvCipher::random(GetParam())->open(copy = sealed, bytes_of(place), seal));
+    for (std::size_t bit = 0; bit < 8 * (24 + 16); bit += 7) {
+      Seal other = seal;
+      (bit < 192 ? other.nonce[bit / 8] : other.tag[bit / 8 - 24]) ^= 1U << bit % 8;
+      EXPECT_FALSE(cipher->open(copy = sealed, bytes_of(place), other)) << bit;
+    }
+    for (std::size_t at = 0; at < size; at += 1 + size / 50) {
+      copy = sealed;
+      copy[at] ^= std::byte{1};
+      EXPECT_FALSE(cipher->open(copy, bytes_of(place), seal)) << at;
+    }
+  }
+}
+
+TEST_P(CipherTest, NoTwoSealsAreAlike) {
+  std::set<std::array<std::uint8_t, 24>> nonces;
+  std::set<std::vector<std::byte>> texts;
+  for (int i = 0; i < 1000; ++i) {
+    std::vector<std::byte> text(32);
+    nonces.insert(cipher->seal(text, {}).nonce);
+    texts.insert(text);
+  }
+  EXPECT_EQ(nonces.size(), 1000U);
+  EXPECT_EQ(texts.size(), 1000U) << "the same text never gives the same bytes";
+}
+
+// Of an encrypted file, no 16 bytes of what went in can be found: KV, checksums, prefix keys.
+TEST_P(CipherTest, NothingOnTheDiskCanBeRead) {
+  const auto pieces_found = [this](const std::shared_ptr<const KvCipher>& with) {
+    file.clear();
+    int found = 0;
+    TierOnFile disk(file, 4, NvmeReuse::kStartAfresh, kTestModel, with);
+    for (std::uint32_t i = 1; i <= 4; ++i) {
+      SlabName name = test_name(0, i);
+      name.key.bytes.fill(static_cast<std::uint8_t>(0xA0 + i));  // as a hash, it has no zeros
+      disk.tier->store(name, test_slab(name).data(), disk.now);
+      disk.finish();
+      const auto is_there = [&](const std::byte* piece) {
+        return std::string_view(reinterpret_cast<const char*>(file.data()), file.size())
+                   .find({reinterpret_cast<const char*>(piece), 16}) != std::string_view::npos;
+      };
+      const auto slab = test_slab(name);
+      const kernels::KvShape shape = kTestModel.slab_shape();
+      for (std::size_t at = 0; at < kernels::slab_checksum_offset(shape, shape.num_layers, 0);
+           at += 16) {
+        if (is_there(slab.data() + at)) ++found;
+      }
+      if (is_there(reinterpret_cast<const std::byte*>(name.key.bytes.data()))) ++found;
+    }
+    EXPECT_EQ(disk.tier->stat().slabs_held, 4);
+    return found;
+  };
+  EXPECT_EQ(pieces_found(cipher), 0);
+  EXPECT_GT(pieces_found(nullptr), 1000) << "the search would find them";
+}
+
+TEST_P(CipherTest, AKeptFileOpensWithItsKeyAlone) {
+  const auto key = cipher;
+  ASSERT_TRUE(open().store(test_name(0, 1)));
+  {
+    TierOnFile disk = open();
+    const auto slab = disk.load(test_name(0, 1));
+    ASSERT_TRUE(slab);
+    EXPECT_TRUE(same_slab(slab->data(), test_name(0, 1)));
+  }
+  EXPECT_NE(why_not(KvCipher::random(GetParam())).find("another key"), std::string::npos);
+  EXPECT_NE(why_not(nullptr).find("--kv-key-file"), std::string::npos);
+  const auto other_kind = kKinds[GetParam() == kKinds[0] ? 1 : 0];
+  EXPECT_NE(why_not(KvCipher::random(other_kind)).find("otherwise"), std::string::npos);
+  EXPECT_TRUE(open().load(test_name(0, 1))) << "and nothing of that has harmed it";
+}
+
+TEST_P(CipherTest, AFileThatIsNotEncryptedStartsAfresh) {
+  const SlabName name = test_name(0, 1);
+  ASSERT_TRUE(TierOnFile(file, 4).store(name));
+  TierOnFile disk = open();
+  EXPECT_EQ(disk.tier->stat().slabs_held, 0);
+  const auto slab = test_slab(name);
+  EXPECT_EQ(std::ranges::search(file, std::span(slab).first(64)).begin(), file.end());
+}
+
+// A slab that was there before, in its own place and under its own header's eyes, and one from
+// another slot.
+TEST_P(CipherTest, AStaleOrSwappedSlabDoesNotOpen) {
+  const NvmeGeometry geometry{kTestModel.slab_bytes(), 4};
+  const auto at = [&](std::uint32_t slot) {
+    return file.begin() + static_cast<std::ptrdiff_t>(geometry.slab_offset(SlotIndex{slot}));
+  };
+  const auto size = static_cast<std::ptrdiff_t>(kTestModel.slab_bytes());
+  TierOnFile disk = open(NvmeReuse::kStartAfresh);
+  for (std::uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  const FileBytes before(at(0), at(0) + size);
+  std::swap_ranges(at(2), at(2) + size, at(3));
+  EXPECT_FALSE(disk.load(test_name(0, 2)) || disk.load(test_name(0, 3)));
+  ASSERT_TRUE(disk.store(test_name(0, 4)) && disk.store(test_name(0, 5)));  // in 2 and 3
+  ASSERT_TRUE(disk.load(test_name(0, 1)));
+  ASSERT_TRUE(disk.store(test_name(0, 0 + 6)));  // over 0
+  std::ranges::copy(before, at(0));
+  EXPECT_FALSE(disk.load(test_name(0, 6)));
+  EXPECT_EQ(disk.tier->stat().checksum_failures, 3);
+  EXPECT_EQ(disk.tier->stat().io_errors, 0);
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+}
+
+INSTANTIATE_TEST_SUITE_P(, CipherTest, testing::ValuesIn(kKinds));
+
+// ---- the key's file -----------------------------------------------------------------------------
+
+class KeyFileTest : public testing::Test {
+ protected:
+  std::string why(const std::string& text, mode_t mode = 0600) {
+    const auto path = folder.path() / "key";
+    std::filesystem::remove(path);
+    std::ofstream(path) << text;
+    chmod(path.c_str(), mode);
+    return why_path(path);
+  }
+  static std::string why_path(const std::filesystem::path& path) {
+    try {
+      KvCipher::from_file(path);
+    } catch (const Exception& refusal) {
+      EXPECT_EQ(refusal.error().code, ErrorCode::kConfig);
+      return refusal.what();
+    }
+    return "";
+  }
+  TestFolder folder;
+  const std::string digits = std::string(60, '7') + "aBcD";
+};
+
+TEST_F(KeyFileTest, IsPrivateAndHas64Digits) {
+  EXPECT_EQ(why(digits), "");
+  EXPECT_EQ(why(digits + "\n"), "");
+  for (const auto& text : {std::string(), digits.substr(1), digits + "0", digits + "\n\n",
+                           digits.substr(1).append("x"), digits.substr(2) + "  "}) {
+    EXPECT_NE(why(text).find("64 hexadecimal digits"), std::string::npos) << text;
+  }
+  EXPECT_NE(why(digits, 0640).find("chmod 600"), std::string::npos);
+  EXPECT_EQ(why(digits), "");
+  std::filesystem::create_symlink(folder.path() / "key", folder.path() / "link");
+  EXPECT_NE(why_path(folder.path() / "link").find("can't be opened"), std::string::npos);
+  EXPECT_NE(why_path(folder.path() / "none").find("can't be opened"), std::string::npos);
+  EXPECT_NE(why_path(folder.path()).find("not a regular file"), std::string::npos);
+}
+
+TEST_F(KeyFileTest, IsTheSameKeyEachTime) {
+  why(digits);
+  std::vector<std::byte> text(100, std::byte{3});
+  const Seal seal = KvCipher::from_file(folder.path() / "key")->seal(text, {});
+  EXPECT_TRUE(KvCipher::from_file(folder.path() / "key")->open(text, {}, seal));
+  EXPECT_EQ(text, std::vector<std::byte>(100, std::byte{3}));
+}
+
+// ---- without a cipher ---------------------------------------------------------------------------
+
+// Not a byte of a file that is not encrypted has changed: the numbers are of the code before.
+TEST(WithoutEncryption, TheFormatIsVersion1) {
+  std::array<std::byte, kSectorBytes> sector{};
+  encode(Superblock{3, 0x1122334455667788, kTestModel, {kTestModel.slab_bytes(), 5}, {}}, sector);
+  EXPECT_EQ(XXH3_64bits(sector.data(), sector.size()), 3585080542676398398U);
+  encode(SlotHeader{SlotIndex{2}, 7, 8, 9, 10, test_name(1, 11), {}}, sector);
+  EXPECT_EQ(XXH3_64bits(sector.data(), sector.size()), 4030884665948362894U);
+}
+
+}  // namespace
+}  // namespace foretoken::kvstore
