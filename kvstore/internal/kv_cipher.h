@@ -1,5 +1,5 @@
 // KvCipher: seals and opens KV that lies on a disk: encrypted, and bound to its place, so that what
-// was changed, moved or is stale does not open (docs/decisions/006-encryption-at-rest.md).
+// was changed, moved or is stale does not open (docs/decisions/007-encryption-at-rest.md).
 //
 //   const Seal seal = cipher.seal(slab, place);    // slab is ciphertext now
 //   if (!cipher.open(slab, place, seal)) ...       // slab is nobody's now
