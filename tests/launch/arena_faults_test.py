@@ -206,15 +206,17 @@ def test_where_all_memory_is_bad_the_request_ends(model):
         assert len(client.generate(prompt(1), **OPTIONS).ids) == ANSWER
 
 
+# Behind the sink, whose blocks a first decode step may read twice: for their slots, and when they
+# have failed there as any other block. So each is read once a step.
 PLACES = [(layer, head, block) for layer in range(LAYERS) for head in range(HEADS)
-          for block in range(16 * SEGMENTS)]  # fmt: skip
+          for block in range(4, 16 * SEGMENTS)]  # fmt: skip
 
 
 def make_fault(kind, arena, dice, wanted, stale):
     """In a random block that holds what is wanted there: that of a sequence that runs, and those of
     earlier ones that had the same tokens."""
     layer, head, block = place = dice.choice(PLACES)
-    other = wanted[layer, head, (block + 1 + dice.randrange(46)) % (16 * SEGMENTS)]
+    other = wanted[dice.choice([(layer, head, b) for b in range(4, 16 * SEGMENTS) if b != block])]
     bits = [(dice.randrange(BLOCK), dice.randrange(8)) for _ in range(dice.randint(1, 64))]
     for slab in range(arena.num_slabs):
         at = arena.block(layer, head, block, slab)
