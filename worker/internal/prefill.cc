@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "worker/nvme_reads.h"
 
 namespace foretoken::worker {
 namespace {
@@ -216,7 +217,8 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   store_.pack(pack, *copy_);
   kv_of(layer).packed->record(*copy_);
   if (outsized == nullptr) return;
-  kv_of(layer).packed->synchronize();  // what leaves for NVMe is whole
+  Sequence* row = &sequence;
+  work_until(*kv_of(layer).packed, std::span(&row, 1), device_);  // what leaves for NVMe is whole
   outsized->fill(layer, {0, length / kSegmentTokens});
 }
 
