@@ -75,6 +75,7 @@ class OutsizedKv {
 
   // SequenceKv's.
   std::byte* const* runs() const { return runs_; }
+  std::byte* const* runs_of(int layer) const;  // of them, [num_kv_heads, num_segments]
   std::uint64_t* checksums() const { return checksums_; }
   // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written.
   float* scores() const { return scores_; }

@@ -8,11 +8,11 @@
 // that changes from step to step lies in device memory; so one step of a number of rows is
 // recorded, and launched for all later ones.
 //
-// A batch with an outsized sequence (kvstore/outsized_kv.h) has the host in its way, which reads from
-// NVMe what was chosen (NvmeReads). On a GPU the host waits for the step before, and has all of the
-// step's blocks in memory when it launches it: the step itself is like any other. Where they don't
-// fit at once, or some attention streams all blocks, and on a CPU, whose ops have run when their
-// calls return, a layer's come when the layer does.
+// A batch with an outsized sequence (kvstore/outsized_kv.h) has the host in its way, which reads
+// from NVMe what was chosen (NvmeReads). On a GPU the host waits for the step before, and has all
+// of the step's blocks in memory when it launches it: the step itself is like any other. Where they
+// don't fit at once, or some attention streams all blocks, and on a CPU, whose ops have run when
+// their calls return, a layer's come when the layer does.
 //
 // Also here, since they are decode steps with something beside them: calibration (rows over all
 // blocks into the history, from their keys or from sketches of them), the audit (how much attention

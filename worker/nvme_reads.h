@@ -10,8 +10,8 @@
 // waited for, and so is a sequence's first choice, which nothing has been read ahead of.
 //
 // Reads fetch lists (Sequence::host_fetches), so their copies must be through. All but
-// start() change what ops read: REQUIRES that no op in flight reads the sequence's KV in the arena. Does
-// nothing for a sequence that is not outsized. For the step thread.
+// start() change what ops read: REQUIRES that no op in flight reads the sequence's KV in the arena.
+// Does nothing for a sequence that is not outsized. For the step thread.
 #pragma once
 
 #include <span>
@@ -40,8 +40,8 @@ class NvmeReads {
   bool ask_step(std::span<Sequence* const> rows);
   // After ask_step(): has it there. It stays until the next ask_step().
   void bring_step(std::span<Sequence* const> rows);
-  // What was asked for and is not waited for is read beside the step. May be called while ops are in
-  // flight.
+  // What was asked for and is not waited for is read beside the step. May be called while ops are
+  // in flight.
   void start(Sequence& sequence);
 
   // Before the layer's gather.
@@ -62,15 +62,16 @@ class NvmeReads {
   void look_up(const Sequence& sequence, int layer, Wanted& wanted);
   bool waits(const Sequence& sequence) const;
   bool ask_step(Sequence& sequence, std::vector<Wanted>& layers);
+  static void ask_for_late(Sequence& sequence, const std::vector<Wanted>& layers);
 
   const OnLate on_late_;
-  std::vector<int> num_blocks_;               // of a head's list, by segment
-  Wanted wanted_;                             // of a layer
-  std::vector<std::vector<Wanted>> by_row_;   // of the step's rows, by layer
+  std::vector<int> num_blocks_;              // of a head's list, by segment
+  Wanted wanted_;                            // of a layer
+  std::vector<std::vector<Wanted>> by_row_;  // of the step's rows, by layer
 };
 
-// Waits for the event, and reads and writes runs of these sequences meanwhile; on a CPU it leaves the
-// cores to what is waited for.
+// Waits for the event, and reads and writes runs of these sequences meanwhile; on a CPU it leaves
+// the cores to what is waited for.
 void work_until(kernels::Event& event, std::span<Sequence* const> rows,
                 const kernels::Device& device);
 

@@ -97,6 +97,11 @@ std::uint64_t OutsizedKv::offset(RunIndex run) const {
          layer * parts_.shape.run_bytes();
 }
 
+std::byte* const* OutsizedKv::runs_of(int layer) const {
+  return runs_ +
+         static_cast<std::ptrdiff_t>(layer) * static_cast<std::ptrdiff_t>(parts_.slots.size());
+}
+
 bool OutsizedKv::in_frame(const Run& run) const {
   return run.place == Place::kOpen || run.place == Place::kDirty || run.place == Place::kWriting ||
          run.place == Place::kHere;
