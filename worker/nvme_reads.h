@@ -9,9 +9,9 @@
 // skip: the step goes on without it, and it comes for a later one; but sink and local window are
 // waited for, and so is a sequence's first choice, which nothing has been read ahead of.
 //
-// Reads fetch lists (Sequence::host_fetches), so their copies must be through. All but
-// start() change what ops read: REQUIRES that no op in flight reads the sequence's KV in the arena.
-// Does nothing for a sequence that is not outsized. For the step thread.
+// Reads fetch lists (Sequence::host_fetches), so their copies must be through. All but start()
+// change what ops read: REQUIRES that no op in flight reads the sequence's KV in the arena. Does
+// nothing for a sequence that is not outsized. For the step thread.
 #pragma once
 
 #include <span>
@@ -36,7 +36,7 @@ class NvmeReads {
   // Asks for the fetch lists of all layers, in their order, as far as there is room; then for what
   // later steps may want.
   void ask_ahead(Sequence& sequence);
-  // Asks for all that the step reads of these. False: it has no room at once.
+  // Asks for all that the step reads of these. False: it must come a layer at a time.
   bool ask_step(std::span<Sequence* const> rows);
   // After ask_step(): has it there. It stays until the next ask_step().
   void bring_step(std::span<Sequence* const> rows);

@@ -94,7 +94,9 @@ bool NvmeReads::ask_step(std::span<Sequence* const> rows) {
   return all;
 }
 
-// What is there must stay while the step reads it.
+// What is there must stay while the step reads it. What comes later is not shown to the step, as it
+// would not be held: so where a sequence that does not wait needs what is not there, there is no
+// room.
 bool NvmeReads::ask_step(Sequence& sequence, std::vector<Wanted>& layers) {
   kvstore::OutsizedKv& kv = *sequence.outsized();
   const int num_layers = sequence.kv().shape.num_layers;
@@ -107,7 +109,8 @@ bool NvmeReads::ask_step(Sequence& sequence, std::vector<Wanted>& layers) {
     look_up(sequence, layer, wanted);
     const auto is_here = [&](HeadSegment run) { return kv.is_here(layer, run); };
     if (!waits(sequence)) std::erase_if(wanted.runs, std::not_fn(is_here));
-    all = kv.ask(layer, wanted.runs) && kv.ask(layer, wanted.needed);
+    all = kv.ask(layer, wanted.runs) && kv.ask(layer, wanted.needed) &&
+          (waits(sequence) || std::ranges::all_of(wanted.needed, is_here));
   }
   if (all && !waits(sequence)) ask_for_late(sequence, layers);
   kv.drop_unheld();
@@ -137,7 +140,7 @@ void NvmeReads::bring_step(std::span<Sequence* const> rows) {
     for (int layer = 0; layer < rows[i]->kv().shape.num_layers; ++layer) {
       const Wanted& wanted = by_row_[i][static_cast<std::size_t>(layer)];
       rows[i]->report.late += wanted.num_late;
-      if (!wanted.needed.empty()) static_cast<void>(kv->wait(layer, wanted.needed));
+      if (waits(*rows[i])) static_cast<void>(kv->wait(layer, wanted.needed));
     }
   }
 }
