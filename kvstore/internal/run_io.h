@@ -17,6 +17,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -54,8 +56,8 @@ class RunIo {
   std::span<std::byte> next_buffer() const;
   void write(Owner& owner, RunIndex run, std::uint64_t offset);
 
-  // Takes what has ended.
-  void advance();
+  // Takes what has ended, `most` transfers of it.
+  void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
   // The same, but waits for an end where there is none yet: kStallLimit at most.
   void wait();
   // The owner ends. Waits for what is under way for it, kStallLimit at most.
@@ -85,8 +87,9 @@ class RunIo {
   std::vector<std::optional<Transfer>> transfers_;  // by buffer
   std::unique_ptr<BlockDevice> device_;             // behind both: it uses them until it is gone
   const std::size_t run_bytes_;
-  int num_waited_for_ = 0;  // that have an owner
-  int num_writes_ = 0;      // of them
+  std::deque<IoDone> ended_;  // and not taken yet
+  int num_waited_for_ = 0;    // that have an owner
+  int num_writes_ = 0;        // of them
   NvmeHealth health_;
   TimePoint last_progress_{};
 };

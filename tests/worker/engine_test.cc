@@ -22,17 +22,6 @@ constexpr int kBudgetSlots =
     17;  // blocks of a budget of 256, the local window's spare one included
 constexpr std::int64_t kArenaBytes = std::int64_t{64} << 20;
 
-// Equal up to the first place where the better answer was a close call.
-void expect_same(const Answer& expected, const Answer& actual) {
-  ASSERT_EQ(expected.infos.size(), actual.infos.size());
-  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
-    const auto& top = expected.infos[i].top;
-    if (top[0].logprob - top[1].logprob < 0.05F) return;
-    ASSERT_EQ(expected.tokens[i], actual.tokens[i]) << "token " << i;
-    ASSERT_NEAR(expected.infos[i].logprob, actual.infos[i].logprob, 0.05) << "token " << i;
-  }
-}
-
 class EngineTest : public ::testing::Test {
  protected:
   Answer answer(const ServiceConfig& config, const std::vector<TokenId>& prompt,
