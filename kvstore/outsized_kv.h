@@ -3,8 +3,8 @@
 // a slot that the store has lent to the sequence.
 //
 //   kv.make_room(layer, {0, n});  ... pack ...  kv.fill(layer, {0, whole});     // prefill
-//   kv.make_room(layer, {s, s + 1});  ... write-through ...  kv.fill(...);      // decode's open
-//   segment kv.ask(layer, runs);  ...  kv.wait(layer, runs);  ... gather ...  kv.let_go(layer);
+//   kv.make_room(layer, {s, s + 1});  ... write-through ...  kv.fill(...);      // decode's segment
+//   kv.ask(layer, runs);  ...  kv.wait(layer, runs);  ... gather ...  kv.let_go(layer);
 //
 // A run that was filled is written behind; only what is on NVMe leaves its frame, and then what has
 // the lowest score, and of those what was wanted longest ago. Each block is verified on its way out
@@ -12,14 +12,17 @@
 // that does, costs the sequence: status() says so from then on, the frames hold what they held, and
 // every call does nothing. The sequence's KV is then to be computed anew from its tokens.
 //
-// Owns its tables; frames and slots are the store's, until the sequence is released. Ops read the
-// tables meanwhile: a run changes its place only in calls from make_room() to wait(), and only one
-// that no layer holds. For one thread. Example: tests/kvstore/outsized_kv_test.cc
+// Owns its tables; frames and slots are the store's, until the sequence is released. Ops in flight
+// read the tables: a run that a layer holds, or that is being filled, stays where it is, and one
+// that has come from NVMe is shown to them by show_arrived() alone, which make_room() and wait()
+// call too. So while ops read what they were asked for, only advance() may be called.
+// For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -72,6 +75,7 @@ class OutsizedKv {
 
   // SequenceKv's.
   std::byte* const* runs() const { return runs_; }
+  std::byte* const* runs_of(int layer) const;  // of them, [num_kv_heads, num_segments]
   std::uint64_t* checksums() const { return checksums_; }
   // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written.
   float* scores() const { return scores_; }
@@ -83,9 +87,12 @@ class OutsizedKv {
   void fill(int layer, Segments segments);
 
   // Runs that ops of the layer are to read, soon: they stay in their frames until let_go(layer);
-  // what is not there is asked of the disk. False: that would leave too few frames for one whole
-  // layer, so only the first ones were. REQUIRES: they have room, or are filled.
+  // what is not there is asked of the disk, which advance() tells. False: that would leave too few
+  // frames for one whole layer, so only the first ones were. REQUIRES: they have room, or are
+  // filled.
   bool ask(int layer, std::span<const HeadSegment> runs);
+  // What was asked for, has not been begun, and is held by no layer any more, is not read.
+  void drop_unheld();
   // Now: until all are there.
   Status wait(int layer, std::span<const HeadSegment> runs);
   // wait() for all heads.
@@ -94,10 +101,12 @@ class OutsizedKv {
   // Asks the disk for some of the runs of the highest scores, in place of ones of lower scores.
   // Once a step, when it has asked for what it needs.
   void promote();
-  bool is_here(int layer, HeadSegment run) const;
+  bool is_here(int layer, HeadSegment run) const;  // and shown
 
-  // Does what can be done without waiting.
-  void advance();
+  // Does what can be done without waiting, for at most so many transfers that have ended.
+  void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
+  // Ops find what has come. REQUIRES: none in flight reads the tables.
+  void show_arrived();
 
   const Status& status() const { return status_; }
   std::int64_t bytes_read() const { return bytes_read_; }  // from NVMe
@@ -105,12 +114,23 @@ class OutsizedKv {
  private:
   class Listener;
   // kEmpty: nowhere. kOpen: in a frame, being filled. kDirty, kWriting: in a frame, soon on NVMe.
-  // kHere: in a frame and on NVMe. kStored: on NVMe alone. kComing: has a frame, and is being read.
-  enum class Place : std::uint8_t { kEmpty, kOpen, kDirty, kWriting, kHere, kStored, kComing };
+  // kHere: in a frame and on NVMe. kStored: on NVMe alone; kAsked: and waits to be read. kComing:
+  // is being read, to its frame. kArrived: is there, and not shown yet.
+  enum class Place : std::uint8_t {
+    kEmpty,
+    kOpen,
+    kDirty,
+    kWriting,
+    kHere,
+    kStored,
+    kAsked,
+    kComing,
+    kArrived
+  };
   struct Run {
     Place place = Place::kEmpty;
     bool is_held = false;      // by its layer
-    std::uint32_t frame = 0;   // unless kEmpty or kStored
+    std::uint32_t frame = 0;   // unless kEmpty, kStored or kAsked
     std::uint64_t wanted = 0;  // when, last
   };
 
@@ -123,7 +143,7 @@ class OutsizedKv {
   std::optional<std::uint32_t> take_frame();
   std::vector<RunIndex> least_wanted(std::size_t count) const;
   void evict(RunIndex run);
-  void read_to(RunIndex run, std::uint32_t frame);
+  void ask_for(RunIndex run);
   void show(RunIndex run);
   void hide(RunIndex run);
   Status wait_for_end();
@@ -145,8 +165,9 @@ class OutsizedKv {
   std::vector<std::uint32_t> free_frames_;
   std::vector<std::vector<RunIndex>> held_;  // by layer
   std::size_t num_held_ = 0;
-  std::deque<RunIndex> to_read_;
+  std::deque<RunIndex> to_read_;  // kAsked
   std::deque<RunIndex> to_write_;
+  std::vector<RunIndex> arrived_;
   int num_under_way_ = 0;
   std::int64_t num_ended_ = 0;
   std::uint64_t clock_ = 0;  // of wanted

@@ -97,8 +97,14 @@ std::uint64_t OutsizedKv::offset(RunIndex run) const {
          layer * parts_.shape.run_bytes();
 }
 
+std::byte* const* OutsizedKv::runs_of(int layer) const {
+  return runs_ +
+         static_cast<std::ptrdiff_t>(layer) * static_cast<std::ptrdiff_t>(parts_.slots.size());
+}
+
 bool OutsizedKv::in_frame(const Run& run) const {
-  return run.place != Place::kEmpty && run.place != Place::kStored && run.place != Place::kComing;
+  return run.place == Place::kOpen || run.place == Place::kDirty || run.place == Place::kWriting ||
+         run.place == Place::kHere;
 }
 
 bool OutsizedKv::is_here(int layer, HeadSegment run) const {
@@ -130,7 +136,8 @@ std::vector<RunIndex> OutsizedKv::least_wanted(std::size_t count) const {
     runs.emplace_back(scores_[i], run.wanted, RunIndex{static_cast<std::uint32_t>(i)});
   }
   count = std::min(count, runs.size());
-  std::ranges::partial_sort(runs, runs.begin() + static_cast<std::ptrdiff_t>(count));
+  std::ranges::nth_element(runs, runs.begin() + static_cast<std::ptrdiff_t>(count));
+  std::ranges::sort(runs.begin(), runs.begin() + static_cast<std::ptrdiff_t>(count));
   std::vector<RunIndex> least;
   for (std::size_t i = 0; i < count; ++i) least.push_back(std::get<RunIndex>(runs[i]));
   return least;
@@ -142,22 +149,25 @@ void OutsizedKv::evict(RunIndex run) {
   free_frames_.push_back(at(run).frame);
 }
 
-void OutsizedKv::read_to(RunIndex run, std::uint32_t frame) {
-  at(run).frame = frame;
-  at(run).place = Place::kComing;
+void OutsizedKv::ask_for(RunIndex run) {
+  at(run).place = Place::kAsked;
   to_read_.push_back(run);
 }
 
 // ---- filling ----------------------------------------------------------------------------------
 
 Status OutsizedKv::make_room(int layer, Segments segments) {
+  show_arrived();
   for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
     for (int segment = segments.first; segment < segments.end; ++segment) {
       FT_RETURN_IF_ERROR(status_);
       const RunIndex run = index(layer, {head, segment});
       FT_CHECK(at(run).place == Place::kEmpty, layer, head, segment);
       auto frame = take_frame();
-      for (; !frame; frame = take_frame()) FT_RETURN_IF_ERROR(wait_for_end());
+      for (; !frame; frame = take_frame()) {
+        FT_RETURN_IF_ERROR(wait_for_end());
+        show_arrived();  // its frame may be the one
+      }
       at(run) = {.place = Place::kOpen, .is_held = false, .frame = *frame, .wanted = ++clock_};
       show(run);
     }
@@ -189,11 +199,9 @@ bool OutsizedKv::ask(int layer, std::span<const HeadSegment> runs) {
     if (num_held_ + kept >= parts_.frames.size()) return false;
     hold(layer, index(layer, run));
   }
-  advance();
   return true;
 }
 
-// Where there is no frame, the run is asked for again when something has ended.
 void OutsizedKv::hold(int layer, RunIndex index) {
   Run& run = at(index);
   FT_CHECK(run.place != Place::kEmpty, layer, static_cast<std::uint32_t>(index));
@@ -203,14 +211,22 @@ void OutsizedKv::hold(int layer, RunIndex index) {
     ++num_held_;
   }
   run.is_held = true;
-  if (run.place != Place::kStored) return;
-  if (const auto frame = take_frame()) read_to(index, *frame);
+  if (run.place == Place::kStored) ask_for(index);
+}
+
+void OutsizedKv::drop_unheld() {
+  std::erase_if(to_read_, [this](RunIndex run) {
+    if (at(run).is_held) return false;
+    at(run).place = Place::kStored;
+    return true;
+  });
 }
 
 Status OutsizedKv::wait(int layer, std::span<const HeadSegment> runs) {
   ++clock_;
   for (;;) {
     FT_RETURN_IF_ERROR(status_);
+    show_arrived();
     for (const HeadSegment& run : runs) hold(layer, index(layer, run));
     if (std::ranges::all_of(runs, [&](HeadSegment run) { return is_here(layer, run); })) {
       return Ok{};
@@ -251,18 +267,26 @@ void OutsizedKv::promote() {
     const auto& [score, run] = wanted[i];
     if (score <= scores_[static_cast<std::size_t>(least[i])]) break;
     evict(least[i]);
-    read_to(run, *take_frame());
+    ask_for(run);
   }
   advance();
 }
 
 // ---- transfers --------------------------------------------------------------------------------
 
-void OutsizedKv::advance() {
-  io_.advance();
+void OutsizedKv::advance(std::size_t most) {
+  io_.advance(most);
   if (!status_) return;
-  start_reads();
   start_writes();
+  start_reads();
+}
+
+void OutsizedKv::show_arrived() {
+  for (const RunIndex run : arrived_) {
+    at(run).place = Place::kHere;
+    show(run);
+  }
+  arrived_.clear();
 }
 
 // Something ends, or nothing ever will.
@@ -279,17 +303,24 @@ Status OutsizedKv::wait_for_end() {
   return status_;
 }
 
+// Where there is no frame, the run waits for one.
 void OutsizedKv::start_reads() {
   while (!to_read_.empty() && io_.can_read()) {
+    const auto frame = take_frame();
+    if (!frame) return;
     const RunIndex run = to_read_.front();
     to_read_.pop_front();
+    at(run).frame = *frame;
+    at(run).place = Place::kComing;
     ++num_under_way_;
     io_.read(*listener_, run, offset(run));
   }
 }
 
+// Beside reads, which go first, one at a time: some step's reads may always wait.
 void OutsizedKv::start_writes() {
-  while (status_ && to_read_.empty() && !to_write_.empty() && io_.can_write()) {
+  for (bool more = true; more && status_ && !to_write_.empty() && io_.can_write();) {
+    more = to_read_.empty();
     const RunIndex run = to_write_.front();
     to_write_.pop_front();
     if (!copy_verified(io_.next_buffer().data(), parts_.frames[at(run).frame].host, run)) return;
@@ -323,8 +354,8 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
   Run& run = at(index);
   if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) return;
   bytes_read_ += static_cast<std::int64_t>(bytes->size());
-  run.place = Place::kHere;
-  show(index);
+  run.place = Place::kArrived;
+  arrived_.push_back(index);
 }
 
 // What could not be written is tried again, as long as the disk may be written to.

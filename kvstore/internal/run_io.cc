@@ -74,8 +74,13 @@ void RunIo::submit(std::size_t index) {
 
 // ---- ending -----------------------------------------------------------------------------------
 
-void RunIo::advance() {
-  for (const IoDone& done : device_->completed()) on_done(done);
+void RunIo::advance(std::size_t most) {
+  for (IoDone& done : device_->completed()) ended_.push_back(std::move(done));
+  for (; most > 0 && !ended_.empty(); --most) {
+    const IoDone done = std::move(ended_.front());
+    ended_.pop_front();
+    on_done(done);
+  }
 }
 
 void RunIo::on_done(const IoDone& done) {

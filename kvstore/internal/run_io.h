@@ -17,6 +17,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -52,8 +54,8 @@ class RunIo {
   std::span<std::byte> next_buffer() const;
   void write(Owner& owner, RunIndex run, std::uint64_t offset);
 
-  // Takes what has ended.
-  void advance();
+  // Takes what has ended, `most` transfers of it.
+  void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
   // The same, but waits for an end where there is none yet: kStallLimit at most.
   void wait();
   // The owner ends. Waits for what is under way for it, kStallLimit at most.
@@ -82,6 +84,7 @@ class RunIo {
   std::unique_ptr<BlockDevice> device_;  // behind memory_: it is in use until the device is gone
   const std::size_t run_bytes_;
   std::vector<std::optional<Transfer>> transfers_;  // by buffer
+  std::deque<IoDone> ended_;                        // and not taken yet
   int num_waited_for_ = 0;                          // that have an owner
   int num_writes_ = 0;                              // of them
   NvmeHealth health_;

@@ -146,10 +146,41 @@ TEST_F(OutsizedKvTest, WhatScoresHighestIsInMemory) {
     for (const std::size_t run : best) kv_->scores()[run] = 0.9F;
     kv_->promote();
     io_->wait();
+    kv_->show_arrived();
     for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
     read_all();  // whatever is read beside them
     for (const std::size_t run : best) EXPECT_NE(kv_->runs()[run], nullptr) << run;
   }
+}
+
+// Ops in flight read the tables: advance() adds nothing, and takes nothing that a layer holds.
+TEST_F(OutsizedKvTest, WhatComesIsShownWhenItMay) {
+  fill_all();
+  read_all();
+  const std::vector<HeadSegment> here{{0, 0}, {0, 1}, {1, 2}};
+  const std::vector<HeadSegment> away{{0, 4}, {1, 5}, {1, 6}};
+  ASSERT_TRUE(kv_->wait(0, here));
+  kv_->let_go(0);
+  for (const HeadSegment& run : away) ASSERT_FALSE(kv_->is_here(0, run));
+  ASSERT_TRUE(kv_->ask(0, here) && kv_->ask(0, away));
+  for (int i = 0; i < 100; ++i) kv_->advance(1);
+  for (const HeadSegment& run : here) EXPECT_TRUE(is_right(0, run));
+  for (const HeadSegment& run : away) EXPECT_FALSE(kv_->is_here(0, run));
+  kv_->show_arrived();
+  for (const HeadSegment& run : away) EXPECT_TRUE(is_right(0, run));
+}
+
+// A step that goes on without what is late asks again in the next: the disk reads for that one.
+TEST_F(OutsizedKvTest, WhatNobodyHoldsAnyMoreIsNotRead) {
+  fill_all();
+  std::vector<HeadSegment> all;
+  for (int segment = 0; segment < kSegments; ++segment) all.push_back({0, segment});
+  ASSERT_TRUE(kv_->ask(0, all));
+  kv_->let_go(0);
+  kv_->drop_unheld();
+  kv_->advance();
+  EXPECT_EQ(kv_->bytes_read(), 0);
+  read_all();
 }
 
 TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {
