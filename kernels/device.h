@@ -309,6 +309,7 @@ struct PackBlocksArgs {
   // compute units stay free. Null: they aren't known here. Host; not read after the call.
   std::byte* const* host_slabs = nullptr;  // [num_kv_heads, max_segments]
   int max_segments = 0;
+  std::byte* const* host_runs = nullptr;  // the same of an outsized sequence: its runs of the layer
 };
 
 // The reverse, for a reused prefix: arena -> scratch, verified.

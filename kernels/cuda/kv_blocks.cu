@@ -261,6 +261,14 @@ namespace {
 // Blocks of a head that are staged at a time: 8,192 tokens.
 constexpr int kStagedBlocks = 512;
 
+// The layer's run, as the host knows it.
+std::byte* host_run(const PackBlocksArgs& args, const KvShape& shape, int head, int segment) {
+  const int index = head * args.max_segments + segment;
+  std::byte* found = args.host_runs != nullptr ? args.host_runs[index] : args.host_slabs[index];
+  FT_CHECK(found != nullptr, args.layer, head, segment);
+  return args.host_runs != nullptr ? found : found + slab_block_offset(shape, args.layer, 0);
+}
+
 // The staged blocks, run by run, as one batch of copies.
 void send_staged(const PackBlocksArgs& args, std::byte* staging, CudaStream& stream) {
   const KvShape shape{.num_layers = args.layer + 1,
@@ -275,9 +283,8 @@ void send_staged(const PackBlocksArgs& args, std::byte* staging, CudaStream& str
   for (int head = 0; head < args.num_kv_heads; ++head) {
     for (int block = args.first_block; block < end;) {
       const int run_end = std::min(end, (block / kSegmentBlocks + 1) * kSegmentBlocks);
-      std::byte* slab = args.host_slabs[head * args.max_segments + block / kSegmentBlocks];
-      FT_CHECK(slab != nullptr, args.layer, head, block);
-      to.push_back(slab + slab_block_offset(shape, args.layer, block));
+      to.push_back(host_run(args, shape, head, block / kSegmentBlocks) +
+                   slab_block_offset(shape, 0, block));
       from.push_back(staging +
                      static_cast<std::size_t>(head * args.num_blocks + block - args.first_block) *
                          shape.block_bytes());
@@ -315,7 +322,8 @@ void pack_blocks(const PackBlocksArgs& args, CudaStream& stream) {
   FT_CHECK(args.head_dim % 8 == 0, args.head_dim);
   const int items = args.num_kv_heads * args.num_blocks;
   if (items == 0) return;
-  if (args.to_arena && args.host_slabs != nullptr) return pack_by_copy_engine(args, stream);
+  const bool host_knows = args.host_slabs != nullptr || args.host_runs != nullptr;
+  if (args.to_arena && host_knows) return pack_by_copy_engine(args, stream);
   pack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args, nullptr);
   FT_CUDA(cudaGetLastError());
 }

@@ -3,6 +3,7 @@
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/slot_table.cuh"
 #include "kernels/cuda/types.cuh"
 
 namespace foretoken::kernels::cuda {
@@ -39,6 +40,7 @@ struct OpenBlockTarget {
     const int length = *kv.length;
     const auto tables = static_cast<std::size_t>(layer * kv.shape.num_kv_heads + head);
     const int slot = kv.block_to_slot[tables * kv.max_blocks + length / kBlockTokens];
+    require(slot != kAbsent);
     return reinterpret_cast<T*>(kv.slots + slot_offset(kv, layer, head, slot)) +
            length % kBlockTokens * head_dim;
   }

@@ -127,6 +127,93 @@ TEST_P(KvBlocks, PacksAsTheCpu) {
   }
 }
 
+// Runs and checksums in pinned memory, as the host changes them between steps.
+struct Runs {
+  explicit Runs(Side& side) : device(*side.on.device) {
+    SequenceKv& kv = side.sequence.kv;
+    const std::size_t count = entries_of(side.shape, side.sequence.num_segments);
+    runs = static_cast<std::byte**>(device.allocate_pinned(count * sizeof(std::byte*)));
+    checksums = static_cast<std::uint64_t*>(
+        device.allocate_pinned(count * kSegmentBlocks * sizeof(std::uint64_t)));
+    for (std::size_t i = 0; i < count; ++i) {
+      runs[i] = side.sequence.arena.address() + (count - 1 - i) * side.shape.run_bytes();
+    }
+    kv.slabs = nullptr;
+    kv.runs = runs;
+    kv.checksums = checksums;
+    side.sequence.view.set({kv});
+  }
+  ~Runs() {
+    device.release_pinned(checksums);
+    device.release_pinned(runs);
+  }
+  Runs(const Runs&) = delete;
+  Runs& operator=(const Runs&) = delete;
+
+  Device& device;
+  std::byte** runs = nullptr;
+  std::uint64_t* checksums = nullptr;
+};
+
+TEST_P(KvBlocks, PacksAndGathersRunsOfAnOutsizedSequence) {
+  Runs on_cuda(*cuda);
+  Runs on_cpu(*cpu);
+  const auto pack = [](Side& side, const Runs& runs, bool host_knows) {
+    for (int layer = 0; layer < side.shape.num_layers; ++layer) {
+      side.on.run(
+          &Device::pack_blocks,
+          PackBlocksArgs{.k = side.k.data(),
+                         .v = side.v.data(),
+                         .scratch_tokens = kScratchTokens,
+                         .num_kv_heads = side.shape.num_kv_heads,
+                         .head_dim = side.shape.head_dim,
+                         .layer = layer,
+                         .first_block = 0,
+                         .num_blocks = kMaxBlocks,
+                         .num_tokens = kScratchTokens - 5,
+                         .to_arena = true,
+                         .sequence = side.sequence.view.data(),
+                         .max_segments = side.sequence.num_segments,
+                         .host_runs = host_knows ? runs.runs + layer * side.shape.num_kv_heads *
+                                                                   side.sequence.num_segments
+                                                 : nullptr});
+    }
+  };
+  const std::size_t sums = entries_of(GetParam(), cuda->sequence.num_segments) * kSegmentBlocks;
+  for (const bool host_knows : {false, true}) {
+    std::fill_n(on_cuda.checksums, sums, 0);
+    pack(*cuda, on_cuda, host_knows);
+    pack(*cpu, on_cpu, false);
+    expect_equal(*cuda, *cpu);
+    EXPECT_TRUE(std::equal(on_cuda.checksums, on_cuda.checksums + sums, on_cpu.checksums));
+  }
+  // Of head 0, layer 0: block 1 is there; block 20 late, its run on NVMe; block 40 damaged.
+  const auto gather = [](Side& side, Runs& runs) {
+    DeviceFetches fetches(side.on, side.shape, 3);
+    std::vector<FetchEntry> entries(entries_of(side.shape, 3));
+    std::ranges::copy(std::array<FetchEntry, 3>{{{1, 4}, {20, 5}, {40, 6}}}, entries.begin());
+    std::vector<std::int32_t> counts(entries_of(side.shape, 1));
+    counts[0] = 3;
+    for (const auto& [block, slot] : std::span(entries).first(3)) {
+      side.sequence.place(0, 0, block, slot);
+    }
+    side.sequence.upload();
+    fetches.entries.set(entries);
+    fetches.counts.set(counts);
+    runs.runs[20 / kSegmentBlocks] = nullptr;
+    runs.checksums[40] ^= 1;
+    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1, 0,
+                                            side.mismatches.data()});
+  };
+  gather(*cuda, on_cuda);
+  gather(*cpu, on_cpu);
+  expect_equal(*cuda, *cpu);
+  EXPECT_EQ(cuda->mismatches.get()[0], 8U);
+  EXPECT_EQ(cuda->sequence.block_to_slot[1], 4);
+  EXPECT_EQ(cuda->sequence.block_to_slot[20], kAbsent);
+  EXPECT_EQ(cuda->sequence.block_to_slot[40], kAbsent);
+}
+
 TEST_P(KvBlocks, UnpacksAsTheCpuAndSeesAFlippedBit) {
   both([](Side& side) {
     side.pack_all_layers();
