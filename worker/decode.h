@@ -8,8 +8,11 @@
 // that changes from step to step lies in device memory; so one step of a number of rows is
 // recorded, and launched for all later ones.
 //
-// A batch with an outsized sequence (kvstore/outsized_kv.h) gathers a layer when the layer comes:
-// what is on NVMe is asked for when it is chosen, and there by then, or late (NvmeReads).
+// A batch with an outsized sequence (kvstore/outsized_kv.h) has the host in its way, which reads
+// from NVMe what was chosen (NvmeReads). On a GPU the host waits for the step before, and has all
+// of the step's blocks in memory when it launches it: the step itself is like any other. Where they
+// don't fit at once, or some attention streams all blocks, and on a CPU, whose ops have run when
+// their calls return, a layer's come when the layer does.
 //
 // Also here, since they are decode steps with something beside them: calibration (rows over all
 // blocks into the history, from their keys or from sketches of them), the audit (how much attention
@@ -80,6 +83,10 @@ class Decode {
   void bind(std::span<Sequence* const> rows, kernels::Stream& compute);
   void run(kernels::Stream& compute);
   void forward(kernels::Stream& compute);
+  void await_last_step(std::span<Sequence* const> rows);
+  bool streams_somewhere() const;
+  bool brings_by_layer();
+  void list_fetches(kernels::Stream& stream);
   void start_fetches(kernels::Stream& compute);
   void fetch_now(int layer, kernels::Stream& compute);
   void run_layer(int layer, kernels::Stream& compute);
@@ -129,6 +136,7 @@ class Decode {
   std::unique_ptr<kernels::Event> written_;   // copy: write-through has read its slots
   std::unique_ptr<kernels::Event> advanced_;  // compute: lengths count the step's token
   std::unique_ptr<kernels::Event> chosen_;    // side: tables and fetch lists of the coming step
+  std::unique_ptr<kernels::Event> listed_;    // compute: ... which the host has, where outsized
   Activations act_;
   kernels::DeviceBuffer hidden_;     // [max_rows, hidden]
   kernels::DeviceBuffer logits_;     // [max_rows, vocab]
@@ -144,6 +152,7 @@ class Decode {
   std::vector<Sequence*> rows_;
   Kind kind_;
   bool outsized_ = false;                                   // some row
+  bool by_layer_ = false;                                   // gathers, beside the host
   bool audits_ = false;                                     // some row, in this step
   std::vector<DenseHead> dense_heads_;                      // of the step
   std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind

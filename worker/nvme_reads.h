@@ -2,14 +2,19 @@
 // the ops that read it: the runs of its fetch lists, or all of a layer for attention that streams
 // it.
 //
-// What is not there when its layer comes is late, and counted. --on-late wait: the step waits for
-// it.
-// --on-late skip: the step goes on without it, and it comes for a later one; but sink and local
-// window are waited for, and so is a sequence's first choice, which nothing has been read ahead of.
+// Either all that a step reads is there before the step begins (bring_step), so that the step may
+// run without the host; or a layer's is there before the layer (bring, bring_all, let_go).
 //
-// Reads fetch lists, so the ops that made them must have run. For the step thread.
+// What is not there then is late, and counted. --on-late wait: the step waits for it. --on-late
+// skip: the step goes on without it, and it comes for a later one; but sink and local window are
+// waited for, and so is a sequence's first choice, which nothing has been read ahead of.
+//
+// Reads fetch lists (Sequence::host_fetches), so their copies must be through. All but start()
+// change what ops read: REQUIRES that no op in flight reads the sequence's KV in the arena. Does
+// nothing for a sequence that is not outsized. For the step thread.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "kernels/device.h"
@@ -21,38 +26,53 @@ enum class OnLate { kWait, kSkip };
 
 class NvmeReads {
  public:
-  NvmeReads(kernels::Device& device, OnLate on_late) : device_(device), on_late_(on_late) {}
+  explicit NvmeReads(OnLate on_late) : on_late_(on_late) {}
 
-  // All of these do nothing for a sequence that is not outsized.
-
-  // The step's token finds a segment that it may be written to. REQUIRES: its length is not grown.
-  void open_segment(Sequence& sequence);
-  // A segment that the step has filled goes to NVMe behind. REQUIRES: the step has run.
-  void close_segment(Sequence& sequence);
+  // The step's token finds a segment that it may be written to; one that the last step has filled
+  // goes to NVMe behind. REQUIRES: the sequence's length is not grown for the step yet; in all
+  // others, where a step is named, it is.
+  void turn_segment(Sequence& sequence);
 
   // Asks for the fetch lists of all layers, in their order, as far as there is room; then for what
   // later steps may want.
-  void ask_ahead(Sequence& sequence, kernels::Stream& stream);
+  void ask_ahead(Sequence& sequence);
+  // Asks for all that the step reads of these. False: it must come a layer at a time.
+  bool ask_step(std::span<Sequence* const> rows);
+  // After ask_step(): has it there. It stays until the next ask_step().
+  void bring_step(std::span<Sequence* const> rows);
+  // What was asked for and is not waited for is read beside the step. May be called while ops are
+  // in flight.
+  void start(Sequence& sequence);
+
   // Before the layer's gather.
-  void bring(Sequence& sequence, int layer, kernels::Stream& stream);
+  void bring(Sequence& sequence, int layer);
   // Before attention that streams the layer.
   void bring_all(Sequence& sequence, int layer);
   // After either.
   void let_go(Sequence& sequence, int layer);
 
  private:
-  // Runs of a layer's fetch list, each once, and how many of its blocks lie in each.
+  // Runs of a layer's fetch list, each once.
   struct Wanted {
     std::vector<kvstore::HeadSegment> runs;
-    std::vector<int> num_blocks;
-    std::vector<kvstore::HeadSegment> resident;  // of them, with blocks of sink or local window
+    std::vector<kvstore::HeadSegment> needed;  // of them, what is waited for
+    std::vector<kvstore::HeadSegment> late;    // ... what is not there
+    std::int64_t num_late = 0;                 // blocks in those
   };
-  Wanted wanted(const Sequence& sequence, int layer, kernels::Stream& stream);
+  void look_up(const Sequence& sequence, int layer, Wanted& wanted);
+  bool waits(const Sequence& sequence) const;
+  bool ask_step(Sequence& sequence, std::vector<Wanted>& layers);
+  static void ask_for_late(Sequence& sequence, const std::vector<Wanted>& layers);
 
-  kernels::Device& device_;
   const OnLate on_late_;
-  std::vector<std::int32_t> counts_;
-  std::vector<kernels::FetchEntry> entries_;
+  std::vector<int> num_blocks_;              // of a head's list, by segment
+  Wanted wanted_;                            // of a layer
+  std::vector<std::vector<Wanted>> by_row_;  // of the step's rows, by layer
 };
+
+// Waits for the event, and reads and writes runs of these sequences meanwhile; on a CPU it leaves
+// the cores to what is waited for.
+void work_until(kernels::Event& event, std::span<Sequence* const> rows,
+                const kernels::Device& device);
 
 }  // namespace foretoken::worker

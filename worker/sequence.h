@@ -7,12 +7,14 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "common/messages.h"
 #include "kernels/device.h"
 #include "kvstore/kv_store.h"
 #include "predictor/policy.h"
+#include "worker/pinned.h"
 
 namespace foretoken::worker {
 
@@ -45,6 +47,9 @@ class Sequence {
   kvstore::Reservation& reservation() { return reservation_; }
   // Null where the arena holds all of the sequence's KV.
   kvstore::OutsizedKv* outsized() const { return reservation_.outsized.get(); }
+  // Copies its fetch lists to where host_fetches() reads them, when the stream has passed.
+  void copy_fetches(kernels::Stream& stream);
+  std::span<const kernels::FetchEntry> host_fetches(int layer, int kv_head) const;
   // True where the policy attends all blocks and not all of them have slots: attention then streams
   // the others from the arena.
   bool streams_all() const { return streams_all_; }
@@ -96,6 +101,9 @@ class Sequence {
   bool is_dense_ = false;
   kernels::SequenceKv kv_{};
   kernels::FetchList fetches_{};
+  // fetches_' entries and counts, once they were copied.
+  std::unique_ptr<PinnedArray<kernels::FetchEntry>> host_entries_;
+  std::unique_ptr<PinnedArray<std::int32_t>> host_counts_;
   predictor::DecodeBatch alone_;
   const kernels::FetchList* fetches_alone_ = nullptr;
   kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]

@@ -38,38 +38,6 @@ ModelConfig small_model() {
   return config;
 }
 
-ServiceConfig service(const std::string& policy, int budget = 1024) {
-  ServiceConfig config;
-  config.kv_policy = policy;
-  config.kv_budget = budget;
-  config.threads_per_rank = 2;
-  config.device_memory_gib = 0.5;
-  config.max_batched_tokens = 128;
-  config.max_num_seqs = 4;
-  // The same tests on a GPU: FORETOKEN_TEST_DEVICE=cuda worker_test
-  const char* device = std::getenv("FORETOKEN_TEST_DEVICE");
-  config.device = device != nullptr ? device : "cpu";
-  return config;
-}
-
-std::vector<TokenId> random_prompt(int length, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<TokenId> prompt(static_cast<std::size_t>(length));
-  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 512);
-  return prompt;
-}
-
-// Equal up to the first place where the better answer was a close call.
-void expect_same(const Answer& expected, const Answer& actual) {
-  ASSERT_EQ(expected.infos.size(), actual.infos.size());
-  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
-    const auto& top = expected.infos[i].top;
-    if (top[0].logprob - top[1].logprob < 0.05F) return;
-    ASSERT_EQ(expected.tokens[i], actual.tokens[i]) << "token " << i;
-    ASSERT_NEAR(expected.infos[i].logprob, actual.infos[i].logprob, 0.05) << "token " << i;
-  }
-}
-
 class EngineTest : public ::testing::Test {
  protected:
   Answer answer(const ServiceConfig& config, const std::vector<TokenId>& prompt,

@@ -1,5 +1,6 @@
 #include "tests/worker/local_group.h"
 
+#include <gtest/gtest.h>
 #include <signal.h>
 #include <spawn.h>
 #include <sys/wait.h>
@@ -7,6 +8,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <random>
 #include <thread>
 
 #include "common/check.h"
@@ -42,7 +44,7 @@ std::unique_ptr<kernels::Device> device_for(const ServiceConfig& config) {
 
 }  // namespace
 
-StoreProcess::StoreProcess(std::int64_t arena_bytes) {
+StoreProcess::StoreProcess(std::int64_t arena_bytes, std::int64_t nvme_bytes) {
   std::string pattern = (std::filesystem::temp_directory_path() / "foretoken-test-XXXXXX").string();
   FT_CHECK(mkdtemp(pattern.data()) != nullptr, pattern);
   folder_ = pattern;
@@ -55,6 +57,10 @@ StoreProcess::StoreProcess(std::int64_t arena_bytes) {
                                  "--arena-bytes",
                                  bytes,
                                  "--die-with-parent"};
+  if (nvme_bytes > 0) {
+    words.insert(words.end(), {"--nvme-path", (folder_ / "kv").string(), "--nvme-bytes",
+                               std::to_string(nvme_bytes)});
+  }
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
@@ -102,6 +108,37 @@ LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
 }
 
 LocalGroup::~LocalGroup() = default;
+
+ServiceConfig service(const std::string& policy, int budget) {
+  ServiceConfig config;
+  config.kv_policy = policy;
+  config.kv_budget = budget;
+  config.threads_per_rank = 2;
+  config.device_memory_gib = 0.5;
+  config.max_batched_tokens = 128;
+  config.max_num_seqs = 4;
+  // The same tests on a GPU: FORETOKEN_TEST_DEVICE=cuda worker_test
+  const char* device = std::getenv("FORETOKEN_TEST_DEVICE");
+  config.device = device != nullptr ? device : "cpu";
+  return config;
+}
+
+std::vector<TokenId> random_prompt(int length, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<TokenId> prompt(static_cast<std::size_t>(length));
+  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % 512);
+  return prompt;
+}
+
+void expect_same(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.infos.size(), actual.infos.size());
+  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
+    const auto& top = expected.infos[i].top;
+    if (top[0].logprob - top[1].logprob < 0.05F) return;
+    ASSERT_EQ(expected.tokens[i], actual.tokens[i]) << "token " << i;
+    ASSERT_NEAR(expected.infos[i].logprob, actual.infos[i].logprob, 0.05) << "token " << i;
+  }
+}
 
 std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt) {
   std::vector<PrefixKey> keys;

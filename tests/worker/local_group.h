@@ -16,7 +16,8 @@ namespace foretoken::worker {
 // A store process in a folder of its own; both end with this.
 class StoreProcess {
  public:
-  explicit StoreProcess(std::int64_t arena_bytes);
+  // nvme_bytes: of its NVMe tier; 0: none.
+  explicit StoreProcess(std::int64_t arena_bytes, std::int64_t nvme_bytes = 0);
   ~StoreProcess();
   StoreProcess(const StoreProcess&) = delete;
   StoreProcess& operator=(const StoreProcess&) = delete;
@@ -75,6 +76,13 @@ class LocalGroup {
   std::uint64_t next_step_ = 1;
   std::uint64_t next_sequence_ = 1;
 };
+
+// Settings of a test's group. On a GPU: FORETOKEN_TEST_DEVICE=cuda worker_test
+ServiceConfig service(const std::string& policy, int budget = 1024);
+// Of ids below 512.
+std::vector<TokenId> random_prompt(int length, unsigned seed);
+// Equal up to the first place where the better answer was a close call.
+void expect_same(const Answer& expected, const Answer& actual);
 
 // Keys of the segments of a prompt that may be reused.
 std::vector<PrefixKey> dense_keys(const std::vector<TokenId>& prompt);

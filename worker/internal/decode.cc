@@ -85,6 +85,7 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       written_(device.make_event()),
       advanced_(device.make_event()),
       chosen_(device.make_event()),
+      listed_(device.make_event()),
       act_(device, model.config(), model.partition(), config.max_rows, config.max_rows),
       hidden_(device, model.hidden_bytes(config.max_rows), kernels::MemoryUse::kActivations),
       logits_(floats(device, config.max_rows * model.config().vocab_size)),
@@ -93,7 +94,7 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       exact_lse_(floats(device, model.partition().heads.count)),
       exact_pitch_(blocks_for(config.max_model_len)),
       tables_(std::make_unique<Tables>(device, config.max_rows)),
-      nvme_reads_(device, config.on_late) {
+      nvme_reads_(config.on_late) {
   const int heads = model.partition().heads.count;
   if (policy.observes()) {
     const int most_slots = policy.spills() ? exact_pitch_ : slots_for(policy, exact_pitch_);
@@ -140,6 +141,9 @@ void Decode::choose_alone(Sequence& sequence, kernels::Stream& compute) {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   compute);
+  if (sequence.outsized() == nullptr) return;
+  if (!sequence.is_dense()) sequence.copy_fetches(compute);
+  listed_->record(compute);
 }
 
 void Decode::drain() { copy_->synchronize(); }
@@ -162,8 +166,6 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   batch_.rows = static_cast<int>(rows.size());
   kind_ = kind_of(rows);
   choose_dense();
-  outsized_ = std::ranges::any_of(rows_, [](const Sequence* row) { return row->outsized(); });
-  for (Sequence* row : rows_) nvme_reads_.open_segment(*row);
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since
   std::byte* base = tables_->staged[staging]->data();
@@ -182,19 +184,59 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
 
 std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
                                             kernels::Stream& compute) {
+  await_last_step(rows);
   bind(rows, compute);
   auto draw = sampler_.begin(rows, compute);
+  by_layer_ = outsized_ && brings_by_layer();
   run(compute);
   sampler_.end(*draw, compute);
+  if (outsized_ && !device_.runs_at_once()) {
+    list_fetches(compute);
+    for (Sequence* row : rows_) nvme_reads_.start(*row);
+  }
   for (int row = 0; row < batch_.rows; ++row) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_kl(row, compute);
   }
   for (Sequence* row : rows_) {
-    nvme_reads_.close_segment(*row);
     count_calibration_bytes(*row);
     ++row->decode_steps;
   }
   return draw;
+}
+
+// Of an outsized row: from here on no op in flight reads its KV in the arena, and its fetch lists
+// are with the host. REQUIRES: lengths are not grown for the step yet.
+void Decode::await_last_step(std::span<Sequence* const> rows) {
+  outsized_ = std::ranges::any_of(rows, [](const Sequence* row) { return row->outsized(); });
+  if (!outsized_) return;
+  work_until(*listed_, rows, device_);
+  for (Sequence* row : rows) nvme_reads_.turn_segment(*row);
+}
+
+// Attention that streams all blocks needs a whole layer of the KV in memory, and so the host beside
+// each layer.
+bool Decode::streams_somewhere() const {
+  if (kind_.streams_all || policy_.selects_at_query() || !dense_heads_.empty()) return true;
+  const bool reads_keys = policy_.calibration() == predictor::Calibration::kExact;
+  return std::ranges::any_of(rows_, [&](const Sequence* row) {
+    return audits(*row) || (reads_keys && first_calibrated(*row) < model_.num_layers());
+  });
+}
+
+// Else all that the step reads is in memory now.
+bool Decode::brings_by_layer() {
+  if (device_.runs_at_once()) return true;  // the disk was asked when the step was chosen
+  const bool has_room = nvme_reads_.ask_step(rows_);
+  if (streams_somewhere() || !has_room) return true;
+  nvme_reads_.bring_step(rows_);
+  return false;
+}
+
+void Decode::list_fetches(kernels::Stream& stream) {
+  for (Sequence* row : rows_) {
+    if (row->outsized() != nullptr && !row->is_dense()) row->copy_fetches(stream);
+  }
+  listed_->record(stream);
 }
 
 void Decode::run(kernels::Stream& compute) {
@@ -211,7 +253,7 @@ void Decode::run(kernels::Stream& compute) {
 bool Decode::recordable() const {
   if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
-  if (outsized_) return false;
+  if (by_layer_) return false;
   return std::ranges::none_of(rows_, [&](const Sequence* row) {
     return audits(*row) || first_calibrated(*row) != kind_.first_calibrated;
   });
@@ -219,9 +261,9 @@ bool Decode::recordable() const {
 
 void Decode::forward(kernels::Stream& compute) {
   audits_ = std::ranges::any_of(rows_, [this](const Sequence* row) { return audits(*row); });
-  if (kind_.fetches_blocks && !outsized_) start_fetches(compute);
+  if (kind_.fetches_blocks && !by_layer_) start_fetches(compute);
   // An audit's dense pass would give the disk time that other steps don't: it comes after.
-  for (int layer = 0; kind_.fetches_blocks && outsized_ && audits_ && layer < model_.num_layers();
+  for (int layer = 0; kind_.fetches_blocks && by_layer_ && audits_ && layer < model_.num_layers();
        ++layer) {
     fetch_now(layer, compute);
   }
@@ -251,14 +293,15 @@ void Decode::start_fetches(kernels::Stream& compute) {
 
 // The layer's gather, in line: what it brings is needed now.
 void Decode::fetch_now(int layer, kernels::Stream& compute) {
-  for (Sequence* row : rows_) nvme_reads_.bring(*row, layer, compute);
+  for (Sequence* row : rows_) nvme_reads_.bring(*row, layer);
   store_.fetch(layer, 1, batch_.sequences, tables_->device.fetches, batch_.rows, compute);
+  if (outsized_) compute.synchronize();  // what is let go may give way
   for (Sequence* row : rows_) nvme_reads_.let_go(*row, layer);
 }
 
 void Decode::run_layer(int layer, kernels::Stream& compute) {
   model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
-  if (kind_.fetches_blocks && outsized_ && !audits_) {
+  if (kind_.fetches_blocks && by_layer_ && !audits_) {
     fetch_now(layer, compute);
   } else if (kind_.fetches_blocks) {
     count_late(layer, compute);
@@ -312,7 +355,10 @@ void Decode::choose() {
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},
                   *side_);
-  for (Sequence* row : rows_) nvme_reads_.ask_ahead(*row, *side_);
+  if (outsized_ && device_.runs_at_once()) {
+    list_fetches(*side_);
+    for (Sequence* row : rows_) nvme_reads_.ask_ahead(*row);
+  }
   chosen_->record(*side_);
 }
 
@@ -329,6 +375,10 @@ void Decode::fetch_at_query(int layer, kernels::Stream& compute) {
                    .first_layer = layer,
                    .num_layers = 1},
                   compute);
+  if (outsized_) {
+    list_fetches(compute);
+    compute.synchronize();
+  }
   fetch_now(layer, compute);
 }
 
@@ -359,6 +409,8 @@ void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence
                     kernels::Stream& compute) {
   for (Sequence* row : rows) nvme_reads_.bring_all(*row, args.layer);
   store_.streamed_attention({args, nullptr}, compute);
+  const bool any = std::ranges::any_of(rows, [](const Sequence* row) { return row->outsized(); });
+  if (any) compute.synchronize();  // as in fetch_now()
   for (Sequence* row : rows) nvme_reads_.let_go(*row, args.layer);
 }
 

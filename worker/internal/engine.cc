@@ -216,16 +216,6 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     result.error = reservation.error();
     return result;
   }
-  if (reservation->outsized != nullptr && !device_.runs_at_once()) {
-    result.error = Error{ErrorCode::kInvalidArgument,
-                         "the sequence is larger than the arena, and runs from NVMe on the CPU "
-                         "device alone; raise --kv-host-gib"};
-    reservation->outsized.reset();
-    if (const Status status = store_.release(admit.sequence); !status) {
-      throw Exception(status.error());
-    }
-    return result;
-  }
   result.reusable_tokens = std::int64_t{reservation->hit_segments} * kSegmentTokens;
   try {
     sequences_[admit.sequence] = std::make_unique<Sequence>(

@@ -1,14 +1,19 @@
 #include "worker/nvme_reads.h"
 
 #include <algorithm>
+#include <chrono>
+#include <functional>
 
 namespace foretoken::worker {
 namespace {
 
 using kvstore::HeadSegment;
 
-// The position of the token that the step under way stores: the sampler has counted the one that it
-// draws.
+// Late runs that a step asks for, where it does not wait: more than a disk reads beside a step
+// (guessed: 64 MiB at the 8B shape, 13 GB/s).
+constexpr int kMostLate = 512;
+
+// Of the token that the step stores: the sampler has counted the one that it draws.
 int step_position(const Sequence& sequence) { return sequence.length() - 2; }
 
 bool is_resident(int block, int position) {
@@ -19,75 +24,140 @@ bool is_resident(int block, int position) {
 }  // namespace
 
 // What make_room() says, status() keeps.
-void NvmeReads::open_segment(Sequence& sequence) {
+void NvmeReads::turn_segment(Sequence& sequence) {
   kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
-  const int segment = (sequence.length() - 1) / kSegmentTokens;
+  const int stored = sequence.length() - 1;
+  const int layers = sequence.kv().shape.num_layers;
+  const int segment = stored / kSegmentTokens;
+  const bool step_filled_one = sequence.decode_steps > 0 && stored % kSegmentTokens == 0;
+  for (int layer = 0; step_filled_one && layer < layers; ++layer) {
+    kv->fill(layer, {segment - 1, segment});
+  }
   if (kv->is_here(0, {0, segment})) return;
-  for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
+  for (int layer = 0; layer < layers; ++layer) {
     if (!kv->make_room(layer, {segment, segment + 1})) return;
   }
 }
 
-void NvmeReads::close_segment(Sequence& sequence) {
-  kvstore::OutsizedKv* kv = sequence.outsized();
-  const int stored = sequence.length() - 1;
-  if (kv == nullptr || stored % kSegmentTokens != 0) return;
-  const int segment = stored / kSegmentTokens - 1;
-  for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
-    kv->fill(layer, {segment, segment + 1});
-  }
+bool NvmeReads::waits(const Sequence& sequence) const {
+  return on_late_ == OnLate::kWait || sequence.decode_steps == 0;
 }
 
-NvmeReads::Wanted NvmeReads::wanted(const Sequence& sequence, int layer, kernels::Stream& stream) {
-  const kernels::FetchList& fetches = sequence.fetches();
-  const int heads = sequence.kv().shape.num_kv_heads;
-  counts_.resize(static_cast<std::size_t>(heads));
-  device_.copy_out(counts_.data(), fetches.counts + static_cast<std::ptrdiff_t>(layer) * heads,
-                   counts_.size() * sizeof(std::int32_t), stream);
-  stream.synchronize();
-  Wanted wanted;
-  for (int head = 0; head < heads; ++head) {
-    entries_.resize(static_cast<std::size_t>(counts_[static_cast<std::size_t>(head)]));
-    const std::ptrdiff_t row = static_cast<std::ptrdiff_t>(layer) * heads + head;
-    device_.copy_out(entries_.data(), fetches.entries + row * fetches.max_entries,
-                     entries_.size() * sizeof(kernels::FetchEntry), stream);
-    stream.synchronize();
-    for (const auto& [block, slot] : entries_) {
+void NvmeReads::look_up(const Sequence& sequence, int layer, Wanted& wanted) {
+  wanted.runs.clear();
+  wanted.needed.clear();
+  wanted.late.clear();
+  wanted.num_late = 0;
+  const kvstore::OutsizedKv& kv = *sequence.outsized();
+  const int position = step_position(sequence);
+  for (int head = 0; head < sequence.kv().shape.num_kv_heads; ++head) {
+    const auto entries = sequence.host_fetches(layer, head);
+    num_blocks_.assign(static_cast<std::size_t>(sequence.kv().max_segments), 0);
+    const auto blocks_of = [this](HeadSegment run) -> int& {
+      return num_blocks_[static_cast<std::size_t>(run.segment)];
+    };
+    const std::size_t first = wanted.runs.size();
+    for (const auto& [block, slot] : entries) {
       const HeadSegment run{head, block / kSegmentBlocks};
-      const auto found = std::ranges::find(wanted.runs, run);
-      const auto place = static_cast<std::size_t>(found - wanted.runs.begin());
-      if (found == wanted.runs.end()) {
-        wanted.runs.push_back(run);
-        wanted.num_blocks.push_back(0);
-      }
-      ++wanted.num_blocks[place];
-      if (is_resident(block, step_position(sequence))) wanted.resident.push_back(run);
+      if (blocks_of(run)++ == 0) wanted.runs.push_back(run);
+      if (is_resident(block, position)) wanted.needed.push_back(run);
+    }
+    for (const HeadSegment& run : std::span(wanted.runs).subspan(first)) {
+      if (kv.is_here(layer, run)) continue;
+      wanted.late.push_back(run);
+      wanted.num_late += blocks_of(run);
     }
   }
-  return wanted;
+  if (waits(sequence)) wanted.needed = wanted.runs;
 }
 
-void NvmeReads::ask_ahead(Sequence& sequence, kernels::Stream& stream) {
+void NvmeReads::ask_ahead(Sequence& sequence) {
   kvstore::OutsizedKv* kv = sequence.outsized();
   if (kv == nullptr) return;
-  for (int layer = 0; layer < sequence.kv().shape.num_layers; ++layer) {
-    if (!kv->ask(layer, wanted(sequence, layer, stream).runs)) return;
+  bool asked = true;
+  for (int layer = 0; asked && layer < sequence.kv().shape.num_layers; ++layer) {
+    look_up(sequence, layer, wanted_);
+    asked = kv->ask(layer, wanted_.runs);
   }
-  kv->promote();
-}
-
-void NvmeReads::bring(Sequence& sequence, int layer, kernels::Stream& stream) {
-  kvstore::OutsizedKv* kv = sequence.outsized();
-  if (kv == nullptr) return;
-  const Wanted wanted = this->wanted(sequence, layer, stream);
+  kv->drop_unheld();
   kv->advance();
-  for (std::size_t i = 0; i < wanted.runs.size(); ++i) {
-    if (!kv->is_here(layer, wanted.runs[i])) sequence.report.late += wanted.num_blocks[i];
+  if (asked) kv->promote();
+}
+
+bool NvmeReads::ask_step(std::span<Sequence* const> rows) {
+  by_row_.resize(rows.size());
+  bool all = true;
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i]->outsized() != nullptr && !ask_step(*rows[i], by_row_[i])) all = false;
   }
-  const bool waits = on_late_ == OnLate::kWait || sequence.decode_steps == 0;
-  kv->ask(layer, wanted.runs);
-  static_cast<void>(kv->wait(layer, waits ? wanted.runs : wanted.resident));  // status() keeps it
+  return all;
+}
+
+// What is there must stay while the step reads it. What comes later is not shown to the step, as it
+// would not be held: so where a sequence that does not wait needs what is not there, there is no
+// room.
+bool NvmeReads::ask_step(Sequence& sequence, std::vector<Wanted>& layers) {
+  kvstore::OutsizedKv& kv = *sequence.outsized();
+  const int num_layers = sequence.kv().shape.num_layers;
+  layers.resize(static_cast<std::size_t>(num_layers));
+  kv.show_arrived();
+  for (int layer = 0; layer < num_layers; ++layer) kv.let_go(layer);
+  bool all = true;
+  for (int layer = 0; all && layer < num_layers; ++layer) {
+    Wanted& wanted = layers[static_cast<std::size_t>(layer)];
+    look_up(sequence, layer, wanted);
+    const auto is_here = [&](HeadSegment run) { return kv.is_here(layer, run); };
+    if (!waits(sequence)) std::erase_if(wanted.runs, std::not_fn(is_here));
+    all = kv.ask(layer, wanted.runs) && kv.ask(layer, wanted.needed) &&
+          (waits(sequence) || std::ranges::all_of(wanted.needed, is_here));
+  }
+  if (all && !waits(sequence)) ask_for_late(sequence, layers);
+  kv.drop_unheld();
+  return all;
+}
+
+// Each layer's share, from another place of its list on each time: where the disk is too slow for
+// all, all have their turn.
+void NvmeReads::ask_for_late(Sequence& sequence, const std::vector<Wanted>& layers) {
+  const auto share = static_cast<std::size_t>(kMostLate) / layers.size() + 1;
+  const auto step = static_cast<std::size_t>(sequence.decode_steps);
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    const std::vector<HeadSegment>& late = layers[layer].late;
+    std::vector<HeadSegment> turn;
+    for (std::size_t i = 0; i < std::min(share, late.size()); ++i) {
+      turn.push_back(late[(step * share + i) % late.size()]);
+    }
+    if (!sequence.outsized()->ask(static_cast<int>(layer), turn)) return;
+  }
+}
+
+// A lost sequence goes on with what there is; status() says so.
+void NvmeReads::bring_step(std::span<Sequence* const> rows) {
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    kvstore::OutsizedKv* kv = rows[i]->outsized();
+    if (kv == nullptr) continue;
+    for (int layer = 0; layer < rows[i]->kv().shape.num_layers; ++layer) {
+      const Wanted& wanted = by_row_[i][static_cast<std::size_t>(layer)];
+      rows[i]->report.late += wanted.num_late;
+      if (waits(*rows[i])) static_cast<void>(kv->wait(layer, wanted.needed));
+    }
+  }
+}
+
+void NvmeReads::start(Sequence& sequence) {
+  if (kvstore::OutsizedKv* kv = sequence.outsized()) kv->advance(0);
+}
+
+void NvmeReads::bring(Sequence& sequence, int layer) {
+  kvstore::OutsizedKv* kv = sequence.outsized();
+  if (kv == nullptr) return;
+  kv->advance();
+  kv->show_arrived();
+  look_up(sequence, layer, wanted_);
+  sequence.report.late += wanted_.num_late;
+  kv->ask(layer, wanted_.runs);
+  static_cast<void>(kv->wait(layer, wanted_.needed));  // status() keeps it
 }
 
 void NvmeReads::bring_all(Sequence& sequence, int layer) {
@@ -99,6 +169,18 @@ void NvmeReads::bring_all(Sequence& sequence, int layer) {
 
 void NvmeReads::let_go(Sequence& sequence, int layer) {
   if (kvstore::OutsizedKv* kv = sequence.outsized()) kv->let_go(layer);
+}
+
+void work_until(kernels::Event& event, std::span<Sequence* const> rows,
+                const kernels::Device& device) {
+  constexpr std::chrono::seconds kPatience{10};  // then the event's own deadline counts
+  const auto end = std::chrono::steady_clock::now() + kPatience;
+  while (!device.runs_at_once() && !event.done() && std::chrono::steady_clock::now() < end) {
+    for (Sequence* row : rows) {
+      if (row->outsized() != nullptr) row->outsized()->advance(1);
+    }
+  }
+  event.synchronize();
 }
 
 }  // namespace foretoken::worker

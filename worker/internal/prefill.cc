@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "worker/nvme_reads.h"
 
 namespace foretoken::worker {
 namespace {
@@ -191,6 +192,7 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   const kernels::KvShape& shape = model_.kv_shape();
   const int length = sequence.prompt_length();
   const int reused_blocks = sequence.reused_tokens / kBlockTokens;
+  kvstore::OutsizedKv* outsized = sequence.outsized();
   kernels::PackBlocksArgs pack{
       .k = kv_of(layer).k.data(),
       .v = kv_of(layer).v.data(),
@@ -203,20 +205,21 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
       .num_tokens = length,
       .to_arena = false,
       .sequence = sequence.alone().sequences,
-      .host_slabs = sequence.outsized() == nullptr ? sequence.reservation().slabs.data() : nullptr,
-      .max_segments = sequence.kv().max_segments};
+      .host_slabs = outsized == nullptr ? sequence.reservation().slabs.data() : nullptr,
+      .max_segments = sequence.kv().max_segments,
+      .host_runs = outsized == nullptr ? nullptr : outsized->runs_of(layer)};
   if (reused_blocks > 0) store_.pack(pack, *copy_);  // to slots alone: the arena has them
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;
   pack.to_arena = model_.partition().writes_kv;
-  kvstore::OutsizedKv* outsized = sequence.outsized();
   if (outsized != nullptr && !outsized->make_room(layer, {0, segments_for(length)})) {
     pack.to_arena = false;  // the sequence is lost: status() says so
   }
   store_.pack(pack, *copy_);
   kv_of(layer).packed->record(*copy_);
   if (outsized == nullptr) return;
-  kv_of(layer).packed->synchronize();  // what leaves for NVMe is whole
+  Sequence* row = &sequence;
+  work_until(*kv_of(layer).packed, std::span(&row, 1), device_);  // what leaves for NVMe is whole
   outsized->fill(layer, {0, length / kSegmentTokens});
 }
 

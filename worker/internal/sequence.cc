@@ -242,6 +242,25 @@ void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffe
   report.device_bytes = device_bytes();
 }
 
+void Sequence::copy_fetches(kernels::Stream& stream) {
+  const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
+  const std::size_t entries = maps * static_cast<std::size_t>(fetches_.max_entries);
+  if (!host_entries_ || host_entries_->size() != entries) {
+    host_entries_ = std::make_unique<PinnedArray<kernels::FetchEntry>>(device_, entries);
+    host_counts_ = std::make_unique<PinnedArray<std::int32_t>>(device_, maps);
+  }
+  device_.copy_out(host_entries_->data(), fetches_.entries, entries * sizeof(kernels::FetchEntry),
+                   stream);
+  device_.copy_out(host_counts_->data(), fetches_.counts, maps * sizeof(std::int32_t), stream);
+}
+
+std::span<const kernels::FetchEntry> Sequence::host_fetches(int layer, int kv_head) const {
+  if (!host_entries_) return {};
+  const auto map = static_cast<std::size_t>(layer * kv_.shape.num_kv_heads + kv_head);
+  return {host_entries_->data() + map * static_cast<std::size_t>(fetches_.max_entries),
+          static_cast<std::size_t>(host_counts_->data()[map])};
+}
+
 KvReport Sequence::final_report(kernels::Stream& stream) {
   std::array<std::uint64_t, 2> totals{};
   std::uint32_t fallbacks = 0;

@@ -1,0 +1,140 @@
+// Sequences that are larger than the arena: what they draw is what they draw with all of their KV
+// in host memory.
+#include <gtest/gtest.h>
+
+#include "tests/worker/local_group.h"
+
+namespace foretoken::worker {
+namespace {
+
+constexpr int kPromptTokens = 2500;  // 10 segments; the answer ends in the 11th
+constexpr int kAnswerTokens = 80;
+constexpr std::int64_t kMiB = 1 << 20;
+// Of 11 slabs a head: in the first a step's blocks mostly have room at once; in the second they
+// come a layer at a time.
+constexpr std::int64_t kTenSlabs = 16 * kMiB;
+constexpr std::int64_t kFiveSlabs = 8 * kMiB;
+
+// Deep, so that a layer is a small part of the KV.
+ModelConfig deep_model() {
+  ModelConfig config;
+  config.hidden_size = 64;
+  config.num_layers = 12;
+  config.num_heads = 2;
+  config.num_kv_heads = 2;
+  config.head_dim = 64;
+  config.intermediate_size = 96;
+  config.vocab_size = 512;
+  config.max_position = 2816;
+  config.rms_norm_eps = 1e-5;
+  config.rope_theta = 10000;
+  config.tie_word_embeddings = false;
+  config.dtype = ModelDtype::kBf16;
+  return config;
+}
+
+ServiceConfig predicted() {
+  ServiceConfig config = service("attention-predictor", 384);
+  config.calibrate_with = "none";
+  return config;
+}
+
+class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
+ protected:
+  // Forced tokens: their logprobs tell more than a greedy answer, whose ties may fall otherwise.
+  static const LocalGroup::Options& options() {
+    static const LocalGroup::Options options{.max_tokens = kAnswerTokens,
+                                             .forced_ids = random_prompt(kAnswerTokens, 32)};
+    return options;
+  }
+  static Answer answer(const ServiceConfig& config, const StoreProcess& store) {
+    return LocalGroup(config, deep_model(), store)
+        .generate(random_prompt(kPromptTokens, 31), options());
+  }
+  static Answer in_memory(const ServiceConfig& config) {
+    return answer(config, StoreProcess(64 * kMiB));
+  }
+  static Answer outsized(const ServiceConfig& config) {
+    return answer(config, StoreProcess(GetParam(), 64 * kMiB));
+  }
+  static void expect_equal(const Answer& expected, const Answer& actual) {
+    ASSERT_EQ(expected.infos.size(), actual.infos.size());
+    for (std::size_t i = 0; i < expected.infos.size(); ++i) {
+      ASSERT_EQ(expected.infos[i].logprob, actual.infos[i].logprob) << "token " << i;
+    }
+    EXPECT_EQ(expected.report.blocks_fetched, actual.report.blocks_fetched);
+    EXPECT_EQ(expected.report.bytes_nvme, 0);
+    EXPECT_GT(actual.report.bytes_nvme, 0);
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Arenas, OutsizedTest, ::testing::Values(kTenSlabs, kFiveSlabs));
+
+TEST_P(OutsizedTest, WaitingIsHavingItInMemory) {
+  for (const char* calibration : {"none", "sketch"}) {
+    ServiceConfig config = predicted();
+    config.calibrate_with = calibration;
+    expect_equal(in_memory(config), outsized(config));
+  }
+}
+
+// A layer at a time: exact calibration, an audit, attention without slots, a choice at the query.
+TEST_P(OutsizedTest, AttentionOverAllBlocksFindsThemAll) {
+  ServiceConfig audited = predicted();
+  audited.calibrate_with = "exact";
+  audited.calibrate_every = 5;
+  audited.audit_every = 7;
+  ServiceConfig streamed = service("full");
+  streamed.kv_resident = "never";
+  for (const ServiceConfig& config : {audited, streamed, service("oracle", 384)}) {
+    const Answer kept = in_memory(config);
+    const Answer found = outsized(config);
+    expect_equal(kept, found);
+    EXPECT_EQ(kept.report.recall_count, found.report.recall_count);
+    EXPECT_EQ(kept.report.recall_sum, found.report.recall_sum);
+  }
+}
+
+TEST_P(OutsizedTest, SkippingKeepsNearlyAllThatWaitingKeeps) {
+  ServiceConfig config = predicted();
+  config.audit_every = 4;
+  const KvReport waited = outsized(config).report;
+  config.on_late = "skip";
+  const KvReport skipped = outsized(config).report;
+  EXPECT_GT(skipped.late, 0);
+  const auto recall = [](const KvReport& kv) {
+    return kv.recall_sum / static_cast<double>(kv.recall_count);
+  };
+  EXPECT_NEAR(recall(skipped), recall(waited), 0.02);
+  config.audit_every = 0;  // or all steps would come a layer at a time
+  for (const TokenInfo& info : outsized(config).infos) EXPECT_LT(info.logprob, 0);
+}
+
+TEST_P(OutsizedTest, TheGuardedArenaIsOnlyReadByGathers) {
+  ServiceConfig config = predicted();
+  const Answer plain = outsized(config);
+  config.guard_arena = true;
+  const Answer guarded = outsized(config);
+  for (std::size_t i = 0; i < plain.infos.size(); ++i) {
+    ASSERT_EQ(plain.infos[i].logprob, guarded.infos[i].logprob) << i;
+  }
+}
+
+TEST_P(OutsizedTest, OthersDecodeBesideIt) {
+  const std::vector prompts{random_prompt(kPromptTokens, 33), random_prompt(200, 34)};
+  const LocalGroup::Options both{
+      .max_tokens = 40, .spare_tokens = 100, .forced_ids = random_prompt(40, 35)};
+  const auto run = [&](const StoreProcess& store) {
+    return LocalGroup(predicted(), deep_model(), store).generate_batch(prompts, both);
+  };
+  const auto kept = run(StoreProcess(64 * kMiB));
+  const auto beside = run(StoreProcess(GetParam(), 64 * kMiB));
+  for (std::size_t row = 0; row < 2; ++row) {
+    for (std::size_t i = 0; i < 40; ++i) {
+      ASSERT_EQ(kept[row].infos[i].logprob, beside[row].infos[i].logprob) << row << ' ' << i;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace foretoken::worker
