@@ -6,7 +6,7 @@
 #                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted calibration
-# batch prefill peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
+# outsized batch prefill peer timeline, and where there are several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too large for the bundle:
 # $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
@@ -21,7 +21,7 @@ stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted
-    calibration batch prefill peer timeline)
+    calibration outsized batch prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -103,6 +103,20 @@ calibration() {
     bench decode --kv-policy attention-predictor --calibrate-with "$source" \
       --calibrate-every "$every" --context 130000 --kv-budget 2304 --trace churn=8 --tokens 64 \
       --max-model-len 131072 --kv-host-gib 24 | tee "$results/calibration-$source-$every.json" ||
+      return 1
+  done
+}
+# 128K with a quarter of its KV in host memory and all of it on NVMe ($FORETOKEN_NVME, a folder on
+# such a disk), and the same with all of it in memory; what the predictor chooses, or a share of new blocks.
+outsized() {
+  local words late name more nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}
+  for words in "skip churn8 --trace churn=8" "skip churn2 --trace churn=2" "skip live" "wait live"; do
+    read -r late name more <<<"$words"
+    # shellcheck disable=SC2086  # words of a flag
+    bench decode --kv-policy attention-predictor --calibrate-with none --context 130000 \
+      --kv-budget 2304 $more --tokens 96 --max-model-len 131072 --kv-host-gib 4 \
+      --kv-nvme-path "$nvme" --kv-nvme-gib 24 --on-late "$late" --baseline memory \
+      --plot "$results/outsized-$late-$name.svg" | tee "$results/outsized-$late-$name.json" ||
       return 1
   done
 }

@@ -1,5 +1,7 @@
 // foretoken bench decode|prefill: the speed that a client of a real service sees. The other benches
 // are device_bench.h's.
+#include <algorithm>
+#include <array>
 #include <iostream>
 #include <map>
 #include <optional>
@@ -17,7 +19,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 // Services of the same flags that the measured one is compared with.
-enum class Baseline { kDense, kStreamed };
+enum class Baseline { kDense, kStreamed, kMemory };
 
 struct BenchOptions {
   ModelOrConnectOptions service;
@@ -31,11 +33,23 @@ struct BenchOptions {
 };
 
 std::string_view name_of(Baseline baseline) {
-  return baseline == Baseline::kDense ? "dense" : "streamed";
+  constexpr std::array<std::string_view, 3> kNames = {"dense", "streamed", "memory"};
+  return kNames[static_cast<std::size_t>(baseline)];
+}
+
+// The same without NVMe, with host memory for what the batch has. REQUIRES: one host for all ranks.
+ServiceConfig in_memory(ServiceConfig config, const Measured& measured) {
+  const auto batch = static_cast<double>(measured.batches.front().runs.size());
+  const double gib = static_cast<double>(measured.last().kv.full_kv_bytes) / (1 << 30) * batch;
+  config.kv_host_gib = std::max(config.kv_host_gib, 1.25 * gib + 0.1);
+  config.kv_nvme_path.clear();
+  config.kv_nvme_gib = 0;
+  return config;
 }
 
 // Full attention, with the KV on the device or in host memory.
-ServiceConfig config_of(Baseline baseline, ServiceConfig config) {
+ServiceConfig config_of(Baseline baseline, ServiceConfig config, const Measured& measured) {
+  if (baseline == Baseline::kMemory) return in_memory(config, measured);
   config.kv_policy = "full";
   config.kv_resident = baseline == Baseline::kDense ? "auto" : "never";
   config.trace.clear();
@@ -49,9 +63,11 @@ Measured measure(client::Client& client, const BenchLoad& load) {
   return measured;
 }
 
-Measured measure_baseline(Baseline baseline, const BenchOptions& options) {
+Measured measure_baseline(Baseline baseline, const BenchOptions& options,
+                          const Measured& measured) {
   std::cerr << "baseline " << name_of(baseline) << "\n";
-  const PrivateService service(config_of(baseline, options.service.service_config()), interrupted);
+  const PrivateService service(config_of(baseline, options.service.service_config(), measured),
+                               interrupted);
   const auto client = client::Client::connect(service.connection()).value_or_throw();
   BenchLoad load = options.load;
   load.tokens = options.baseline_tokens.value_or(load.tokens);
@@ -82,7 +98,7 @@ int bench(const std::string& kind, BenchOptions options) {
   if (kind == "decode") json["baselines"] = Json::array();
   for (const Baseline baseline : options.baselines) {
     const std::string name(name_of(baseline));
-    services.emplace_back(name, measure_baseline(baseline, options));
+    services.emplace_back(name, measure_baseline(baseline, options, services.front().second));
     json["baselines"].push_back(baseline_figures(name, services.back().second, json));
   }
   if (!options.plot.empty()) save_svg(plot_of(json, services), options.plot);
@@ -96,15 +112,18 @@ int bench(const std::string& kind, BenchOptions options) {
 
 void add_decode_flags(CLI::App& app, BenchOptions& options) {
   const std::map<std::string, Baseline> baselines = {{"dense", Baseline::kDense},
-                                                     {"streamed", Baseline::kStreamed}};
+                                                     {"streamed", Baseline::kStreamed},
+                                                     {"memory", Baseline::kMemory}};
   app.add_option("--tokens", options.load.tokens, "Tokens to decode")
       ->type_name("N")
       ->capture_default_str()
       ->check(CLI::Range(2, 1 << 24));
-  app.add_option("--baseline", options.baselines,
-                 "Measure full attention too, after the service and with its flags: the KV on the "
-                 "device (dense), or streamed from host memory; may be repeated")
-      ->type_name("dense|streamed")
+  app.add_option(
+         "--baseline", options.baselines,
+         "Measure another service too, after this one and with its flags: full attention, the "
+         "KV on the device (dense) or streamed from host memory; or the same policy, all KV "
+         "in host memory and none on NVMe (memory); may be repeated")
+      ->type_name("dense|streamed|memory")
       ->expected(1)
       ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll)
       ->transform(CLI::CheckedTransformer(baselines).description(""));

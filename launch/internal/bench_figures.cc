@@ -74,6 +74,8 @@ void add_decode_figures(const Measured& measured, Json& json) {
   json["tokens_per_s"] = decode_rate(measured.batches);
   json["churn"] = share(kv.blocks_fetched, kv.blocks_predicted);
   json["device_share"] = share(kv.device_bytes, kv.full_kv_bytes);
+  json["late"] = kv.late;
+  json["nvme_bytes"] = kv.bytes_nvme;
 }
 
 void print_decode(const Json& json, const std::string& name) {
