@@ -1,11 +1,12 @@
 """A context that is larger than host memory runs from NVMe, and its tokens are those that it has with
 all of its KV in host memory."""
 
+import json
 import threading
 
 import pytest
 from foretoken.client import Client, ServiceError
-from service_helper import Service, make_model
+from service_helper import Service, make_model, run
 
 LENGTH = 5000  # 20 segments
 ANSWER = 200  # past the end of one
@@ -140,12 +141,12 @@ def test_others_run_beside_it(model, in_memory, tmp_path):
     with Service(model, *flags, size=QUARTER) as service:
         answers = [None, None]
 
-        def run(place, ids):
+        def ask_into(place, ids):
             answers[place] = ask(service, ids)
 
         threads = [
-            threading.Thread(target=run, args=(0, prompt())),
-            threading.Thread(target=run, args=(1, prompt()[:100])),
+            threading.Thread(target=ask_into, args=(0, prompt())),
+            threading.Thread(target=ask_into, args=(1, prompt()[:100])),
         ]
         for thread in threads:
             thread.start()
@@ -155,3 +156,17 @@ def test_others_run_beside_it(model, in_memory, tmp_path):
         assert answers[0].ids == in_memory.ids
         with connect(service) as client:
             assert client.status()["kv_slabs_used"] == 0
+
+
+def test_the_bench_compares_it_with_all_in_memory(model, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"), "--on-late=skip", *QUARTER)
+    (tmp_path / "text").write_text("To be, or not to be, that is the question. ")
+    text = f"--prompt-file={tmp_path / 'text'}"
+    load = ("--context=5000", text, "--tokens=20", "--trace=churn=8", "--baseline=memory", "--json")
+    done = run("bench", "decode", "--model", model, *flags, *load)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (memory,) = found["baselines"]
+    assert found["late"] > 0 and found["nvme_bytes"] > 0
+    assert memory["baseline"] == "memory" and memory["ratio"] > 0
+    assert memory["nvme_bytes"] == 0
