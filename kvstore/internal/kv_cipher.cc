@@ -23,11 +23,13 @@ static_assert(kKeyBytes == crypto_aead_xchacha20poly1305_ietf_KEYBYTES);
 static_assert(sizeof(Seal::nonce) == crypto_aead_xchacha20poly1305_ietf_NPUBBYTES);
 static_assert(sizeof(Seal::tag) == crypto_aead_xchacha20poly1305_ietf_ABYTES);
 
-unsigned char* raw(std::span<std::byte> bytes) {
-  return reinterpret_cast<unsigned char*>(bytes.data());
-}
+// libsodium takes no null pointer, not even for no bytes.
 const unsigned char* raw(std::span<const std::byte> bytes) {
-  return reinterpret_cast<const unsigned char*>(bytes.data());
+  constexpr static unsigned char kNothing = 0;
+  return bytes.empty() ? &kNothing : reinterpret_cast<const unsigned char*>(bytes.data());
+}
+unsigned char* raw(std::span<std::byte> bytes) {
+  return const_cast<unsigned char*>(raw(std::span<const std::byte>(bytes)));
 }
 
 std::unique_ptr<unsigned char, void (*)(void*)> make_key() {

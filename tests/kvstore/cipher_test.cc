@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <xxhash.h>
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <optional>
@@ -145,7 +146,7 @@ TEST_P(CipherTest, AFileThatIsNotEncryptedStartsAfresh) {
   TierOnFile disk = open();
   EXPECT_EQ(disk.tier->stat().slabs_held, 0);
   const auto slab = test_slab(name);
-  EXPECT_EQ(std::ranges::search(file, std::span(slab).first(64)).begin(), file.end());
+  EXPECT_EQ(std::search(file.begin(), file.end(), slab.begin(), slab.begin() + 64), file.end());
 }
 
 // A slab that was there before, in its own place and under its own header's eyes, and one from
