@@ -199,13 +199,12 @@ TEST_P(KvBlocks, PacksAndGathersRunsOfAnOutsizedSequence) {
     fetches.counts.set(counts);
     runs.runs[20 / kSegmentBlocks] = nullptr;
     runs.checksums[40] ^= 1;
-    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1, 0,
-                                            side.mismatches.data()});
+    side.on.run(&Device::gather, GatherArgs{side.sequence.view.data(), fetches.view.data(), 1, 0});
   };
   gather(*cuda, on_cuda);
   gather(*cpu, on_cpu);
   expect_equal(*cuda, *cpu);
-  EXPECT_EQ(cuda->mismatches.get()[0], 8U);
+  EXPECT_EQ(cuda->sequence.mismatches.get()[0], 8U);
   EXPECT_EQ(cuda->sequence.block_to_slot[1], 4);
   EXPECT_EQ(cuda->sequence.block_to_slot[20], kAbsent);
   EXPECT_EQ(cuda->sequence.block_to_slot[40], kAbsent);
