@@ -178,7 +178,7 @@ TEST_P(KvBlocks, PacksAndGathersRunsOfAnOutsizedSequence) {
   };
   const std::size_t sums = entries_of(GetParam(), cuda->sequence.num_segments) * kSegmentBlocks;
   for (const bool host_knows : {false, true}) {
-    std::fill_n(on_cuda.checksums, sums, 0);
+    for (Runs* runs : {&on_cuda, &on_cpu}) std::fill_n(runs->checksums, sums, 0);
     pack(*cuda, on_cuda, host_knows);
     pack(*cpu, on_cpu, false);
     expect_equal(*cuda, *cpu);
