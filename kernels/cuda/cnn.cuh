@@ -45,8 +45,8 @@ struct ColdTables {
   }
 };
 
-// values[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g + q),
-// as operands. Their bits are in the order of their values, what is none of [0, 2] above all.
+// values[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g +
+// q), as operands. Their bits are in the order of their values, what is none of [0, 2] above all.
 struct ColdRows {
   std::uint32_t values[5][2];
   std::uint32_t most[2];  // over the rows

@@ -24,8 +24,8 @@ enum OutputRow { kInnerRow, kFirstRow, kLastRow, kNumOutputRows };
 enum TapRows { kUpperTaps, kLowerTaps, kCutTaps, kNumTapRows };
 // The window's two edges: rows 59 .. 63, or -1 .. 3.
 enum Side { kBottom, kTop, kNumSides };
-// How the cold stencils take history values: as fp16, scaled like the network's; or bf16, as rows of
-// that type hold them, times taps in two parts of bf16.
+// How the cold stencils take history values: as fp16, scaled like the network's; or bf16, as rows
+// of that type hold them, times taps in two parts of bf16.
 enum ColdOperand { kScaledHalf, kPlainBf16, kNumColdOperands };
 
 struct CnnTables {

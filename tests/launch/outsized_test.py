@@ -102,18 +102,6 @@ def test_without_nvme_it_is_refused(model):
             ask(service, prompt())
 
 
-def test_an_encrypted_run_that_was_changed_costs_time_and_no_token(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", "--kv-encrypt", *nvme(tmp_path / "kv"))
-    with Service(model, *flags, size=QUARTER) as service, connect(service) as client:
-        pieces = client.stream(prompt(), **OPTIONS)
-        ids = list(next(pieces).ids)
-        damage(tmp_path / "kv" / "kv-slabs")
-        for piece in pieces:
-            ids += piece.ids
-        assert "computed anew" in service.log.read_text()
-    assert len(ids) == ANSWER
-
-
 def damage(file):
     """A bit of every sector, as the store's file is at this moment."""
     with open(file, "r+b") as data:
@@ -124,8 +112,9 @@ def damage(file):
             data.write(bytes([byte[0] ^ 1]))
 
 
-def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+@pytest.mark.parametrize("more", [(), ("--kv-encrypt",)], ids=["plain", "encrypted"])
+def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service, connect(service) as client:
         pieces = client.stream(prompt(), **OPTIONS)
         ids = list(next(pieces).ids)

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/worker/local_group.h"
+#include "tests/worker/small_model.h"
 
 namespace foretoken::worker {
 namespace {
@@ -17,19 +18,12 @@ constexpr std::int64_t kFiveSlabs = 8 * kMiB;
 
 // Deep, so that a layer is a small part of the KV.
 ModelConfig deep_model() {
-  ModelConfig config;
+  ModelConfig config = small_model();
   config.hidden_size = 64;
   config.num_layers = 12;
   config.num_heads = 2;
-  config.num_kv_heads = 2;
-  config.head_dim = 64;
   config.intermediate_size = 96;
-  config.vocab_size = 512;
   config.max_position = 2816;
-  config.rms_norm_eps = 1e-5;
-  config.rope_theta = 10000;
-  config.tie_word_embeddings = false;
-  config.dtype = ModelDtype::kBf16;
   return config;
 }
 
