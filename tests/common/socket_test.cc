@@ -136,9 +136,10 @@ TEST_F(CurveTest, LetsOnlyKnownKeysIn) {
   const auto stranger = dial(*router, keys_for(stranger_));
   const auto plain = dial(*router);
   const auto wrong_server = dial(*router, ClientKeys{make_key_pair().public_key, friend_});
-  ASSERT_TRUE(stranger->send("stranger"));
-  ASSERT_TRUE(plain->send("plain"));
-  ASSERT_TRUE(wrong_server->send("wrong server key"));
+  // Taken only if the connection is not closed yet.
+  static_cast<void>(stranger->send("stranger"));
+  static_cast<void>(plain->send("plain"));
+  static_cast<void>(wrong_server->send("wrong server key"));
 
   const auto good = dial(*router, keys_for(friend_));
   ASSERT_TRUE(good->send("friend"));
