@@ -21,6 +21,10 @@ void choose_nothing(kernels::HistoryState& history) {
   history.max_per_head = 0;
 }
 
+bool any_outsized(std::span<Sequence* const> rows) {
+  return std::ranges::any_of(rows, [](const Sequence* row) { return row->outsized() != nullptr; });
+}
+
 }  // namespace
 
 // The batch as arrays [max_rows], staged in pinned memory and copied to the device as one.
@@ -207,7 +211,7 @@ std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
 // Of an outsized row: from here on no op in flight reads its KV in the arena, and its fetch lists
 // are with the host. REQUIRES: lengths are not grown for the step yet.
 void Decode::await_last_step(std::span<Sequence* const> rows) {
-  outsized_ = std::ranges::any_of(rows, [](const Sequence* row) { return row->outsized(); });
+  outsized_ = any_outsized(rows);
   if (!outsized_) return;
   work_until(*listed_, rows, device_);
   for (Sequence* row : rows) nvme_reads_.turn_segment(*row);
@@ -409,8 +413,7 @@ void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence
                     kernels::Stream& compute) {
   for (Sequence* row : rows) nvme_reads_.bring_all(*row, args.layer);
   store_.streamed_attention(args, compute);
-  const bool any = std::ranges::any_of(rows, [](const Sequence* row) { return row->outsized(); });
-  if (any) compute.synchronize();  // as in fetch_now()
+  if (any_outsized(rows)) compute.synchronize();  // as in fetch_now()
   for (Sequence* row : rows) nvme_reads_.let_go(*row, args.layer);
 }
 
