@@ -154,8 +154,8 @@ class KvStore {
   // Enqueues the gather of layers [layer, layer + num_layers) on `stream` (a copy stream).
   void fetch(int layer, int num_layers, const kernels::SequenceKv* sequences,
              const kernels::FetchList* fetches, int rows, kernels::Stream& stream);
-  // Later work of `stream` starts after the last fetch that began with `layer`. No-op if there was
-  // none.
+  // Later work of `stream` starts after the last fetch of `layer`, if there was one. REQUIRES: the
+  // layers before it in that fetch have been waited for.
   void wait(int layer, kernels::Stream& stream);
   // Whether the last fetch that began with `layer` has ended; true if there was none.
   bool fetched(int layer) const;

@@ -94,7 +94,8 @@ struct KvStore::Impl {
   FileDescriptor nvme_file;                // the store's, once a sequence was outsized
   std::shared_ptr<const KvCipher> cipher;  // of this rank's runs there; null: not encrypted
   std::optional<RunIo> io;                 // on it
-  std::vector<std::unique_ptr<kernels::Event>> fetched;  // a layer
+  std::vector<std::unique_ptr<kernels::Event>> fetched;  // by the layer that a fetch began with
+  std::vector<int> fetched_with;  // the layer that a layer's last fetch began with
 
   Impl(const StoreClientConfig& client, kernels::Device& on, FileDescriptor socket)
       : config(client), device(on), connection(std::move(socket)) {}
@@ -139,6 +140,7 @@ Status KvStore::Impl::greet() {
 void KvStore::Impl::prepare_device() {
   for (int layer = 0; layer < config.shape.num_layers; ++layer) {
     fetched.push_back(device.make_event());
+    fetched_with.push_back(-1);
   }
 }
 
@@ -276,9 +278,13 @@ void KvStore::fetch(int layer, int num_layers, const kernels::SequenceKv* sequen
     impl_->device.gather({sequences, fetches, rows, layer, num_layers}, stream);
   });
   impl_->fetched[static_cast<std::size_t>(layer)]->record(stream);
+  std::fill_n(impl_->fetched_with.begin() + layer, num_layers, layer);
 }
 
 void KvStore::wait(int layer, kernels::Stream& stream) {
+  // A join that isn't needed would keep kernels of a recorded step from overlapping; and the event
+  // may be of a step that was not recorded, where this one is.
+  if (impl_->fetched_with[static_cast<std::size_t>(layer)] != layer) return;
   impl_->fetched[static_cast<std::size_t>(layer)]->wait(stream);
 }
 
