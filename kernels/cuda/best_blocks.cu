@@ -1,8 +1,13 @@
 // Top-k of a map's scores, and the union over the maps of a KV head: one CTA a KV head.
 //
 // A candidate's rank is a 56-bit number, unique within a map: its score as an unsigned integer,
-// then its column, the lower the better. The k-th greatest rank is found by radix selection, from
-// the highest bit that differs on: few ranks pass its filter, so a histogram costs little.
+// then its column, the lower the better.
+//   list        the candidates that reach a bound, in one pass over all scores. The bound is what
+//               nearly twice top_k reached a step ago (MapHeader::bound), and scores move slowly.
+//   threshold   which exactly top_k reach: by bisection in the list, a warp a map. Where there is
+//               no such list (a first step, scores that jumped, a top_k too large for it), by radix
+//               selection among all candidates, a map after the other.
+//   union       a bit a candidate; of too many the best, by the best of the maps that want it.
 #include "common/check.h"
 #include "kernels/cuda/best_blocks.h"
 #include "kernels/cuda/cuda_check.h"
@@ -14,8 +19,10 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kHeld = 16;      // ranks that a thread keeps in registers: 8,192 columns
-constexpr int kMaxMaps = 128;  // of a KV head
+constexpr int kHeld = 16;        // ranks that a thread keeps in registers: 8,192 columns
+constexpr int kMaxMaps = 128;    // of a KV head
+constexpr int kListed = 2048;    // candidates in the lists of a KV head's maps
+constexpr int kMaxUnion = 2048;  // candidates of a union whose best ranks are kept
 constexpr int kMaskWords = kMaxPredictColumns / 32;
 constexpr int kColumnBits = 24;
 constexpr std::uint64_t kColumnMask = (1U << kColumnBits) - 1;
@@ -24,23 +31,43 @@ constexpr std::uint64_t kLatest = 0;  // score bits of a column that was chosen 
 
 using Rank = std::uint64_t;
 
+__device__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+
 __device__ Rank rank_of(std::uint32_t score, int column) {
   return (static_cast<Rank>(score) << kColumnBits) |
          (kColumnMask - static_cast<std::uint32_t>(column));
 }
 
+__device__ int column_of(Rank rank) { return static_cast<int>(kColumnMask - (rank & kColumnMask)); }
+
 // A sum past int32 is a mean of s past 8, which no attention has: it counts as the greatest.
-__device__ std::uint32_t score_bits(const Map& map, int column) {
-  const auto sum = static_cast<std::int64_t>(map.sums()[column]) + map.boundary()[column];
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  return static_cast<std::uint32_t>(min(max(sum, -kMost), kMost)) ^ 0x80000000U;
+__device__ std::uint32_t score_bits(std::int32_t inner, std::int32_t edge) {
+  std::int32_t sum;
+  asm("add.sat.s32 %0, %1, %2;" : "=r"(sum) : "r"(inner), "r"(edge));
+  return static_cast<std::uint32_t>(max(sum, -std::numeric_limits<std::int32_t>::max())) ^
+         0x80000000U;
 }
+__device__ std::uint32_t score_bits(const Map& map, int column) {
+  return score_bits(map.sums()[column], map.boundary()[column]);
+}
+
+// What a map of the KV head wants.
+struct MapChoice {
+  bool usable;          // else it wants its latest candidates
+  bool is_listed;       // all that it wants is in its list
+  std::uint32_t bound;  // on the score; 0 lists all
+  int count;            // of the candidates that reach the bound, in the list or not
+  Rank threshold;       // it wants the ranks from here on
+};
 
 struct Shared {
   int first_item[kMaxSequences + 1];
   std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
-  Rank threshold[kMaxMaps];          // of a map: it wants the ranks from here on
-  bool usable[kMaxMaps];
+  std::uint16_t before[kMaskWords];  // bits in the words before
+  std::uint32_t best[kMaxUnion];     // scores of the union's candidates
+  Rank listed[kListed];              // [maps, kListed / maps]
+  MapChoice maps[kMaxMaps];
+  Rank limit_threshold;  // of a union with too many
   int histogram[256];
   unsigned long long most;    // the greatest of all
   std::uint32_t least_score;  // of the threads' own greatest
@@ -225,39 +252,145 @@ struct UnionRanks {
   __device__ Rank best(int column) const {
     Rank most = rank_of(kLatest, column);
     for (int m = 0; m < head.maps(); ++m) {
-      if (!shared.usable[m]) continue;
+      if (!shared.maps[m].usable) continue;
       const Rank rank = rank_of(score_bits(head.map(m), column), column);
-      if (rank >= shared.threshold[m]) most = max(most, rank);
+      if (rank >= shared.maps[m].threshold) most = max(most, rank);
     }
     return most;
   }
 };
 
-__device__ void want(int column, Shared& shared) {
-  atomicOr(&shared.wanted[column / 32], 1U << (column % 32));
+// ---- lists -----------------------------------------------------------------------------------
+
+__device__ int list_room(const Head& head) { return kListed / head.maps(); }
+__device__ Rank* list_of(const Head& head, int m, Shared& shared) {
+  return shared.listed + m * list_room(head);
 }
-__device__ void want_latest(int columns, int k, Shared& shared) {
-  for (int c = max(0, columns - k) + static_cast<int>(threadIdx.x); c < columns; c += kThreads) {
-    want(c, shared);
+
+// Lists what reaches the bounds of the maps that may be listed.
+__device__ void list_candidates(const Head& head, Shared& shared) {
+  const int room = list_room(head);
+  for (int m = 0; m < head.maps(); ++m) {
+    MapChoice& choice = shared.maps[m];
+    if (!choice.is_listed) continue;
+    const Map map = head.map(m);
+    const auto* sums = reinterpret_cast<const int4*>(map.sums());
+    const auto* boundary = reinterpret_cast<const int4*>(map.boundary());
+    const std::uint32_t bound = choice.bound;
+    const auto add = [&](std::int32_t inner, std::int32_t edge, int column) {
+      const std::uint32_t score = score_bits(inner, edge);
+      if (score < bound || column >= head.columns) return;
+      const int at = atomicAdd(&choice.count, 1);
+      if (at < room) list_of(head, m, shared)[at] = rank_of(score, column);
+    };
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < (head.columns + 3) / 4; i += kThreads) {
+      const int4 inner = sums[i];
+      const int4 edge = boundary[i];
+      add(inner.x, edge.x, i * 4);
+      add(inner.y, edge.y, i * 4 + 1);
+      add(inner.z, edge.z, i * 4 + 2);
+      add(inner.w, edge.w, i * 4 + 3);
+    }
   }
 }
 
-__device__ void add_map(const Head& head, int m, Shared& shared) {
+// A number that exactly k of `count` different ranks reach, rank_at(i), by one warp.
+// REQUIRES: count >= k > 0.
+template <typename RankAt>
+__device__ Rank kth_greatest_of(const RankAt& rank_at, int count, int k) {
+  Rank low = 0;                      // at least k reach it
+  Rank high = Rank{1} << kRankBits;  // fewer do
+  if (count == k) return low;
+  for (;;) {
+    const Rank middle = low + (high - low) / 2;
+    int reach = 0;
+#pragma unroll 4
+    for (int i = lane_id(); i < count; i += 32) reach += rank_at(i) >= middle ? 1 : 0;
+    reach = __reduce_add_sync(~0U, reach);
+    if (reach == k) return middle;
+    (reach > k ? low : high) = middle;
+  }
+}
+
+// The score that the next step's list starts at: as far below the threshold as this one's, half or
+// twice as far where that lists too much or too little.
+__device__ std::uint32_t next_bound(const MapChoice& choice, int k) {
+  const auto score = static_cast<std::uint32_t>(choice.threshold >> kColumnBits);
+  std::uint32_t gap = score - choice.bound;
+  if (choice.count > 2 * k) gap /= 2;
+  if (choice.count < k + k / 4) gap = min(gap, 1U << 30) * 2 + 1;
+  return score - min(gap, score);
+}
+
+// ---- one map ---------------------------------------------------------------------------------
+
+__device__ void begin_map(const Head& head, int m, Shared& shared) {
   const Map map = head.map(m);
-  const bool usable = map.num_rows() >= map.header().clean_from;
-  if (threadIdx.x == 0) shared.usable[m] = usable;
-  if (!usable) {
-    if (threadIdx.x == 0) atomicAdd(head.state.fallbacks, 1U);
-    want_latest(head.columns, head.state.top_k, shared);
+  MapChoice& choice = shared.maps[m];
+  const int k = head.state.top_k;
+  choice = {};
+  choice.usable = head.columns > k && map.num_rows() >= map.header().clean_from;
+  if (!choice.usable && head.columns > k) atomicAdd(head.state.fallbacks, 1U);
+  choice.bound = map.header().bound;
+  const bool known = choice.bound != 0 || head.columns <= list_room(head);
+  choice.is_listed = choice.usable && known && k <= list_room(head);
+}
+
+// Of a map with a list: whether that holds enough, the threshold, the next bound. By one warp.
+__device__ void choose_in_list(const Head& head, int m, Shared& shared) {
+  MapChoice& choice = shared.maps[m];
+  const int k = head.state.top_k;
+  const bool fits = choice.count >= k && choice.count <= list_room(head);
+  __syncwarp();
+  if (!fits) {
+    if (lane_id() == 0) choice.is_listed = false;
     return;
   }
-  const MapRanks ranks(map);
-  const Rank threshold = kth_greatest(ranks, head.state.top_k, shared);
-  if (threadIdx.x == 0) shared.threshold[m] = threshold;
-  ranks.for_each([&](Rank rank) {
-    if (rank >= threshold) want(static_cast<int>(kColumnMask - (rank & kColumnMask)), shared);
-  });
+  const Rank* list = list_of(head, m, shared);
+  const Rank threshold = kth_greatest_of([&](int i) { return list[i]; }, choice.count, k);
+  if (lane_id() == 0) {
+    choice.threshold = threshold;
+    head.map(m).header().bound = next_bound(choice, k);
+  }
 }
+
+// Of a map without one, by all threads.
+__device__ void choose_among_all(const Head& head, int m, Shared& shared) {
+  const Map map = head.map(m);
+  const MapRanks ranks(map);
+  const int k = head.state.top_k;
+  const Rank threshold = kth_greatest(ranks, k, shared);
+  if (threadIdx.x == 0) shared.maps[m].threshold = threshold;
+  const int listed = k + k / 2;
+  if (listed > list_room(head) || listed >= head.columns) return;
+  const Rank bound = kth_greatest(ranks, listed, shared);
+  if (threadIdx.x == 0) map.header().bound = static_cast<std::uint32_t>(bound >> kColumnBits);
+}
+
+// Calls f(rank) for those ranks that a map wants and that are this thread's.
+template <typename F>
+__device__ void for_each_wanted(const Head& head, int m, Shared& shared, const F& f) {
+  const MapChoice& choice = shared.maps[m];
+  const int tid = static_cast<int>(threadIdx.x);
+  if (!choice.usable) {
+    const int first = max(0, head.columns - head.state.top_k);
+    for (int c = first + tid; c < head.columns; c += kThreads) f(rank_of(kLatest, c));
+  } else if (choice.is_listed) {
+    const Rank* list = list_of(head, m, shared);
+    for (int i = tid; i < choice.count; i += kThreads) {
+      if (list[i] >= choice.threshold) f(list[i]);
+    }
+  } else {
+    const Map map = head.map(m);
+    for (int c = tid; c < head.columns; c += kThreads) {
+      const Rank rank = rank_of(score_bits(map, c), c);
+      if (rank >= choice.threshold) f(rank);
+    }
+  }
+}
+
+// ---- the union -------------------------------------------------------------------------------
 
 // Sum of a value over the threads before this one; *total over all.
 __device__ int sum_before(int value, Shared& shared, int* total) {
@@ -298,45 +431,108 @@ __device__ int count_wanted(int columns, const Shared& shared) {
   return count;
 }
 
-// Leaves the `limit` best of the union.
-__device__ void truncate(const Head& head, int limit, Shared& shared) {
+// Counts the union; shared.before is right after it.
+__device__ int count_union(int columns, Shared& shared) {
+  int total = 0;
+  int before = sum_before(count_wanted(columns, shared), shared, &total);
+  const Words words = own_words(columns);
+  for (int w = words.first; w < words.end; ++w) {
+    shared.before[w] = static_cast<std::uint16_t>(before);
+    before += __popc(shared.wanted[w]);
+  }
+  __syncthreads();
+  return total;
+}
+
+// Where a candidate of the union stands in it.
+__device__ int place_in_union(int column, const Shared& shared) {
+  const std::uint32_t lower = (1U << (column % 32)) - 1;
+  return shared.before[column / 32] + __popc(shared.wanted[column / 32] & lower);
+}
+
+// Leaves the `limit` best of the union. REQUIRES: there are more.
+__device__ void truncate(const Head& head, int total, int limit, Shared& shared) {
+  for (int i = static_cast<int>(threadIdx.x); i < total; i += kThreads) shared.best[i] = 0;
+  __syncthreads();
+  for (int m = 0; m < head.maps(); ++m) {
+    for_each_wanted(head, m, shared, [&](Rank rank) {
+      atomicMax(&shared.best[place_in_union(column_of(rank), shared)],
+                static_cast<std::uint32_t>(rank >> kColumnBits));
+    });
+  }
+  __syncthreads();
+  // Places are in the order of columns, so that they stand for them in a rank.
+  const auto rank_at = [&](int place) { return rank_of(shared.best[place], place); };
+  if (threadIdx.x < 32) {
+    const Rank threshold = limit > 0 ? kth_greatest_of(rank_at, total, limit) : ~Rank{0};
+    if (threadIdx.x == 0) shared.limit_threshold = threshold;
+  }
+  __syncthreads();
+  const Words words = own_words(head.columns);
+  for (int w = words.first; w < words.end; ++w) {
+    int place = shared.before[w];
+    for (std::uint32_t bits = shared.wanted[w]; bits != 0; bits &= bits - 1, ++place) {
+      if (rank_at(place) < shared.limit_threshold) shared.wanted[w] &= ~(bits & (~bits + 1));
+    }
+  }
+}
+
+// The same of a union whose ranks don't fit shared memory.
+__device__ void truncate_large(const Head& head, int limit, Shared& shared) {
   const UnionRanks ranks{head, shared};
   const Rank threshold = limit > 0 ? kth_greatest(ranks, limit, shared) : ~Rank{0};
   __syncthreads();
   // Words are read and cleared by the same thread.
   ranks.for_each([&](Rank rank) {
-    const int column = static_cast<int>(kColumnMask - (rank & kColumnMask));
+    const int column = column_of(rank);
     if (rank < threshold) shared.wanted[column / 32] &= ~(1U << (column % 32));
   });
-  __syncthreads();
 }
 
 __device__ void choose_head(const Head& head, int kv_head_index, const Selection& selection,
                             Shared& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int w = static_cast<int>(threadIdx.x); w < (head.columns + 31) / 32; w += kThreads) {
     shared.wanted[w] = 0;
   }
+  for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
+    begin_map(head, m, shared);
+  }
   __syncthreads();
-  if (head.columns <= head.state.top_k) {
-    want_latest(head.columns, head.columns, shared);
-    for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
-      shared.usable[m] = false;
-    }
-  } else {
-    for (int m = 0; m < head.maps(); ++m) add_map(head, m, shared);
+  list_candidates(head, shared);
+  __syncthreads();
+  for (int m = warp; m < head.maps(); m += kWarps) {
+    if (shared.maps[m].is_listed) choose_in_list(head, m, shared);
+  }
+  __syncthreads();
+  for (int m = 0; m < head.maps(); ++m) {
+    const MapChoice& choice = shared.maps[m];
+    if (choice.usable && !choice.is_listed) choose_among_all(head, m, shared);
+  }
+  __syncthreads();
+  for (int m = 0; m < head.maps(); ++m) {
+    for_each_wanted(head, m, shared, [&](Rank rank) {
+      const int column = column_of(rank);
+      atomicOr(&shared.wanted[column / 32], 1U << (column % 32));
+    });
   }
   __syncthreads();
   const int limit = min(head.state.max_per_head, selection.max_selected);
-  int total = 0;
-  int at = sum_before(count_wanted(head.columns, shared), shared, &total);
+  int total = count_union(head.columns, shared);
   if (total > limit) {
-    truncate(head, limit, shared);
-    at = sum_before(count_wanted(head.columns, shared), shared, &total);
+    if (total <= kMaxUnion) {
+      truncate(head, total, limit, shared);
+    } else {
+      truncate_large(head, limit, shared);
+    }
+    __syncthreads();
+    total = count_union(head.columns, shared);
   }
   std::int32_t* out =
       selection.blocks + static_cast<std::ptrdiff_t>(kv_head_index) * selection.max_selected;
   const Words words = own_words(head.columns);
   for (int w = words.first; w < words.end; ++w) {
+    int at = shared.before[w];
     for (std::uint32_t bits = shared.wanted[w]; bits != 0; bits &= bits - 1) {
       out[at++] = w * 32 + __ffs(static_cast<int>(bits)) - 1 + kSinkColumns;
     }

@@ -28,6 +28,7 @@ struct MapHeader {
   std::int64_t num_rows;    // rows appended when the sums were made; 0: there are none
   std::int64_t clean_from;  // windows that end before this row hold a value that is none
   std::int32_t columns;     // candidates of the sums
+  std::uint32_t bound;      // on scores, of the next choice's list (best_blocks.cu); 0: not known
 };
 inline constexpr std::size_t kMapHeaderBytes = 64;
 static_assert(sizeof(MapHeader) <= kMapHeaderBytes);

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <random>
+#include <utility>
 
 #include "kernels/cpu/cnn.h"
 #include "kernels/cpu/map_stream.h"
@@ -397,6 +399,82 @@ TEST_F(CudaPredict, EqualsTheCpuAtTheGreatestSizes) {
 }
 
 // ---- exactness -------------------------------------------------------------------------------
+
+// The choice by its definition, from the sums that the device has made.
+std::vector<int> plain_choice(const HistoryOnDevice& history, int layer, int kv_head) {
+  using Scored = std::pair<std::int64_t, int>;  // minus the score, candidate: the best is the least
+  const HistoryShape& s = history.shape();
+  const auto keep_best = [](std::vector<Scored>& all, int count) {
+    std::sort(all.begin(), all.end());
+    all.resize(std::min(all.size(), static_cast<std::size_t>(count)));
+  };
+  std::map<int, std::int64_t> wanted;
+  for (int m = kv_head * s.maps_per_kv_head; m < (kv_head + 1) * s.maps_per_kv_head; ++m) {
+    const CudaSums sums = cuda_sums(history, layer, m);
+    std::vector<Scored> all;
+    for (std::size_t c = 0; c < sums.inner.size(); ++c) {
+      all.emplace_back(-(std::int64_t{sums.inner[c]} + sums.boundary[c]), static_cast<int>(c));
+    }
+    keep_best(all, s.top_k);
+    for (const auto& [score, c] : all) {
+      wanted[c] = std::min(wanted.try_emplace(c, score).first->second, score);
+    }
+  }
+  std::vector<Scored> united;
+  for (const auto& [c, score] : wanted) united.emplace_back(score, c);
+  keep_best(united, s.max_per_head);
+  std::vector<int> blocks;
+  for (const auto& [score, c] : united) blocks.push_back(c + kSink);
+  std::sort(blocks.begin(), blocks.end());
+  return blocks;
+}
+
+// Whatever scores do from step to step: with a list of what was best a step ago, or without; unions
+// that fit shared memory, and one that doesn't.
+TEST_F(CudaPredict, ChoosesExactlyByItsSumsWhereScoresJump) {
+  Pair pair;
+  const std::vector<HistoryShape> shapes = {
+      {.num_kv_heads = 2,
+       .maps_per_kv_head = 4,
+       .max_columns = 3000,
+       .top_k = 100,
+       .max_per_head = 150},
+      {.num_layers = 2, .num_kv_heads = 1, .max_columns = 9001, .top_k = 56, .max_per_head = 56},
+      {.num_kv_heads = 1,
+       .maps_per_kv_head = 4,
+       .max_columns = 9000,
+       .top_k = 900,
+       .max_per_head = 1000},
+      {.num_kv_heads = 1,
+       .maps_per_kv_head = 7,
+       .max_columns = 500,
+       .top_k = 20,
+       .max_per_head = 20}};
+  Batch batch(pair.cuda, shapes);
+  std::mt19937 random(kSeed);
+  const auto append = [&](float scale) {
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      std::vector<float> values = random_values(shapes[i], shapes[i].max_columns, random);
+      for (float& value : values) value = std::min(1.0F, value * scale);
+      batch.append(i, values, shapes[i].max_columns);
+    }
+  };
+  for (int row = 0; row < kHistoryRows; ++row) append(1);
+  for (const float scale : {1.0F, 1.0F, 1.0F, 30.0F, 30.0F, 1e-3F, 1e-3F, 1.0F, 1e-5F, 30.0F}) {
+    for (int step = 0; step < 3; ++step) {
+      batch.predict();
+      for (std::size_t i = 0; i < shapes.size(); ++i) {
+        for (int head = 0; head < shapes[i].num_layers * shapes[i].num_kv_heads; ++head) {
+          const int layer = head / shapes[i].num_kv_heads;
+          ASSERT_EQ(batch.selected(i, head),
+                    plain_choice(batch.history(i), layer, head % shapes[i].num_kv_heads))
+              << "sequence " << i << " head " << head << " scale " << scale << " step " << step;
+        }
+      }
+      append(scale);
+    }
+  }
+}
 
 TEST_P(CudaPredictTypes, SumsStayBitEqualToNewOnesWhileColumnsEnter) {
   Pair pair;
