@@ -283,14 +283,27 @@ __device__ void list_candidates(const Head& head, Shared& shared) {
       const int at = atomicAdd(&choice.count, 1);
       if (at < room) list_of(head, m, shared)[at] = rank_of(score, column);
     };
-#pragma unroll 4
-    for (int i = static_cast<int>(threadIdx.x); i < (head.columns + 3) / 4; i += kThreads) {
-      const int4 inner = sums[i];
-      const int4 edge = boundary[i];
-      add(inner.x, edge.x, i * 4);
-      add(inner.y, edge.y, i * 4 + 1);
-      add(inner.z, edge.z, i * 4 + 2);
-      add(inner.w, edge.w, i * 4 + 3);
+    // All loads of a batch are under way before the first is looked at.
+    constexpr int kBatch = 4;
+    const int fours = (head.columns + 3) / 4;
+    for (int first = static_cast<int>(threadIdx.x); first < fours; first += kBatch * kThreads) {
+      int4 inner[kBatch];
+      int4 edge[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = min(first + b * kThreads, fours - 1);
+        inner[b] = sums[i];
+        edge[b] = boundary[i];
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        const int i = first + b * kThreads;
+        if (i >= fours) break;
+        add(inner[b].x, edge[b].x, i * 4);
+        add(inner[b].y, edge[b].y, i * 4 + 1);
+        add(inner[b].z, edge[b].z, i * 4 + 2);
+        add(inner[b].w, edge[b].w, i * 4 + 3);
+      }
     }
   }
 }
@@ -299,8 +312,17 @@ __device__ void list_candidates(const Head& head, Shared& shared) {
 // REQUIRES: count >= k > 0.
 template <typename RankAt>
 __device__ Rank kth_greatest_of(const RankAt& rank_at, int count, int k) {
-  Rank low = 0;                      // at least k reach it
-  Rank high = Rank{1} << kRankBits;  // fewer do
+  Rank low = ~Rank{0};  // at least k reach it
+  Rank high = 0;        // fewer do
+  for (int i = lane_id(); i < count; i += 32) {
+    low = min(low, rank_at(i));
+    high = max(high, rank_at(i));
+  }
+  for (int offset = 16; offset > 0; offset /= 2) {
+    low = min(low, __shfl_xor_sync(~0U, low, offset));
+    high = max(high, __shfl_xor_sync(~0U, high, offset));
+  }
+  ++high;
   if (count == k) return low;
   for (;;) {
     const Rank middle = low + (high - low) / 2;
@@ -355,8 +377,8 @@ __device__ void choose_in_list(const Head& head, int m, Shared& shared) {
   }
 }
 
-// Of a map without one, by all threads.
-__device__ void choose_among_all(const Head& head, int m, Shared& shared) {
+// Of a map without one, by all threads. Rare, so out of the others' way.
+__device__ __noinline__ void choose_among_all(const Head& head, int m, Shared& shared) {
   const Map map = head.map(m);
   const MapRanks ranks(map);
   const int k = head.state.top_k;
@@ -478,7 +500,7 @@ __device__ void truncate(const Head& head, int total, int limit, Shared& shared)
 }
 
 // The same of a union whose ranks don't fit shared memory.
-__device__ void truncate_large(const Head& head, int limit, Shared& shared) {
+__device__ __noinline__ void truncate_large(const Head& head, int limit, Shared& shared) {
   const UnionRanks ranks{head, shared};
   const Rank threshold = limit > 0 ? kth_greatest(ranks, limit, shared) : ~Rank{0};
   __syncthreads();

@@ -123,22 +123,45 @@ struct HotWeights {
   }
 };
 
+// conv1's taps of a column of hidden values see 2 pairs of columns of history. Where an operand
+// ends between these, it takes two products: of the first pair's taps, which stand on the operand's
+// second pair, and of the second pair's, on the next operand's first.
+enum TapPairs { kBothPairs, kFirstPair, kSecondPair, kNumTapPairs };
+
 // The tables that are read from shared memory.
 struct HotTables {
-  std::uint32_t conv1[kNumTapRows][2][2][2][kLanes];
+  uint2 conv1[kNumTapRows][2][kNumTapPairs][2][kLanes];  // [, column of a pair, , half]
   float minus_bias2[kNumOutputRows][4][kLanes];
   float conv3[4][kLanes];
   std::int32_t at_zero[kNumOutputRows];
 
+  // By kThreads threads, with all loads on their way at once.
+  template <unsigned kThreads>
   __device__ void load(const CnnTables& from) {
-    for (unsigned i = threadIdx.x; i < sizeof conv1 / 4; i += blockDim.x) {
-      (&conv1[0][0][0][0][0])[i] = (&from.conv1[0][0][0][0][0])[i];
+    constexpr unsigned kParts = kNumTapRows * 2 * 2 * kLanes;
+#pragma unroll
+    for (unsigned first = 0; first < kParts; first += kThreads) {
+      const unsigned i = first + threadIdx.x;
+      if (i >= kParts) break;
+      const unsigned lane = i % kLanes;
+      const unsigned half = i / kLanes % 2;
+      const unsigned column = i / kLanes / 2 % 2;
+      const unsigned rows = i / kLanes / 4;
+      const std::uint32_t left = from.conv1[rows][column][half][0][lane];
+      const std::uint32_t right = from.conv1[rows][column][half][1][lane];
+      conv1[rows][column][kBothPairs][half][lane] = {left, right};
+      conv1[rows][column][kFirstPair][half][lane] = {0, left};
+      conv1[rows][column][kSecondPair][half][lane] = {right, 0};
     }
-    for (unsigned i = threadIdx.x; i < sizeof minus_bias2 / 4; i += blockDim.x) {
-      (&minus_bias2[0][0][0])[i] = (&from.minus_bias2[0][0][0])[i];
+    constexpr unsigned kBiases = sizeof minus_bias2 / sizeof(float);
+#pragma unroll
+    for (unsigned first = 0; first < kBiases; first += kThreads) {
+      const unsigned i = first + threadIdx.x;
+      if (i < kBiases) (&minus_bias2[0][0][0])[i] = (&from.minus_bias2[0][0][0])[i];
     }
-    for (unsigned i = threadIdx.x; i < sizeof conv3 / 4; i += blockDim.x) {
-      (&conv3[0][0])[i] = (&from.conv3[0][0])[i];
+    static_assert(sizeof conv3 / sizeof(float) <= kThreads);
+    if (threadIdx.x < sizeof conv3 / sizeof(float)) {
+      (&conv3[0][0])[threadIdx.x] = (&from.conv3[0][0])[threadIdx.x];
     }
     if (threadIdx.x < kNumOutputRows) at_zero[threadIdx.x] = from.at_zero[threadIdx.x];
   }
@@ -149,10 +172,14 @@ struct HotTables {
 enum class HotKind { kBottom, kTop, kInner };
 
 // 8 segments' history: lane 4 g + q holds, of segment g, row q of the first four of the five rows
-// and row q + 2 (none for q = 3), as 4 pairs of columns -2 .. 5.
+// and row q + 2 (none for q = 3), as 4 pairs of columns -2 .. 5: two operands A of conv1.
 struct HotRows {
-  std::uint32_t upper[4];
-  std::uint32_t lower[4];
+  std::uint32_t operand[2][4];
+
+  __device__ void set(int pair, std::uint32_t upper, std::uint32_t lower) {
+    operand[pair / 2][pair % 2 * 2] = upper;
+    operand[pair / 2][pair % 2 * 2 + 1] = lower;
+  }
 };
 
 // Hidden values of one column: [row][half of the channels], as operand B of conv2.
@@ -160,17 +187,31 @@ struct HotRows {
 //   kTop              row 0 as the window's first, rows 0, 1, 2
 using HiddenColumn = std::uint32_t[4][2];
 
+// Hidden column `column` of 0 .. 5, which stand for columns -1 .. 4 of the segment. outside: this
+// lane's segment has no such column, and conv2 sees zeros there.
 template <HotKind kKind>
 __device__ void hidden_column(const HotTables& tables, const HotWeights& weights,
-                              const HotRows& rows, int pair, int column, HiddenColumn& out) {
+                              const HotRows& rows, int column, bool outside, HiddenColumn& out) {
+  constexpr std::uint32_t kMinusInfinity = 0xFC00FC00;  // leaves -b1 of the maximum
+  const std::uint32_t base = outside ? kMinusInfinity : 0;
   const unsigned lane = threadIdx.x % 32;
-  const std::uint32_t patch[4] = {rows.upper[pair], rows.lower[pair], rows.upper[pair + 1],
-                                  rows.lower[pair + 1]};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const auto product = [&](TapRows taps, std::uint32_t(&d)[2]) {
-      mma_half(d, patch, tables.conv1[taps][column][half][0][lane],
-               tables.conv1[taps][column][half][1][lane]);
+      const auto add = [&](int operand, TapPairs pairs) {
+        const uint2 b = tables.conv1[taps][column % 2][pairs][half][lane];
+        mma_half(d, rows.operand[operand], b.x, b.y);
+      };
+      d[0] = base;
+      d[1] = base;
+      if (column < 2) {
+        add(0, kBothPairs);
+      } else if (column < 4) {
+        add(0, kFirstPair);
+        add(1, kSecondPair);
+      } else {
+        add(1, kBothPairs);
+      }
       d[0] = max_pair(d[0], weights.minus_bias1[half]);
       d[1] = max_pair(d[1], weights.minus_bias1[half]);
     };
@@ -197,14 +238,15 @@ __device__ void hidden_column(const HotTables& tables, const HotWeights& weights
 // D of one row and column of outputs: [half of the outputs], operand D.
 using OutputColumn = float[2][4];
 
-// d += row `tap_row` of conv2's taps, over a hidden row of three columns.
-__device__ inline void add_products(OutputColumn& d, const HotWeights& weights, int tap_row,
+// d = c + row `tap_row` of conv2's taps, over a hidden row of three columns.
+__device__ inline void add_products(OutputColumn& d, const OutputColumn& c,
+                                    const HotWeights& weights, int tap_row,
                                     const std::uint32_t (&left)[2],
                                     const std::uint32_t (&middle)[2],
                                     const std::uint32_t (&right)[2]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    mma<__half>(d[half], weights.conv2[tap_row * 3][half], left[0], left[1]);
+    mma_to(d[half], c[half], weights.conv2[tap_row * 3][half], left[0], left[1]);
   }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -266,28 +308,24 @@ template <HotKind kKind>
 __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& weights,
                                   const HotRows& rows, int first_column, int columns) {
   constexpr bool kInner = kKind == HotKind::kInner;
-  const bool any_edge = __any_sync(~0U, at_edge(first_column, columns));
   std::int32_t inner[8];
   std::int32_t edge[8];
   HiddenColumn hidden[4];  // by column % 4
 #pragma unroll
   for (int column = 0; column < 6; ++column) {
     HiddenColumn& made = hidden[column % 4];
-    hidden_column<kKind>(tables, weights, rows, column / 2, column % 2, made);
     const int at = first_column + column - 1;
-    if (any_edge && (at < 0 || at >= columns)) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) made[i / 2][i % 2] = weights.minus_bias1[i % 2];
-    }
+    hidden_column<kKind>(tables, weights, rows, column, at < 0 || at >= columns, made);
     if (column < 2) continue;
     const HiddenColumn& left = hidden[(column - 2) % 4];
     const HiddenColumn& middle = hidden[(column - 1) % 4];
     OutputColumn first = {};   // the inner row
     OutputColumn second = {};  // row 62 or 1
     OutputColumn third = {};   // row 63 or 0
-    const auto add = [&](OutputColumn& d, int tap_row, int row) {
-      add_products(d, weights, tap_row, left[row], middle[row], made[row]);
+    const auto add_to = [&](OutputColumn& d, const OutputColumn& c, int tap_row, int row) {
+      add_products(d, c, weights, tap_row, left[row], middle[row], made[row]);
     };
+    const auto add = [&](OutputColumn& d, int tap_row, int row) { add_to(d, d, tap_row, row); };
     float inner_s[2] = {};
     float edge_s[2] = {};
     if constexpr (kKind == HotKind::kTop) {
@@ -295,10 +333,8 @@ __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& wei
       add(third, 1, 0);
       add(first, 2, 3);
       add(third, 2, 2);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) second[i / 4][i % 4] = first[i / 4][i % 4];
+      add_to(second, first, 0, 0);
       add(first, 0, 1);
-      add(second, 0, 0);
     } else {
       add(first, 1, 1);
       if constexpr (!kInner) add(second, 1, 2);

@@ -1,5 +1,9 @@
-// Two neighbouring history values as the CNN takes them, in one register: scaled by 2^12, fp16; or
-// as the cold stencils take them (ColdOperand).
+// Two neighbouring history values as the CNN takes them, in one register: fp16, scaled by 2^12; or
+// for the cold stencils, of a bf16 history, as they lie (ColdOperand).
+//
+// Block maxima of a softmax lie in [0, 1]; rounding may pass 1 by a little. What does not lie in
+// [0, 2], or is no number, becomes any finite number, the same each time; as a cold operand its
+// bits lie above kGreatest. (Finite, since taps of 0 must leave it out.)
 #pragma once
 
 #include <cstdint>
@@ -9,75 +13,71 @@
 
 namespace foretoken::kernels::cuda {
 
-// As they lie in a row. REQUIRES of a load: an even column.
+__device__ inline std::uint32_t finite(std::uint32_t pair) {
+  return __vminu2(pair, 0x7BFF7BFF);  // what is negative or no number is above
+}
+
+// Raw: a pair as a register holds it before its turn. read() wants an even column; first() leaves
+// the pair's first value.
 template <typename T>
-struct RawPair;
-template <>
-struct RawPair<float> {
-  using type = float2;
-};
-template <>
-struct RawPair<__nv_bfloat16> {
-  using type = std::uint32_t;
-};
-template <>
-struct RawPair<E5m3> {
-  using type = std::uint16_t;
-};
+struct HistoryPair;
 
-__device__ inline std::uint32_t pack(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low * kValueScale, high * kValueScale);
-  return reinterpret_cast<const std::uint32_t&>(pair);
-}
-
-// Block maxima of a softmax lie in [0, 1]; rounding may pass 1 by a little. What does not lie in
-// [0, 2], or is no number, becomes 0, and *wrong is set.
-__device__ inline std::uint32_t pair_of(float2 raw, bool* wrong) {
-  const bool low = raw.x >= 0 && raw.x <= 2;
-  const bool high = raw.y >= 0 && raw.y <= 2;
-  *wrong |= !low || !high;
-  return pack(low ? raw.x : 0, high ? raw.y : 0);
-}
-__device__ inline std::uint32_t pair_of(std::uint32_t raw, bool* wrong) {
-  const std::uint32_t bad = __vcmpgtu2(raw, 0x40004000U);  // above 2 in bf16; a sign is, too
-  *wrong |= bad != 0;
-  const std::uint32_t good = raw & ~bad;
-  return pack(__uint_as_float(good << 16), __uint_as_float(good & 0xFFFF0000U));
-}
-__device__ inline std::uint32_t pair_of(std::uint16_t raw, bool* wrong) {
-  const std::uint32_t bad = __vcmpgtu4(raw, 0xE0E0E0E0U);  // above 2 in e5m3
-  *wrong |= bad != 0;
-  const std::uint32_t good = raw & ~bad;
-  return (good & 0xFFU) << 7 | (good & 0xFF00U) << 15;
-}
-
-// What lies outside [0, 2] has bits above kGreatest.
-template <typename T>
-struct ColdOperandOf {
-  static constexpr ColdOperand kKind = kScaledHalf;
+template <>
+struct HistoryPair<float> {
+  using Raw = std::uint32_t;  // as the network takes it: no more registers than other types need
+  static constexpr ColdOperand kCold = kScaledHalf;
   static constexpr std::uint32_t kGreatest = 0x7000;  // 2, scaled
-};
-template <>
-struct ColdOperandOf<__nv_bfloat16> {
-  static constexpr ColdOperand kKind = kPlainBf16;
-  static constexpr std::uint32_t kGreatest = 0x4000;
-};
-__device__ inline std::uint32_t cold_operand(float2 raw) { return pack(raw.x, raw.y); }
-__device__ inline std::uint32_t cold_operand(std::uint32_t raw) { return raw; }
-__device__ inline std::uint32_t cold_operand(std::uint16_t raw) {
-  return __byte_perm(raw, 0, 0x1404) >> 1;  // a code is the upper byte of an fp16 twice as great
-}
 
-__device__ inline float2 first_of(float2 raw) { return {raw.x, 0}; }
-__device__ inline std::uint32_t first_of(std::uint32_t raw) { return raw & 0xFFFFU; }
-__device__ inline std::uint16_t first_of(std::uint16_t raw) {
-  return static_cast<std::uint16_t>(raw & 0xFFU);
-}
+  __device__ static Raw read(const float* at) {
+    const float2 value = *reinterpret_cast<const float2*>(at);
+    const __half2 pair = __floats2half2_rn(value.x * kValueScale, value.y * kValueScale);
+    return finite(reinterpret_cast<const std::uint32_t&>(pair));
+  }
+  __device__ static Raw first(Raw raw) { return raw & 0xFFFFU; }
+  __device__ static std::uint32_t cold(Raw raw) { return raw; }
+  __device__ static std::uint32_t scaled(Raw raw) { return raw; }
+};
+
+template <>
+struct HistoryPair<__nv_bfloat16> {
+  using Raw = std::uint32_t;
+  static constexpr ColdOperand kCold = kPlainBf16;
+  static constexpr std::uint32_t kGreatest = 0x4000;
+
+  __device__ static Raw read(const __nv_bfloat16* at) {
+    return *reinterpret_cast<const std::uint32_t*>(at);
+  }
+  __device__ static Raw first(Raw raw) { return raw & 0xFFFFU; }
+  __device__ static std::uint32_t cold(Raw raw) { return raw; }
+  __device__ static std::uint32_t scaled(Raw raw) {
+    // 2^12 on both exponents; what becomes of zeros is still far below fp16's least number.
+    static_assert(kValueScale == 1 << 12);
+    const std::uint32_t bits = raw + (12U << 7 | 12U << 23);
+    const __half2 pair =
+        __floats2half2_rn(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000U));
+    return finite(reinterpret_cast<const std::uint32_t&>(pair));
+  }
+};
+
+template <>
+struct HistoryPair<E5m3> {
+  using Raw = std::uint16_t;
+  static constexpr ColdOperand kCold = kScaledHalf;
+  static constexpr std::uint32_t kGreatest = 0x7000;
+
+  __device__ static Raw read(const E5m3* at) { return *reinterpret_cast<const Raw*>(at); }
+  __device__ static Raw first(Raw raw) { return static_cast<Raw>(raw & 0xFFU); }
+  __device__ static std::uint32_t cold(Raw raw) {
+    return __byte_perm(raw, 0, 0x1404) >> 1;  // a code is the upper byte of an fp16 twice as great
+  }
+  __device__ static std::uint32_t scaled(Raw raw) { return finite(cold(raw)); }
+};
 
 // The rows of a map. Candidates outside [0, columns), and rows before the first, are 0.
 template <typename T>
 struct PairRows {
-  using Raw = typename RawPair<T>::type;
+  using Pair = HistoryPair<T>;
+  using Raw = typename Pair::Raw;
   const T* ring;  // candidates of the ring's row 0
   int pitch;
   int columns;
@@ -88,18 +88,9 @@ struct PairRows {
     return r < 0 ? nullptr : ring + static_cast<std::ptrdiff_t>(place) * pitch;
   }
   __device__ Raw load(const T* row, int column) const {
-    Raw raw{};
-    if (row != nullptr && column >= 0 && column < columns) {
-      raw = *reinterpret_cast<const Raw*>(row + column);
-    }
-    return raw;
-  }
-  // The last candidate may have a neighbour that is none.
-  __device__ std::uint32_t convert(Raw raw, int column, bool* wrong) const {
-    return pair_of(column + 1 == columns ? first_of(raw) : raw, wrong);
-  }
-  __device__ std::uint32_t operand(Raw raw, int column) const {
-    return cold_operand(column + 1 == columns ? first_of(raw) : raw);
+    if (row == nullptr || column < 0 || column >= columns) return {};
+    const Raw raw = Pair::read(row + column);
+    return column + 1 == columns ? Pair::first(raw) : raw;  // its neighbour is no candidate
   }
 };
 

@@ -1,10 +1,11 @@
 // The segments that are not cold, as the slide kernel finds them and the hot kernel evaluates them:
-// lists by sequence, shard of its maps, and side. Several shards, so that warps that append at once
-// don't wait for one counter. A list's room is that of its shard's maps (map_layout.h), one after
-// the other: enough for every segment to be hot.
+// lists by side, sequence, and shard of its maps. Several shards, so that warps that append at once
+// don't wait for one counter. A list's room is what its shard's maps give (map_layout.h): enough
+// for every segment to be hot.
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 
 #include "kernels/cuda/cnn_tables.h"
@@ -23,28 +24,38 @@ __device__ inline int segment_of(std::uint32_t entry) { return static_cast<int>(
 static_assert(kMaxPredictColumns / kSegmentWidth <= 0x8000);
 
 struct HotLists {
-  std::uint32_t* counters;  // [sequences, shards, sides]
-  int shards;               // of a sequence
+  std::uint32_t* counters;  // [sides, sequences, shards]
+  int sequences;
+  int shard_bits;  // a sequence has 1 << shard_bits
 
-  // A shard for each of 64 maps at a time, over all sequences.
+  // Of all sequences together 64 a side, if sequences are no more.
   static HotLists of(int num_sequences, std::uint32_t* counters) {
-    return {counters, std::max(1, 64 / num_sequences)};
+    const auto each = static_cast<unsigned>(std::max(1, 64 / num_sequences));
+    return {counters, num_sequences, static_cast<int>(std::bit_width(each)) - 1};
   }
-  __host__ __device__ int num_lists(int num_sequences) const {
-    return num_sequences * shards * kNumSides;
-  }
+  __host__ __device__ int of_side() const { return sequences << shard_bits; }
+  __host__ __device__ int num_lists() const { return kNumSides * of_side(); }
+  __device__ int shards() const { return 1 << shard_bits; }
+  // Map m of a sequence belongs to shard m % shards().
   __device__ int list(int sequence, int map, int side) const {
-    return (sequence * shards + map % shards) * kNumSides + side;
+    return side * of_side() + (sequence << shard_bits) + (map & (shards() - 1));
   }
-  __device__ int sequence_of(int list) const { return list / (shards * kNumSides); }
-  __device__ static int side_of(int list) { return list % kNumSides; }
+  __device__ int side_of(int list) const { return list < of_side() ? 0 : 1; }
+  __device__ int sequence_of(int list) const {
+    return (list - side_of(list) * of_side()) >> shard_bits;
+  }
 
-  // Where entry i of a list lies.
-  __device__ std::uint32_t* entry(const HistoryState& state, int list, int i) const {
-    const int room = padded_candidates(state.max_columns) / kSegmentWidth;
-    const int map = list / kNumSides % shards + i / room * shards;
-    std::byte* lists = Map{state, map}.bytes() + hot_offset(state.max_columns);
-    return reinterpret_cast<std::uint32_t*>(lists) + side_of(list) * room + i % room;
+  // The entries of a list, one after the other.
+  __device__ std::uint32_t* entries(const HistoryState& state, int list) const {
+    const int shard = (list - side_of(list) * of_side()) & (shards() - 1);
+    const int maps = state.num_layers * num_maps(state);
+    const int each = maps >> shard_bits;
+    const int rest = maps & (shards() - 1);  // so many of the first shards have one more
+    const int before = shard * each + min(shard, rest);
+    const int of_shard = each + (shard < rest ? 1 : 0);
+    const std::int64_t room = list_room(state.max_columns);
+    auto* all = reinterpret_cast<std::uint32_t*>(Map{state, maps}.bytes());
+    return all + (before * kNumSides + of_shard * side_of(list)) * room;
   }
 };
 

@@ -1,10 +1,12 @@
-// The streaming state of one map of the attention history (HistoryState::stream) on the GPU:
+// The streaming state of a sequence's attention history (HistoryState::stream) on the GPU. Of each
+// map:
 //
 //   header      MapHeader, padded to 64 bytes
 //   sums        [columns] int32: s of the window's interior rows 2 .. 61, summed, in 2^-22
 //   boundary    [columns] int32: s of rows 0, 1, 62, 63 of this step, summed likewise
-//   hot         [2, columns / 4] uint32: room for lists of segments (hot_list.cuh)
 //
+// and after the last map's, for each map, [2, columns / 4] uint32: room for lists of segments
+// (hot_list.cuh);
 // so score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
 // Columns are candidates, rounded up to whole spans.
 #pragma once
@@ -24,11 +26,20 @@ inline constexpr int kSpanColumns = kSpanSegments * kSegmentWidth;
 inline constexpr int kFixedPointBits = 22;
 inline constexpr int kMaxPredictColumns = 1 << 16;  // a million tokens
 
+// A step's rows of a map, as its first kernel finds them for those that follow.
+struct alignas(16) MapStep {
+  std::int32_t place;    // in the ring, of the row that will be appended next
+  std::int32_t rows;     // appended so far, but no more than a kernel looks back
+  std::int32_t columns;  // candidates
+};
+inline constexpr int kMostRowsBack = kHistoryRows + 1;
+
 struct MapHeader {
   std::int64_t num_rows;    // rows appended when the sums were made; 0: there are none
   std::int64_t clean_from;  // windows that end before this row hold a value that is none
   std::int32_t columns;     // candidates of the sums
   std::uint32_t bound;      // on scores, of the next choice's list (best_blocks.cu); 0: not known
+  MapStep step;
 };
 inline constexpr std::size_t kMapHeaderBytes = 64;
 static_assert(sizeof(MapHeader) <= kMapHeaderBytes);
@@ -48,14 +59,17 @@ constexpr std::size_t boundary_offset(int max_columns) {
   return sums_offset() +
          sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
 }
-constexpr std::size_t hot_offset(int max_columns) {
+// Of a map, without its lists' room.
+constexpr std::size_t map_bytes(int max_columns) {
   return boundary_offset(max_columns) +
          sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
 }
+// Entries of a list for which a map gives room.
+constexpr int list_room(int max_columns) { return padded_candidates(max_columns) / kSegmentWidth; }
+// Of a map in all.
 constexpr std::size_t map_state_bytes(int max_columns) {
-  return hot_offset(max_columns) +
-         2 * sizeof(std::uint32_t) *
-             static_cast<std::size_t>(padded_candidates(max_columns) / kSegmentWidth);
+  return map_bytes(max_columns) +
+         2 * sizeof(std::uint32_t) * static_cast<std::size_t>(list_room(max_columns));
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -20,7 +20,7 @@ struct Map {
   __device__ std::int64_t num_rows() const { return state.num_rows[layer()]; }
 
   __device__ std::byte* bytes() const {
-    return state.stream + static_cast<std::size_t>(index) * map_state_bytes(state.max_columns);
+    return state.stream + static_cast<std::size_t>(index) * map_bytes(state.max_columns);
   }
   __device__ MapHeader& header() const { return *reinterpret_cast<MapHeader*>(bytes()); }
   __device__ std::int32_t* sums() const {
@@ -101,6 +101,7 @@ struct Item {
   int sequence;
   int map;  // among all layers' maps
   int unit;
+  int units;  // of each of the sequence's maps
 };
 // *sequence is where the search starts: items are asked for in rising order.
 __device__ inline Item find_item(const HistoryState* states, const int* first, int item,
@@ -110,7 +111,7 @@ __device__ inline Item find_item(const HistoryState* states, const int* first, i
   const int units =
       (first[*sequence + 1] - first[*sequence]) / (state.num_layers * num_maps(state));
   const int i = item - first[*sequence];
-  return {*sequence, i / units, i % units};
+  return {*sequence, i / units, i % units, units};
 }
 
 }  // namespace foretoken::kernels::cuda

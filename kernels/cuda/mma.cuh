@@ -54,13 +54,23 @@ __device__ inline void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint
   mma<T>(d, a[0], a[1], a[2], a[3], b0, b1);
 }
 
-// D = A B in fp16, sums too: d[0] is row g, d[1] row g + 8 of columns 2q, 2q + 1. That is where the
-// next product's operand B wants them.
+// d = c + a b.
+__device__ inline void mma_to(float (&d)[4], const float (&c)[4], const std::uint32_t (&a)[4],
+                              std::uint32_t b0, std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
+// d += a b in fp16, sums too: d[0] is row g, d[1] row g + 8 of columns 2q, 2q + 1. That is where
+// the next product's operand B wants them.
 __device__ inline void mma_half(std::uint32_t (&d)[2], const std::uint32_t (&a)[4],
                                 std::uint32_t b0, std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%8,%8};"
-      : "=r"(d[0]), "=r"(d[1])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0U));
+  asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0,%1}, {%2,%3,%4,%5}, {%6,%7}, {%0,%1};"
+      : "+r"(d[0]), "+r"(d[1])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Four 8 x 8 matrices of 16-bit values from shared memory: lane 8 i + r points at row r of matrix i
@@ -79,6 +89,17 @@ __device__ inline void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
+}
+// Copies kBytes, 8 or 16, to where they are read once.
+template <int kBytes>
+__device__ inline void copy_async(void* to, const void* from) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+  }
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all groups but the last `kPending`. Others' copies are visible after a barrier.

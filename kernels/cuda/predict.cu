@@ -8,6 +8,7 @@
 //   choose   top-k and union.
 // Grids are persistent and read sizes from device memory, so one recorded graph serves every step.
 #include <cmath>
+#include <cstddef>
 #include <span>
 #include <string>
 
@@ -25,6 +26,7 @@ namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr int kSlideThreads = 256;
+constexpr int kSlideCtas = 2;  // of an SM
 constexpr int kHotThreads = 128;
 constexpr int kFirstInner = 2;  // window rows 2 .. 61 see no edge of the window
 constexpr int kLastInner = kHistoryRows - 3;
@@ -99,18 +101,14 @@ __device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int 
 
 // Of the result, bit i: row i holds a value that is none, among those that this lane reads.
 template <typename T>
-__device__ unsigned make_operands(const PairRows<T>& rows, const RawColdRows<T>& raw, int span,
-                                  ColdRows& out) {
+__device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = read_column(span, half);
+  for (int i = 0; i < kSeenRows; ++i) {
 #pragma unroll
-    for (int i = 0; i < kSeenRows; ++i) {
-      out.values[i][half] = rows.operand(raw[i][half], column);
-    }
+    for (int half = 0; half < 2; ++half) out.values[i][half] = HistoryPair<T>::cold(raw[i][half]);
   }
   out.find_most();
-  constexpr std::uint32_t kGreatest = ColdOperandOf<T>::kGreatest;
+  constexpr std::uint32_t kGreatest = HistoryPair<T>::kGreatest;
   const auto is_wrong = [](std::uint32_t pair) {
     return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
   };
@@ -138,54 +136,169 @@ __device__ void find_cold_segments(const ColdTables& tables, const ColdRows& row
 
 // ---- slide -----------------------------------------------------------------------------------
 
-// Appends the span's hot segments: lane 4 g + q those of side q / 2, segment g + 8 (q % 2).
-__device__ void list_hot(const HotLists& lists, int sequence, const Map& map, int span,
-                         const bool (&cold)[kNumSides][2], int columns, bool slides) {
-  const int lane = lane_id();
-  const int side = lane % 4 / 2;
-  const int half = lane % 2;
-  const bool is_cold =
-      side == 0 ? (half == 0 ? cold[0][0] : cold[0][1]) : (half == 0 ? cold[1][0] : cold[1][1]);
-  const bool hot = !is_cold && first_column(span, half) < columns;
-  const unsigned all = __ballot_sync(~0U, hot);
-  if (all == 0) return;
-  const unsigned of_side = all & (side == 0 ? 0x33333333U : 0xCCCCCCCCU);
-  const int list = lists.list(sequence, map.index, side);
-  unsigned at = 0;
-  if (lane % 2 == 0 && lane < 4 && of_side != 0) {
-    at = atomicAdd(&lists.counters[list], static_cast<unsigned>(__popc(of_side)));
+constexpr int kSlideRows = kNumSides * kSeenRows;
+// The side whose hot segments this lane lists.
+__device__ int listed_side() { return lane_id() % 4 / 2; }
+
+// What a span sees of the history, in a warp's shared memory: kSinkColumns columns before its own,
+// and as many after. What is no candidate, or before the first row, is 0.
+template <typename T>
+using SpanRows = T[kSlideRows][kSpanColumns + 2 * kSinkColumns];
+// A warp's room for those that are on their way.
+constexpr int kStagedBytes = 3 * sizeof(SpanRows<__nv_bfloat16>);
+template <typename T>
+constexpr int kStages = kStagedBytes / sizeof(SpanRows<T>);
+static_assert(kStages<float> >= 1);
+
+// A map, as a warp slides over its spans. Holds what it would else look up for every span.
+template <typename T>
+struct SlideMap {
+  Map map;
+  PairRows<T> rows;
+  std::int64_t num_rows;
+  std::int32_t* sums;
+  std::int32_t* boundary;
+  std::uint32_t* counter;  // of the list of this lane's side, where it appends
+  std::uint32_t* entries;
+  bool slides;
+
+  __device__ SlideMap(const Map& on, int sequence, const HotLists& lists)
+      : map(on),
+        rows(rows_of<T>(on)),
+        num_rows(on.num_rows()),
+        sums(on.sums()),
+        boundary(on.boundary()),
+        slides(progress_of(on.header(), num_rows, rows.columns).slides) {
+    const int list = lists.list(sequence, on.index, listed_side());
+    counter = lists.counters + list;
+    entries = lists.entries(on.state, list);
   }
-  at = __shfl_sync(~0U, at, side * 2) + static_cast<unsigned>(__popc(of_side & ((1U << lane) - 1)));
-  if (hot) {
-    const int segment = first_column(span, half) / kSegmentWidth;
-    *lists.entry(map.state, list, static_cast<int>(at)) = hot_entry(map.index, segment, slides);
+
+  __device__ std::int64_t first_row(int side) const {
+    return num_rows - (side == kBottom ? kSeenRows : kMostRowsBack);
+  }
+  // For the hot kernel.
+  __device__ void note_step() const {
+    const auto back = static_cast<std::int32_t>(min(num_rows, std::int64_t{kMostRowsBack}));
+    map.header().step = {place(), back, rows.columns};
+  }
+
+  // Starts to bring a span's rows.
+  __device__ void bring(int span, SpanRows<T>& to) const {
+    constexpr int kColumns = sizeof to[0] / sizeof(T);
+    const T* from = rows.ring - kSinkColumns + span * kSpanColumns;
+    const int next = place();
+    const auto offset = [&](int row) {
+      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
+      return (next - back + (next < back ? kRingRows : 0)) * rows.pitch;
+    };
+    static_assert(kBottom == 0 && kTop == 1);
+    const bool whole = span > 0 && (span + 1) * kSpanColumns + kSinkColumns <= rows.columns;
+    if (whole && num_rows >= kMostRowsBack) {
+      constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
+      constexpr int kCopied = kBytes / sizeof(T);
+      constexpr int kCopies = kColumns / kCopied;
+#pragma unroll
+      for (int first = 0; first < kSlideRows * kCopies; first += 32) {
+        const int i = first + lane_id();
+        if (i < kSlideRows * kCopies) {
+          const int column = i % kCopies * kCopied;
+          copy_async<kBytes>(&to[i / kCopies][column], from + offset(i / kCopies) + column);
+        }
+      }
+    } else {
+      for (int i = lane_id(); i < kSlideRows * kColumns; i += 32) {
+        const int row = i / kColumns;
+        const int column = span * kSpanColumns - kSinkColumns + i % kColumns;
+        const bool there = column >= 0 && column < rows.columns &&
+                           first_row(row / kSeenRows) + row % kSeenRows >= 0;
+        to[row][i % kColumns] = there ? from[offset(row) + i % kColumns] : T{};
+      }
+    }
+  }
+
+ private:
+  // In the ring, of the row that comes next.
+  __device__ int place() const {
+    return static_cast<int>(static_cast<std::uint32_t>(num_rows) % kRingRows);
+  }
+};
+
+// Which of a span's segments are hot: a bit for each lane, which speaks of side listed_side(),
+// segment g + 8 (q % 2).
+__device__ unsigned find_hot(const bool (&cold)[kNumSides][2], int span, int columns) {
+  const int half = lane_id() % 2;
+  const bool(&of_side)[2] = listed_side() == kBottom ? cold[kBottom] : cold[kTop];
+  const bool is_cold = half == 0 ? of_side[0] : of_side[1];
+  return __ballot_sync(~0U, !is_cold && first_column(span, half) < columns);
+}
+
+// Appends the hot segments of up to 32 spans from `first` on: lane i has find_hot()'s bits of span
+// first + i, or none.
+template <typename T>
+__device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
+  const unsigned of_lane_side = 0x33333333U << (2 * listed_side());
+  // Sums of both sides at once, 16 bits each.
+  const auto count =
+      static_cast<unsigned>(__popc(hot & 0x33333333U) | __popc(hot & 0xCCCCCCCCU) << 16);
+  unsigned through = count;
+  for (int offset = 1; offset < 32; offset *= 2) {
+    const unsigned other = __shfl_up_sync(~0U, through, offset);
+    if (lane_id() >= offset) through += other;
+  }
+  const unsigned all = __shfl_sync(~0U, through, 31);
+  if (all == 0) return;
+  const int shift = listed_side() == kBottom ? 0 : 16;
+  unsigned at = 0;
+  if (lane_id() == 0 || lane_id() == 2) at = atomicAdd(on.counter, all >> shift & 0xFFFFU);
+  at = __shfl_sync(~0U, at, listed_side() * 2);
+  const unsigned before = through - count;
+  for (unsigned spans = __ballot_sync(~0U, hot != 0); spans != 0; spans &= spans - 1) {
+    const int i = __ffs(static_cast<int>(spans)) - 1;
+    const unsigned of_span = __shfl_sync(~0U, hot, i);
+    const unsigned start = at + (__shfl_sync(~0U, before, i) >> shift & 0xFFFFU);
+    if ((of_span >> lane_id() & 1) == 0) continue;
+    const auto place =
+        static_cast<unsigned>(__popc(of_span & of_lane_side & ((1U << lane_id()) - 1)));
+    on.entries[start + place] =
+        hot_entry(on.map.index, first_column(first + i, lane_id() % 2) / kSegmentWidth, on.slides);
   }
 }
 
+// What a lane gets of cold_products(): of an inner row, of which there are sums, or of the edge.
+__device__ bool has_inner() { return lane_id() % 4 < 2; }
+
+// The sums that this lane adds to.
 template <typename T>
-__device__ void slide_span(const ColdTables& tables, const HotLists& lists, int sequence,
-                           const Map& map, const PairRows<T>& rows, bool slides, int span) {
-  const std::int64_t num_rows = map.num_rows();
-  const std::int64_t first_row[kNumSides] = {num_rows - kSeenRows, num_rows - kHistoryRows - 1};
-  RawColdRows<T> raw[kNumSides];
-  load_cold_rows(rows, first_row[kBottom], span, raw[kBottom]);
-  load_cold_rows(rows, first_row[kTop], span, raw[kTop]);
-  const bool is_inner = lane_id() % 4 < 2;  // what this lane gets of cold_products()
-  int2 value[2] = {};
-  if (is_inner) {
-    value[0] = *reinterpret_cast<const int2*>(map.sums() + written_column(span, 0));
-    value[1] = *reinterpret_cast<const int2*>(map.sums() + written_column(span, 1));
+__device__ void load_sums(const SlideMap<T>& on, int span, int2 (&sums)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    sums[half] =
+        has_inner() ? *reinterpret_cast<const int2*>(on.sums + written_column(span, half)) : int2{};
   }
+}
+
+// Of the result: find_hot().
+template <typename T>
+__device__ unsigned slide_span(const ColdTables& tables, const SlideMap<T>& on, int span,
+                               const SpanRows<T>& rows, int2 (&value)[2]) {
   bool cold[kNumSides][2];
 #pragma unroll
   for (int side = 0; side < kNumSides; ++side) {
+    RawColdRows<T> raw;
+#pragma unroll
+    for (int i = 0; i < kSeenRows; ++i) {
+      const T* at = &rows[side * kSeenRows + i][kSinkColumns + read_column(0, 0)];
+      raw[i][0] = HistoryPair<T>::read(at);
+      raw[i][1] = HistoryPair<T>::read(at + kSpanColumns / 2);
+    }
     ColdRows seen;
-    const unsigned wrong = make_operands(rows, raw[side], span, seen);
-    if (side == kBottom) distrust(map, first_row[side], wrong & kNewest);
-    find_cold_segments(tables, seen, span, rows.columns, cold[side]);
+    const unsigned wrong = make_operands<T>(raw, seen);
+    if (side == kBottom) distrust(on.map, on.first_row(side), wrong & kNewest);
+    find_cold_segments(tables, seen, span, on.rows.columns, cold[side]);
     int2 added[2];
-    cold_products<ColdOperandOf<T>::kKind>(tables, side, seen, added);
-    const int sign = is_inner ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
+    cold_products<HistoryPair<T>::kCold>(tables, side, seen, added);
+    const int sign = has_inner() ? (on.slides ? (side == kBottom ? 1 : -1) : 0) : 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int factor = cold[side][half] ? sign : 0;
@@ -193,158 +306,263 @@ __device__ void slide_span(const ColdTables& tables, const HotLists& lists, int 
       value[half].y += factor * added[half].y;
     }
   }
-  std::int32_t* out = is_inner ? map.sums() : map.boundary();
+  std::int32_t* out = has_inner() ? on.sums : on.boundary;
   *reinterpret_cast<int2*>(out + written_column(span, 0)) = value[0];
   *reinterpret_cast<int2*>(out + written_column(span, 1)) = value[1];
-  list_hot(lists, sequence, map, span, cold, rows.columns, slides);
+  return find_hot(cold, span, on.rows.columns);
 }
 
-// A warp's item: so many spans of a map, which are neighbours.
-constexpr int kSpansOfItem = 2;
-
+// Spans [first, end) of a map. Rows are brought kStages - 1 spans ahead of their turn.
 template <typename T>
-__device__ void run_slide(const ColdTables& tables, const HistoryState* states,
-                          const int* first_item, int rows, const HotLists& lists) {
-  int sequence = 0;
-  for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
-    const Item item = find_item(states, first_item, i, &sequence);
-    const Map map{states[item.sequence], item.map};
-    if (!is_scored(map.state, map.layer())) continue;
-    const PairRows<T> map_rows = rows_of<T>(map);
-    const bool slides = progress_of(map.header(), map.num_rows(), map_rows.columns).slides;
-    const int first = item.unit * kSpansOfItem;
-    const int end = min(first + kSpansOfItem, num_spans(map_rows.columns));
-    for (int span = first; span < end; ++span) {
-      slide_span<T>(tables, lists, item.sequence, map, map_rows, slides, span);
+__device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int first, int end,
+                            SpanRows<T>* staged) {
+  constexpr int kAhead = kStages<T> - 1;
+  int2 next[2];
+  load_sums(on, first, next);
+  unsigned hot = 0;  // of the spans since `listed`, one a lane
+  int listed = first;
+#pragma unroll 1
+  for (int span = first - kAhead; span < end; ++span) {
+    if (span + kAhead < end) on.bring(span + kAhead, staged[(span + kAhead) % kStages<T>]);
+    commit_copies();  // an empty group where there are no more
+    if (span < first) continue;
+    int2 value[2] = {next[0], next[1]};
+    if (span + 1 < end) load_sums(on, span + 1, next);
+    wait_copies<kAhead>();
+    __syncwarp();
+    const unsigned of_span = slide_span<T>(tables, on, span, staged[span % kStages<T>], value);
+    if (lane_id() == span - listed) hot = of_span;
+    if (span + 1 == end || span - listed == 31) {
+      list_hot(on, listed, hot);
+      hot = 0;
+      listed = span + 1;
     }
+    __syncwarp();
   }
 }
 
-__global__ void __launch_bounds__(kSlideThreads, 4)
+// A warp's share of the spans [0, num_spans) of all sequences' maps are neighbours.
+template <typename T>
+__device__ void run_slide(const ColdTables& tables, const HistoryState* states,
+                          const int* first_span, int rows, const HotLists& lists,
+                          SpanRows<T>* staged) {
+  const int all = first_span[rows];
+  const int share = (all + warps_of_grid() - 1) / warps_of_grid();
+  int at = warp_of_grid() * share;
+  const int end = min(at + share, all);
+  int sequence = 0;
+  while (at < end) {
+    const Item item = find_item(states, first_span, at, &sequence);
+    const Map map{states[item.sequence], item.map};
+    const int units = item.units;
+    const int spans = is_scored(map.state, map.layer()) ? num_spans(map.candidates()) : 0;
+    const int stop = min(spans, item.unit + end - at);
+    if (item.unit < stop) {
+      const SlideMap<T> on(map, item.sequence, lists);
+      if (item.unit == 0 && lane_id() == 0) on.note_step();
+      slide_spans<T>(tables, on, item.unit, stop, staged);
+    }
+    at += units - item.unit;
+  }
+}
+
+__global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
     slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
   __shared__ ColdTables tables;
-  __shared__ int first_item[kMaxSequences + 1];
+  __shared__ int first_span[kMaxSequences + 1];
+  __shared__ alignas(16) std::byte staged[kSlideThreads / 32][kStagedBytes];
   allow_next_kernel();
   number_items(
       states, rows,
       [](const HistoryState& state, int layer) {
-        const int spans = num_spans(num_candidates(state.num_columns[layer]));
-        return is_scored(state, layer) ? (spans + kSpansOfItem - 1) / kSpansOfItem : 0;
+        return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
       },
-      first_item);
+      first_span);
   // One type serves all sequences of a batch.
   with_history_type(states[0].type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    tables.load(*from, ColdOperandOf<T>::kKind);
+    tables.load(*from, HistoryPair<T>::kCold);
     __syncthreads();
-    run_slide<T>(tables, states, first_item, rows, lists);
+    run_slide<T>(tables, states, first_span, rows, lists,
+                 reinterpret_cast<SpanRows<T>*>(staged[threadIdx.x / 32]));
   });
 }
 
 // ---- hot -------------------------------------------------------------------------------------
 
-// A warp's task: up to 8 entries of one list. Lane 4 g + q holds entry g and its part of the
+// A warp's tasks, each up to 8 entries of one list. Lane 4 g + q holds entry g and its part of the
 // history. Entries are loaded two tasks ahead and history one, to be there when their turn comes.
 template <typename T>
 class HotTask {
  public:
-  // Lists and first tasks: a list's tasks are [first_task[list], first_task[list + 1]).
-  __device__ HotTask(const HotLists& lists, const HistoryState* states, const int* first_task)
-      : lists_(lists), states_(states), first_task_(first_task) {}
+  // Of a list: its tasks are [first_task[list], first_task[list + 1]); num_entries[list].
+  __device__ HotTask(const HotLists& lists, const HistoryState* states, const int* first_task,
+                     const int* num_entries, int first)
+      : lists_(lists), states_(states), first_task_(first_task), num_entries_(num_entries) {
+    open(first);
+  }
 
   // Notes the entries of a task, the next to begin.
   __device__ void find(int task) {
-    while (first_task_[next_.list + 1] <= task) ++next_.list;
+    if (first_task_[next_.list + 1] <= task) open(task);
     const int first = (task - first_task_[next_.list]) * 8;
-    next_.count = min(8, static_cast<int>(lists_.counters[next_.list]) - first);
-    const HistoryState& state = states_[lists_.sequence_of(next_.list)];
-    next_.entry = *lists_.entry(state, next_.list, first + min(lane_id() / 4, next_.count - 1));
+    next_.count = min(8, num_entries_[next_.list] - first);
+    next_.entry = entries_[first + min(lane_id() / 4, next_.count - 1)];
   }
 
   __device__ void begin() {
     now_ = next_;
-    const Map map{state(), map_of(now_.entry)};
-    rows_ = rows_of<T>(map);
-    const int q = lane_id() % 4;
-    const std::int64_t first_row = map.num_rows() - (is_bottom() ? kSeenRows : kHistoryRows + 1);
-    const T* upper = rows_.row(first_row + q);
-    const T* lower = q < 3 ? rows_.row(first_row + q + 2) : nullptr;
+    view_ = next_view_;
+    const MapStep step =
+        *reinterpret_cast<const MapStep*>(map_at(map_of(now_.entry)) + offsetof(MapHeader, step));
+    columns_ = step.columns;
+    const T* ring =
+        view_.ring + static_cast<std::int64_t>(map_of(now_.entry)) * kRingRows * view_.pitch;
+    const int upper_back = (is_bottom() ? kSeenRows : kMostRowsBack) - lane_id() % 4;
+    const auto row = [&](int back) -> const T* {
+      const int place = step.place - back + (step.place < back ? kRingRows : 0);
+      return back <= step.rows ? ring + place * view_.pitch : nullptr;
+    };
+    const T* upper = row(upper_back);
+    const T* lower = lane_id() % 4 < 3 ? row(upper_back - 2) : nullptr;
+    const int first = column() - 2;
+    const bool inside = first >= 0 && first + 8 <= columns_ && upper != nullptr;
+    if (!__all_sync(~0U, inside)) {
+      const PairRows<T> rows{ring, view_.pitch, columns_};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        upper_[i] = rows.load(upper, first + 2 * i);
+        lower_[i] = rows.load(lower, first + 2 * i);
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      upper_[i] = rows_.load(upper, column() - 2 + 2 * i);
-      lower_[i] = rows_.load(lower, column() - 2 + 2 * i);
+      upper_[i] = HistoryPair<T>::read(upper + first + 2 * i);
+      lower_[i] = lower != nullptr ? HistoryPair<T>::read(lower + first + 2 * i) : Raw{};
     }
   }
 
   __device__ HotRows rows() const {
     HotRows out;
-    bool ignored = false;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      out.upper[i] = rows_.convert(upper_[i], column() - 2 + 2 * i, &ignored);
-      out.lower[i] = rows_.convert(lower_[i], column() - 2 + 2 * i, &ignored);
+      out.set(i, HistoryPair<T>::scaled(upper_[i]), HistoryPair<T>::scaled(lower_[i]));
     }
     return out;
   }
-  __device__ bool is_bottom() const { return HotLists::side_of(now_.list) == kBottom; }
+  __device__ bool is_bottom() const { return lists_.side_of(now_.list) == kBottom; }
   __device__ int column() const { return segment_of(now_.entry) * kSegmentWidth; }
-  __device__ int columns() const { return rows_.columns; }
+  __device__ int columns() const { return columns_; }
 
   // Adds a result to the map's sums.
   struct Target {
-    const HistoryState* state;
-    std::uint32_t entry;
+    std::int32_t* boundary;
+    std::int32_t* sums;
     bool present;
+    bool slides;
     int sign;
   };
   __device__ Target target() const {
     const int segment = result_segment();
     const std::uint32_t entry = __shfl_sync(~0U, now_.entry, segment * 4);
-    return {&state(), entry, segment < now_.count, is_bottom() ? 1 : -1};
+    auto* sums = reinterpret_cast<std::int32_t*>(map_at(map_of(entry)) + sums_offset()) +
+                 segment_of(entry) * kSegmentWidth + result_column();
+    return {sums + view_.padded, sums, segment < now_.count, slides(entry), is_bottom() ? 1 : -1};
   }
   __device__ static void add(const Target& target, const HotResult& result) {
     if (!target.present) return;
-    const Map map{*target.state, map_of(target.entry)};
-    const int column = segment_of(target.entry) * kSegmentWidth + result_column();
-    atomicAdd(map.boundary() + column, result.edge);
-    if (slides(target.entry)) atomicAdd(map.sums() + column, target.sign * result.inner);
+    atomicAdd(target.boundary, result.edge);
+    if (target.slides) atomicAdd(target.sums, target.sign * result.inner);
   }
 
  private:
+  using Raw = typename PairRows<T>::Raw;
   struct Found {
     int list;
     int count;
     std::uint32_t entry;
   };
-  __device__ const HistoryState& state() const { return states_[lists_.sequence_of(now_.list)]; }
+  // A sequence, as its lists' tasks see it.
+  struct View {
+    std::byte* maps;
+    const T* ring;  // the first map's candidates of row 0
+    std::uint32_t map_bytes;
+    int pitch;
+    int padded;  // from a map's sums to its boundary
+  };
+  // The list that holds a task.
+  __device__ void open(int task) {
+    int before = 0;  // lists that end before it
+    for (int i = lane_id(); i < lists_.num_lists(); i += 32) {
+      before += first_task_[i + 1] <= task ? 1 : 0;
+    }
+    const int list = __reduce_add_sync(~0U, before);
+    next_.list = list;
+    const HistoryState& state = states_[lists_.sequence_of(list)];
+    entries_ = lists_.entries(state, list);
+    next_view_ = {state.stream, history_row<T>(state, 0, 0, 0) + kSinkColumns,
+                  static_cast<std::uint32_t>(map_bytes(state.max_columns)), state.pitch,
+                  padded_candidates(state.max_columns)};
+  }
+  __device__ std::byte* map_at(int map) const {
+    return view_.maps + static_cast<std::uint64_t>(map) * view_.map_bytes;
+  }
 
   const HotLists& lists_;
   const HistoryState* states_;
   const int* first_task_;
-  Found now_{};
+  const int* num_entries_;
+  const std::uint32_t* entries_;  // of the next task's list
   Found next_{};
-  PairRows<T> rows_{};
-  typename PairRows<T>::Raw upper_[4];
-  typename PairRows<T>::Raw lower_[4];
+  View next_view_{};
+  Found now_{};
+  View view_{};
+  int columns_;
+  Raw upper_[4];
+  Raw lower_[4];
+};
+
+// A warp's share of the tasks: of either side, as these take different times, neighbours.
+struct HotShare {
+  int first[kNumSides];
+  int count[kNumSides];
+
+  __device__ HotShare(const int* first_task, int lists_of_side) {
+#pragma unroll
+    for (int side = 0; side < kNumSides; ++side) {
+      const int begin = first_task[side * lists_of_side];
+      const int all = first_task[(side + 1) * lists_of_side] - begin;
+      // Those that get one more of one side get one less of the other.
+      const int warp = side == 0 ? warp_of_grid() : warps_of_grid() - 1 - warp_of_grid();
+      const int each = all / warps_of_grid();
+      const int rest = all - each * warps_of_grid();
+      first[side] = begin + warp * each + min(warp, rest);
+      count[side] = each + (warp < rest ? 1 : 0);
+    }
+  }
+  __device__ int size() const { return count[0] + count[1]; }
+  __device__ int task(int i) const { return i < count[0] ? first[0] + i : first[1] + i - count[0]; }
 };
 
 template <typename T>
 __device__ void run_hot(const HotTables& tables, const HotWeights& weights, const HotLists& lists,
-                        const HistoryState* states, const int* first_task, int num_tasks) {
-  HotTask<T> task(lists, states, first_task);
-  const int stride = warps_of_grid();
-  int now = warp_of_grid();
-  if (now < num_tasks) task.find(now);
-  if (now < num_tasks) task.begin();
-  if (now + stride < num_tasks) task.find(now + stride);
-  for (; now < num_tasks; now += stride) {
+                        const HistoryState* states, const int* first_task, const int* num_entries) {
+  const HotShare share(first_task, lists.of_side());
+  const int size = share.size();
+  if (size == 0) return;
+  HotTask<T> task(lists, states, first_task, num_entries, share.task(0));
+  task.find(share.task(0));
+  task.begin();
+  if (size > 1) task.find(share.task(1));
+  for (int i = 0; i < size; ++i) {
     const HotRows rows = task.rows();
     const int column = task.column();
     const int columns = task.columns();
     const bool is_bottom = task.is_bottom();
     const auto target = task.target();
-    if (now + stride < num_tasks) task.begin();
-    if (now + 2 * stride < num_tasks) task.find(now + 2 * stride);
+    if (i + 1 < size) task.begin();
+    if (i + 2 < size) task.find(share.task(i + 2));
     HotTask<T>::add(
         target, is_bottom ? evaluate_hot<HotKind::kBottom>(tables, weights, rows, column, columns)
                           : evaluate_hot<HotKind::kTop>(tables, weights, rows, column, columns));
@@ -355,19 +573,20 @@ __global__ void __launch_bounds__(kHotThreads, 2)
     hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
   __shared__ HotTables tables;
   __shared__ int first_task[kMaxSequences * kNumSides + 1];
+  __shared__ int num_entries[kMaxSequences * kNumSides];
   allow_next_kernel();
-  tables.load(*from);
+  tables.load<kHotThreads>(*from);
   HotWeights weights;
   weights.load(*from);
   wait_for_earlier_kernels();
-  const int num_lists = lists.num_lists(rows);
+  const int num_lists = lists.num_lists();
   for (int i = static_cast<int>(threadIdx.x); i < num_lists; i += kHotThreads) {
-    first_task[i] = (static_cast<int>(lists.counters[i]) + 7) / 8;
+    num_entries[i] = static_cast<int>(lists.counters[i]);
+    first_task[i] = (num_entries[i] + 7) / 8;
   }
   sum_up(num_lists, first_task);
   with_history_type(states[0].type, [&](auto tag) {
-    run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task,
-                                          first_task[num_lists]);
+    run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task, num_entries);
   });
 }
 
@@ -385,12 +604,11 @@ __device__ std::int32_t hot_inner(const HotTables& tables, const HotWeights& wei
   const T* upper = rows.row(first_row + q);
   const T* lower = q < 3 ? rows.row(first_row + q + 2) : nullptr;
   HotRows seen;
-  bool ignored = false;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int at = column - 2 + 2 * i;
-    seen.upper[i] = rows.convert(rows.load(upper, at), at, &ignored);
-    seen.lower[i] = rows.convert(rows.load(lower, at), at, &ignored);
+    seen.set(i, HistoryPair<T>::scaled(rows.load(upper, at)),
+             HistoryPair<T>::scaled(rows.load(lower, at)));
   }
   const std::int32_t inner =
       evaluate_hot<HotKind::kInner>(tables, weights, seen, column, rows.columns).inner;
@@ -408,12 +626,12 @@ __device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tab
     ColdRows seen;
     RawColdRows<T> raw;
     load_cold_rows(rows, window + row - 2, span, raw);
-    const unsigned wrong = make_operands(rows, raw, span, seen);
+    const unsigned wrong = make_operands<T>(raw, seen);
     distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
     bool cold[2];
     find_cold_segments(cold_tables, seen, span, rows.columns, cold);
     int2 added[2];
-    cold_products<ColdOperandOf<T>::kKind>(cold_tables, kBottom, seen, added);
+    cold_products<HistoryPair<T>::kCold>(cold_tables, kBottom, seen, added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       cold_sum[half].x += cold[half] ? added[half].x : 0;
@@ -460,9 +678,9 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   wait_for_earlier_kernels();
   if (first_item[rows] == 0) return;
   with_history_type(states[0].type, [&](auto tag) {
-    cold_tables.load(*from, ColdOperandOf<typename decltype(tag)::type>::kKind);
+    cold_tables.load(*from, HistoryPair<typename decltype(tag)::type>::kCold);
   });
-  tables.load(*from);
+  tables.load<kHotThreads>(*from);
   HotWeights weights;
   weights.load(*from);
   __syncthreads();
@@ -518,14 +736,14 @@ void predict(const PredictArgs& args, CudaStream& stream) {
   static const auto sms = static_cast<unsigned>(num_sms());
   const CnnTables* tables = static_cast<const CudaPredictor*>(args.predictor)->tables();
   const HotLists lists = HotLists::of(args.rows, stream.counters());
-  slide_kernel<<<4 * sms, kSlideThreads, 0, stream.handle()>>>(tables, args.states, args.rows,
-                                                               lists);
+  slide_kernel<<<kSlideCtas * sms, kSlideThreads, 0, stream.handle()>>>(tables, args.states,
+                                                                        args.rows, lists);
   FT_CUDA(cudaGetLastError());
   launch_overlapped(hot_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states, args.rows,
                     lists);
   launch_overlapped(rebuild_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states,
                     args.rows);
-  choose_blocks(args, lists.num_lists(args.rows), stream);
+  choose_blocks(args, lists.num_lists(), stream);
 }
 
 }  // namespace foretoken::kernels::cuda
