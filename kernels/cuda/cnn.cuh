@@ -85,15 +85,14 @@ __device__ void cold_products(const ColdTables& tables, int side, const ColdRows
   out[1] = {__float2int_rn(d[2]), __float2int_rn(d[3])};
 }
 
-// Whether segments g and g + 8 are cold: all that they see stays below the limit.
-__device__ inline void find_cold(const ColdTables& tables, const ColdRows& rows, bool (&cold)[2]) {
+// Bit 0: segment g is cold, bit 1: g + 8 is. All that such a one sees stays below the limit.
+__device__ inline unsigned find_cold(const ColdTables& tables, const ColdRows& rows) {
   // Segment g in the low half, g + 8 in the high one.
   std::uint32_t most = __vmaxu2(__byte_perm(rows.most[0], rows.most[1], 0x5410),
                                 __byte_perm(rows.most[0], rows.most[1], 0x7632));
   most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 1));
   most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 2));
-  cold[0] = (most & 0xFFFFU) < tables.limit;
-  cold[1] = most >> 16 < tables.limit;
+  return ((most & 0xFFFFU) < tables.limit ? 1U : 0U) | (most >> 16 < tables.limit ? 2U : 0U);
 }
 
 // Where conv2 pads with zeros, hidden values are not affine.

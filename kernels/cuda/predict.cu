@@ -123,15 +123,16 @@ __device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
   return wrong_rows;
 }
 
-// Cold, and not where the network pads.
-__device__ void find_cold_segments(const ColdTables& tables, const ColdRows& rows, int span,
-                                   int columns, bool (&cold)[2]) {
-  find_cold(tables, rows, cold);
+// Of find_cold(), those that are not where the network pads.
+__device__ unsigned find_cold_segments(const ColdTables& tables, const ColdRows& rows, int span,
+                                       int columns) {
+  unsigned cold = find_cold(tables, rows);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first = first_column(span, half);
-    if (first < columns && at_edge(first, columns)) cold[half] = false;
+    if (first < columns && at_edge(first, columns)) cold &= ~(1U << half);
   }
+  return cold;
 }
 
 // ---- slide -----------------------------------------------------------------------------------
@@ -142,8 +143,9 @@ __device__ int listed_side() { return lane_id() % 4 / 2; }
 
 // What a span sees of the history, in a warp's shared memory: kSinkColumns columns before its own,
 // and as many after. What is no candidate, or before the first row, is 0.
+constexpr int kStagedColumns = kSpanColumns + 2 * kSinkColumns;
 template <typename T>
-using SpanRows = T[kSlideRows][kSpanColumns + 2 * kSinkColumns];
+using SpanRows = T[kSlideRows][kStagedColumns];
 // A warp's room for those that are on their way.
 constexpr int kStagedBytes = 3 * sizeof(SpanRows<__nv_bfloat16>);
 template <typename T>
@@ -183,38 +185,43 @@ struct SlideMap {
     map.header().step = {place(), back, rows.columns};
   }
 
-  // Starts to bring a span's rows.
+  // Starts to bring a span's rows: of a span that is not whole, also what is to be cleared.
   __device__ void bring(int span, SpanRows<T>& to) const {
-    constexpr int kColumns = sizeof to[0] / sizeof(T);
-    const T* from = rows.ring - kSinkColumns + span * kSpanColumns;
+    constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
+    constexpr int kCopied = kBytes / sizeof(T);
+    constexpr int kCopies = kStagedColumns / kCopied;
     const int next = place();
-    const auto offset = [&](int row) {
-      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
-      return (next - back + (next < back ? kRingRows : 0)) * rows.pitch;
-    };
-    static_assert(kBottom == 0 && kTop == 1);
-    const bool whole = span > 0 && (span + 1) * kSpanColumns + kSinkColumns <= rows.columns;
-    if (whole && num_rows >= kMostRowsBack) {
-      constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
-      constexpr int kCopied = kBytes / sizeof(T);
-      constexpr int kCopies = kColumns / kCopied;
 #pragma unroll
-      for (int first = 0; first < kSlideRows * kCopies; first += 32) {
-        const int i = first + lane_id();
-        if (i < kSlideRows * kCopies) {
-          const int column = i % kCopies * kCopied;
-          copy_async<kBytes>(&to[i / kCopies][column], from + offset(i / kCopies) + column);
-        }
-      }
-    } else {
-      for (int i = lane_id(); i < kSlideRows * kColumns; i += 32) {
-        const int row = i / kColumns;
-        const int column = span * kSpanColumns - kSinkColumns + i % kColumns;
-        const bool there = column >= 0 && column < rows.columns &&
-                           first_row(row / kSeenRows) + row % kSeenRows >= 0;
-        to[row][i % kColumns] = there ? from[offset(row) + i % kColumns] : T{};
+    for (int first = 0; first < kSlideRows * kCopies; first += 32) {
+      const int i = first + lane_id();
+      const int row = i / kCopies;
+      const int column = i % kCopies * kCopied;  // of the span's
+      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
+      const int of_ring = next - back + (next < back ? kRingRows : 0);
+      const int of_row = span * kSpanColumns + column;  // sink columns included
+      if (i < kSlideRows * kCopies && of_row < rows.pitch) {
+        copy_async<kBytes>(&to[row][column],
+                           rows.ring - kSinkColumns + of_ring * rows.pitch + of_row);
       }
     }
+  }
+  static_assert(kBottom == 0 && kTop == 1);
+
+  // All that a span sees is candidates, in rows that there are.
+  __device__ bool is_whole(int span) const {
+    return span > 0 && (span + 1) * kSpanColumns + kSinkColumns <= rows.columns &&
+           num_rows >= kMostRowsBack;
+  }
+  // Of a span whose rows have come, what is not.
+  __device__ void clear_others(int span, SpanRows<T>& of) const {
+    for (int i = lane_id(); i < kSlideRows * kStagedColumns; i += 32) {
+      const int row = i / kStagedColumns;
+      const int column = span * kSpanColumns - kSinkColumns + i % kStagedColumns;
+      const bool there =
+          column >= 0 && column < rows.columns && first_row(row / kSeenRows) + row % kSeenRows >= 0;
+      if (!there) of[row][i % kStagedColumns] = T{};
+    }
+    __syncwarp();
   }
 
  private:
@@ -225,11 +232,10 @@ struct SlideMap {
 };
 
 // Which of a span's segments are hot: a bit for each lane, which speaks of side listed_side(),
-// segment g + 8 (q % 2).
-__device__ unsigned find_hot(const bool (&cold)[kNumSides][2], int span, int columns) {
+// segment g + 8 (q % 2). cold: find_cold_segments(), two bits a side.
+__device__ unsigned find_hot(unsigned cold, int span, int columns) {
   const int half = lane_id() % 2;
-  const bool(&of_side)[2] = listed_side() == kBottom ? cold[kBottom] : cold[kTop];
-  const bool is_cold = half == 0 ? of_side[0] : of_side[1];
+  const bool is_cold = (cold >> (listed_side() * 2 + half) & 1) != 0;
   return __ballot_sync(~0U, !is_cold && first_column(span, half) < columns);
 }
 
@@ -282,7 +288,7 @@ __device__ void load_sums(const SlideMap<T>& on, int span, int2 (&sums)[2]) {
 template <typename T>
 __device__ unsigned slide_span(const ColdTables& tables, const SlideMap<T>& on, int span,
                                const SpanRows<T>& rows, int2 (&value)[2]) {
-  bool cold[kNumSides][2];
+  unsigned cold = 0;
 #pragma unroll
   for (int side = 0; side < kNumSides; ++side) {
     RawColdRows<T> raw;
@@ -295,13 +301,14 @@ __device__ unsigned slide_span(const ColdTables& tables, const SlideMap<T>& on, 
     ColdRows seen;
     const unsigned wrong = make_operands<T>(raw, seen);
     if (side == kBottom) distrust(on.map, on.first_row(side), wrong & kNewest);
-    find_cold_segments(tables, seen, span, on.rows.columns, cold[side]);
+    const unsigned of_side = find_cold_segments(tables, seen, span, on.rows.columns);
+    cold |= of_side << (2 * side);
     int2 added[2];
     cold_products<HistoryPair<T>::kCold>(tables, side, seen, added);
     const int sign = has_inner() ? (on.slides ? (side == kBottom ? 1 : -1) : 0) : 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int factor = cold[side][half] ? sign : 0;
+      const int factor = (of_side >> half & 1) != 0 ? sign : 0;
       value[half].x += factor * added[half].x;
       value[half].y += factor * added[half].y;
     }
@@ -330,7 +337,9 @@ __device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int
     if (span + 1 < end) load_sums(on, span + 1, next);
     wait_copies<kAhead>();
     __syncwarp();
-    const unsigned of_span = slide_span<T>(tables, on, span, staged[span % kStages<T>], value);
+    SpanRows<T>& now = staged[span % kStages<T>];
+    if (!on.is_whole(span)) on.clear_others(span, now);
+    const unsigned of_span = slide_span<T>(tables, on, span, now, value);
     if (lane_id() == span - listed) hot = of_span;
     if (span + 1 == end || span - listed == 31) {
       list_hot(on, listed, hot);
@@ -628,15 +637,15 @@ __device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tab
     load_cold_rows(rows, window + row - 2, span, raw);
     const unsigned wrong = make_operands<T>(raw, seen);
     distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
-    bool cold[2];
-    find_cold_segments(cold_tables, seen, span, rows.columns, cold);
+    const unsigned cold = find_cold_segments(cold_tables, seen, span, rows.columns);
     int2 added[2];
     cold_products<HistoryPair<T>::kCold>(cold_tables, kBottom, seen, added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      cold_sum[half].x += cold[half] ? added[half].x : 0;
-      cold_sum[half].y += cold[half] ? added[half].y : 0;
-      hot_sum[half] += hot_inner(tables, weights, rows, window + row - 2, span, half, cold[half]);
+      const bool is_cold = (cold >> half & 1) != 0;
+      cold_sum[half].x += is_cold ? added[half].x : 0;
+      cold_sum[half].y += is_cold ? added[half].y : 0;
+      hot_sum[half] += hot_inner(tables, weights, rows, window + row - 2, span, half, is_cold);
     }
   }
   // Cold sums first, which all columns have; then the others onto them.
