@@ -170,7 +170,6 @@ class OutsizedKv {
   std::deque<RunIndex> to_read_;  // kAsked
   std::deque<RunIndex> to_write_;
   std::vector<RunIndex> arrived_;
-  int num_under_way_ = 0;
   std::int64_t num_ended_ = 0;
   std::uint64_t clock_ = 0;  // of wanted
   std::int64_t bytes_read_ = 0;

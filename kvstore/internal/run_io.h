@@ -50,6 +50,8 @@ class RunIo {
 
   bool can_read() const;
   bool can_write() const;  // leaves half of the buffers to reads
+  // Something will end, for whichever owner: its buffer may then be another one's.
+  bool is_busy() const { return num_waited_for_ > 0; }
   // REQUIRES: can_read(); seal: what on_written() gave.
   void read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal);
   // What write() will write. REQUIRES: can_write().

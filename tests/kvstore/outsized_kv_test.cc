@@ -194,6 +194,26 @@ TEST_F(OutsizedKvTest, WhatNobodyHoldsAnyMoreIsNotRead) {
   read_all();
 }
 
+// The rank's buffers are for all of its sequences: one that finds none waits for another's.
+TEST_F(OutsizedKvTest, AnotherSequenceMayHaveAllBuffers) {
+  struct Other : RunIo::Owner {
+    void on_read(RunIndex, const Result<std::span<const std::byte>>& bytes) override {
+      if (bytes) ++num_read;
+    }
+    void on_written(RunIndex, const Result<Seal>&) override {}
+    int num_read = 0;
+  } other;
+  fill_all();
+  read_all();
+  // In two halves each, so that none has ended when it is looked for first.
+  disk_->fault = [](const IoOperation&) { return IoFault::kShort; };
+  while (io_->can_read()) io_->read(other, RunIndex{}, 4096 + kShape.slab_bytes(), {});
+  disk_->fault = nullptr;
+  read_all();
+  EXPECT_TRUE(kv_->status()) << kv_->status().error().message;
+  EXPECT_EQ(other.num_read, RunIo::kDepth);
+}
+
 TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {
   disk_->fault = [this](const IoOperation&) {
     const unsigned dice = random_() % 40;
