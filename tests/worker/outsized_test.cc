@@ -33,14 +33,22 @@ ServiceConfig predicted() {
   return config;
 }
 
+// Forced tokens: their logprobs tell more than a greedy answer, whose ties may fall otherwise.
+const LocalGroup::Options& options() {
+  static const LocalGroup::Options options{.max_tokens = kAnswerTokens,
+                                           .forced_ids = random_prompt(kAnswerTokens, 32)};
+  return options;
+}
+
+void expect_equal_logprobs(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.infos.size(), actual.infos.size());
+  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
+    ASSERT_EQ(expected.infos[i].logprob, actual.infos[i].logprob) << "token " << i;
+  }
+}
+
 class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
  protected:
-  // Forced tokens: their logprobs tell more than a greedy answer, whose ties may fall otherwise.
-  static const LocalGroup::Options& options() {
-    static const LocalGroup::Options options{.max_tokens = kAnswerTokens,
-                                             .forced_ids = random_prompt(kAnswerTokens, 32)};
-    return options;
-  }
   static Answer answer(const ServiceConfig& config, const StoreProcess& store) {
     return LocalGroup(config, deep_model(), store)
         .generate(random_prompt(kPromptTokens, 31), options());
@@ -52,10 +60,7 @@ class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
     return answer(config, StoreProcess(GetParam(), 64 * kMiB));
   }
   static void expect_equal(const Answer& expected, const Answer& actual) {
-    ASSERT_EQ(expected.infos.size(), actual.infos.size());
-    for (std::size_t i = 0; i < expected.infos.size(); ++i) {
-      ASSERT_EQ(expected.infos[i].logprob, actual.infos[i].logprob) << "token " << i;
-    }
+    expect_equal_logprobs(expected, actual);
     EXPECT_EQ(expected.report.blocks_fetched, actual.report.blocks_fetched);
     EXPECT_EQ(expected.report.bytes_nvme, 0);
     EXPECT_GT(actual.report.bytes_nvme, 0);
@@ -108,10 +113,7 @@ TEST_P(OutsizedTest, TheGuardedArenaIsOnlyReadByGathers) {
   ServiceConfig config = predicted();
   const Answer plain = outsized(config);
   config.guard_arena = true;
-  const Answer guarded = outsized(config);
-  for (std::size_t i = 0; i < plain.infos.size(); ++i) {
-    ASSERT_EQ(plain.infos[i].logprob, guarded.infos[i].logprob) << i;
-  }
+  expect_equal_logprobs(plain, outsized(config));
 }
 
 TEST_P(OutsizedTest, OthersDecodeBesideIt) {
@@ -123,9 +125,30 @@ TEST_P(OutsizedTest, OthersDecodeBesideIt) {
   };
   const auto kept = run(StoreProcess(64 * kMiB));
   const auto beside = run(StoreProcess(GetParam(), 64 * kMiB));
-  for (std::size_t row = 0; row < 2; ++row) {
-    for (std::size_t i = 0; i < 40; ++i) {
-      ASSERT_EQ(kept[row].infos[i].logprob, beside[row].infos[i].logprob) << row << ' ' << i;
+  for (std::size_t row = 0; row < 2; ++row) expect_equal_logprobs(kept[row], beside[row]);
+}
+
+// The first has seven of ten slabs a head, the second the three that it must have; they turn to a
+// new segment at different steps.
+TEST(TwoOutsized, DecodeInOneBatch) {
+  const std::vector prompts{random_prompt(kPromptTokens, 36),
+                            random_prompt(kPromptTokens + 50, 37)};
+  ServiceConfig audited = predicted();
+  audited.calibrate_with = "exact";
+  audited.calibrate_every = 5;
+  audited.audit_every = 7;
+  ServiceConfig streamed = service("full");
+  streamed.kv_resident = "never";
+  for (const ServiceConfig& config : {predicted(), audited, streamed, service("oracle", 384)}) {
+    const auto run = [&](const StoreProcess& store) {
+      return LocalGroup(config, deep_model(), store).generate_batch(prompts, options());
+    };
+    const auto kept = run(StoreProcess(64 * kMiB));
+    const auto outsized = run(StoreProcess(kTenSlabs, 64 * kMiB));
+    for (std::size_t row = 0; row < 2; ++row) {
+      expect_equal_logprobs(kept[row], outsized[row]);
+      EXPECT_EQ(kept[row].report.bytes_nvme, 0);
+      EXPECT_GT(outsized[row].report.bytes_nvme, 0);
     }
   }
 }
