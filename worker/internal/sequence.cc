@@ -156,7 +156,8 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
   alone_ = {.rows = 1,
             .sequences = reinterpret_cast<kernels::SequenceKv*>(base + at.sequence),
             .histories = reinterpret_cast<kernels::HistoryState*>(base + at.history),
-            .selections = reinterpret_cast<kernels::Selection*>(base + at.selection)};
+            .selections = reinterpret_cast<kernels::Selection*>(base + at.selection),
+            .scores_segments = outsized() != nullptr};
   fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
   heads_alone_ = reinterpret_cast<kernels::SequenceKv*>(base + at.heads);
   empty_slot_tables(stream);
