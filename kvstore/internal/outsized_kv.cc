@@ -353,7 +353,9 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
   if (!status_) return;
   if (!bytes) return fail(bytes.error());
   Run& run = at(index);
-  if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) return;
+  if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) {
+    return io_.count_corrupt();
+  }
   bytes_read_ += static_cast<std::int64_t>(bytes->size());
   run.place = Place::kArrived;
   arrived_.push_back(index);

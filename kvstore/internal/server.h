@@ -132,6 +132,7 @@ class Server {
   std::unique_ptr<TierMover> mover_;    // with tier_
   std::unique_ptr<Promotions> promotions_;  // with mover_
   std::map<std::pair<LeaseId, SequenceId>, Lent> lent_;
+  NvmeFaults rank_faults_;  // of all ranks, so far
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

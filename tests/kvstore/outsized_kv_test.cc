@@ -277,6 +277,9 @@ TEST_F(OutsizedKvTest, DamageIsSeen) {
     fill_all();
     if (round % 3 == 0) file_[random_() % file_.size()] ^= std::byte{8};
     read_all();
+    const NvmeFaults faults = io_->take_faults();
+    EXPECT_EQ(faults.io_errors, 0);
+    EXPECT_EQ(faults.checksum_failures > 0, !kv_->status());
     if (kv_->status()) continue;
     EXPECT_EQ(kv_->status().error().code, ErrorCode::kCorrupt);
     ++seen;
@@ -290,6 +293,8 @@ TEST_F(OutsizedKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
   read_all();
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kIo);
+  EXPECT_GT(io_->take_faults().io_errors, 0);
+  EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
 TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
@@ -312,6 +317,7 @@ TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {
   read_all();
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kTimeout);
+  EXPECT_EQ(io_->take_faults().io_errors, 1);
   EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);
   kv_.reset();  // does not wait for what never ends
   EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);
