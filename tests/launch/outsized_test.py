@@ -123,6 +123,7 @@ def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path, more)
         for piece in pieces:
             ids += piece.ids
         assert "computed anew" in service.log.read_text()
+        assert client.status()["kv_nvme"]["checksum_failures"] > 0
     assert len(ids) == ANSWER
 
 
