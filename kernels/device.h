@@ -410,6 +410,7 @@ struct PredictorWeights {
 class Predictor {
  public:
   virtual ~Predictor() = default;
+  float bias = 0;  // conv3's: it orders nothing, so a device's sums may leave it out
 };
 
 // Scores of the candidates of every map from its history, then the k best a map, sorted by block:
@@ -419,6 +420,7 @@ struct PredictArgs {
   HistoryState* states;   // [rows]
   Selection* selections;  // [rows]
   int rows;
+  bool scores_segments = false;  // some selection wants segment_scores
 };
 
 // The k best candidate columns a map by the exact rows of this step (the oracle's choice).

@@ -131,7 +131,7 @@ struct Selection {
   std::int32_t max_selected;
   // How near each segment is to being wanted, by the predictor's scores: of its blocks that were
   // not chosen, the highest score over the lowest that was; 0 where there are no scores. Null: not
-  // wanted. A GPU leaves them as they are.
+  // wanted.
   float* segment_scores = nullptr;  // [num_layers, num_kv_heads, max_segments] pinned host memory
   std::int32_t max_segments = 0;
 };

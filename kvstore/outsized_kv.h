@@ -15,7 +15,7 @@
 // Owns its tables; frames and slots are the store's, until the sequence is released. Ops in flight
 // read the tables: a run that a layer holds, or that is being filled, stays where it is, and one
 // that has come from NVMe is shown to them by show_arrived() alone, which make_room() and wait()
-// call too. So while ops read what they were asked for, only advance() may be called.
+// call too. So while ops read what they were asked for, only advance() and promote() may be called.
 // For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
 
@@ -78,7 +78,8 @@ class OutsizedKv {
   std::byte* const* runs() const { return runs_; }
   std::byte* const* runs_of(int layer) const;  // of them, [num_kv_heads, num_segments]
   std::uint64_t* checksums() const { return checksums_; }
-  // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written.
+  // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written,
+  // which a GPU may do at any time: they order what leaves and what comes, and nothing else.
   float* scores() const { return scores_; }
 
   // Gives runs of all heads their frames, to be filled; their bytes are undefined. Waits for the
@@ -170,7 +171,6 @@ class OutsizedKv {
   std::deque<RunIndex> to_read_;  // kAsked
   std::deque<RunIndex> to_write_;
   std::vector<RunIndex> arrived_;
-  int num_under_way_ = 0;
   std::int64_t num_ended_ = 0;
   std::uint64_t clock_ = 0;  // of wanted
   std::int64_t bytes_read_ = 0;

@@ -74,6 +74,7 @@ struct DecodeBatch {
   const kernels::SequenceKv* sequences = nullptr;
   kernels::HistoryState* histories = nullptr;
   kernels::Selection* selections = nullptr;
+  bool scores_segments = false;  // some selection wants segment_scores
 };
 
 // What attention left behind, of one layer or of several: logits' block maxima and LSE.

@@ -71,10 +71,11 @@ class Decode {
   // What of a step is not in device memory: steps that share it are the same recorded work.
   struct Kind {
     int rows = 0;
-    int pitch = 0;                // of block_max_, >= every row's slots
-    bool streams_all = false;     // of some row
-    bool fetches_blocks = false;  // otherwise every block has a slot, and is there
-    int first_calibrated = 0;     // layer, of the first row; the others' must be the same
+    int pitch = 0;                 // of block_max_, >= every row's slots
+    bool streams_all = false;      // of some row
+    bool fetches_blocks = false;   // otherwise every block has a slot, and is there
+    bool scores_segments = false;  // for what is on NVMe, of some row
+    int first_calibrated = 0;      // layer, of the first row; the others' must be the same
     auto operator<=>(const Kind&) const = default;
   };
 

@@ -40,8 +40,8 @@ class NvmeReads {
   bool ask_step(std::span<Sequence* const> rows);
   // After ask_step(): has it there. It stays until the next ask_step().
   void bring_step(std::span<Sequence* const> rows);
-  // What was asked for and is not waited for is read beside the step. May be called while ops are
-  // in flight.
+  // What was asked for and is not waited for is read beside the step, and what later steps may
+  // want. May be called while ops are in flight.
   void start(Sequence& sequence);
 
   // Before the layer's gather.

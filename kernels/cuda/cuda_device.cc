@@ -200,7 +200,9 @@ std::unique_ptr<Weight> CudaDevice::make_weight(std::span<const WeightPart> part
   return make_cuda_weight(*this, config_.activation_type, parts);
 }
 std::unique_ptr<Predictor> CudaDevice::make_predictor(const PredictorWeights& weights) {
-  return cuda::make_predictor(weights);
+  auto predictor = cuda::make_predictor(weights);
+  predictor->bias = weights.conv3_bias;
+  return predictor;
 }
 std::size_t CudaDevice::predictor_state_bytes(int max_columns) const {
   return cuda::predictor_state_bytes(max_columns);
@@ -268,6 +270,7 @@ void CudaDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
 }
 void CudaDevice::predict(const PredictArgs& args, Stream& stream) {
   cuda::predict(args, as_cuda(stream));
+  if (args.scores_segments) cuda::score_segments(args, as_cuda(stream));
 }
 void CudaDevice::select_top(const SelectTopArgs& args, Stream& stream) {
   cuda::select_top(args, as_cuda(stream));

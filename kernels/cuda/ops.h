@@ -49,6 +49,9 @@ std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights);
 std::size_t predictor_state_bytes(int max_columns);
 void predict(const PredictArgs& args, CudaStream& stream);
 
+// segment_scores.cu. After predict(): what some selection's segment_scores want.
+void score_segments(const PredictArgs& args, CudaStream& stream);
+
 // select.cu
 void select_top(const SelectTopArgs& args, CudaStream& stream);
 void select_recent(const SelectRecentArgs& args, CudaStream& stream);

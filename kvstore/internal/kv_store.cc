@@ -101,6 +101,7 @@ struct KvStore::Impl {
       : config(client), device(on), connection(std::move(socket)) {}
 
   Status greet();
+  Status tell_faults();
   void prepare_device();
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
   Result<Reservation> translate_outsized(SequenceId sequence, const Grant& grant, int num_segments,
@@ -135,6 +136,14 @@ Status KvStore::Impl::greet() {
   }
   if (config.guard_arena) guard.emplace(mapping->begin(), mapping->bytes());
   return Ok{};
+}
+
+// The store counts for the node.
+Status KvStore::Impl::tell_faults() {
+  if (!io) return Ok{};
+  const NvmeFaults faults = io->take_faults();
+  if (faults.io_errors + faults.checksum_failures == 0) return Ok{};
+  return connection.tell(faults);
 }
 
 void KvStore::Impl::prepare_device() {
@@ -266,7 +275,10 @@ Status KvStore::distrust(SequenceId sequence) { return impl_->connection.tell(Di
 
 Status KvStore::release(SequenceId sequence) { return impl_->connection.tell(Release{sequence}); }
 
-Result<StoreStat> KvStore::stat() { return impl_->connection.ask_for<StoreStat>(StatRequest{}); }
+Result<StoreStat> KvStore::stat() {
+  FT_RETURN_IF_ERROR(impl_->tell_faults());
+  return impl_->connection.ask_for<StoreStat>(StatRequest{});
+}
 
 std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->layout().slabs_per_head; }
 

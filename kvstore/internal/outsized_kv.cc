@@ -292,12 +292,13 @@ void OutsizedKv::show_arrived() {
   arrived_.clear();
 }
 
-// Something ends, or nothing ever will.
+// Something ends, or nothing ever will. Where another sequence has all buffers, it is something of
+// that one.
 Status OutsizedKv::wait_for_end() {
   const std::int64_t ended = num_ended_;
   advance();
   if (!status_ || num_ended_ != ended) return status_;
-  if (num_under_way_ == 0) {
+  if (!io_.is_busy()) {
     fail(last_error_.value_or(
         Error{ErrorCode::kUnavailable, "KV on NVMe: the disk has failed; see the log"}));
     return status_;
@@ -315,7 +316,6 @@ void OutsizedKv::start_reads() {
     to_read_.pop_front();
     at(run).frame = *frame;
     at(run).place = Place::kComing;
-    ++num_under_way_;
     io_.read(*listener_, run, offset(run), seals_[static_cast<std::size_t>(run)]);
   }
 }
@@ -328,7 +328,6 @@ void OutsizedKv::start_writes() {
     to_write_.pop_front();
     if (!copy_verified(io_.next_buffer().data(), parts_.frames[at(run).frame].host, run)) return;
     at(run).place = Place::kWriting;
-    ++num_under_way_;
     io_.write(*listener_, run, offset(run));
   }
 }
@@ -350,12 +349,13 @@ bool OutsizedKv::copy_verified(std::byte* to, const std::byte* from, RunIndex ru
 }
 
 void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes) {
-  --num_under_way_;
   ++num_ended_;
   if (!status_) return;
   if (!bytes) return fail(bytes.error());
   Run& run = at(index);
-  if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) return;
+  if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) {
+    return io_.count_corrupt();
+  }
   bytes_read_ += static_cast<std::int64_t>(bytes->size());
   run.place = Place::kArrived;
   arrived_.push_back(index);
@@ -363,7 +363,6 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
 
 // What could not be written is tried again, as long as the disk may be written to.
 void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
-  --num_under_way_;
   ++num_ended_;
   if (!status_) return;
   Run& run = at(index);

@@ -18,6 +18,7 @@ enum Kind : int {
   kStat = 6,
   kGoodbye = 7,
   kDistrust = 8,
+  kNvmeFaults = 9,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
@@ -103,6 +104,12 @@ struct RequestWriter {
   std::string operator()(const StatRequest&) const { return Writer(kStat, 0).finish(); }
   std::string operator()(const Distrust& distrust) const {
     return Writer(kDistrust, 1).id(raw(distrust.sequence)).finish();
+  }
+  std::string operator()(const NvmeFaults& faults) const {
+    return Writer(kNvmeFaults, 2)
+        .integer(faults.io_errors)
+        .integer(faults.checksum_failures)
+        .finish();
   }
   std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
 };
@@ -293,6 +300,15 @@ Commit read_commit(Reader& reader) {
   return commit;
 }
 
+// Bounded, so that the store can add them up.
+NvmeFaults read_faults(Reader& reader) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::uint32_t>::max();
+  NvmeFaults faults;
+  faults.io_errors = reader.integer("io_errors", 0, kMost);
+  faults.checksum_failures = reader.integer("checksum_failures", 0, kMost);
+  return faults;
+}
+
 Error read_error(Reader& reader) {
   const auto code = error_code_from_name(reader.text("code", kMaxTextBytes));
   return {code.value_or(ErrorCode::kInternal), reader.text("message", kMaxTextBytes)};
@@ -366,6 +382,8 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(StatRequest{});
     case kDistrust:
       return reader.finish<Request>(Distrust{SequenceId{reader.id("sequence")}});
+    case kNvmeFaults:
+      return reader.finish<Request>(read_faults(reader));
     case kGoodbye:
       return reader.finish<Request>(Goodbye{});
     default:

@@ -1,7 +1,7 @@
 // Protocol: what a rank and the store say to each other, one message a SEQPACKET datagram: a
 // msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
 // Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, each or Error. Commit,
-// Distrust, Release and Goodbye are one-way.
+// Distrust, NvmeFaults, Release and Goodbye are one-way.
 //
 // Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
 // Never throws. Error: kCorrupt, naming the field.
@@ -23,7 +23,7 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 5;
+inline constexpr int kProtocolVersion = 6;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
@@ -58,10 +58,16 @@ struct Release {
 struct Distrust {
   SequenceId sequence{};
 };
+// Of the rank's own reads and writes on NVMe, since it last told: NvmeStat's.
+struct NvmeFaults {
+  std::int64_t io_errors = 0;
+  std::int64_t checksum_failures = 0;
+};
 struct StatRequest {};
 // The rank has unmapped the arena: its lease may end although its process lives.
 struct Goodbye {};
-using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust>;
+using Request =
+    std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust, NvmeFaults>;
 
 // Comes with the arena's file descriptor (SCM_RIGHTS).
 struct Welcome {

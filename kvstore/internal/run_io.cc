@@ -104,7 +104,10 @@ void RunIo::on_done(const IoDone& done) {
       done.bytes ? Error{ErrorCode::kIo, "the NVMe file ends before the run"} : done.bytes.error();
   if (error.code == ErrorCode::kExhausted) {
     health_.on_full(now());
-  } else if (error.code != ErrorCode::kCorrupt) {
+  } else if (error.code == ErrorCode::kCorrupt) {
+    count_corrupt();
+  } else {
+    ++faults_.io_errors;
     health_.on_failed(now());
     if (++transfer.tries < kMaxTries) return submit(index);
   }
@@ -129,6 +132,7 @@ void RunIo::end(std::size_t index, const Status& status) {
 
 // What does not end keeps its buffer; its owner goes on without it.
 void RunIo::give_up() {
+  ++faults_.io_errors;
   health_.on_stalled(now());
   const Error error{ErrorCode::kTimeout, "KV on NVMe: nothing was read or written for " +
                                              std::to_string(kStallLimit.count()) + " s"};

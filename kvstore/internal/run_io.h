@@ -22,11 +22,13 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "common/result.h"
 #include "kvstore/internal/block_device.h"
 #include "kvstore/internal/nvme_health.h"
+#include "kvstore/internal/protocol.h"
 #include "kvstore/outsized_kv.h"
 
 namespace foretoken::kvstore {
@@ -50,6 +52,8 @@ class RunIo {
 
   bool can_read() const;
   bool can_write() const;  // leaves half of the buffers to reads
+  // Something will end, for whichever owner: its buffer may then be another one's.
+  bool is_busy() const { return num_waited_for_ > 0; }
   // REQUIRES: can_read(); seal: what on_written() gave.
   void read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal);
   // What write() will write. REQUIRES: can_write().
@@ -60,6 +64,10 @@ class RunIo {
   void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
   // The same, but waits for an end where there is none yet: kStallLimit at most.
   void wait();
+  // What an owner has read is not what it wrote: it has the checksums.
+  void count_corrupt() { ++faults_.checksum_failures; }
+  // All that has gone wrong since the last call.
+  NvmeFaults take_faults() { return std::exchange(faults_, {}); }
   // The owner ends. Waits for what is under way for it, kStallLimit at most.
   void forget(const Owner& owner);
 
@@ -91,6 +99,7 @@ class RunIo {
   int num_waited_for_ = 0;    // that have an owner
   int num_writes_ = 0;        // of them
   NvmeHealth health_;
+  NvmeFaults faults_;
   TimePoint last_progress_{};
 };
 

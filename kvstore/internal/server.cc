@@ -228,6 +228,9 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
     note(peer, this->commit(peer, *commit));
   } else if (const auto* distrust = std::get_if<Distrust>(&request)) {
     note(peer, book_->distrust(*peer.lease, distrust->sequence));
+  } else if (const auto* faults = std::get_if<NvmeFaults>(&request)) {
+    rank_faults_.io_errors += faults->io_errors;
+    rank_faults_.checksum_failures += faults->checksum_failures;
   } else if (const auto* release = std::get_if<Release>(&request)) {
     take_back_slots(*peer.lease, release->sequence);
     note(peer, book_->release(*peer.lease, release->sequence));
@@ -340,6 +343,8 @@ StoreStat Server::stat() const {
   stat.bad_requests = bad_requests_;
   if (nvme_file_) stat.nvme.state = NvmeState::kOffline;  // until the tier is open
   if (mover_) stat.nvme = mover_->stat();
+  stat.nvme.io_errors += rank_faults_.io_errors;
+  stat.nvme.checksum_failures += rank_faults_.checksum_failures;
   return stat;
 }
 

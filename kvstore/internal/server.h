@@ -102,9 +102,17 @@ class Server {
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
 
-  // Sequences that are larger than the arena (server_outsized.cc).
+  // Sequences that are larger than the arena (server_outsized.cc). What one has on all heads of its
+  // lease: slots of tier_, and so many slabs a head.
+  struct Lent {
+    std::vector<SlotIndex> slots;
+    int first_head = 0;
+    int num_heads = 0;
+    std::uint32_t num_slabs = 0;
+  };
   bool is_outsized(const Reserve& request) const;
   Result<Grant> reserve_outsized(const Peer& peer, const Reserve& request);
+  std::uint32_t num_slabs_lent(const Peer& peer) const;
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 
   void open_tier();
@@ -122,8 +130,9 @@ class Server {
   std::unique_ptr<StoreBook> book_;     // with model_
   std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
   std::unique_ptr<TierMover> mover_;    // with tier_
-  std::unique_ptr<Promotions> promotions_;                                 // with mover_
-  std::map<std::pair<LeaseId, SequenceId>, std::vector<SlotIndex>> lent_;  // of tier_
+  std::unique_ptr<Promotions> promotions_;  // with mover_
+  std::map<std::pair<LeaseId, SequenceId>, Lent> lent_;
+  NvmeFaults rank_faults_;  // of all ranks, so far
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

@@ -8,12 +8,20 @@
 namespace foretoken::kvstore {
 namespace {
 
-// Of a head's slabs, what such a sequence is given: the others run beside it.
+// Of what share_of() divides: the sequences of other kinds run in the rest.
 constexpr std::uint32_t kNumerator = 3;
 constexpr std::uint32_t kDenominator = 4;
 
 std::uint32_t divide_up(std::size_t a, std::size_t b) {
   return static_cast<std::uint32_t>((a + b - 1) / b);
+}
+
+// Of a head's slabs that no outsized sequence has, what the next one is given: most, but where two
+// of its kind can run, what the other one needs stays.
+std::uint32_t share_of(std::uint32_t left, std::uint32_t least) {
+  std::uint32_t share = left * kNumerator / kDenominator;
+  if (2 * least <= left) share = std::min(share, left - least);
+  return std::max(share, least);
 }
 
 }  // namespace
@@ -38,7 +46,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
                      " slots on NVMe, and there are " + std::to_string(tier_->stat().slabs_total) +
                      "; raise --kv-host-gib or --kv-nvme-gib"};
   }
-  const std::uint32_t num_slabs = std::max(least, total * kNumerator / kDenominator);
+  const std::uint32_t num_slabs = share_of(total - std::min(total, num_slabs_lent(peer)), least);
   if (num_slots + heads * num_slabs > kMaxGrantSlabs) {
     return Error{ErrorCode::kInvalidArgument, std::to_string(request.num_segments) +
                                                   " segments of " + std::to_string(peer.num_heads) +
@@ -49,20 +57,32 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
                  "the sequence is larger than the arena, and the NVMe tier is " +
                      std::string(nvme_state_name(tier_->stat().state))};
   }
-  FT_RETURN_IF_ERROR(
-      book_->can_reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)));
   if (book_->is_shared(*peer.lease, request.sequence)) {
     return Error{ErrorCode::kInvalidArgument,
                  "ranks that share a KV head can't run a sequence that is larger than the arena"};
   }
+  FT_RETURN_IF_ERROR(
+      book_->can_reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)));
   auto slots = tier_->lend(num_slots);
   if (!slots) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   Grant grant =
       book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)).value();
   grant.slots_offset = tier_->slots_offset();
   grant.slots = *slots;
-  lent_[{*peer.lease, request.sequence}] = *std::move(slots);
+  lent_[{*peer.lease, request.sequence}] = {*std::move(slots), peer.first_head, peer.num_heads,
+                                            num_slabs};
   return grant;
+}
+
+// Of a head of the peer's, the slabs that outsized sequences hold.
+std::uint32_t Server::num_slabs_lent(const Peer& peer) const {
+  std::uint32_t sum = 0;
+  for (const auto& [owner, lent] : lent_) {
+    const bool has_heads_of_it = lent.first_head < peer.first_head + peer.num_heads &&
+                                 peer.first_head < lent.first_head + lent.num_heads;
+    if (has_heads_of_it) sum += lent.num_slabs;
+  }
+  return sum;
 }
 
 // Of one sequence, or of all that the lease has. What a dead rank had under way may still end: it
@@ -74,7 +94,7 @@ void Server::take_back_slots(LeaseId lease, std::optional<SequenceId> sequence) 
       ++lent;
       continue;
     }
-    tier_->take_back(lent->second);
+    tier_->take_back(lent->second.slots);
     lent = lent_.erase(lent);
   }
 }

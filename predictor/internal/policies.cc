@@ -67,6 +67,7 @@ void AttentionPredictorPolicy::select_ahead(const DecodeBatch& batch, kernels::S
   args.states = batch.histories;
   args.selections = batch.selections;
   args.rows = batch.rows;
+  args.scores_segments = batch.scores_segments;
   device().predict(args, stream);
   if (!config().trace_churn) return;
   device().select_trace({.sequences = batch.sequences,

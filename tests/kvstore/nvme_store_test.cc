@@ -137,6 +137,31 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaIsLentSlots) {
   EXPECT_EQ(store->stat()->slabs_free, free);
 }
 
+// Of 15 slabs a head, at twelve layers, 20 segments must have five.
+TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
+  server = std::make_unique<RunningServer>(
+      40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
+  StoreClientConfig config = test_client(server->socket(), 0);
+  config.shape.num_layers = 12;
+  const auto store = KvStore::connect(config, *device).value_or_throw();
+  ASSERT_TRUE(ready(*store));
+  ASSERT_EQ(slabs_per_head(*store), 15);
+  const auto reserve_as = [&](std::uint64_t id) { return store->reserve(SequenceId{id}, {}, 20); };
+  const auto free = [&] { return store->stat()->slabs_free; };
+
+  ASSERT_TRUE(reserve_as(1));
+  EXPECT_EQ(free(), 5);  // three quarters would leave four
+  ASSERT_TRUE(reserve_as(2));
+  EXPECT_EQ(free(), 0);
+  const auto third = reserve_as(3);
+  ASSERT_FALSE(third);
+  EXPECT_EQ(third.error().code, ErrorCode::kExhausted);
+  ASSERT_TRUE(store->release(SequenceId{1}));
+  ASSERT_TRUE(reserve_as(3));
+  EXPECT_EQ(free(), 5);
+  ASSERT_TRUE(reserve_as(4));
+}
+
 TEST_F(NvmeStoreTest, RanksThatShareAHeadTakeNoOutsizedSequence) {
   server = std::make_unique<RunningServer>(
       kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh});

@@ -194,6 +194,26 @@ TEST_F(OutsizedKvTest, WhatNobodyHoldsAnyMoreIsNotRead) {
   read_all();
 }
 
+// The rank's buffers are for all of its sequences: one that finds none waits for another's.
+TEST_F(OutsizedKvTest, AnotherSequenceMayHaveAllBuffers) {
+  struct Other : RunIo::Owner {
+    void on_read(RunIndex, const Result<std::span<const std::byte>>& bytes) override {
+      if (bytes) ++num_read;
+    }
+    void on_written(RunIndex, const Result<Seal>&) override {}
+    int num_read = 0;
+  } other;
+  fill_all();
+  read_all();
+  // In two halves each, so that none has ended when it is looked for first.
+  disk_->fault = [](const IoOperation&) { return IoFault::kShort; };
+  while (io_->can_read()) io_->read(other, RunIndex{}, 4096 + kShape.slab_bytes(), {});
+  disk_->fault = nullptr;
+  read_all();
+  EXPECT_TRUE(kv_->status()) << kv_->status().error().message;
+  EXPECT_EQ(other.num_read, RunIo::kDepth);
+}
+
 TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {
   disk_->fault = [this](const IoOperation&) {
     const unsigned dice = random_() % 40;
@@ -257,6 +277,9 @@ TEST_F(OutsizedKvTest, DamageIsSeen) {
     fill_all();
     if (round % 3 == 0) file_[random_() % file_.size()] ^= std::byte{8};
     read_all();
+    const NvmeFaults faults = io_->take_faults();
+    EXPECT_EQ(faults.io_errors, 0);
+    EXPECT_EQ(faults.checksum_failures > 0, !kv_->status());
     if (kv_->status()) continue;
     EXPECT_EQ(kv_->status().error().code, ErrorCode::kCorrupt);
     ++seen;
@@ -270,6 +293,8 @@ TEST_F(OutsizedKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
   read_all();
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kIo);
+  EXPECT_GT(io_->take_faults().io_errors, 0);
+  EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
 TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
@@ -292,6 +317,7 @@ TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {
   read_all();
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kTimeout);
+  EXPECT_EQ(io_->take_faults().io_errors, 1);
   EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);
   kv_.reset();  // does not wait for what never ends
   EXPECT_LT(std::chrono::steady_clock::now() - begin, 2 * RunIo::kStallLimit);

@@ -57,6 +57,8 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(commit.key, some_key(9));
   EXPECT_EQ(request_there_and_back(Release{sequence}).sequence, sequence);
   EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
+  EXPECT_EQ(request_there_and_back(NvmeFaults{7, 0}).io_errors, 7);
+  EXPECT_EQ(request_there_and_back(NvmeFaults{0, 8}).checksum_failures, 8);
   request_there_and_back(StatRequest{});
   request_there_and_back(Goodbye{});
 }

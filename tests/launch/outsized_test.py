@@ -2,7 +2,7 @@
 all of its KV in host memory."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from foretoken.client import Client, ServiceError
@@ -15,6 +15,7 @@ OPTIONS = {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
 DEVICE = ("--device=cpu", "--device-memory-gib=1", "--max-model-len=5376")
 ROOMY = (*DEVICE, "--kv-host-gib=0.25")
 QUARTER = (*DEVICE, "--kv-host-gib=0.0079")  # five slabs a head, of 21
+HALF = (*DEVICE, "--kv-host-gib=0.0157")  # ten; a sequence must have five
 
 
 @pytest.fixture(scope="module")
@@ -122,29 +123,37 @@ def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path, more)
         for piece in pieces:
             ids += piece.ids
         assert "computed anew" in service.log.read_text()
+        assert client.status()["kv_nvme"]["checksum_failures"] > 0
     assert len(ids) == ANSWER
+
+
+def ask_both(service, *prompts):
+    """At once: their answers, and how many ran at most."""
+    with ThreadPoolExecutor() as pool, connect(service) as client:
+        asked = [pool.submit(ask, service, ids) for ids in prompts]
+        most = 0
+        while not all(answer.done() for answer in asked):
+            most = max(most, client.status()["requests_running"])
+        answers = [answer.result() for answer in asked]
+        assert client.status()["kv_slabs_used"] == 0
+    return answers, most
 
 
 def test_others_run_beside_it(model, in_memory, tmp_path):
     flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
-        answers = [None, None]
+        (outsized, other), _ = ask_both(service, prompt(), prompt()[:100])
+    assert outsized.ids == in_memory.ids
+    assert len(other.ids) == ANSWER
 
-        def ask_into(place, ids):
-            answers[place] = ask(service, ids)
 
-        threads = [
-            threading.Thread(target=ask_into, args=(0, prompt())),
-            threading.Thread(target=ask_into, args=(1, prompt()[:100])),
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(answers[1].ids) == ANSWER
-        assert answers[0].ids == in_memory.ids
-        with connect(service) as client:
-            assert client.status()["kv_slabs_used"] == 0
+def test_two_run_at_once(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=HALF) as service:
+        answers, most = ask_both(service, prompt(), prompt())
+    assert most == 2
+    for answer in answers:
+        assert answer.ids == in_memory.ids and answer.kv["bytes_nvme"] > 0
 
 
 def test_the_bench_compares_it_with_all_in_memory(model, tmp_path):

@@ -1,6 +1,8 @@
 // Sequences that are larger than the arena: what they draw is what they draw with all of their KV
 // in host memory.
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/resource.h>
 
 #include "tests/worker/local_group.h"
 #include "tests/worker/small_model.h"
@@ -33,14 +35,22 @@ ServiceConfig predicted() {
   return config;
 }
 
+// Forced tokens: their logprobs tell more than a greedy answer, whose ties may fall otherwise.
+const LocalGroup::Options& options() {
+  static const LocalGroup::Options options{.max_tokens = kAnswerTokens,
+                                           .forced_ids = random_prompt(kAnswerTokens, 32)};
+  return options;
+}
+
+void expect_equal_logprobs(const Answer& expected, const Answer& actual) {
+  ASSERT_EQ(expected.infos.size(), actual.infos.size());
+  for (std::size_t i = 0; i < expected.infos.size(); ++i) {
+    ASSERT_EQ(expected.infos[i].logprob, actual.infos[i].logprob) << "token " << i;
+  }
+}
+
 class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
  protected:
-  // Forced tokens: their logprobs tell more than a greedy answer, whose ties may fall otherwise.
-  static const LocalGroup::Options& options() {
-    static const LocalGroup::Options options{.max_tokens = kAnswerTokens,
-                                             .forced_ids = random_prompt(kAnswerTokens, 32)};
-    return options;
-  }
   static Answer answer(const ServiceConfig& config, const StoreProcess& store) {
     return LocalGroup(config, deep_model(), store)
         .generate(random_prompt(kPromptTokens, 31), options());
@@ -52,10 +62,7 @@ class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
     return answer(config, StoreProcess(GetParam(), 64 * kMiB));
   }
   static void expect_equal(const Answer& expected, const Answer& actual) {
-    ASSERT_EQ(expected.infos.size(), actual.infos.size());
-    for (std::size_t i = 0; i < expected.infos.size(); ++i) {
-      ASSERT_EQ(expected.infos[i].logprob, actual.infos[i].logprob) << "token " << i;
-    }
+    expect_equal_logprobs(expected, actual);
     EXPECT_EQ(expected.report.blocks_fetched, actual.report.blocks_fetched);
     EXPECT_EQ(expected.report.bytes_nvme, 0);
     EXPECT_GT(actual.report.bytes_nvme, 0);
@@ -108,10 +115,7 @@ TEST_P(OutsizedTest, TheGuardedArenaIsOnlyReadByGathers) {
   ServiceConfig config = predicted();
   const Answer plain = outsized(config);
   config.guard_arena = true;
-  const Answer guarded = outsized(config);
-  for (std::size_t i = 0; i < plain.infos.size(); ++i) {
-    ASSERT_EQ(plain.infos[i].logprob, guarded.infos[i].logprob) << i;
-  }
+  expect_equal_logprobs(plain, outsized(config));
 }
 
 TEST_P(OutsizedTest, OthersDecodeBesideIt) {
@@ -123,9 +127,88 @@ TEST_P(OutsizedTest, OthersDecodeBesideIt) {
   };
   const auto kept = run(StoreProcess(64 * kMiB));
   const auto beside = run(StoreProcess(GetParam(), 64 * kMiB));
-  for (std::size_t row = 0; row < 2; ++row) {
-    for (std::size_t i = 0; i < 40; ++i) {
-      ASSERT_EQ(kept[row].infos[i].logprob, beside[row].infos[i].logprob) << row << ' ' << i;
+  for (std::size_t row = 0; row < 2; ++row) expect_equal_logprobs(kept[row], beside[row]);
+}
+
+// The first has seven of ten slabs a head, the second the three that it must have; they turn to a
+// new segment at different steps.
+TEST(TwoOutsized, DecodeInOneBatch) {
+  const std::vector prompts{random_prompt(kPromptTokens, 36),
+                            random_prompt(kPromptTokens + 50, 37)};
+  ServiceConfig audited = predicted();
+  audited.calibrate_with = "exact";
+  audited.calibrate_every = 5;
+  audited.audit_every = 7;
+  ServiceConfig streamed = service("full");
+  streamed.kv_resident = "never";
+  for (const ServiceConfig& config : {predicted(), audited, streamed, service("oracle", 384)}) {
+    const auto run = [&](const StoreProcess& store) {
+      return LocalGroup(config, deep_model(), store).generate_batch(prompts, options());
+    };
+    const auto kept = run(StoreProcess(64 * kMiB));
+    const auto outsized = run(StoreProcess(kTenSlabs, 64 * kMiB));
+    for (std::size_t row = 0; row < 2; ++row) {
+      expect_equal_logprobs(kept[row], outsized[row]);
+      EXPECT_EQ(kept[row].report.bytes_nvme, 0);
+      EXPECT_GT(outsized[row].report.bytes_nvme, 0);
+    }
+  }
+}
+
+// While it lives, this process's writes to a file fail from the second MiB on.
+class FailingDisk {
+ public:
+  FailingDisk() {
+    handler_ = signal(SIGXFSZ, SIG_IGN);
+    getrlimit(RLIMIT_FSIZE, &before_);
+    rlimit limit = before_;
+    limit.rlim_cur = kMiB;
+    setrlimit(RLIMIT_FSIZE, &limit);
+  }
+  ~FailingDisk() {
+    setrlimit(RLIMIT_FSIZE, &before_);
+    signal(SIGXFSZ, handler_);
+  }
+  FailingDisk(const FailingDisk&) = delete;
+  FailingDisk& operator=(const FailingDisk&) = delete;
+
+ private:
+  rlimit before_{};
+  void (*handler_)(int) = nullptr;
+};
+
+// The rank goes on: with the plan that is on its way already, and with whatever comes later.
+TEST(OutsizedFaults, ADiskThatFailsInPrefillEndsItsSequenceAlone) {
+  const StoreProcess store(kFiveSlabs, 64 * kMiB);
+  for (const ServiceConfig& config : {predicted(), service("oracle", 384)}) {
+    LocalGroup group(config, deep_model(), store);
+    const auto errors_before = group.store_stat().nvme.io_errors;
+    const SequenceId id{77};
+    StepPlan admit, start, prefill, decode, release;
+    admit.admits = {LocalGroup::admission(id, random_prompt(kPromptTokens, 31), options())};
+    start.starts = {{id, 0}};
+    prefill.prefills = {{id, 0, static_cast<int>(deep_model().num_layers), 0, kPromptTokens}};
+    decode.decodes = {id};
+    release.releases = {id};
+    ASSERT_FALSE(group.run(admit).admits.at(0).error);
+    group.run(start);
+    {
+      const FailingDisk failing;
+      group.launch(prefill);
+      for (int step = 0; step < 20; ++step) {  // past the end of a block
+        group.launch(decode);
+        const StepResult result = group.collect();
+        ASSERT_EQ(result.lost.size(), 1);
+        EXPECT_EQ(result.lost[0].sequence, id);
+        EXPECT_EQ(result.lost[0].error.code, ErrorCode::kIo) << result.lost[0].error.message;
+      }
+      group.collect();
+    }
+    const StepResult released = group.run(release);
+    EXPECT_GT(released.kv_slabs->nvme.io_errors, errors_before);
+    EXPECT_EQ(released.stats.at(0).kv.checksum_failures, 0);  // the memory is good
+    for (const TokenInfo& info : group.generate(random_prompt(200, 34), {}).infos) {
+      EXPECT_LT(info.logprob, 0);
     }
   }
 }

@@ -160,6 +160,7 @@ Decode::Kind Decode::kind_of(std::span<Sequence* const> rows) const {
   const bool chooses = policy_.selected_per_head().has_value();
   kind.fetches_blocks =
       kind.streams_all || (chooses && !std::ranges::all_of(rows, &Sequence::is_dense));
+  kind.scores_segments = any_outsized(rows);
   kind.first_calibrated = rows.empty() ? 0 : first_calibrated(*rows.front());
   return kind;
 }
@@ -169,6 +170,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   rows_.assign(rows.begin(), rows.end());
   batch_.rows = static_cast<int>(rows.size());
   kind_ = kind_of(rows);
+  batch_.scores_segments = kind_.scores_segments;
   choose_dense();
   const std::size_t staging = tables_->next++ % Tables::kStagings;
   tables_->copied[staging]->synchronize();  // three steps ago: long since

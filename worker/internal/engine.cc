@@ -36,6 +36,17 @@ std::uint64_t digest(const std::vector<SequenceToken>& tokens) {
   return hash;
 }
 
+// Blocks that ops have missed since a disk lost a sequence's KV say nothing of the memory.
+void keep_errors_of_disks(std::vector<LostSequence>& lost) {
+  std::set<SequenceId> on_disk;
+  for (const LostSequence& one : lost) {
+    if (one.error.code != ErrorCode::kCorrupt) on_disk.insert(one.sequence);
+  }
+  std::erase_if(lost, [&](const LostSequence& one) {
+    return one.error.code == ErrorCode::kCorrupt && on_disk.contains(one.sequence);
+  });
+}
+
 // Logits that are not numbers can't be sampled; the request's answer would be noise.
 void check_drawn(const std::vector<SequenceToken>& tokens) {
   for (const SequenceToken& token : tokens) {
@@ -133,6 +144,7 @@ StepResult Engine::collect() {
   StepResult& result = pending.result;
   pending.ended->synchronize();
   for (auto& draw : pending.draws) sampler_.collect(std::move(draw), result);
+  keep_errors_of_disks(result.lost);
   check_drawn(result.tokens);
   result.token_digest = digest(result.tokens);
   if (rank_ != 0) result.tokens.clear();

@@ -146,7 +146,10 @@ void NvmeReads::bring_step(std::span<Sequence* const> rows) {
 }
 
 void NvmeReads::start(Sequence& sequence) {
-  if (kvstore::OutsizedKv* kv = sequence.outsized()) kv->advance(0);
+  kvstore::OutsizedKv* kv = sequence.outsized();
+  if (kv == nullptr) return;
+  kv->advance(0);
+  kv->promote();
 }
 
 void NvmeReads::bring(Sequence& sequence, int layer) {

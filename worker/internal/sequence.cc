@@ -156,7 +156,8 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
   alone_ = {.rows = 1,
             .sequences = reinterpret_cast<kernels::SequenceKv*>(base + at.sequence),
             .histories = reinterpret_cast<kernels::HistoryState*>(base + at.history),
-            .selections = reinterpret_cast<kernels::Selection*>(base + at.selection)};
+            .selections = reinterpret_cast<kernels::Selection*>(base + at.selection),
+            .scores_segments = outsized() != nullptr};
   fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
   heads_alone_ = reinterpret_cast<kernels::SequenceKv*>(base + at.heads);
   empty_slot_tables(stream);
@@ -275,7 +276,10 @@ KvReport Sequence::final_report(kernels::Stream& stream) {
   }
   stream.synchronize();
   report.predictor_fallbacks = fallbacks;
-  report.checksum_failures = mismatches;
+  // Where a disk has lost it, ops miss blocks since, and the memory is good.
+  const bool disk_lost_it = outsized() != nullptr && !outsized()->status() &&
+                            outsized()->status().error().code != ErrorCode::kCorrupt;
+  report.checksum_failures = disk_lost_it ? 0 : mismatches;
   report.blocks_predicted = static_cast<std::int64_t>(totals[0]);
   report.blocks_fetched = static_cast<std::int64_t>(totals[1]);
   // Beside what calibrations have read.
