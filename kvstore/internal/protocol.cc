@@ -18,10 +18,14 @@ enum Kind : int {
   kStat = 6,
   kGoodbye = 7,
   kDistrust = 8,
+  kFindWeights = 9,
+  kKeepWeights = 10,
+  kWeightsFilled = 11,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
   kStatReply = 67,
+  kWeightMemory = 68,
 };
 
 constexpr auto kInt64Max = std::numeric_limits<std::int64_t>::max();
@@ -105,6 +109,17 @@ struct RequestWriter {
     return Writer(kDistrust, 1).id(raw(distrust.sequence)).finish();
   }
   std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
+  std::string operator()(const FindWeights& find) const {
+    return Writer(kFindWeights, 2).integer(find.version).text(find.model_hash).finish();
+  }
+  std::string operator()(const KeepWeights& keep) const {
+    return Writer(kKeepWeights, 3)
+        .integer(keep.version)
+        .text(keep.model_hash)
+        .id(keep.bytes)
+        .finish();
+  }
+  std::string operator()(const WeightsFilled&) const { return Writer(kWeightsFilled, 0).finish(); }
 };
 
 struct ReplyWriter {
@@ -152,6 +167,9 @@ struct ReplyWriter {
         .integer(stat.nvme.checksum_failures)
         .integer(stat.nvme.host_checksum_failures)
         .finish();
+  }
+  std::string operator()(const WeightMemory& memory) const {
+    return Writer(kWeightMemory, 1).id(memory.bytes).finish();
   }
 };
 
@@ -210,11 +228,11 @@ class Reader {
   }
 
   // The message, if all of it was read and nothing was wrong.
-  template <typename Message>
-  Result<Message> finish(Message message) {
+  template <typename Any, typename Message>
+  Result<Any> finish(Message message) {
     if (error_.empty() && next_ != handle_.get().via.array.size) fail("message", "has more fields");
     if (!error_.empty()) return error();
-    return message;
+    return Any(std::move(message));
   }
   template <typename Message>
   Result<Message> unknown_kind() {
@@ -255,9 +273,13 @@ class Reader {
   std::string error_;
 };
 
+int read_version(Reader& reader) {
+  return reader.small("version", 0, std::numeric_limits<int>::max());
+}
+
 Hello read_hello(Reader& reader) {
   Hello hello;
-  hello.version = reader.small("version", 0, std::numeric_limits<int>::max());
+  hello.version = read_version(reader);
   LeaseOwner& owner = hello.owner;
   owner.group = reader.small("group", 0, kMaxGroups - 1);
   owner.rank = reader.small("rank", 0, kMaxRanks - 1);
@@ -291,6 +313,21 @@ Commit read_commit(Reader& reader) {
   const auto key = reader.binary<PrefixKey>("key", 1, 1);
   if (!key.empty()) commit.key = key.front();
   return commit;
+}
+
+FindWeights read_find(Reader& reader) {
+  FindWeights find;
+  find.version = read_version(reader);
+  find.model_hash = reader.text("model_hash", kMaxModelHashBytes);
+  return find;
+}
+
+KeepWeights read_keep(Reader& reader) {
+  KeepWeights keep;
+  keep.version = read_version(reader);
+  keep.model_hash = reader.text("model_hash", kMaxModelHashBytes);
+  keep.bytes = reader.id("bytes");
+  return keep;
 }
 
 Error read_error(Reader& reader) {
@@ -368,6 +405,12 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(Distrust{SequenceId{reader.id("sequence")}});
     case kGoodbye:
       return reader.finish<Request>(Goodbye{});
+    case kFindWeights:
+      return reader.finish<Request>(read_find(reader));
+    case kKeepWeights:
+      return reader.finish<Request>(read_keep(reader));
+    case kWeightsFilled:
+      return reader.finish<Request>(WeightsFilled{});
     default:
       return reader.unknown_kind<Request>();
   }
@@ -389,6 +432,8 @@ Result<Reply> decode_reply(std::string_view bytes) {
       return reader.finish<Reply>(read_grant(reader));
     case kStatReply:
       return reader.finish<Reply>(read_stat(reader));
+    case kWeightMemory:
+      return reader.finish<Reply>(WeightMemory{reader.id("bytes")});
     default:
       return reader.unknown_kind<Reply>();
   }
