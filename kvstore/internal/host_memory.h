@@ -4,16 +4,21 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "common/result.h"
 #include "kvstore/internal/file_descriptor.h"
 
 namespace foretoken::kvstore {
 
-// Bytes: the kernel's MemAvailable, or the limit of our control group where that is less (both
-// versions of cgroups). What can't be read does not bound. So that memory is refused at the start
-// instead of the process being killed when it fills.
+// Bytes: the kernel's MemAvailable, or what is left in our control group where that is less. What
+// can't be read does not bound. So that memory is refused at the start instead of the process being
+// killed when it fills.
 std::uint64_t available_host_memory();
+
+// The limit of the control group in this folder (of either version), less what it holds but for
+// files' pages, which give way.
+std::uint64_t left_in_control_group(const std::string& folder);
 
 // A memfd of this size for good: sealed against shrinking and growing. `name` is what /proc shows;
 // nobody opens it by that, and only our user by /proc. Error: kIo.
