@@ -32,7 +32,9 @@ class WritableMemory {
     if (mapped == MAP_FAILED) return;
     base_ = static_cast<std::byte*>(mapped);
     prefer_huge_pages(base_, bytes);
-    if (numa_available() >= 0) numa_interleave_memory(base_, bytes, numa_all_nodes_ptr);
+    if (numa_available() >= 0 && numa_max_node() > 0) {
+      numa_interleave_memory(base_, bytes, numa_all_nodes_ptr);
+    }
   }
   ~WritableMemory() {
     if (base_ != nullptr) munmap(base_, bytes_);

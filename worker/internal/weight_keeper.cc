@@ -1,6 +1,7 @@
 #include "worker/weight_keeper.h"
 
 #include <chrono>
+#include <exception>
 #include <map>
 #include <span>
 #include <utility>
@@ -73,7 +74,11 @@ const WeightSource& WeightKeeper::source() const {
 
 std::jthread WeightKeeper::keep() {
   return std::jthread([this](const std::stop_token& stop) {
-    if (kept_ != nullptr && noted_ != nullptr) hand_over(stop);
+    try {
+      if (kept_ != nullptr && noted_ != nullptr) hand_over(stop);
+    } catch (const std::exception& failure) {  // of memory or threads
+      log().warn("the weights are not kept: {}", failure.what());
+    }
     kept_.reset();
     copy_.reset();
     noted_.reset();
