@@ -171,7 +171,7 @@ Status scan_some(BlockDevice& device, std::span<std::byte> memory, const KvCiphe
 Status scan_each(BlockDevice& device, std::span<std::byte> memory, const KvCipher* cipher,
                  std::uint64_t first, std::uint64_t count, NvmeContents& contents) {
   for (std::uint64_t slot = first; slot < first + count; ++slot) {
-    const Status scanned = scan_some(device, memory, cipher, slot, 1, contents);
+    Status scanned = scan_some(device, memory, cipher, slot, 1, contents);
     if (scanned) continue;
     if (scanned.error().code != ErrorCode::kIo || contents.unreadable.size() == kMostUnreadable) {
       return scanned;
@@ -215,7 +215,7 @@ Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memo
     if (!scanned && scanned.error().code == ErrorCode::kIo) {
       scanned = scan_each(device, memory, cipher, slot, count, contents);
     }
-    FT_RETURN_IF_ERROR(scanned);
+    if (!scanned) return scanned.error();
   }
   order_by_age(contents.slabs);
   return contents;
