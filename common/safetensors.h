@@ -53,6 +53,15 @@ struct TensorView {
   bool aligned() const;
 };
 
+struct NamedTensor {
+  std::string name;
+  TensorView view;
+};
+
+// What a file begins with, length and header, so that the tensors' bytes can follow it one behind
+// the other in this order. A multiple of 64 bytes.
+std::string safetensors_header(std::span<const NamedTensor> tensors);
+
 class SafetensorsFile {
  public:
   // Maps and checks the file. Error: kModelFile, naming file, tensor and offset.
@@ -87,6 +96,8 @@ class SafetensorsFile {
 class ModelWeights {
  public:
   static Result<ModelWeights> open(const std::filesystem::path& folder);  // error: kModelFile
+  // All of them in this one file.
+  static Result<ModelWeights> open_file(const std::filesystem::path& path);
 
   std::vector<std::string> names() const;  // sorted
   bool contains(std::string_view name) const;
@@ -105,7 +116,7 @@ class ModelWeights {
   };
   const Entry* find(std::string_view name) const;
 
-  std::filesystem::path folder_;
+  std::filesystem::path path_;  // of the folder or file; for errors
   std::vector<SafetensorsFile> files_;
   std::vector<Entry> entries_;  // sorted by name
 };

@@ -18,6 +18,7 @@ struct ServiceConfig {
   std::string model;                 // folder
   std::string served_model_name;     // empty: the folder's name
   std::string load_format = "auto";  // auto | dummy
+  bool keep_weights = false;         // a copy in the store's memory, for groups that start again
   std::int64_t max_model_len = 0;    // tokens; 0: the model's
 
   // Devices.

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace foretoken::worker {
 
@@ -18,7 +19,7 @@ class LoadProgress {
 
   void begin(std::int64_t total_bytes);
   void add(std::int64_t bytes);
-  void end();
+  void end(std::string_view source);
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -32,6 +33,9 @@ class LoadProgress {
 // "31 %, 5.0 of 16.1 GB, 6.20 GB/s, 2 s left". REQUIRES: total_bytes > 0.
 std::string describe_progress(std::int64_t done_bytes, std::int64_t total_bytes,
                               std::chrono::duration<double> elapsed);
+// "16.06 GB in 0.41 s (39.2 GB/s) from the store".
+std::string describe_load(std::int64_t bytes, std::chrono::duration<double> elapsed,
+                          std::string_view source);
 // "[########............]", with so many of 20 places filled.
 std::string progress_bar(std::int64_t done_bytes, std::int64_t total_bytes);
 

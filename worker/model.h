@@ -8,6 +8,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/model_config.h"
@@ -20,15 +21,19 @@
 
 namespace foretoken::worker {
 
-// Where tensors come from: a model folder, or random ones of the config's shape.
+// Where tensors come from: safetensors files, or random ones of the config's shape. For one thread.
 class WeightSource {
  public:
   virtual ~WeightSource() = default;
-  // The whole tensor [shape]; the view lives until three more tensors were asked for.
+  // For the log: "the files".
+  virtual std::string_view name() const = 0;
+  // The whole tensor [shape]; the view lives as long as this does.
   virtual Result<TensorView> tensor(const std::string& name,
                                     std::span<const std::int64_t> shape) const = 0;
 };
-std::unique_ptr<WeightSource> make_folder_source(ModelWeights weights);
+// name: a literal.
+std::unique_ptr<WeightSource> make_file_source(ModelWeights weights,
+                                               std::string_view name = "the files");
 // Normal-like values of a fixed seed and a variance that keeps activations finite; norms are one.
 std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& config);
 

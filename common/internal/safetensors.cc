@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <utility>
 
 #include "common/internal/model_folder.h"
@@ -88,6 +89,26 @@ std::int64_t TensorView::num_elements() const {
 
 bool TensorView::aligned() const {
   return reinterpret_cast<std::uintptr_t>(bytes.data()) % tensor_dtype_bytes(dtype) == 0;
+}
+
+std::string safetensors_header(std::span<const NamedTensor> tensors) {
+  constexpr std::size_t kAlignment = 64;
+  auto json = nlohmann::json::object();
+  std::size_t end = 0;
+  for (const auto& [name, view] : tensors) {
+    const std::size_t begin = std::exchange(end, end + view.bytes.size());
+    json[name] = {{"dtype", tensor_dtype_name(view.dtype)},
+                  {"shape", view.shape},
+                  {"data_offsets", {begin, end}}};
+  }
+  const std::string text = json.dump();
+  const std::size_t bytes =
+      (kLengthBytes + text.size() + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes;
+  std::string header(kLengthBytes + bytes, ' ');
+  const std::uint64_t length = bytes;
+  std::memcpy(header.data(), &length, kLengthBytes);
+  std::memcpy(header.data() + kLengthBytes, text.data(), text.size());
+  return header;
 }
 
 struct SafetensorsFile::Impl {
@@ -184,16 +205,22 @@ Result<std::map<std::string, std::string>> read_index(const fs::path& path) {
 
 }  // namespace
 
+Result<ModelWeights> ModelWeights::open_file(const fs::path& path) {
+  ModelWeights weights;
+  weights.path_ = path;
+  FT_ASSIGN_OR_RETURN(auto file, SafetensorsFile::open(path));
+  for (auto& name : file.names()) weights.entries_.push_back({std::move(name), 0});
+  weights.files_.push_back(std::move(file));
+  return weights;
+}
+
 Result<ModelWeights> ModelWeights::open(const fs::path& folder) {
   ModelWeights weights;
-  weights.folder_ = folder;
+  weights.path_ = folder;
   std::error_code failed;
   if (fs::exists(folder / kSingleFile, failed)) {
     FT_ASSIGN_OR_RETURN(const auto path, internal::find_in_folder(folder, kSingleFile));
-    FT_ASSIGN_OR_RETURN(auto file, SafetensorsFile::open(path));
-    for (auto& name : file.names()) weights.entries_.push_back({std::move(name), 0});
-    weights.files_.push_back(std::move(file));
-    return weights;
+    return open_file(path);
   }
   if (!fs::exists(folder / kIndexFile, failed)) {
     return model_error(folder.string() + " holds neither " + kSingleFile + " nor " + kIndexFile +
@@ -236,7 +263,7 @@ bool ModelWeights::contains(std::string_view name) const { return find(name) != 
 Result<TensorView> ModelWeights::tensor(std::string_view name) const {
   const Entry* entry = find(name);
   if (entry == nullptr) {
-    return model_error(folder_.string() + ": there is no tensor '" + std::string(name) + "'");
+    return model_error(path_.string() + ": there is no tensor '" + std::string(name) + "'");
   }
   return files_[entry->file].tensor(name);
 }
@@ -245,7 +272,7 @@ Result<TensorView> ModelWeights::tensor(std::string_view name,
                                         std::span<const std::int64_t> shape) const {
   FT_ASSIGN_OR_RETURN(TensorView view, tensor(name));
   const auto failed = [&](const std::string& what) {
-    return model_error(folder_.string() + ": tensor '" + std::string(name) + "' " + what);
+    return model_error(path_.string() + ": tensor '" + std::string(name) + "' " + what);
   };
   if (!std::equal(shape.begin(), shape.end(), view.shape.begin(), view.shape.end())) {
     return failed("has shape " + shape_text(view.shape) + ", config.json asks for " +

@@ -20,6 +20,7 @@ void visit_config(F&& f, auto& c) {
   f("model", c.model);
   f("served_model_name", c.served_model_name);
   f("load_format", c.load_format);
+  f("keep_weights", c.keep_weights);
   f("max_model_len", c.max_model_len);
   f("device", c.device);
   f("tensor_parallel_size", c.tensor_parallel_size);

@@ -14,6 +14,10 @@ namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
+// A small matrix is cut finer, so that all threads have some of it, and the link something to do
+// from early on (guessed: not measured).
+constexpr std::size_t kMinChunkBytes = std::size_t{256} << 10;
+constexpr std::size_t kChunksPerThread = 4;
 // A core copies 6 to 12 GB/s, the link takes about 50.
 constexpr unsigned kMaxThreads = 8;
 
@@ -96,7 +100,10 @@ void Uploader::upload(void* device, const HostRows& rows) {
   if (rows.row_bytes > kChunkBytes) {
     return upload_long_rows(static_cast<std::byte*>(device), rows);
   }
-  const std::size_t chunk_rows = kChunkBytes / rows.row_bytes;
+  const std::size_t chunk_bytes =
+      std::clamp(rows.count * rows.row_bytes / (kChunksPerThread * lanes_.size()), kMinChunkBytes,
+                 kChunkBytes);
+  const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / rows.row_bytes);
   const std::size_t num_chunks = (rows.count + chunk_rows - 1) / chunk_rows;
   std::mutex mutex;
   std::exception_ptr failure;  // guarded by mutex; of the first chunk that failed

@@ -15,6 +15,7 @@
 
 #include "common/log.h"
 #include "common/result.h"
+#include "kvstore/internal/host_memory.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -28,13 +29,9 @@ constexpr int kTouchNice = 10;   // serving goes first
                                       " bytes: " + std::strerror(errno));
 }
 
-FileDescriptor make_memory(std::size_t bytes) {
-  FileDescriptor memory(memfd_create("foretoken-kv", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!memory) fail("memfd_create", bytes);
-  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) fail("ftruncate", bytes);
-  if (fcntl(memory.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
-    fail("sealing", bytes);
-  }
+FileDescriptor make_arena_memory(std::size_t bytes) {
+  FileDescriptor memory = make_shared_memory("foretoken-kv", bytes).value_or_throw();
+  seal(memory, F_SEAL_SEAL).value_or_throw();
   return memory;
 }
 
@@ -42,14 +39,14 @@ FileDescriptor make_memory(std::size_t bytes) {
 
 Arena::Arena(const ArenaLayout& layout, NumaPlacement placement)
     : layout_(layout),
-      memory_(make_memory(layout.arena_bytes())),
+      memory_(make_arena_memory(layout.arena_bytes())),
       progress_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   const std::size_t bytes = layout_.arena_bytes();
   if (!progress_) fail("eventfd", bytes);
   void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_.get(), 0);
   if (mapped == MAP_FAILED) fail("mmap", bytes);
   base_ = static_cast<std::byte*>(mapped);
-  madvise(base_, bytes, MADV_HUGEPAGE);  // where shared memory has them; else no harm
+  prefer_huge_pages(base_, bytes);
   if (placement == NumaPlacement::kSpread) bind_stripes();
   plan_pieces();
   start_touching();
@@ -113,18 +110,11 @@ void Arena::touch_pieces(const std::stop_token& stop) {
   }
 }
 
-// Makes the kernel back the piece with memory, without writing to it (a rank may be quicker).
+// Without writing: a rank may be quicker.
 bool Arena::touch(const Piece& piece) const {
-  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   std::byte* begin =
       base_ + layout_.stripe_offset(piece.head) + layout_.slab_bytes * piece.first_slab;
-  const std::size_t bytes = layout_.slab_bytes * (piece.last_slab - piece.first_slab);
-  if (madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return true;
-  if (errno != EINVAL) return false;
-  for (std::size_t at = 0; at < bytes; at += page) {  // Linux before 5.14
-    std::atomic_ref<char>(*reinterpret_cast<char*>(begin + at)).fetch_or(0);
-  }
-  return true;
+  return populate(begin, layout_.slab_bytes * (piece.last_slab - piece.first_slab));
 }
 
 void Arena::note_touched(Piece& piece) {

@@ -1,6 +1,14 @@
 #include "kvstore/internal/host_memory.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <string>
@@ -9,6 +17,11 @@ namespace foretoken::kvstore {
 namespace {
 
 constexpr auto kUnbounded = std::numeric_limits<std::uint64_t>::max();
+
+Error failed(const std::string& what, std::size_t bytes) {
+  return {ErrorCode::kIo, what + " failed for memory of " + std::to_string(bytes) +
+                              " bytes: " + std::strerror(errno)};
+}
 
 // The number a file begins with; "max" and what is absent mean no bound.
 std::uint64_t bound_in(const std::string& path) {
@@ -27,11 +40,21 @@ std::uint64_t mem_available() {
   return kUnbounded;
 }
 
+// A field of memory.stat: "name bytes" a line.
+std::uint64_t stat_in(const std::string& path, const std::string& wanted) {
+  std::ifstream file(path);
+  std::string name;
+  for (std::uint64_t value = 0; file >> name >> value;) {
+    if (name == wanted) return value;
+  }
+  return 0;
+}
+
 // /proc/self/cgroup: "0::/path" in version 2, "N:...memory...:/path" in version 1. Inside a
 // container the path may not be visible; its root then is.
-std::uint64_t control_group_limit() {
-  std::uint64_t limit = std::min(bound_in("/sys/fs/cgroup/memory.max"),
-                                 bound_in("/sys/fs/cgroup/memory/memory.limit_in_bytes"));
+std::uint64_t left_in_control_groups() {
+  std::uint64_t left = std::min(left_in_control_group("/sys/fs/cgroup"),
+                                left_in_control_group("/sys/fs/cgroup/memory"));
   std::ifstream file("/proc/self/cgroup");
   for (std::string line; std::getline(file, line);) {
     const auto first = line.find(':');
@@ -40,16 +63,60 @@ std::uint64_t control_group_limit() {
     const std::string controllers = line.substr(first + 1, second - first - 1);
     const std::string path = line.substr(second + 1);
     if (controllers.empty()) {
-      limit = std::min(limit, bound_in("/sys/fs/cgroup" + path + "/memory.max"));
+      left = std::min(left, left_in_control_group("/sys/fs/cgroup" + path));
     } else if (controllers.find("memory") != std::string::npos) {
-      limit = std::min(limit, bound_in("/sys/fs/cgroup/memory" + path + "/memory.limit_in_bytes"));
+      left = std::min(left, left_in_control_group("/sys/fs/cgroup/memory" + path));
     }
   }
-  return limit;
+  return left;
 }
 
 }  // namespace
 
-std::uint64_t available_host_memory() { return std::min(mem_available(), control_group_limit()); }
+std::uint64_t available_host_memory() {
+  return std::min(mem_available(), left_in_control_groups());
+}
+
+std::uint64_t left_in_control_group(const std::string& folder) {
+  const std::uint64_t limit =
+      std::min(bound_in(folder + "/memory.max"), bound_in(folder + "/memory.limit_in_bytes"));
+  const std::uint64_t used =
+      std::min(bound_in(folder + "/memory.current"), bound_in(folder + "/memory.usage_in_bytes"));
+  if (limit == kUnbounded || used == kUnbounded) return limit;
+  const std::string stat = folder + "/memory.stat";
+  const std::uint64_t droppable = stat_in(stat, "active_file") + stat_in(stat, "inactive_file");
+  const std::uint64_t held = used - std::min(used, droppable);
+  return limit - std::min(limit, held);
+}
+
+Result<FileDescriptor> make_shared_memory(const char* name, std::size_t bytes) {
+  FileDescriptor memory(memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!memory || fchmod(memory.get(), 0600) != 0) return failed("memfd_create", bytes);
+  if (ftruncate(memory.get(), static_cast<off_t>(bytes)) != 0) return failed("ftruncate", bytes);
+  FT_RETURN_IF_ERROR(seal(memory, F_SEAL_SHRINK | F_SEAL_GROW));
+  return memory;
+}
+
+Status seal(const FileDescriptor& memory, int seals) {
+  if (fcntl(memory.get(), F_ADD_SEALS, seals) == 0) return Ok{};
+  return Error{ErrorCode::kIo, std::string("sealing memory: ") + std::strerror(errno)};
+}
+
+void prefer_huge_pages(std::byte* begin, std::size_t bytes) {
+  madvise(begin, bytes, MADV_HUGEPAGE);
+}
+
+bool populate(std::byte* begin, std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t before = reinterpret_cast<std::uintptr_t>(begin) % page;
+  begin -= before;
+  bytes += before;
+  if (madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return true;
+  if (errno != EINVAL) return false;
+  for (std::size_t at = 0; at < bytes; at += page) {  // Linux before 5.14
+    std::atomic_ref<char>(*reinterpret_cast<char*>(begin + at)).fetch_or(0);
+  }
+  return true;
+}
 
 }  // namespace foretoken::kvstore

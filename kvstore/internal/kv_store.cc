@@ -8,7 +8,7 @@
 #include "common/check.h"
 #include "common/log.h"
 #include "kvstore/internal/arena_guard.h"
-#include "kvstore/internal/protocol.h"
+#include "kvstore/internal/connection.h"
 #include "kvstore/internal/run_io.h"
 #include "kvstore/internal/sealing_device.h"
 #include "kvstore/internal/seqpacket.h"
@@ -30,60 +30,11 @@ Hello hello_of(const StoreClientConfig& config) {
   return hello;
 }
 
-Error out_of_step(const char* why) {
-  return {ErrorCode::kUnavailable, std::string("the KV store ") + why};
-}
-
 Error granted_otherwise() {
   return {ErrorCode::kCorrupt, "the KV store granted what was not asked for"};
 }
 
 }  // namespace
-
-// Requests over the socket. After a failure of the socket itself no answer can be told from a late
-// one, so all later requests fail too.
-class Connection {
- public:
-  explicit Connection(FileDescriptor socket) : socket_(std::move(socket)) {}
-
-  struct Answer {
-    Reply reply;
-    FileDescriptor passed;
-  };
-  Result<Answer> ask(const Request& request) {
-    FT_RETURN_IF_ERROR(tell(request));
-    auto received = receive_message(socket_.get(), kMaxMessageBytes);
-    if (!received) return broken(received.error());
-    if (received->message.empty()) return broken(out_of_step("has closed the connection"));
-    auto reply = decode_reply(received->message);
-    if (!reply) return broken(reply.error());
-    if (auto* refusal = std::get_if<Error>(&*reply)) return std::move(*refusal);
-    return Answer{*std::move(reply), std::move(received->passed)};
-  }
-
-  template <typename Message>
-  Result<Message> ask_for(const Request& request, FileDescriptor* passed = nullptr) {
-    FT_ASSIGN_OR_RETURN(Answer answer, ask(request));
-    auto* message = std::get_if<Message>(&answer.reply);
-    if (message == nullptr) return broken(out_of_step("answered something else"));
-    if (passed != nullptr) *passed = std::move(answer.passed);
-    return std::move(*message);
-  }
-
-  Status tell(const Request& request) {
-    if (!socket_) return out_of_step("connection has failed before");
-    auto sent = send_message(socket_.get(), encode(request));
-    if (!sent) return broken(sent.error());
-    return Ok{};
-  }
-
- private:
-  Error broken(Error error) {
-    socket_.reset();
-    return error;
-  }
-  FileDescriptor socket_;
-};
 
 struct KvStore::Impl {
   StoreClientConfig config;

@@ -17,6 +17,8 @@ namespace {
 
 constexpr std::chrono::seconds kTimeout{10};  // of one operation while the file is opened
 constexpr std::size_t kScanBytes = std::size_t{1} << 20;  // a read of the scan
+// Headers that can't be read, of a disk that works otherwise (guessed).
+constexpr std::size_t kMostUnreadable = 64;
 
 // The only operation in flight: ends it.
 Result<std::size_t> wait_for_one(BlockDevice& device) {
@@ -149,6 +151,36 @@ void take_header(NvmeContents& contents, ConstSector sector, SlotIndex slot,
   }
 }
 
+// The headers of slots [first, first + count), in one read.
+Status scan_some(BlockDevice& device, std::span<std::byte> memory, const KvCipher* cipher,
+                 std::uint64_t first, std::uint64_t count, NvmeContents& contents) {
+  const auto slot = [](std::uint64_t index) {
+    return SlotIndex{static_cast<std::uint32_t>(index)};
+  };
+  FT_RETURN_IF_ERROR(
+      transfer(device, {IoDirection::kRead, contents.superblock.geometry.header_offset(slot(first)),
+                        memory.data(), count * kSectorBytes}));
+  for (std::uint64_t i = 0; i < count; ++i) {
+    take_header(contents, memory.subspan(i * kSectorBytes).first<kSectorBytes>(), slot(first + i),
+                cipher);
+  }
+  return Ok{};
+}
+
+// ... one by one, since some can't be read.
+Status scan_each(BlockDevice& device, std::span<std::byte> memory, const KvCipher* cipher,
+                 std::uint64_t first, std::uint64_t count, NvmeContents& contents) {
+  for (std::uint64_t slot = first; slot < first + count; ++slot) {
+    Status scanned = scan_some(device, memory, cipher, slot, 1, contents);
+    if (scanned) continue;
+    if (scanned.error().code != ErrorCode::kIo || contents.unreadable.size() == kMostUnreadable) {
+      return scanned;
+    }
+    contents.unreadable.push_back(SlotIndex{static_cast<std::uint32_t>(slot)});
+  }
+  return Ok{};
+}
+
 // A slab that was written twice keeps its later place.
 void order_by_age(std::vector<SlotHeader>& slabs) {
   std::ranges::sort(slabs, std::greater(), &SlotHeader::number);
@@ -174,19 +206,16 @@ Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> mem
 
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
                                   const Superblock& superblock, const KvCipher* cipher) {
-  NvmeContents contents{superblock, {}, 0};
+  NvmeContents contents{superblock, {}, 0, {}};
   const std::uint64_t end = superblock.geometry.num_slots;
   const std::size_t step = std::min(memory.size(), kScanBytes) / kSectorBytes;
   for (std::uint64_t slot = 0; slot < end; slot += step) {
     const std::uint64_t count = std::min<std::uint64_t>(step, end - slot);
-    const auto first = SlotIndex{static_cast<std::uint32_t>(slot)};
-    FT_RETURN_IF_ERROR(
-        transfer(device, {IoDirection::kRead, superblock.geometry.header_offset(first),
-                          memory.data(), count * kSectorBytes}));
-    for (std::uint64_t i = 0; i < count; ++i) {
-      take_header(contents, memory.subspan(i * kSectorBytes).first<kSectorBytes>(),
-                  SlotIndex{static_cast<std::uint32_t>(slot + i)}, cipher);
+    Status scanned = scan_some(device, memory, cipher, slot, count, contents);
+    if (!scanned && scanned.error().code == ErrorCode::kIo) {
+      scanned = scan_each(device, memory, cipher, slot, count, contents);
     }
+    if (!scanned) return scanned.error();
   }
   order_by_age(contents.slabs);
   return contents;

@@ -31,6 +31,7 @@ struct NvmeContents {
   Superblock superblock;
   std::vector<SlotHeader> slabs;  // each name once; least recently written first
   std::int64_t bad_headers = 0;
+  std::vector<SlotIndex> unreadable;  // slots whose header the disk can't read; in order
 };
 
 // kKeepSlabs keeps the file's slabs, where it holds this model's KV and has the size that is asked
@@ -45,7 +46,8 @@ Result<NvmeContents> open_contents(BlockDevice& device, std::span<std::byte> mem
 // the cipher is not the file's; kIo, kTimeout.
 Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> memory,
                                    const KvCipher* cipher = nullptr);
-// All headers that are valid. Error: kIo, kTimeout.
+// All headers that are valid. A few that can't be read are left out, and named; more are a disk
+// that fails. Error: kIo, kTimeout.
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
                                   const Superblock& superblock, const KvCipher* cipher = nullptr);
 

@@ -1,5 +1,6 @@
 #include "kvstore/internal/nvme_index.h"
 
+#include <algorithm>
 #include <set>
 
 #include "common/check.h"
@@ -7,12 +8,14 @@
 
 namespace foretoken::kvstore {
 
-NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held)
-    : slots_(num_slots) {
+NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held,
+                     std::span<const SlotIndex> left_out)
+    : slots_(num_slots), num_usable_(num_slots - static_cast<std::uint32_t>(left_out.size())) {
   for (const SlotHeader& header : held)
     insert(header.slot, header.name, header.digest, header.seal);
   for (std::uint32_t i = 0; i < num_slots; ++i) {
-    if (!slots_[i].name) free_.push_back(SlotIndex{i});
+    const bool is_left_out = std::ranges::binary_search(left_out, SlotIndex{i});
+    if (!slots_[i].name && !is_left_out) free_.push_back(SlotIndex{i});
   }
 }
 

@@ -23,8 +23,10 @@ namespace foretoken::kvstore {
 class NvmeIndex {
  public:
   // `held`: what stands in the file at its opening, least recently used first; each slot and each
-  // name at most once. The other slots are free.
-  explicit NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held = {});
+  // name at most once. `left_out`, in order and not held: slots that are never used. The others are
+  // free.
+  explicit NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held = {},
+                     std::span<const SlotIndex> left_out = {});
 
   struct Entry {
     SlotIndex slot{};
@@ -55,6 +57,7 @@ class NvmeIndex {
   void erase(const SlabName& name);
 
   std::uint32_t num_slots() const { return static_cast<std::uint32_t>(slots_.size()); }
+  std::uint32_t num_usable() const { return num_usable_; }
   std::uint32_t num_held() const { return static_cast<std::uint32_t>(by_name_.size()); }
   std::int64_t num_evictions() const { return num_evictions_; }
 
@@ -72,6 +75,7 @@ class NvmeIndex {
   Slot& at(SlotIndex slot);
 
   std::vector<Slot> slots_;
+  std::uint32_t num_usable_;  // of them, that are not left out
   std::deque<SlotIndex> free_;
   std::list<SlotIndex> used_;  // held and not pinned, least recently used first
   std::unordered_map<SlabName, SlotIndex> by_name_;

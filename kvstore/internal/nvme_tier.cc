@@ -44,6 +44,12 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const Nvm
   log().info("NVMe tier: {} slabs kept, room for {}; {}; opened in {:.0f} ms",
              contents.slabs.size(), contents.superblock.geometry.num_slots,
              opening.cipher ? cipher_name(opening.cipher->kind()) : "not encrypted", took.count());
+  if (!contents.unreadable.empty()) {
+    log().warn(
+        "NVMe tier: {} slots are left out, the first of them {}: the disk can't read their "
+        "headers; `foretoken kv gc` gives them back",
+        contents.unreadable.size(), raw(contents.unreadable.front()));
+  }
   return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
 }
 
@@ -64,9 +70,10 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       transfers_(num_buffers(superblock_.geometry.slab_bytes)),
       device_(std::move(device)),
       cipher_(std::move(cipher)),
-      index_(superblock_.geometry.num_slots, contents.slabs) {
+      index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_.slab_bytes()));
   stat_.checksum_failures = contents.bad_headers;
+  stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
   if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
 }
 
@@ -83,7 +90,7 @@ bool NvmeTier::knows(const SlabName& name) const {
 NvmeStat NvmeTier::stat() const {
   NvmeStat stat = stat_;
   stat.state = health_.state();
-  stat.slabs_total = index_.num_slots();
+  stat.slabs_total = index_.num_usable();
   stat.slabs_held = index_.num_held();
   stat.evictions = index_.num_evictions();
   return stat;

@@ -19,10 +19,14 @@ enum Kind : int {
   kGoodbye = 7,
   kDistrust = 8,
   kNvmeFaults = 9,
+  kFindWeights = 10,
+  kKeepWeights = 11,
+  kWeightsFilled = 12,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
   kStatReply = 67,
+  kWeightMemory = 68,
 };
 
 constexpr auto kInt64Max = std::numeric_limits<std::int64_t>::max();
@@ -112,6 +116,17 @@ struct RequestWriter {
         .finish();
   }
   std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
+  std::string operator()(const FindWeights& find) const {
+    return Writer(kFindWeights, 2).integer(find.version).text(find.model_hash).finish();
+  }
+  std::string operator()(const KeepWeights& keep) const {
+    return Writer(kKeepWeights, 3)
+        .integer(keep.version)
+        .text(keep.model_hash)
+        .id(keep.bytes)
+        .finish();
+  }
+  std::string operator()(const WeightsFilled&) const { return Writer(kWeightsFilled, 0).finish(); }
 };
 
 struct ReplyWriter {
@@ -159,6 +174,9 @@ struct ReplyWriter {
         .integer(stat.nvme.checksum_failures)
         .integer(stat.nvme.host_checksum_failures)
         .finish();
+  }
+  std::string operator()(const WeightMemory& memory) const {
+    return Writer(kWeightMemory, 1).id(memory.bytes).finish();
   }
 };
 
@@ -217,11 +235,11 @@ class Reader {
   }
 
   // The message, if all of it was read and nothing was wrong.
-  template <typename Message>
-  Result<Message> finish(Message message) {
+  template <typename Any, typename Message>
+  Result<Any> finish(Message message) {
     if (error_.empty() && next_ != handle_.get().via.array.size) fail("message", "has more fields");
     if (!error_.empty()) return error();
-    return message;
+    return Any(std::move(message));
   }
   template <typename Message>
   Result<Message> unknown_kind() {
@@ -262,9 +280,13 @@ class Reader {
   std::string error_;
 };
 
+int read_version(Reader& reader) {
+  return reader.small("version", 0, std::numeric_limits<int>::max());
+}
+
 Hello read_hello(Reader& reader) {
   Hello hello;
-  hello.version = reader.small("version", 0, std::numeric_limits<int>::max());
+  hello.version = read_version(reader);
   LeaseOwner& owner = hello.owner;
   owner.group = reader.small("group", 0, kMaxGroups - 1);
   owner.rank = reader.small("rank", 0, kMaxRanks - 1);
@@ -307,6 +329,21 @@ NvmeFaults read_faults(Reader& reader) {
   faults.io_errors = reader.integer("io_errors", 0, kMost);
   faults.checksum_failures = reader.integer("checksum_failures", 0, kMost);
   return faults;
+}
+
+FindWeights read_find(Reader& reader) {
+  FindWeights find;
+  find.version = read_version(reader);
+  find.model_hash = reader.text("model_hash", kMaxModelHashBytes);
+  return find;
+}
+
+KeepWeights read_keep(Reader& reader) {
+  KeepWeights keep;
+  keep.version = read_version(reader);
+  keep.model_hash = reader.text("model_hash", kMaxModelHashBytes);
+  keep.bytes = reader.id("bytes");
+  return keep;
 }
 
 Error read_error(Reader& reader) {
@@ -386,6 +423,12 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(read_faults(reader));
     case kGoodbye:
       return reader.finish<Request>(Goodbye{});
+    case kFindWeights:
+      return reader.finish<Request>(read_find(reader));
+    case kKeepWeights:
+      return reader.finish<Request>(read_keep(reader));
+    case kWeightsFilled:
+      return reader.finish<Request>(WeightsFilled{});
     default:
       return reader.unknown_kind<Request>();
   }
@@ -407,6 +450,8 @@ Result<Reply> decode_reply(std::string_view bytes) {
       return reader.finish<Reply>(read_grant(reader));
     case kStatReply:
       return reader.finish<Reply>(read_stat(reader));
+    case kWeightMemory:
+      return reader.finish<Reply>(WeightMemory{reader.id("bytes")});
     default:
       return reader.unknown_kind<Reply>();
   }

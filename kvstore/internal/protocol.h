@@ -1,7 +1,8 @@
 // Protocol: what a rank and the store say to each other, one message a SEQPACKET datagram: a
 // msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
-// Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, each or Error. Commit,
-// Distrust, NvmeFaults, Release and Goodbye are one-way.
+// Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, FindWeights, KeepWeights
+// and WeightsFilled -> WeightMemory, each or Error. Commit, Distrust, NvmeFaults, Release and
+// Goodbye are one-way.
 //
 // Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
 // Never throws. Error: kCorrupt, naming the field.
@@ -66,8 +67,20 @@ struct NvmeFaults {
 struct StatRequest {};
 // The rank has unmapped the arena: its lease may end although its process lives.
 struct Goodbye {};
-using Request =
-    std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust, NvmeFaults>;
+// The copy of the weights. These three come without a Hello: a rank loads before it says that.
+struct FindWeights {
+  int version = kProtocolVersion;
+  std::string model_hash;
+};
+struct KeepWeights {
+  int version = kProtocolVersion;
+  std::string model_hash;
+  std::uint64_t bytes = 0;
+};
+// The rank has unmapped what KeepWeights gave it, and all bytes are there.
+struct WeightsFilled {};
+using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust,
+                             NvmeFaults, FindWeights, KeepWeights, WeightsFilled>;
 
 // Comes with the arena's file descriptor (SCM_RIGHTS).
 struct Welcome {
@@ -75,7 +88,11 @@ struct Welcome {
   std::uint32_t slabs_per_head = 0;
   bool encrypts_nvme = false;  // so that a rank does, with a key of its own
 };
-using Reply = std::variant<Error, Welcome, Grant, StoreStat>;
+// Comes with the memory's file descriptor (SCM_RIGHTS).
+struct WeightMemory {
+  std::uint64_t bytes = 0;
+};
+using Reply = std::variant<Error, Welcome, Grant, StoreStat, WeightMemory>;
 
 std::string encode(const Request& request);
 std::string encode(const Reply& reply);

@@ -174,6 +174,7 @@ void Server::serve(PeerId id) {
 }
 
 void Server::drop(PeerId id) {
+  weights_.forget(id);
   Peer& peer = peers_.at(id);
   peer.socket.reset();
   peer.waiting.reset();
@@ -214,6 +215,10 @@ void Server::welcome_waiting() {
 bool Server::handle(PeerId id, Peer& peer, const Request& request) {
   if (const auto* hello = std::get_if<Hello>(&request)) return greet(peer, *hello);
   if (std::holds_alternative<StatRequest>(request)) return reply(peer, stat());
+  if (const auto weights = ask_weights(id, request)) {
+    if (!*weights) return reply(peer, weights->error());
+    return reply(peer, WeightMemory{(*weights)->bytes}, (*weights)->fd);
+  }
   if (!peer.lease) {
     ++bad_requests_;
     return reply(peer, invalid("say hello first")), false;
@@ -300,11 +305,14 @@ bool Server::greet(Peer& peer, const Hello& hello) {
       arena_->memory_fd());
 }
 
+Status Server::check_version(int version) {
+  if (version == kProtocolVersion) return Ok{};
+  return invalid("store protocol " + std::to_string(kProtocolVersion) + " is spoken here, not " +
+                 std::to_string(version));
+}
+
 Status Server::check(const Hello& hello) const {
-  if (hello.version != kProtocolVersion) {
-    return invalid("store protocol " + std::to_string(kProtocolVersion) + " is spoken here, not " +
-                   std::to_string(hello.version));
-  }
+  FT_RETURN_IF_ERROR(check_version(hello.version));
   if (hello.owner.first_head + hello.owner.num_heads > hello.model.total_kv_heads) {
     return invalid("heads past the model's " + std::to_string(hello.model.total_kv_heads));
   }

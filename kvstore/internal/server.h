@@ -11,8 +11,10 @@
 // is back in the arena: nobody waits here for a disk. The tier never fails a request: a prefix that
 // does not come, or not in time, is a shorter hit. The tier's side is server_nvme.cc. A sequence
 // that is larger than the arena is given slots of the file beside slabs, and the file's descriptor:
-// as with the arena, only who has what is decided here (server_outsized.cc). Example:
-// tests/kvstore/server_test.cc
+// as with the arena, only who has what is decided here (server_outsized.cc).
+//
+// Beside KV it may hold a copy of the model's weights (weight_copy.h), which ranks ask for before
+// they say Hello. Example: tests/kvstore/server_test.cc
 #pragma once
 
 #include <cstddef>
@@ -31,6 +33,7 @@
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/store_book.h"
 #include "kvstore/internal/tier_mover.h"
+#include "kvstore/internal/weight_copy.h"
 
 namespace foretoken::kvstore {
 
@@ -93,6 +96,7 @@ class Server {
   // Answers a request. False: the peer is to be dropped.
   bool handle(PeerId id, Peer& peer, const Request& request);
   bool greet(Peer& peer, const Hello& hello);
+  static Status check_version(int version);
   Status check(const Hello& hello) const;
   Status adopt(const ModelIdentity& model);
   bool reply(const Peer& peer, const Reply& message, std::optional<int> passed_fd = {}) const;
@@ -101,6 +105,11 @@ class Server {
   Status commit(const Peer& peer, const Commit& request);
   void note(const Peer& peer, const Status& status);
   StoreStat stat() const;
+
+  // The copy of the weights (server_weights.cc). nullopt: another kind of request.
+  std::optional<Result<WeightCopy::Memory>> ask_weights(PeerId id, const Request& request);
+  Status check_weights(int version, const std::string& model_hash) const;
+  std::uint64_t memory_beside_arena() const;
 
   // Sequences that are larger than the arena (server_outsized.cc). What one has on all heads of its
   // lease: slots of tier_, and so many slabs a head.
@@ -133,6 +142,7 @@ class Server {
   std::unique_ptr<Promotions> promotions_;  // with mover_
   std::map<std::pair<LeaseId, SequenceId>, Lent> lent_;
   NvmeFaults rank_faults_;  // of all ranks, so far
+  WeightCopy weights_;
   std::map<PeerId, Peer> peers_;
   PeerId next_peer_ = 1;
   std::int64_t bad_requests_ = 0;

@@ -41,7 +41,8 @@ class Inspection {
             {"slab_bytes", superblock.geometry.slab_bytes},
             {"slabs_total", superblock.geometry.num_slots},
             {"slabs_held", held_.size()},
-            {"bad_headers", contents_.bad_headers}};
+            {"bad_headers", contents_.bad_headers},
+            {"unreadable_headers", contents_.unreadable.size()}};
   }
 
   // Reads every slab; those that fail are held no longer. How many failed.

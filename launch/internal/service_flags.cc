@@ -19,6 +19,9 @@ constexpr std::array kFlags = {
                 "What clients see as the model's name (default: the folder's name)"},
     ServiceFlag{"load_format", kModel, "auto|dummy",
                 "auto: the folder's weights; dummy: random weights of its config, for benchmarks"},
+    ServiceFlag{"keep_weights", kModel, "",
+                "Keep a copy of the weights in the KV store's memory (as much again in host "
+                "memory), from which a group that is restarted loads"},
     ServiceFlag{"max_model_len", kModel, "N",
                 "Longest prompt plus output, in tokens (0: the model's context)"},
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -39,6 +40,27 @@ class SafetensorsTest : public testing::Test {
       fs::path(testing::TempDir()) /
       (std::string("safetensors_") + testing::UnitTest::GetInstance()->current_test_info()->name());
 };
+
+TEST_F(SafetensorsTest, WhatIsWrittenIsRead) {
+  const std::string data = "0123456789ab";
+  const auto bytes = std::as_bytes(std::span(data));
+  const std::vector<NamedTensor> tensors = {
+      {"z", {TensorDtype::kF16, {2}, bytes.first(4)}},
+      {"none", {TensorDtype::kBf16, {0, 3}, bytes.subspan(4, 0)}},
+      {"a \"quoted\"", {TensorDtype::kF32, {2, 1}, bytes.subspan(4, 8)}}};
+  const std::string header = safetensors_header(tensors);
+  EXPECT_EQ(header.size() % 64, 0U);
+  write(folder_ / "any name", header + data);
+  const auto weights = ModelWeights::open_file(folder_ / "any name");
+  ASSERT_TRUE(weights) << weights.error().message;
+  EXPECT_EQ(weights->names().size(), tensors.size());
+  for (const auto& [name, view] : tensors) {
+    const auto read = weights->tensor(name, view.shape);
+    ASSERT_TRUE(read) << read.error().message;
+    EXPECT_EQ(read->dtype, view.dtype);
+    EXPECT_TRUE(std::ranges::equal(read->bytes, view.bytes));
+  }
+}
 
 TEST_F(SafetensorsTest, MapsTensors) {
   write(folder_ / "x.safetensors", file_bytes(kTwoTensors, 12));

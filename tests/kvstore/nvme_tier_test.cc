@@ -119,6 +119,63 @@ TEST_F(NvmeTierTest, AFileThatCantBeReadIsLeftAsItIs) {
   }
 }
 
+TEST_F(NvmeTierTest, SlotsWhoseHeadersCantBeReadAreLeftOut) {
+  {
+    TierOnFile disk(file, 6);
+    for (std::uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  }
+  const NvmeGeometry geometry{kTestModel.slab_bytes(), 6};
+  // Slot 1 holds a slab, slot 5 none; whatever else is read with them fails too.
+  const auto bad_sectors = [&](const IoOperation& operation) {
+    const auto covers = [&](std::uint32_t slot) {
+      const std::uint64_t at = geometry.header_offset(SlotIndex{slot});
+      return operation.offset <= at && at < operation.offset + operation.bytes;
+    };
+    return is_read(operation) && (covers(1) || covers(5)) ? IoFault::kError : IoFault::kNone;
+  };
+  for (int start = 0; start < 2; ++start) {  // the next one finds them as bad
+    TierOnFile disk(file, 6, NvmeReuse::kKeepSlabs, kTestModel, nullptr, bad_sectors);
+    EXPECT_EQ(disk.contents.unreadable, (std::vector<SlotIndex>{SlotIndex{1}, SlotIndex{5}}));
+    EXPECT_EQ(disk.contents.bad_headers, 0);
+    const NvmeStat stat = disk.tier->stat();
+    EXPECT_EQ(stat.state, NvmeState::kOnline);
+    EXPECT_EQ(stat.slabs_total, 4);
+    EXPECT_EQ(stat.slabs_held, 3 + start);
+    EXPECT_EQ(stat.io_errors, 2);
+    EXPECT_FALSE(disk.load(test_name(0, 1)));
+    for (const std::uint32_t i : {0U, 2U, 3U}) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
+    if (start == 0) {
+      EXPECT_TRUE(disk.store(test_name(0, 7)));  // to slot 4, the only free one
+      EXPECT_EQ(disk.tier->stat().evictions, 0);
+    }
+    EXPECT_TRUE(disk.load(test_name(0, 7)));
+  }
+  TierOnFile disk(file, 6, NvmeReuse::kKeepSlabs, kTestModel, nullptr, bad_sectors);
+  EXPECT_TRUE(disk.store(test_name(0, 8)));
+  EXPECT_EQ(disk.tier->stat().evictions, 1) << "no slot that was left out is taken";
+}
+
+TEST_F(NvmeTierTest, ADiskThatReadsNoHeadersIsNoTier) {
+  constexpr std::uint32_t kSlots = 100;
+  { EXPECT_TRUE(TierOnFile(file, kSlots).store(test_name(0, 1))); }
+  IoMemory memory(1 << 20);
+  MemoryDevice device(file);
+  device.fault = [](const IoOperation& operation) {
+    const bool header = operation.offset >= 2 * kSectorBytes;
+    return is_read(operation) && header ? IoFault::kError : IoFault::kNone;
+  };
+  const auto contents =
+      open_contents(device, memory.bytes(), {kTestModel, std::nullopt, 0, NvmeReuse::kKeepSlabs});
+  ASSERT_FALSE(contents);
+  EXPECT_EQ(contents.error().code, ErrorCode::kIo);
+  device.fault = nullptr;
+  EXPECT_EQ(
+      open_contents(device, memory.bytes(), {kTestModel, std::nullopt, 0, NvmeReuse::kKeepSlabs})
+          ->slabs.size(),
+      1U)
+      << "nothing was lost";
+}
+
 TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   TierOnFile disk(file, 3);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));

@@ -59,6 +59,12 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
   EXPECT_EQ(request_there_and_back(NvmeFaults{7, 0}).io_errors, 7);
   EXPECT_EQ(request_there_and_back(NvmeFaults{0, 8}).checksum_failures, 8);
+  EXPECT_EQ(request_there_and_back(FindWeights{6, "3fa9"}).model_hash, "3fa9");
+  const KeepWeights keep = request_there_and_back(KeepWeights{7, "3fa9", 16'060'522'496});
+  EXPECT_EQ(keep.version, 7);
+  EXPECT_EQ(keep.model_hash, "3fa9");
+  EXPECT_EQ(keep.bytes, 16'060'522'496U);
+  request_there_and_back(WeightsFilled{});
   request_there_and_back(StatRequest{});
   request_there_and_back(Goodbye{});
 }
@@ -81,6 +87,7 @@ TEST(StoreProtocol, CarriesEveryReply) {
   EXPECT_EQ(stat.slabs_total, 1);
   EXPECT_EQ(stat.evictions, 8);
   EXPECT_EQ(stat.bad_requests, 11);
+  EXPECT_EQ(reply_there_and_back(WeightMemory{16'060'522'496}).bytes, 16'060'522'496U);
 }
 
 TEST(StoreProtocol, TheLargestMessagesFit) {

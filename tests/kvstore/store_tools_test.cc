@@ -32,18 +32,21 @@ class StoreToolsTest : public testing::Test {
       while (!tier->is_idle()) static_cast<void>(tier->advance(now()));
     }
   }
-  // The file as it is, on a disk that does this to reads of slabs.
-  void fail_slabs(IoFault what) {
+  // The file as it is, on a disk with these faults.
+  void fail(const std::function<IoFault(const IoOperation&)>& fault) {
     std::ifstream file(target.folder / "kv-slabs", std::ios::binary);
     bytes.resize(kGeometry.file_bytes());
     file.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
-    target.make_device = [this, what](int, const IoMemory&, int) {
+    target.make_device = [this, fault](int, const IoMemory&, int) {
       auto device = std::make_unique<MemoryDevice>(bytes);
-      device->fault = [what](const IoOperation& operation) {
-        return operation.offset < kGeometry.slab_offset(SlotIndex{0}) ? IoFault::kNone : what;
-      };
+      device->fault = fault;
       return device;
     };
+  }
+  void fail_slabs(IoFault what) {
+    fail([what](const IoOperation& operation) {
+      return operation.offset < kGeometry.slab_offset(SlotIndex{0}) ? IoFault::kNone : what;
+    });
   }
   static std::string why(const std::function<void()>& tool) {
     try {
@@ -78,6 +81,22 @@ TEST_F(StoreToolsTest, WhatIsDamagedIsGivenBack) {
   EXPECT_EQ(verify_file(target)["bad_slabs"], kSlots);
   target.make_device = make_block_device;
   EXPECT_EQ(verify_file(target)["bad_slabs"], 0);
+}
+
+TEST_F(StoreToolsTest, ASlotWhoseHeaderCantBeReadIsGivenBack) {
+  fail([](const IoOperation& operation) {
+    const std::uint64_t header = kGeometry.header_offset(SlotIndex{1});
+    const bool covers = operation.offset <= header && header < operation.offset + operation.bytes;
+    return covers ? IoFault::kError : IoFault::kNone;
+  });
+  const auto report = collect_file(target);
+  EXPECT_EQ(report["unreadable_headers"], 1);
+  EXPECT_EQ(report["slabs_held"], kSlots - 1);
+  EXPECT_EQ(report["bad_slabs"], 0);
+  target.make_device = make_block_device;
+  const auto after = verify_file(target);
+  EXPECT_EQ(after["unreadable_headers"], 0) << "a hole, which every file system can read";
+  EXPECT_EQ(after["slabs_held"], kSlots - 1);
 }
 
 TEST_F(StoreToolsTest, ASuperblockThatLiesIsRefused) {

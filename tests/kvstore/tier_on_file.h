@@ -4,6 +4,7 @@
 #include <poll.h>
 
 #include <chrono>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -22,11 +23,13 @@ class TierOnFile {
   // Room for num_slots slabs.
   TierOnFile(FileBytes& file, std::uint32_t num_slots, NvmeReuse reuse = NvmeReuse::kKeepSlabs,
              const ModelIdentity& model = kTestModel,
-             std::shared_ptr<const KvCipher> cipher = nullptr)
+             std::shared_ptr<const KvCipher> cipher = nullptr,
+             std::function<IoFault(const IoOperation&)> fault = nullptr)
       : model_(model), is_sealed_(cipher != nullptr) {
     IoMemory memory = NvmeTier::make_memory(model);
     auto owned = std::make_unique<MemoryDevice>(file);
     device = owned.get();
+    device->fault = std::move(fault);
     const NvmeGeometry geometry{model.slab_bytes(), num_slots};
     contents = open_contents(*device, memory.bytes(),
                              {model, geometry.file_bytes(), /*default_bytes=*/0, reuse, cipher})

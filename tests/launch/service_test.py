@@ -297,6 +297,30 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
 
 
+@pytest.mark.parametrize("source", ["the files", "random values"])
+def test_a_replaced_group_loads_from_the_stores_copy(model, source):
+    """... and its tokens stay the same; both ranks load from the one copy."""
+    dummy = ("--load-format=dummy",) if source == "random values" else ()
+    flags = (FULL, "--tensor-parallel-size=2", "--keep-weights", *dummy)
+    with Service(model, *flags) as running:
+        log = running.log.read_text
+        wait_until(lambda: "the store keeps a copy" in log(), what="the copy")
+        assert log().count(f"GB/s) from {source}") == 2  # the load and the copy
+        with Client(running.endpoint, running.key_file) as client:
+            options = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
+            undisturbed = client.generate("Once upon a time", **options).ids
+            for deaths in (1, 2):  # it is there for every restart
+                stream = client.stream("Once upon a time", **options)
+                ids = list(next(stream).ids)
+                os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+                for piece in stream:
+                    ids += piece.ids
+                assert ids == undisturbed
+                assert client.status()["worker_restarts"] == deaths
+                assert log().count("GB/s) from the store") == deaths
+        assert log().count(f"GB/s) from {source}") == 2
+
+
 def test_a_lost_store_ends_the_service_with_its_reason(model):
     with Service(model, FULL) as running:
         os.kill(running.pids("foretoken-kvstore")[0], signal.SIGKILL)

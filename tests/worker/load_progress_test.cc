@@ -15,6 +15,11 @@ TEST(LoadProgress, DescribesHowFarItIs) {
             "100 %, 16.0 of 16.0 GB, 2.00 GB/s, 0 s left");
 }
 
+TEST(LoadProgress, SaysHowFastItWasAndFromWhere) {
+  EXPECT_EQ(describe_load(16'060'000'000, std::chrono::milliseconds(410), "the store"),
+            "16.06 GB in 0.41 s (39.2 GB/s) from the store");
+}
+
 TEST(LoadProgress, DrawsABarOfOneLength) {
   EXPECT_EQ(progress_bar(0, 100), "[....................]");
   EXPECT_EQ(progress_bar(34, 100), "[######..............]");

@@ -29,6 +29,11 @@ std::string describe_progress(std::int64_t done_bytes, std::int64_t total_bytes,
   return text + fmt::format(", {:.2f} GB/s, {:.0f} s left", rate, std::ceil(left));
 }
 
+std::string describe_load(std::int64_t bytes, Seconds elapsed, std::string_view source) {
+  return fmt::format("{:.2f} GB in {:.2f} s ({:.1f} GB/s) from {}", gigabytes(bytes),
+                     elapsed.count(), gigabytes(bytes) / std::max(elapsed.count(), 1e-9), source);
+}
+
 std::string progress_bar(std::int64_t done_bytes, std::int64_t total_bytes) {
   const auto filled = static_cast<std::size_t>(kBarWidth * done_bytes / total_bytes);
   return fmt::format("[{:.<{}}]", std::string(filled, '#'), kBarWidth);
@@ -53,12 +58,10 @@ void LoadProgress::add(std::int64_t bytes) {
   shown_ = now;
 }
 
-void LoadProgress::end() {
+void LoadProgress::end(std::string_view source) {
   if (style_ == Style::kNone) return;
   if (style_ == Style::kBar) std::cerr << kClearLine << std::flush;
-  const double seconds = Seconds(Clock::now() - begun_).count();
-  log().info("weights are loaded: {:.2f} GB in {:.2f} s, {:.1f} GB/s", gigabytes(total_), seconds,
-             gigabytes(total_) / std::max(seconds, 1e-9));
+  log().info("weights: {}", describe_load(total_, Clock::now() - begun_, source));
 }
 
 }  // namespace foretoken::worker

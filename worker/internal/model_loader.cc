@@ -75,7 +75,7 @@ Status ModelLoader::load() {
     inv_freq.push_back(static_cast<float>(value));
   }
   FT_ASSIGN_OR_RETURN(model_.inv_freq_, upload(inv_freq));
-  progress_.end();
+  progress_.end(weights_.name());
   return Ok{};
 }
 

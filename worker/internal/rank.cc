@@ -17,6 +17,7 @@
 #include "worker/engine.h"
 #include "worker/internal/gpu_choice.h"
 #include "worker/internal/make_device.h"
+#include "worker/weight_keeper.h"
 
 namespace foretoken::worker {
 namespace {
@@ -249,15 +250,7 @@ class Worker {
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
         make_partition(model_config_, place.rank, place.world_size).value_or_throw();
-    const auto weights =
-        config_.load_format == "dummy"
-            ? make_dummy_source(model_config_)
-            : make_folder_source(ModelWeights::open(config_.model).value_or_throw());
-    LoadProgress progress(progress_style(config, place));
-    model_ = at_start(config_, [&] {
-      return Model::load(model_config_, *weights, part, *device_, *collective_, progress)
-          .value_or_throw();
-    });
+    load_model(welcome.store_socket, part, progress_style(config, place));
     policy_ = at_start(config_, [&] {
       return predictor::make_policy(policy_config(config_, *device_),
                                     {.kv = model_->kv_shape(), .num_heads = part.heads.count},
@@ -283,13 +276,39 @@ class Worker {
   }
   Engine& engine() { return *engine_; }
   const std::string& hash() const { return model_hash_; }
+  // Under --keep-weights, and on the rank whose task it is: see WeightKeeper::keep.
+  std::jthread keep_weights() { return keeper_ ? keeper_->keep() : std::jthread(); }
 
  private:
+  std::unique_ptr<WeightSource> open_weights() const {
+    if (config_.load_format == "dummy") return make_dummy_source(model_config_);
+    return make_file_source(ModelWeights::open(config_.model).value_or_throw());
+  }
+
+  void load_model(const std::string& store_socket, const Partition& part,
+                  LoadProgress::Style style) {
+    std::unique_ptr<WeightSource> plain;
+    if (config_.keep_weights) {
+      keeper_ = std::make_unique<WeightKeeper>(store_socket, model_hash_,
+                                               [this] { return open_weights(); });
+    } else {
+      plain = open_weights();
+    }
+    const WeightSource& weights = keeper_ ? keeper_->source() : *plain;
+    LoadProgress progress(style);
+    model_ = at_start(config_, [&] {
+      return Model::load(model_config_, weights, part, *device_, *collective_, progress)
+          .value_or_throw();
+    });
+    if (part.rank != 0) keeper_.reset();  // others are not asked for every tensor
+  }
+
   ServiceConfig config_;
   ModelConfig model_config_;
   std::string model_hash_;
   std::unique_ptr<kernels::Device> device_;
   std::unique_ptr<Collective> collective_;
+  std::unique_ptr<WeightKeeper> keeper_;  // null: the weights are not kept, or not by this rank
   std::unique_ptr<Model> model_;
   std::unique_ptr<predictor::Policy> policy_;
   std::unique_ptr<kvstore::KvStore> store_;
@@ -342,6 +361,7 @@ void run_rank(const RankConfig& config) {
   const Welcome welcome = join(line, config, place);
   Heart heart(config, welcome.epoch, place.rank);
   std::unique_ptr<Worker> worker;
+  std::jthread keeping;  // uses the worker, so it ends before that
   try {
     worker = std::make_unique<Worker>(config, welcome, place);
     if (place.rank == 0) log().info("{}", worker->engine().memory_plan());
@@ -351,6 +371,7 @@ void run_rank(const RankConfig& config) {
     ready.rank = place.rank;
     ready.model_hash = worker->hash();
     line.send(ready);
+    keeping = worker->keep_weights();
     serve_plans(line, heart, worker->engine(), welcome.epoch, config);
   } catch (const Exception& failure) {
     // Its parts would wait for the device before they end, and that may be what failed. The

@@ -12,9 +12,11 @@
 namespace foretoken::worker {
 namespace {
 
-class FolderSource final : public WeightSource {
+class FileSource final : public WeightSource {
  public:
-  explicit FolderSource(ModelWeights weights) : weights_(std::move(weights)) {}
+  FileSource(ModelWeights weights, std::string_view name)
+      : weights_(std::move(weights)), name_(name) {}
+  std::string_view name() const override { return name_; }
   Result<TensorView> tensor(const std::string& name,
                             std::span<const std::int64_t> shape) const override {
     return weights_.tensor(name, shape);
@@ -22,6 +24,7 @@ class FolderSource final : public WeightSource {
 
  private:
   ModelWeights weights_;
+  std::string_view name_;
 };
 
 // Values that repeat after a prime number of them, so that no row of a matrix is another's copy.
@@ -63,6 +66,7 @@ class DummySource final : public WeightSource {
   explicit DummySource(const ModelConfig& config)
       : dtype_(config.dtype == ModelDtype::kF16 ? TensorDtype::kF16 : TensorDtype::kBf16) {}
 
+  std::string_view name() const override { return "random values"; }
   Result<TensorView> tensor(const std::string& name,
                             std::span<const std::int64_t> shape) const override {
     std::size_t count = 1;
@@ -76,8 +80,9 @@ class DummySource final : public WeightSource {
 
  private:
   std::span<const std::uint16_t> ones(std::size_t count) const {
-    if (ones_.size() < count) ones_.assign(count, encode(1.0F));
-    return std::span(ones_).first(count);
+    std::vector<std::uint16_t>& ones = ones_[count];
+    if (ones.empty()) ones.assign(count, encode(1.0F));
+    return ones;
   }
 
   // With room for `count` values from any offset. Variance 1 / columns keeps a product's scale.
@@ -107,15 +112,15 @@ class DummySource final : public WeightSource {
   }
 
   TensorDtype dtype_;
-  mutable std::vector<std::uint16_t> ones_;
-  mutable std::map<std::int64_t, Pool> pools_;  // by columns
-  mutable std::vector<Pool> old_pools_;         // views of them may be in use
+  mutable std::map<std::size_t, std::vector<std::uint16_t>> ones_;  // by their count
+  mutable std::map<std::int64_t, Pool> pools_;                      // by columns
+  mutable std::vector<Pool> old_pools_;                             // views of them may be in use
 };
 
 }  // namespace
 
-std::unique_ptr<WeightSource> make_folder_source(ModelWeights weights) {
-  return std::make_unique<FolderSource>(std::move(weights));
+std::unique_ptr<WeightSource> make_file_source(ModelWeights weights, std::string_view name) {
+  return std::make_unique<FileSource>(std::move(weights), name);
 }
 
 std::unique_ptr<WeightSource> make_dummy_source(const ModelConfig& config) {
