@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -17,6 +18,7 @@
 #include "worker/engine.h"
 #include "worker/internal/gpu_choice.h"
 #include "worker/internal/make_device.h"
+#include "worker/internal/node_ranks.h"
 
 namespace foretoken::worker {
 namespace {
@@ -36,45 +38,13 @@ std::string host_name() {
 
 // Where MPI has put this rank.
 struct Place {
+  Place() {
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world_size);
+  }
   int rank = 0;
   int world_size = 1;
-  int rank_on_node = 0;
-  int ranks_on_node = 1;
-
-  static Place ask_mpi() {
-    Place place;
-    MPI_Comm_rank(MPI_COMM_WORLD, &place.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &place.world_size);
-    const NodeRanks node(place.rank);
-    MPI_Comm_rank(node.comm, &place.rank_on_node);
-    MPI_Comm_size(node.comm, &place.ranks_on_node);
-    return place;
-  }
-
-  // What each rank of this node says, by its number there. Every rank calls it, with texts of one
-  // length.
-  std::vector<std::string> ask_node(const std::string& word) const {
-    const NodeRanks node(rank);
-    const int bytes = static_cast<int>(word.size());
-    std::string all(word.size() * static_cast<std::size_t>(ranks_on_node), ' ');
-    MPI_Allgather(word.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, node.comm);
-    std::vector<std::string> words;
-    for (std::size_t at = 0; at < all.size(); at += word.size()) {
-      words.push_back(all.substr(at, word.size()));
-    }
-    return words;
-  }
-
- private:
-  struct NodeRanks {
-    explicit NodeRanks(int rank) {
-      MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &comm);
-    }
-    ~NodeRanks() { MPI_Comm_free(&comm); }
-    NodeRanks(const NodeRanks&) = delete;
-    NodeRanks& operator=(const NodeRanks&) = delete;
-    MPI_Comm comm = MPI_COMM_NULL;
-  };
+  NodeRanks node;
 };
 
 // The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
@@ -196,12 +166,12 @@ int own_gpu(const ServiceConfig& config, int group, const Place& place) {
   const int devices = kernels::num_cuda_devices();
   if (devices == 0) throw Exception(ErrorCode::kDevice, kernels::why_no_cuda_device());
   const int index = choose_gpu({.group = group,
-                                .rank_on_node = place.rank_on_node,
-                                .ranks_on_node = place.ranks_on_node,
+                                .rank_on_node = place.node.rank(),
+                                .ranks_on_node = place.node.count(),
                                 .num_devices = devices})
                         .value_or_throw();
   const Status own =
-      check_own_gpu(place.ask_node(kernels::cuda_device_id(index)), place.rank_on_node);
+      check_own_gpu(place.node.gather(kernels::cuda_device_id(index)), place.node.rank());
   if (!own) throw Exception(own.error());
   return index;
 }
@@ -336,7 +306,7 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
 }  // namespace
 
 void run_rank(const RankConfig& config) {
-  const Place place = Place::ask_mpi();
+  const Place place;
   log_init("rank " + std::to_string(place.rank));
   Line line(config);
   const Welcome welcome = join(line, config, place);
