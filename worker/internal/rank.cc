@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
 #include <string>
 #include <string_view>
 #include <thread>
@@ -16,6 +17,7 @@
 #include "common/socket.h"
 #include "common/wire.h"
 #include "worker/engine.h"
+#include "worker/internal/failure.h"
 #include "worker/internal/gpu_choice.h"
 #include "worker/internal/make_device.h"
 #include "worker/internal/node_ranks.h"
@@ -95,7 +97,7 @@ class Heart {
         unanswered = is_answered(line) ? 0 : unanswered + 1;
         if (unanswered >= most) lost_ = true;
       }
-    } catch (const Exception& failure) {
+    } catch (const std::exception& failure) {
       // The coordinator will miss the beats, and fence this rank.
       log().error("heartbeat stopped: {}", failure.what());
     }
@@ -303,11 +305,8 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
                       std::to_string(config.coordinator_timeout.count()) + " s: this rank ends");
 }
 
-}  // namespace
-
-void run_rank(const RankConfig& config) {
-  const Place place;
-  log_init("rank " + std::to_string(place.rank));
+// All but MPI's part of a rank's life.
+void join_and_serve(const RankConfig& config, const Place& place) {
   Line line(config);
   const Welcome welcome = join(line, config, place);
   Heart heart(config, welcome.epoch, place.rank);
@@ -322,12 +321,24 @@ void run_rank(const RankConfig& config) {
     ready.model_hash = worker->hash();
     line.send(ready);
     serve_plans(line, heart, worker->engine(), welcome.epoch, config);
-  } catch (const Exception& failure) {
+  } catch (const std::exception& failure) {
     // Its parts would wait for the device before they end, and that may be what failed. The
     // process, which is about to end, gives all back.
     static_cast<void>(worker.release());
-    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
+    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, error_of(failure)});
     throw;
+  }
+}
+
+}  // namespace
+
+void run_rank(const RankConfig& config) {
+  const Place place;
+  log_init("rank " + std::to_string(place.rank));
+  try {
+    join_and_serve(config, place);
+  } catch (const std::exception& failure) {
+    throw Exception(error_of(failure));
   }
 }
 
