@@ -115,7 +115,7 @@ def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path
 @pytest.mark.parametrize("share", [1, 100])
 @pytest.mark.parametrize("kind", ["eio", "short", "stall"])
 def test_a_disk_that_fails_costs_time_and_no_token(model, answers, tmp_path, kind, share):
-    """For a while; the tier is of use again after it. Short moves go on until they end in an error."""
+    """For a while; the tier is of use again after it. Short moves, where they end in an error."""
     told = tmp_path / "faults"
     told.write_text("")
     flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
