@@ -85,7 +85,7 @@ struct TokenMessage {
 struct Usage {
   std::int64_t prompt_tokens = 0;
   std::int64_t completion_tokens = 0;
-  std::int64_t cached_tokens = 0;  // of the prompt, from prefix reuse
+  std::int64_t cached_tokens = 0;  // of the prompt, reused and never computed for it
 };
 
 // What became of a request's KV, summed over ranks.

@@ -42,6 +42,7 @@ class Request {
                   const std::optional<Tokenizer>& tokenizer);
   // A group takes it: kWaiting -> kRunning.
   void run_as(int group, SequenceId sequence);
+  // May come again, of a later sequence: what one of them computed is not counted as cached.
   void on_admitted(std::int64_t reused_tokens, TimePoint now);
   // Its sequence is gone: kRunning -> kWaiting.
   void wait_again();

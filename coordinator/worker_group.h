@@ -62,8 +62,8 @@ class WorkerGroup {
   bool on_heartbeat(const Heartbeat& heartbeat);
   std::vector<GroupEvent> on_failed(const std::string& peer, const WorkerFailed& failed);
   std::vector<GroupEvent> on_time(TimePoint now);
-  // The connection of a rank is closed.
-  GroupDead on_lost(const std::string& peer) const;
+  // A rank could not be sent to: its connection is closed (kNotFound), else it takes no messages.
+  GroupDead on_unsent(const std::string& peer, const Error& error) const;
 
   // A plan was sent to all ranks: its results are due.
   void on_plan_sent(StepNumber step) { due_.emplace(step, Due{watched_, {}}); }

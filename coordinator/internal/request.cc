@@ -47,9 +47,8 @@ void Request::run_as(int group, SequenceId sequence) {
 }
 
 void Request::on_admitted(std::int64_t reused_tokens, TimePoint now) {
-  if (admitted_at_) return;
-  admitted_at_ = now;
-  cached_tokens_ = reused_tokens;
+  cached_tokens_ = admitted_at_ ? std::min(cached_tokens_, reused_tokens) : reused_tokens;
+  if (!admitted_at_) admitted_at_ = now;
 }
 
 void Request::wait_again() {

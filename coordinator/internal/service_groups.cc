@@ -95,7 +95,7 @@ void Service::on_event(Group& group, const SendWelcome& event, TimePoint now) {
   const Welcome welcome{group.ranks.epoch(), to_json(parts_.config), parts_.store_socket};
   const auto sent = outbox_.to_worker(event.peer, encode(CoordinatorMessage(welcome)));
   if (sent || !group.ranks.is_ready()) return;
-  on_event(group, group.ranks.on_lost(event.peer), now);
+  on_event(group, group.ranks.on_unsent(event.peer, sent.error()), now);
 }
 
 void Service::on_event(Group& group, const GroupReady&, TimePoint) {
@@ -366,7 +366,7 @@ bool Service::send_plan(Group& group, const StepPlan& plan, TimePoint now) {
   for (const auto& peer : group.ranks.peers()) {
     const auto sent = outbox_.to_worker(peer, frame);
     if (sent) continue;
-    on_event(group, group.ranks.on_lost(peer), now);
+    on_event(group, group.ranks.on_unsent(peer, sent.error()), now);
     return false;
   }
   return true;

@@ -130,12 +130,17 @@ Events WorkerGroup::on_failed(const std::string& peer, const WorkerFailed& faile
                /*must_be_killed=*/false)};
 }
 
-GroupDead WorkerGroup::on_lost(const std::string& peer) const {
+GroupDead WorkerGroup::on_unsent(const std::string& peer, const Error& error) const {
   const auto rank = std::find_if(ranks_.begin(), ranks_.end(),
                                  [&](const Rank& r) { return r.hello && r.peer == peer; });
   FT_CHECK(rank != ranks_.end(), peer.size());
-  return dead(ErrorCode::kUnavailable, static_cast<int>(rank - ranks_.begin()),
-              "is gone: its connection is closed", /*must_be_killed=*/false);
+  const int number = static_cast<int>(rank - ranks_.begin());
+  if (error.code == ErrorCode::kNotFound) {
+    return dead(ErrorCode::kUnavailable, number, "is gone: its connection is closed",
+                /*must_be_killed=*/false);
+  }
+  return dead(ErrorCode::kUnavailable, number, "can't be sent to: " + error.message,
+              /*must_be_killed=*/true);
 }
 
 Events WorkerGroup::on_time(TimePoint now) {

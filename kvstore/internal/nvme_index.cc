@@ -44,8 +44,7 @@ std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
 void NvmeIndex::touch(const SlabName& name) {
   const auto found = by_name_.find(name);
   if (found == by_name_.end()) return;
-  const Slot& slot = at(found->second);
-  if (slot.pins == 0) used_.splice(used_.end(), used_, slot.place);
+  used_.splice(used_.end(), used_, at(found->second).place);
 }
 
 std::optional<SlotIndex> NvmeIndex::claim() {
@@ -54,8 +53,10 @@ std::optional<SlotIndex> NvmeIndex::claim() {
     free_.pop_front();
     return slot;
   }
-  if (used_.empty()) return std::nullopt;
-  const SlotIndex victim = used_.front();
+  const auto oldest =
+      std::ranges::find_if(used_, [this](SlotIndex slot) { return at(slot).pins == 0; });
+  if (oldest == used_.end()) return std::nullopt;
+  const SlotIndex victim = *oldest;
   erase(*at(victim).name);
   free_.pop_back();  // where erase() has put it
   ++num_evictions_;
@@ -80,18 +81,13 @@ void NvmeIndex::give_back(SlotIndex slot) {
 void NvmeIndex::pin(SlotIndex index) {
   Slot& slot = at(index);
   FT_CHECK(slot.name.has_value(), raw(index));
-  if (slot.pins++ == 0) used_.erase(slot.place);
+  ++slot.pins;
 }
 
 void NvmeIndex::unpin(SlotIndex index) {
   Slot& slot = at(index);
   FT_CHECK(slot.pins > 0, raw(index));
-  if (--slot.pins > 0) return;
-  if (slot.name) {
-    slot.place = used_.insert(used_.end(), index);
-  } else {
-    free_.push_back(index);
-  }
+  if (--slot.pins == 0 && !slot.name) free_.push_back(index);
 }
 
 void NvmeIndex::erase(const SlabName& name) {
@@ -101,9 +97,8 @@ void NvmeIndex::erase(const SlabName& name) {
   Slot& slot = at(index);
   slot.name.reset();
   by_name_.erase(found);
-  if (slot.pins > 0) return;
   used_.erase(slot.place);
-  free_.push_back(index);
+  if (slot.pins == 0) free_.push_back(index);
 }
 
 void NvmeIndex::check() const {
@@ -113,8 +108,7 @@ void NvmeIndex::check() const {
   std::size_t held = 0;
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const Slot& slot = slots_[i];
-    const bool is_used = slot.name && slot.pins == 0;
-    FT_CHECK(used.contains(SlotIndex{i}) == is_used, i, slot.pins);
+    FT_CHECK(used.contains(SlotIndex{i}) == slot.name.has_value(), i, slot.pins);
     FT_CHECK(!free.contains(SlotIndex{i}) || (!slot.name && slot.pins == 0), i);
     if (!slot.name) continue;
     ++held;

@@ -50,7 +50,7 @@ class NvmeIndex {
   // A claimed slot holds nothing.
   void give_back(SlotIndex slot);
 
-  // Pins count. REQUIRES: held.
+  // Pins count. They say nothing of use: touch() does. REQUIRES: held.
   void pin(SlotIndex slot);
   void unpin(SlotIndex slot);
   // Forgets the name; its slot is free once no pin is left. REQUIRES: held.
@@ -70,14 +70,14 @@ class NvmeIndex {
     std::uint64_t digest = 0;
     Seal seal;
     int pins = 0;                          // without a name: free at the last unpin
-    std::list<SlotIndex>::iterator place;  // in used_, if held and not pinned
+    std::list<SlotIndex>::iterator place;  // in used_, if held
   };
   Slot& at(SlotIndex slot);
 
   std::vector<Slot> slots_;
   std::uint32_t num_usable_;  // of them, that are not left out
   std::deque<SlotIndex> free_;
-  std::list<SlotIndex> used_;  // held and not pinned, least recently used first
+  std::list<SlotIndex> used_;  // held, least recently used first
   std::unordered_map<SlabName, SlotIndex> by_name_;
   std::int64_t num_evictions_ = 0;
 };

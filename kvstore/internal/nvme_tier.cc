@@ -261,6 +261,7 @@ NvmeTier::Loaded NvmeTier::finish_load(std::size_t index) {
   const std::byte* slab = buffer(index).data();
   const bool is_whole = digest_of(slab) == transfer.digest && copy_verified(transfer.to, slab);
   if (is_whole) ++stat_.slabs_read;
+  index_.touch(transfer.name);
   end_read(transfer, is_whole);
   end(index);
   return {transfer.name, is_whole};

@@ -5,6 +5,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <set>
+
 #include "common/log.h"
 #include "common/wire.h"
 #include "tests/coordinator/fake_worker.h"
@@ -357,6 +360,27 @@ TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
   EXPECT_THAT(metrics, HasSubstr("foretoken_kv_losses_total{model_name=\"m\"} 1"));
   EXPECT_THAT(metrics, HasSubstr("foretoken_kv_checksum_failures_total{model_name=\"m\","
                                  "tier=\"host\"} 3"));
+}
+
+TEST_F(ServiceTest, CachedTokensAreThoseThatNoLifeOfARequestComputed) {
+  start_rank();
+  auto request = wish("r1", 20);
+  request.prompt_ids = std::vector<TokenId>(700, 5);
+  // Loses its KV once; before that, the prefixes that the store then has are changed.
+  const auto cached = [&](const std::function<void(std::set<PrefixKey>&)>& change) {
+    told_.clear();
+    ask(request);
+    while (told<TokenMessage>().empty()) work(1);
+    change(store_->published);
+    store_->losses = 1;
+    work();
+    EXPECT_EQ(told<DoneMessage>().at(0).kv.losses, 1);
+    return told<DoneMessage>().at(0).usage.cached_tokens;
+  };
+  const auto nothing = [](std::set<PrefixKey>&) {};
+  EXPECT_EQ(cached(nothing), 0) << "its second life reuses what its first one computed";
+  EXPECT_EQ(cached(nothing), 512);
+  EXPECT_EQ(cached([](auto& published) { published.clear(); }), 0);
 }
 
 TEST_F(ServiceTest, ADiskThatFailsCostsTheRequestThatNeedsIt) {

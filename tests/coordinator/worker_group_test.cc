@@ -173,9 +173,19 @@ TEST_F(WorkerGroupTest, KnowsTheHeartbeatsOfItsOwnRanks) {
 
 TEST_F(WorkerGroupTest, ARankWhoseConnectionIsClosedIsNamed) {
   assemble();
-  const GroupDead dead = group_.on_lost(peer(1));
+  const GroupDead dead = group_.on_unsent(peer(1), {ErrorCode::kNotFound, "the peer is gone"});
   EXPECT_THAT(dead.error.message, HasSubstr("rank 1 (pid 101 on here) of group 0 is gone"));
   EXPECT_FALSE(dead.must_be_killed);
+}
+
+// Nobody else would end it: it lives.
+TEST_F(WorkerGroupTest, ARankThatTakesNoMessagesIsSaidToAndMustBeKilled) {
+  assemble();
+  const GroupDead dead =
+      group_.on_unsent(peer(1), {ErrorCode::kExhausted, "the peer's queue is full"});
+  EXPECT_THAT(dead.error.message,
+              HasSubstr("rank 1 (pid 101 on here) of group 0 can't be sent to: the peer's queue"));
+  EXPECT_TRUE(dead.must_be_killed);
 }
 
 TEST_F(WorkerGroupTest, ARankThatJoinedHasLongerForItsFirstHeartbeat) {

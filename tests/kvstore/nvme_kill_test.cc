@@ -1,5 +1,6 @@
-// A store is killed while it writes, again and again, over the same file; what the next one finds
-// is held against an oracle: each slab is right, and none is lost that was done.
+// A store is killed while it writes, again and again, over the same file, at named points and at
+// random ones; what the next one finds is held against an oracle: each slab is right, and none is
+// lost that was done.
 //
 // FORETOKEN_KILLS sets how many times at least (20).
 #include <fcntl.h>
@@ -10,10 +11,13 @@
 #include <sys/wait.h>
 
 #include <cstdlib>
+#include <fstream>
+#include <optional>
 #include <random>
 #include <thread>
 
 #include "kvstore/internal/nvme_tier.h"
+#include "tests/kvstore/dying_device.h"
 #include "tests/kvstore/running_server.h"
 #include "tests/kvstore/test_slab.h"
 
@@ -27,36 +31,49 @@ int num_kills() {
   return asked != nullptr ? std::atoi(asked) : 20;
 }
 
-// Runs slab_writer for a while; the numbers that it was done with.
-std::vector<std::uint32_t> run_and_kill(const std::string& folder, unsigned seed,
-                                        std::chrono::microseconds life) {
-  int ends[2] = {};
-  if (pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe2");
-  const FileDescriptor in(ends[0]);
-  FileDescriptor out(ends[1]);
-  fcntl(in.get(), F_SETPIPE_SZ, 1 << 20);  // it never waits for us
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, out.get(), STDOUT_FILENO);
-  std::string words[] = {SLAB_WRITER, folder, std::to_string(seed)};
-  char* argv[] = {words[0].data(), words[1].data(), words[2].data(), nullptr};
-  pid_t pid = 0;
-  if (posix_spawn(&pid, SLAB_WRITER, &actions, nullptr, argv, environ) != 0) {
-    throw std::runtime_error("posix_spawn");
+class SlabWriter {
+ public:
+  explicit SlabWriter(std::vector<std::string> words) {
+    int ends[2] = {};
+    if (pipe2(ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe2");
+    in_ = FileDescriptor(ends[0]);
+    const FileDescriptor out(ends[1]);
+    fcntl(in_.get(), F_SETPIPE_SZ, 1 << 20);  // it never waits for us
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, out.get(), STDOUT_FILENO);
+    words.insert(words.begin(), SLAB_WRITER);
+    std::vector<char*> argv;
+    for (std::string& word : words) argv.push_back(word.data());
+    argv.push_back(nullptr);
+    if (posix_spawn(&pid_, SLAB_WRITER, &actions, nullptr, argv.data(), environ) != 0) {
+      throw std::runtime_error("posix_spawn");
+    }
+    posix_spawn_file_actions_destroy(&actions);
   }
-  posix_spawn_file_actions_destroy(&actions);
-  out.reset();
-  pollfd started{in.get(), POLLIN, 0};
-  poll(&started, 1, 10'000);
-  std::this_thread::sleep_for(life);
-  kill(pid, SIGKILL);
-  waitpid(pid, nullptr, 0);
-  std::vector<std::uint32_t> done;
-  for (std::uint32_t number = 0; read(in.get(), &number, sizeof number) == sizeof number;) {
-    done.push_back(number);
+
+  void kill_after(std::chrono::microseconds life) const {
+    pollfd started{in_.get(), POLLIN, 0};
+    poll(&started, 1, 10'000);
+    std::this_thread::sleep_for(life);
+    kill(pid_, SIGKILL);
   }
-  return done;
-}
+  // The numbers that it was done with. Waits for its end, which must be by SIGKILL.
+  std::vector<std::uint32_t> done() {
+    std::vector<std::uint32_t> numbers;
+    for (std::uint32_t number = 0; read(in_.get(), &number, sizeof number) == sizeof number;) {
+      numbers.push_back(number);
+    }
+    int status = 0;
+    waitpid(pid_, &status, 0);
+    EXPECT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL) << "status " << status;
+    return numbers;
+  }
+
+ private:
+  FileDescriptor in_;
+  pid_t pid_ = 0;
+};
 
 bool load(NvmeTier& tier, const SlabName& name) {
   const auto now = [] { return std::chrono::steady_clock::now(); };
@@ -73,33 +90,72 @@ bool load(NvmeTier& tier, const SlabName& name) {
   }
 }
 
-TEST(NvmeKill, NothingWrongAndNothingDoneIsLost) {
-  const TestFolder folder;
-  std::mt19937 random(kSeed);
-  const NvmeGeometry geometry = kill_test_geometry();
-  std::vector<std::uint32_t> done;  // by all of them, in order
-  // More on a slow machine: until the oldest have had to give way.
-  for (int i = 0; i < num_kills() || done.size() <= geometry.num_slots; ++i) {
-    const auto life = std::chrono::microseconds(random() % 30'000);
-    for (const std::uint32_t number : run_and_kill(folder.path(), random(), life)) {
-      done.push_back(number);
+class NvmeKill : public testing::TestWithParam<bool> {  // whether the file is encrypted
+ protected:
+  NvmeKill() {
+    if (!GetParam()) return;
+    key_file_ = folder_.path() / "key";
+    std::ofstream(key_file_) << std::string(64, '7');
+    std::filesystem::permissions(key_file_, std::filesystem::perms::owner_read);
+    cipher_ = KvCipher::from_file(key_file_);
+  }
+
+  // One life over the file, and its death: every other one at a named point. Says which.
+  std::string live_and_die() {
+    std::vector<std::string> words = {tier_folder(), std::to_string(random_()), key_file_};
+    std::string death = "any time";
+    if (++num_deaths_ % 2 == 0) {
+      const DeathPoint& point = kDeathPoints[num_deaths_ / 2 % kDeathPoints.size()];
+      // An opening writes two superblocks.
+      const auto most = point.kind == WriteKind::kSuperblock ? 2U : 20U;
+      words.insert(words.end(), {std::string(point.name), std::to_string(1 + random_() % most)});
+      death = words[3] + " " + words[4];
     }
-    const NvmeFile file(folder.path());
-    const auto tier =
-        NvmeTier::open(file, {kTestModel, geometry.file_bytes(), 0, NvmeReuse::kKeepSlabs})
-            .value_or_throw();
-    // The oldest gave way: also to slabs that were written and not told of any more, one a death.
-    const std::size_t safe = geometry.num_slots - 16;
-    const std::size_t first = done.size() > safe ? done.size() - safe : 0;
+    SlabWriter writer(words);
+    if (words.size() == 3) writer.kill_after(std::chrono::microseconds(random_() % 30'000));
+    for (const std::uint32_t number : writer.done()) written_.push_back(number);
+    written_.push_back(std::nullopt);
+    return death;
+  }
+
+  void expect_that_all_is_there() const {
+    const NvmeFile file(tier_folder());
+    const auto tier = NvmeTier::open(file, kill_test_opening(cipher_)).value_or_throw();
+    const std::size_t slots = kill_test_geometry().num_slots;
     int lost = 0;
-    for (std::size_t at = first; at < done.size(); ++at) {
-      if (!load(*tier, test_name(0, done[at]))) ++lost;
+    for (std::size_t at = written_.size() - std::min(written_.size(), slots); at < written_.size();
+         ++at) {
+      if (written_[at] && !load(*tier, test_name(0, *written_[at]))) ++lost;
     }
-    EXPECT_EQ(lost, 0) << "kill " << i << ", seed " << kSeed;
+    EXPECT_EQ(lost, 0);
     EXPECT_LE(tier->stat().checksum_failures, 1) << "the one that was being written";
-    if (HasFailure()) return;
+  }
+  // So many that the oldest have had to give way.
+  bool is_full() const { return written_.size() > 2 * kill_test_geometry().num_slots; }
+
+ private:
+  std::string tier_folder() const { return folder_.path() / "kv"; }
+
+  const TestFolder folder_;
+  std::string key_file_;
+  std::shared_ptr<const KvCipher> cipher_;
+  std::mt19937 random_{kSeed};
+  std::size_t num_deaths_ = 0;
+  // By all of them, in order. A death may have written one more slab than it told of (nullopt).
+  std::vector<std::optional<std::uint32_t>> written_;
+};
+
+TEST_P(NvmeKill, NothingWrongAndNothingDoneIsLost) {
+  for (int i = 0; i < num_kills() || !is_full(); ++i) {
+    const std::string death = live_and_die();
+    expect_that_all_is_there();
+    ASSERT_FALSE(HasFailure()) << "kill " << i << " at " << death << ", seed " << kSeed;
   }
 }
+
+INSTANTIATE_TEST_SUITE_P(Files, NvmeKill, testing::Bool(), [](const auto& which) {
+  return std::string(which.param ? "Encrypted" : "Plain");
+});
 
 }  // namespace
 }  // namespace foretoken::kvstore

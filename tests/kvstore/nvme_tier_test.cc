@@ -187,6 +187,21 @@ TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   EXPECT_EQ(disk.tier->stat().evictions, 1);
 }
 
+TEST_F(NvmeTierTest, ACheckIsNoUse) {
+  for (int num_checks = 0; num_checks < 4; ++num_checks) {
+    file.clear();
+    TierOnFile disk(file, 3);
+    for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+    ASSERT_TRUE(disk.load(test_name(0, 0)));
+    for (int i = 0; i < num_checks; ++i) {
+      disk.now = disk.tier->deadline().value();
+      disk.finish();
+    }
+    ASSERT_TRUE(disk.store(test_name(0, 3)));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, 1))) << num_checks;
+  }
+}
+
 TEST_F(NvmeTierTest, ASlabOfTheArenaThatIsWrongIsNotWritten) {
   TierOnFile disk(file, 3);
   auto slab = test_slab(test_name(0, 1));

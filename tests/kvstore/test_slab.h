@@ -2,9 +2,12 @@
 #pragma once
 
 #include <cstring>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "common/ids.h"
+#include "kvstore/internal/nvme_contents.h"
 #include "kvstore/internal/nvme_format.h"
 #include "kvstore/internal/sample_slab.h"
 
@@ -14,6 +17,10 @@ inline const ModelIdentity kTestModel{"test-model", 3, 2, 32, kernels::DataType:
 
 // Of the file that slab_writer writes to and nvme_kill_test reads.
 inline NvmeGeometry kill_test_geometry() { return {kTestModel.slab_bytes(), 64}; }
+inline NvmeOpening kill_test_opening(std::shared_ptr<const KvCipher> cipher) {
+  return {kTestModel, kill_test_geometry().file_bytes(), 0, NvmeReuse::kKeepSlabs,
+          std::move(cipher)};
+}
 
 inline SlabName test_name(int head, std::uint32_t number) {
   SlabName name{head, {}};

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from foretoken.client import Client
-from service_helper import Service, make_model, run, wait_until
+from service_helper import Service, faulty_disk, make_model, run, wait_until
 
 FULL = "--kv-policy=full"
 # Some 30 slabs: a dozen requests of two segments push a prefix out.
@@ -110,6 +110,35 @@ def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path
             assert again.ids == ids and again.usage["cached_tokens"] == 0
         tier = nvme(client)
         assert tier["checksum_failures"] >= 3 and tier["slabs_read"] == 0
+
+
+@pytest.mark.parametrize("share", [1, 100])
+@pytest.mark.parametrize("kind", ["eio", "short", "stall"])
+def test_a_disk_that_fails_costs_time_and_no_token(model, answers, tmp_path, kind, share):
+    """For a while; the tier is of use again after it. Short moves, where they end in an error."""
+    told = tmp_path / "faults"
+    told.write_text("")
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    with faulty_disk(told), Service(model, *flags, size=TINY_ARENA) as service:
+        assert "threads with pread" in service.log.read_text()
+        with Client(service.endpoint, service.key_file, silence_timeout=60) as client:
+
+            def ask():
+                """How many of the prompts were found, on the disk or in memory."""
+                push_out(client)
+                done = [client.generate(prompt(number), **OPTIONS) for number in range(3)]
+                assert [one.ids for one in done] == answers
+                return sum(one.usage["cached_tokens"] == 256 for one in done)
+
+            wait_until(lambda: ask() == 3, what="a tier that holds the prompts")
+            told.write_text(f"{kind} {share}")
+            ask()
+            if share == 100:
+                assert nvme(client)["state"] == "offline" and nvme(client)["io_errors"] > 0
+                assert ask() == 0
+            told.write_text("")
+            wait_until(lambda: ask() == 3, what="a tier that works again")
+            assert nvme(client)["checksum_failures"] == 0
 
 
 def test_two_services_do_not_share_a_folder(model, tmp_path):

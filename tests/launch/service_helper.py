@@ -1,5 +1,6 @@
 """What the tests of the command and the service share."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -48,6 +49,19 @@ def wait_until(condition, timeout=60.0, what="the condition"):
             return result
         time.sleep(0.02)
     raise AssertionError(f"{what} did not come true within {timeout} s")
+
+
+@contextlib.contextmanager
+def faulty_disk(told):
+    """Services that start meanwhile have an NVMe tier that fails as the file `told` says: see
+    tests/launch/faulty_disk.cc."""
+    library = BIN.parent / "lib" / "libfaulty_disk.so"
+    assert library.exists(), f"{library} is not built"
+    os.environ |= {"LD_PRELOAD": str(library), "FAULTY_DISK": str(told)}
+    try:
+        yield
+    finally:
+        del os.environ["LD_PRELOAD"], os.environ["FAULTY_DISK"]
 
 
 def processes_of(folder):

@@ -15,6 +15,7 @@
 #include "common/result.h"
 #include "kernels/poll.h"
 #include "worker/collective.h"
+#include "worker/internal/node_ranks.h"
 #include "worker/internal/peer_connection.h"
 
 namespace foretoken::worker {
@@ -55,7 +56,9 @@ class NcclCollective final : public Collective {
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
     ncclUniqueId id{};
     if (rank_ == 0) check_nccl(ncclGetUniqueId(&id), "unique id");
-    MPI_Bcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD);
+    MPI_Request request = MPI_REQUEST_NULL;
+    MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
+    wait_for_ranks(request, "telling the ranks where NCCL meets");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));

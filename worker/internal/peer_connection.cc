@@ -10,26 +10,21 @@
 #include "common/log.h"
 #include "common/result.h"
 #include "kernels/poll.h"
+#include "worker/internal/node_ranks.h"
 
 namespace foretoken::worker {
 namespace {
 
+constexpr auto kConnecting = "connecting the ranks for small sums";
 constexpr kernels::PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
                                          .pause = std::chrono::milliseconds(1),
                                          .deadline = std::chrono::seconds(2)};
 
-bool on_one_node(int world_size) {
-  MPI_Comm node = MPI_COMM_NULL;
-  int ranks_on_node = 0;
-  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &node);
-  MPI_Comm_size(node, &ranks_on_node);
-  MPI_Comm_free(&node);
-  return ranks_on_node == world_size;  // on every rank alike, or on none
-}
-
 bool all_ranks(bool so) {
   int all = so ? 1 : 0;
-  MPI_Allreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD);
+  MPI_Request request = MPI_REQUEST_NULL;
+  MPI_Iallreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
+  wait_for_ranks(request, kConnecting);
   return all == 1;
 }
 
@@ -47,7 +42,10 @@ std::string connect(kernels::PeerSum& sum, int world_size) {
   kernels::PeerSum::Address own{};
   attempt([&] { own = sum.address(); });
   std::vector<kernels::PeerSum::Address> all(static_cast<std::size_t>(world_size));
-  MPI_Allgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, MPI_COMM_WORLD);
+  MPI_Request request = MPI_REQUEST_NULL;
+  MPI_Iallgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, MPI_COMM_WORLD,
+                 &request);
+  wait_for_ranks(request, kConnecting);
   if (why_not.empty()) attempt([&] { sum.connect(all); });
   return why_not;
 }
@@ -56,7 +54,7 @@ std::string connect(kernels::PeerSum& sum, int world_size) {
 
 PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size) {
   std::string why_not;
-  if (!on_one_node(world_size)) {
+  if (NodeRanks().count() != world_size) {  // on every rank alike
     why_not = "the ranks are on several nodes";
   } else if (world_size > kernels::PeerSum::kMaxRanks) {
     why_not = "there are more than " + std::to_string(kernels::PeerSum::kMaxRanks) + " ranks";
@@ -65,7 +63,9 @@ PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size
     why_not = connect(*sum_, world_size);
     if (all_ranks(why_not.empty())) return;
     sum_->disconnect();
-    MPI_Barrier(MPI_COMM_WORLD);  // nobody has this rank's inbox open any more
+    MPI_Request all_here = MPI_REQUEST_NULL;
+    MPI_Ibarrier(MPI_COMM_WORLD, &all_here);
+    wait_for_ranks(all_here, kConnecting);  // nobody has this rank's inbox open any more
     sum_.reset();
   }
   if (!why_not.empty()) log().warn("small sums go over NCCL, which is slower: {}", why_not);

@@ -7,6 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
+#include <string>
 #include <string_view>
 #include <thread>
 #include <vector>
@@ -15,8 +17,10 @@
 #include "common/socket.h"
 #include "common/wire.h"
 #include "worker/engine.h"
+#include "worker/internal/failure.h"
 #include "worker/internal/gpu_choice.h"
 #include "worker/internal/make_device.h"
+#include "worker/internal/node_ranks.h"
 #include "worker/weight_keeper.h"
 
 namespace foretoken::worker {
@@ -37,45 +41,13 @@ std::string host_name() {
 
 // Where MPI has put this rank.
 struct Place {
+  Place() {
+    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+    MPI_Comm_size(MPI_COMM_WORLD, &world_size);
+  }
   int rank = 0;
   int world_size = 1;
-  int rank_on_node = 0;
-  int ranks_on_node = 1;
-
-  static Place ask_mpi() {
-    Place place;
-    MPI_Comm_rank(MPI_COMM_WORLD, &place.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &place.world_size);
-    const NodeRanks node(place.rank);
-    MPI_Comm_rank(node.comm, &place.rank_on_node);
-    MPI_Comm_size(node.comm, &place.ranks_on_node);
-    return place;
-  }
-
-  // What each rank of this node says, by its number there. Every rank calls it, with texts of one
-  // length.
-  std::vector<std::string> ask_node(const std::string& word) const {
-    const NodeRanks node(rank);
-    const int bytes = static_cast<int>(word.size());
-    std::string all(word.size() * static_cast<std::size_t>(ranks_on_node), ' ');
-    MPI_Allgather(word.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, node.comm);
-    std::vector<std::string> words;
-    for (std::size_t at = 0; at < all.size(); at += word.size()) {
-      words.push_back(all.substr(at, word.size()));
-    }
-    return words;
-  }
-
- private:
-  struct NodeRanks {
-    explicit NodeRanks(int rank) {
-      MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &comm);
-    }
-    ~NodeRanks() { MPI_Comm_free(&comm); }
-    NodeRanks(const NodeRanks&) = delete;
-    NodeRanks& operator=(const NodeRanks&) = delete;
-    MPI_Comm comm = MPI_COMM_NULL;
-  };
+  NodeRanks node;
 };
 
 // The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
@@ -126,7 +98,7 @@ class Heart {
         unanswered = is_answered(line) ? 0 : unanswered + 1;
         if (unanswered >= most) lost_ = true;
       }
-    } catch (const Exception& failure) {
+    } catch (const std::exception& failure) {
       // The coordinator will miss the beats, and fence this rank.
       log().error("heartbeat stopped: {}", failure.what());
     }
@@ -197,12 +169,12 @@ int own_gpu(const ServiceConfig& config, int group, const Place& place) {
   const int devices = kernels::num_cuda_devices();
   if (devices == 0) throw Exception(ErrorCode::kDevice, kernels::why_no_cuda_device());
   const int index = choose_gpu({.group = group,
-                                .rank_on_node = place.rank_on_node,
-                                .ranks_on_node = place.ranks_on_node,
+                                .rank_on_node = place.node.rank(),
+                                .ranks_on_node = place.node.count(),
                                 .num_devices = devices})
                         .value_or_throw();
   const Status own =
-      check_own_gpu(place.ask_node(kernels::cuda_device_id(index)), place.rank_on_node);
+      check_own_gpu(place.node.gather(kernels::cuda_device_id(index)), place.node.rank());
   if (!own) throw Exception(own.error());
   return index;
 }
@@ -352,11 +324,8 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
                       std::to_string(config.coordinator_timeout.count()) + " s: this rank ends");
 }
 
-}  // namespace
-
-void run_rank(const RankConfig& config) {
-  const Place place = Place::ask_mpi();
-  log_init("rank " + std::to_string(place.rank));
+// All but MPI's part of a rank's life.
+void join_and_serve(const RankConfig& config, const Place& place) {
   Line line(config);
   const Welcome welcome = join(line, config, place);
   Heart heart(config, welcome.epoch, place.rank);
@@ -373,12 +342,24 @@ void run_rank(const RankConfig& config) {
     line.send(ready);
     keeping = worker->keep_weights();
     serve_plans(line, heart, worker->engine(), welcome.epoch, config);
-  } catch (const Exception& failure) {
+  } catch (const std::exception& failure) {
     // Its parts would wait for the device before they end, and that may be what failed. The
     // process, which is about to end, gives all back.
     static_cast<void>(worker.release());
-    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, failure.error()});
+    line.send(WorkerFailed{welcome.epoch, config.group, place.rank, error_of(failure)});
     throw;
+  }
+}
+
+}  // namespace
+
+void run_rank(const RankConfig& config) {
+  const Place place;
+  log_init("rank " + std::to_string(place.rank));
+  try {
+    join_and_serve(config, place);
+  } catch (const std::exception& failure) {
+    throw Exception(error_of(failure));
   }
 }
 
