@@ -59,9 +59,10 @@ struct Sums {
     std::mt19937 random(kSeed);
     std::normal_distribution<double> normal;
     for (std::size_t map = 0; map < maps(); ++map) {
-      const cuda::MapHeader header{.num_rows = kRows,
-                                   .clean_from = map % 5 == 3 ? kRows + 1 : 0,  // one of five
-                                   .columns = candidates()};
+      cuda::MapHeader header{};
+      header.num_rows = kRows;
+      header.clean_from = map % 5 == 3 ? kRows + 1 : 0;  // one of five
+      header.columns = candidates();
       std::memcpy(state.data() + map * map_bytes(), &header, sizeof header);
       for (int c = 0; c < candidates(); ++c) {
         set(map, cuda::sums_offset(), c, normal(random));
@@ -70,7 +71,7 @@ struct Sums {
     }
   }
   std::size_t maps() const { return static_cast<std::size_t>(shape.num_layers * shape.num_maps()); }
-  std::size_t map_bytes() const { return cuda::map_state_bytes(shape.max_columns); }
+  std::size_t map_bytes() const { return cuda::map_bytes(shape.max_columns); }
   int candidates() const { return cuda::num_candidates(columns); }
   bool usable(int map) const { return map % 5 != 3; }
 
