@@ -350,50 +350,54 @@ __device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int
   }
 }
 
-// A warp's share of the spans [0, num_spans) of all sequences' maps are neighbours.
+struct SlideShared {
+  ColdTables tables;
+  int first_span[kMaxSequences + 1];
+  alignas(16) std::byte staged[kSlideThreads / 32][kStagedBytes];
+};
+extern __shared__ uint4 slide_memory[];
+__device__ SlideShared& slide_shared() { return *reinterpret_cast<SlideShared*>(slide_memory); }
+
+// A warp's share of the spans of all sequences' maps are neighbours. Not inlined: a type's
+// registers are then its own, and not those of all types at once.
 template <typename T>
-__device__ void run_slide(const ColdTables& tables, const HistoryState* states,
-                          const int* first_span, int rows, const HotLists& lists,
-                          SpanRows<T>* staged) {
-  const int all = first_span[rows];
+__device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState* states, int rows,
+                                       const HotLists& lists) {
+  SlideShared& shared = slide_shared();
+  shared.tables.load(*from, HistoryPair<T>::kCold);
+  __syncthreads();
+  auto* staged = reinterpret_cast<SpanRows<T>*>(shared.staged[threadIdx.x / 32]);
+  const int all = shared.first_span[rows];
   const int share = (all + warps_of_grid() - 1) / warps_of_grid();
   int at = warp_of_grid() * share;
   const int end = min(at + share, all);
   int sequence = 0;
   while (at < end) {
-    const Item item = find_item(states, first_span, at, &sequence);
+    const Item item = find_item(states, shared.first_span, at, &sequence);
     const Map map{states[item.sequence], item.map};
-    const int units = item.units;
     const int spans = is_scored(map.state, map.layer()) ? num_spans(map.candidates()) : 0;
     const int stop = min(spans, item.unit + end - at);
     if (item.unit < stop) {
       const SlideMap<T> on(map, item.sequence, lists);
       if (item.unit == 0 && lane_id() == 0) on.note_step();
-      slide_spans<T>(tables, on, item.unit, stop, staged);
+      slide_spans<T>(shared.tables, on, item.unit, stop, staged);
     }
-    at += units - item.unit;
+    at += item.units - item.unit;
   }
 }
 
 __global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
     slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
-  __shared__ ColdTables tables;
-  __shared__ int first_span[kMaxSequences + 1];
-  __shared__ alignas(16) std::byte staged[kSlideThreads / 32][kStagedBytes];
   allow_next_kernel();
   number_items(
       states, rows,
       [](const HistoryState& state, int layer) {
         return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
       },
-      first_span);
+      slide_shared().first_span);
   // One type serves all sequences of a batch.
   with_history_type(states[0].type, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    tables.load(*from, HistoryPair<T>::kCold);
-    __syncthreads();
-    run_slide<T>(tables, states, first_span, rows, lists,
-                 reinterpret_cast<SpanRows<T>*>(staged[threadIdx.x / 32]));
+    run_slide<typename decltype(tag)::type>(from, states, rows, lists);
   });
 }
 
@@ -745,8 +749,8 @@ void predict(const PredictArgs& args, CudaStream& stream) {
   static const auto sms = static_cast<unsigned>(num_sms());
   const CnnTables* tables = static_cast<const CudaPredictor*>(args.predictor)->tables();
   const HotLists lists = HotLists::of(args.rows, stream.counters());
-  slide_kernel<<<kSlideCtas * sms, kSlideThreads, 0, stream.handle()>>>(tables, args.states,
-                                                                        args.rows, lists);
+  slide_kernel<<<kSlideCtas * sms, kSlideThreads, sizeof(SlideShared), stream.handle()>>>(
+      tables, args.states, args.rows, lists);
   FT_CUDA(cudaGetLastError());
   launch_overlapped(hot_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states, args.rows,
                     lists);
