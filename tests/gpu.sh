@@ -6,7 +6,7 @@
 #                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
-# steps calibration outsized batch batches pressure prefill peer timeline, and where there are
+# steps calibration outsized prefix batch batches pressure prefill peer timeline, and where there are
 # several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too
 # large for the bundle: $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as
 # parts in their order.
@@ -23,7 +23,7 @@ stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
-    steps calibration outsized batch batches pressure prefill peer timeline)
+    steps calibration outsized prefix batch batches pressure prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -46,7 +46,7 @@ sanitize() {
       return 1
   done
 }
-engine() { FORETOKEN_TEST_DEVICE=cuda timeout 200 "$here/bin/worker_test"; }
+engine() { FORETOKEN_TEST_DEVICE=cuda timeout 300 "$here/bin/worker_test"; }
 faults() {
   timeout 120 python3 "$here/faults.py" --bin "$here/bin" --model "$here/models/llama-8b" \
     --gpus "$gpus" --json "$results/faults.json"
@@ -139,6 +139,11 @@ outsized() {
       --plot "$results/outsized-$late-$name.svg" | tee "$results/outsized-$late-$name.json" ||
       return 1
   done
+}
+# A prefix of 32K from host memory, and from NVMe after a restart.
+prefix() {
+  timeout 200 python3 "$here/prefix.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+    --nvme "${FORETOKEN_NVME:-/tmp/foretoken-nvme}/prefix" --json "$results/prefix.json"
 }
 batch() {
   bench decode --kv-policy full --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 \
