@@ -36,7 +36,9 @@ class WeightKeeper {
 
  private:
   class NotedSource;
+  void keep_now(const std::stop_token& stop);
   void hand_over(const std::stop_token& stop);
+  void let_go();
 
   std::unique_ptr<kvstore::KeptWeights> kept_;  // null: the store doesn't answer, or it is done
   std::unique_ptr<WeightSource> copy_;          // the store's; or null, and:

@@ -68,14 +68,14 @@ std::vector<Copy> plan_copies(std::byte* to, std::span<const std::span<const std
 
 Status copy_all(const std::vector<Copy>& copies, const std::stop_token& stop) {
   std::atomic<std::size_t> next{0};
-  std::atomic<int> failed{0};  // errno of a copy that found no memory
+  std::atomic<int> failed_errno{0};  // of a copy that found no memory; 0: none
   const auto run = [&] {
     setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kCopyNice);
     for (std::size_t i = 0; (i = next.fetch_add(1)) < copies.size();) {
-      if (stop.stop_requested() || failed != 0) return;
+      if (stop.stop_requested() || failed_errno != 0) return;
       const auto& [to, from] = copies[i];
       if (!populate(to, from.size())) {
-        failed = errno;
+        failed_errno = errno;
         return;
       }
       std::memcpy(to, from.data(), from.size());
@@ -86,9 +86,9 @@ Status copy_all(const std::vector<Copy>& copies, const std::stop_token& stop) {
     const auto cores = static_cast<int>(std::thread::hardware_concurrency());
     for (int i = std::clamp(cores / 2, 1, kMaxThreads); i > 0; --i) threads.emplace_back(run);
   }
-  if (failed != 0) {
-    return Error{ErrorCode::kExhausted,
-                 std::string("no memory for a copy of the weights: ") + std::strerror(failed)};
+  if (failed_errno != 0) {
+    return Error{ErrorCode::kExhausted, std::string("no memory for a copy of the weights: ") +
+                                            std::strerror(failed_errno)};
   }
   if (stop.stop_requested()) return Error{ErrorCode::kCancelled, "the copying was stopped"};
   return Ok{};
@@ -108,9 +108,13 @@ KeptWeights::~KeptWeights() = default;
 Result<std::unique_ptr<KeptWeights>> KeptWeights::connect(const std::string& socket_path,
                                                           const std::string& model_hash,
                                                           std::chrono::milliseconds timeout) {
-  FT_ASSIGN_OR_RETURN(FileDescriptor socket, connect_to(socket_path, timeout));
-  return std::unique_ptr<KeptWeights>(new KeptWeights(
-      std::make_unique<Impl>(Impl{Connection(std::move(socket)), model_hash, FileDescriptor()})));
+  try {
+    FT_ASSIGN_OR_RETURN(FileDescriptor socket, connect_to(socket_path, timeout));
+    return std::unique_ptr<KeptWeights>(new KeptWeights(
+        std::make_unique<Impl>(Impl{Connection(std::move(socket)), model_hash, FileDescriptor()})));
+  } catch (const Exception& failure) {  // no socket can be made
+    return failure.error();
+  }
 }
 
 // By the path, since a descriptor that may write maps no memory that is sealed against it (Linux

@@ -193,6 +193,7 @@ void Server::end_lease(PeerId id) {
     take_back_slots(*lease, std::nullopt);
     book_->close_lease(*lease);
   }
+  weights_.forget(id);
   peers_.erase(found);
   welcome_waiting();
 }

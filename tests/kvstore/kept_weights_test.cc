@@ -158,9 +158,22 @@ TEST_F(KeptWeightsTest, TheKvsModelIsTheStores) {
   EXPECT_TRUE(keep(*door(), some_bytes(10)));
 }
 
+// A lease of the same connection may end while that goes on.
+TEST_F(KeptWeightsTest, AFillerThatSaysGoodbyeIsForgotten) {
+  Connection filler = peer();
+  Hello hello;
+  hello.owner = {.group = 0, .rank = 0, .epoch = Epoch{1}, .first_head = 0, .num_heads = 2};
+  hello.model = {kModel, 3, 3, 64, kernels::DataType::kFp16};
+  FileDescriptor arena;
+  ASSERT_TRUE(filler.ask_for<Welcome>(hello, &arena));
+  ASSERT_TRUE(begin(filler, 4096));
+  ASSERT_TRUE(filler.tell(Goodbye{}));
+  EXPECT_TRUE(keep_once_free(some_bytes(10)));
+}
+
 TEST_F(KeptWeightsTest, MemoryThatTheMachineLacksIsRefusedInWords) {
   Connection filler = peer();
-  const auto refused = begin(filler, available_host_memory() + (std::uint64_t{1} << 30));
+  const auto refused = begin(filler, std::uint64_t{1} << 60);
   ASSERT_EQ(code_of(refused), ErrorCode::kExhausted);
   EXPECT_NE(refused.error().message.find("the weights take"), std::string::npos);
   EXPECT_TRUE(begin(filler, 4096)) << "less may fit";

@@ -4,6 +4,7 @@
 #include <exception>
 #include <map>
 #include <span>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -36,6 +37,9 @@ class WeightKeeper::NotedSource final : public WeightSource {
 
 namespace {
 
+// With the store: a rank that ends waits for the thread that copies, which may wait for that.
+constexpr std::chrono::seconds kPatience{10};
+
 // Null where the store has no copy, or none that can be read.
 std::unique_ptr<WeightSource> open_copy(kvstore::KeptWeights& kept) {
   const auto file = kept.find();
@@ -55,7 +59,7 @@ std::unique_ptr<WeightSource> open_copy(kvstore::KeptWeights& kept) {
 
 WeightKeeper::WeightKeeper(const std::string& store_socket, const std::string& model_hash,
                            const std::function<std::unique_ptr<WeightSource>()>& open) {
-  auto kept = kvstore::KeptWeights::connect(store_socket, model_hash);
+  auto kept = kvstore::KeptWeights::connect(store_socket, model_hash, kPatience);
   if (kept) {
     kept_ = *std::move(kept);
     copy_ = open_copy(*kept_);
@@ -73,16 +77,28 @@ const WeightSource& WeightKeeper::source() const {
 }
 
 std::jthread WeightKeeper::keep() {
-  return std::jthread([this](const std::stop_token& stop) {
-    try {
-      if (kept_ != nullptr && noted_ != nullptr) hand_over(stop);
-    } catch (const std::exception& failure) {  // of memory or threads
-      log().warn("the weights are not kept: {}", failure.what());
-    }
-    kept_.reset();
-    copy_.reset();
-    noted_.reset();
-  });
+  try {
+    return std::jthread([this](const std::stop_token& stop) { keep_now(stop); });
+  } catch (const std::system_error& failure) {
+    log().warn("the weights are not kept: {}", failure.what());
+    let_go();
+    return {};
+  }
+}
+
+void WeightKeeper::keep_now(const std::stop_token& stop) {
+  try {
+    if (kept_ != nullptr && noted_ != nullptr) hand_over(stop);
+  } catch (const std::exception& failure) {  // of memory or threads
+    log().warn("the weights are not kept: {}", failure.what());
+  }
+  let_go();
+}
+
+void WeightKeeper::let_go() {
+  kept_.reset();
+  copy_.reset();
+  noted_.reset();
 }
 
 void WeightKeeper::hand_over(const std::stop_token& stop) {
