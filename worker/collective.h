@@ -36,8 +36,8 @@ std::unique_ptr<Collective> make_mpi_collective();
 std::unique_ptr<Collective> make_single_collective();
 // Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
 // it. Sums of few bytes are made by kernels/peer_sum.h where the ranks reach each other's memory,
-// unless they are all to be NCCL's. Throws Exception(kDevice) when they can't connect, or in a
-// program built without CUDA.
+// unless they are all to be NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws
+// Exception(kDevice) when they can't connect, or in a program built without CUDA.
 enum class SmallSums { kByPeers, kByNccl };
 std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device,
                                                  SmallSums small = SmallSums::kByPeers);

@@ -56,9 +56,9 @@ class NcclCollective final : public Collective {
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
     ncclUniqueId id{};
     if (rank_ == 0) check_nccl(ncclGetUniqueId(&id), "unique id");
-    MPI_Request request = MPI_REQUEST_NULL;
-    MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
-    wait_for_ranks(request, "telling the ranks where NCCL meets");
+    do_with_ranks("telling the ranks where NCCL meets", [&](MPI_Request* request) {
+      MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, request);
+    });
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));

@@ -43,9 +43,9 @@ NodeRanks::~NodeRanks() {
 std::vector<std::string> NodeRanks::gather(const std::string& word) const {
   const int bytes = static_cast<int>(word.size());
   std::string all(word.size() * static_cast<std::size_t>(count_), ' ');
-  MPI_Request request = MPI_REQUEST_NULL;
-  MPI_Iallgather(word.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, node_, &request);
-  wait_for_ranks(request, "hearing from the ranks of this node");
+  do_with_ranks("hearing from the ranks of this node", [&](MPI_Request* request) {
+    MPI_Iallgather(word.data(), bytes, MPI_BYTE, all.data(), bytes, MPI_BYTE, node_, request);
+  });
   std::vector<std::string> words;
   for (std::size_t at = 0; at < all.size(); at += word.size()) {
     words.push_back(all.substr(at, word.size()));

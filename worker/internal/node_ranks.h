@@ -15,9 +15,17 @@ namespace foretoken::worker {
 // buffers are MPI's still: no other call into MPI may follow but MPI_Abort.
 void wait_for_ranks(MPI_Request request, const std::string& what);
 
+// The same of a collective that begin(MPI_Request*) starts.
+template <typename Begin>
+void do_with_ranks(const std::string& what, const Begin& begin) {
+  MPI_Request request = MPI_REQUEST_NULL;
+  begin(&request);
+  wait_for_ranks(request, what);
+}
+
 class NodeRanks {
  public:
-  NodeRanks();
+  NodeRanks();  // has no deadline: MPI splits communicators in no other way
   ~NodeRanks();
   NodeRanks(const NodeRanks&) = delete;
   NodeRanks& operator=(const NodeRanks&) = delete;

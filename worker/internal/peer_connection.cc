@@ -22,9 +22,9 @@ constexpr kernels::PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
 
 bool all_ranks(bool so) {
   int all = so ? 1 : 0;
-  MPI_Request request = MPI_REQUEST_NULL;
-  MPI_Iallreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
-  wait_for_ranks(request, kConnecting);
+  do_with_ranks(kConnecting, [&](MPI_Request* request) {
+    MPI_Iallreduce(MPI_IN_PLACE, &all, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, request);
+  });
   return all == 1;
 }
 
@@ -42,10 +42,10 @@ std::string connect(kernels::PeerSum& sum, int world_size) {
   kernels::PeerSum::Address own{};
   attempt([&] { own = sum.address(); });
   std::vector<kernels::PeerSum::Address> all(static_cast<std::size_t>(world_size));
-  MPI_Request request = MPI_REQUEST_NULL;
-  MPI_Iallgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE, MPI_COMM_WORLD,
-                 &request);
-  wait_for_ranks(request, kConnecting);
+  do_with_ranks(kConnecting, [&](MPI_Request* request) {
+    MPI_Iallgather(own.data(), sizeof own, MPI_BYTE, all.data(), sizeof own, MPI_BYTE,
+                   MPI_COMM_WORLD, request);
+  });
   if (why_not.empty()) attempt([&] { sum.connect(all); });
   return why_not;
 }
@@ -54,18 +54,15 @@ std::string connect(kernels::PeerSum& sum, int world_size) {
 
 PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size) {
   std::string why_not;
-  if (NodeRanks().count() != world_size) {  // on every rank alike
-    why_not = "the ranks are on several nodes";
-  } else if (world_size > kernels::PeerSum::kMaxRanks) {
+  if (world_size > kernels::PeerSum::kMaxRanks) {
     why_not = "there are more than " + std::to_string(kernels::PeerSum::kMaxRanks) + " ranks";
   } else {
     sum_ = kernels::make_peer_sum(device, rank, world_size);
     why_not = connect(*sum_, world_size);
     if (all_ranks(why_not.empty())) return;
     sum_->disconnect();
-    MPI_Request all_here = MPI_REQUEST_NULL;
-    MPI_Ibarrier(MPI_COMM_WORLD, &all_here);
-    wait_for_ranks(all_here, kConnecting);  // nobody has this rank's inbox open any more
+    // Then nobody has this rank's inbox open any more.
+    do_with_ranks(kConnecting, [](MPI_Request* request) { MPI_Ibarrier(MPI_COMM_WORLD, request); });
     sum_.reset();
   }
   if (!why_not.empty()) log().warn("small sums go over NCCL, which is slower: {}", why_not);

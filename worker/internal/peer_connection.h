@@ -10,8 +10,8 @@ namespace foretoken::worker {
 
 class PeerConnection {
  public:
-  // Without a sum where not all ranks are on one node, or one can't reach another's memory; the log
-  // of a rank that can't says why.
+  // Without a sum where one can't reach another's memory; the log of a rank that can't says why.
+  // REQUIRES: all ranks are on one node.
   PeerConnection(kernels::Device& device, int rank, int world_size);
   ~PeerConnection();
   PeerConnection(const PeerConnection&) = delete;

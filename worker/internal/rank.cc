@@ -182,7 +182,12 @@ int own_gpu(const ServiceConfig& config, int group, const Place& place) {
 std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const Place& place,
                                             kernels::Device& device) {
   if (place.world_size == 1) return make_single_collective();
-  return wants_cuda(config) ? make_nccl_collective(device) : make_mpi_collective();
+  if (!wants_cuda(config)) return make_mpi_collective();
+  if (place.node.count() == place.world_size) return make_nccl_collective(device);
+  if (place.rank == 0) {
+    log().warn("small sums go over NCCL, which is slower: the ranks are on several nodes");
+  }
+  return make_nccl_collective(device, SmallSums::kByNccl);
 }
 
 // `foretoken serve` says by the environment whether its own stderr, where mpirun takes ours, is a
