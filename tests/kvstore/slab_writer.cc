@@ -68,6 +68,7 @@ std::unique_ptr<NvmeTier> open(const NvmeFile& file, std::span<char* const> deat
 int main(int argc, char** argv) {
   using namespace foretoken::kvstore;
   if (argc != 4 && argc != 6) return 2;
+  alarm(60);  // where nobody kills it
   const std::string key_file = argv[3];
   const NvmeFile file(argv[1]);
   const auto tier = open(file, std::span(argv, static_cast<std::size_t>(argc)).subspan(4),

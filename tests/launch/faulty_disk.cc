@@ -31,7 +31,7 @@ bool is_tier(int file) {
          std::string_view(path, static_cast<std::size_t>(length)).ends_with("/kv-slabs");
 }
 
-// The same operations of a process in every run: its first, its second, ...
+// The same operations of a process in every run: its first, whatever the share, its second, ...
 bool is_one_of(int percent) {
   static std::atomic<std::uint64_t> next{0};
   std::uint64_t x = next++ * 0x9E3779B97F4A7C15;

@@ -2,6 +2,7 @@
 all of its KV in host memory."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -127,33 +128,35 @@ def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path, more)
     assert len(ids) == ANSWER
 
 
-def ask_both(service, *prompts):
-    """At once: their answers, and how many ran at most."""
-    with ThreadPoolExecutor() as pool, connect(service) as client:
-        asked = [pool.submit(ask, service, ids) for ids in prompts]
-        most = 0
-        while not all(answer.done() for answer in asked):
-            most = max(most, client.status()["requests_running"])
-        answers = [answer.result() for answer in asked]
-        assert client.status()["kv_slabs_used"] == 0
-    return answers, most
+def stream_both(service, *prompts):
+    """At once: their tokens, and when the first and the last piece of each came."""
+
+    def stream(ids):
+        with connect(service) as client:
+            pieces = [(time.monotonic(), piece.ids) for piece in client.stream(ids, **OPTIONS)]
+        came = [at for at, ids in pieces if ids]
+        return [token for _, ids in pieces for token in ids], came[0], came[-1]
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(stream, prompts))
 
 
 def test_others_run_beside_it(model, in_memory, tmp_path):
     flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
-        (outsized, other), _ = ask_both(service, prompt(), prompt()[:100])
-    assert outsized.ids == in_memory.ids
-    assert len(other.ids) == ANSWER
+        outsized, other = stream_both(service, prompt(), prompt()[:100])
+    assert outsized[0] == in_memory.ids
+    assert len(other[0]) == ANSWER
 
 
 def test_two_run_at_once(model, in_memory, tmp_path):
     flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=HALF) as service:
-        answers, most = ask_both(service, prompt(), prompt())
-    assert most == 2
-    for answer in answers:
-        assert answer.ids == in_memory.ids and answer.kv["bytes_nvme"] > 0
+        (one, one_began, one_ended), (two, two_began, two_ended) = stream_both(service, prompt(), prompt())
+        with connect(service) as client:
+            assert client.status()["kv_slabs_used"] == 0
+    assert one == two == in_memory.ids
+    assert max(one_began, two_began) < min(one_ended, two_ended), "each began before the other had ended"
 
 
 def test_the_bench_compares_it_with_all_in_memory(model, tmp_path):

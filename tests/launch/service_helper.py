@@ -57,11 +57,13 @@ def faulty_disk(told):
     tests/launch/faulty_disk.cc."""
     library = BIN.parent / "lib" / "libfaulty_disk.so"
     assert library.exists(), f"{library} is not built"
+    before = dict(os.environ)
     os.environ |= {"LD_PRELOAD": str(library), "FAULTY_DISK": str(told)}
     try:
         yield
     finally:
-        del os.environ["LD_PRELOAD"], os.environ["FAULTY_DISK"]
+        os.environ.clear()
+        os.environ |= before
 
 
 def processes_of(folder):

@@ -317,7 +317,7 @@ def test_a_replaced_group_loads_from_the_stores_copy(model, source):
                     ids += piece.ids
                 assert ids == undisturbed
                 assert client.status()["worker_restarts"] == deaths
-                assert log().count("GB/s) from the store") == deaths
+                wait_until(lambda n=deaths: log().count("GB/s) from the store") == n, what="the log")
         assert log().count(f"GB/s) from {source}") == 2
 
 
