@@ -19,6 +19,9 @@ constexpr std::array<std::pair<std::string_view, PolicyKind>, 5> kNames = {{
     {"auto", PolicyKind::kAuto},
 }};
 
+// That a GPU's choice unites (kernels/cuda/map_state.cuh).
+constexpr int kMostMapsPerHead = 128;
+
 // Critical blocks a map and a KV head: k = (budget - sink - local) / 16.
 Maps maps_for(const PolicyConfig& config, const PolicyShape& shape) {
   Maps maps;
@@ -71,6 +74,12 @@ Result<std::unique_ptr<Policy>> make_policy(const PolicyConfig& config, const Po
                                          "); give at least " + std::to_string(kLeast)};
   }
   const PolicySetup setup{config, shape, maps_for(config, shape), &device};
+  if (setup.maps.per_kv_head > kMostMapsPerHead) {
+    return Error{ErrorCode::kConfig,
+                 "a map a query head is for at most " + std::to_string(kMostMapsPerHead) +
+                     " query heads a KV head, and this model has " +
+                     std::to_string(setup.maps.per_kv_head) + "; use --predict-per kv-head"};
+  }
   switch (config.kind) {
     case PolicyKind::kFull:
       return std::unique_ptr<Policy>(std::make_unique<FullPolicy>(setup));
