@@ -20,7 +20,6 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kHeld = 16;        // ranks that a thread keeps in registers: 8,192 columns
-constexpr int kMaxMaps = 128;    // of a KV head
 constexpr int kListed = 2048;    // candidates in the lists of a KV head's maps
 constexpr int kMaxUnion = 2048;  // candidates of a union whose best ranks are kept
 constexpr int kMaskWords = kMaxPredictColumns / 32;
@@ -30,8 +29,6 @@ constexpr int kRankBits = 32 + kColumnBits;
 constexpr std::uint64_t kLatest = 0;  // score bits of a column that was chosen as a late one
 
 using Rank = std::uint64_t;
-
-__device__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 
 __device__ Rank rank_of(std::uint32_t score, int column) {
   return (static_cast<Rank>(score) << kColumnBits) |

@@ -6,8 +6,9 @@
 //   boundary    [columns] int32: s of rows 0, 1, 62, 63 of this step, summed likewise
 //
 // and after the last map's, for each map, [2, columns / 4] uint32: room for lists of segments
-// (hot_list.cuh);
-// so score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
+// (hot_list.cuh).
+//
+// Score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
 // Columns are candidates, rounded up to whole spans.
 #pragma once
 

@@ -10,6 +10,10 @@
 
 namespace foretoken::kernels::cuda {
 
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
+
+inline constexpr int kMaxMaps = 128;  // of a KV head
+
 // A map of one sequence, by its index among all layers' maps.
 struct Map {
   const HistoryState& state;

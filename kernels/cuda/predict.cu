@@ -49,7 +49,6 @@ class CudaPredictor final : public Predictor {
   CnnTables* tables_ = nullptr;
 };
 
-__device__ int lane_id() { return static_cast<int>(threadIdx.x) % 32; }
 __device__ int warp_of_grid() {
   return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / 32;
 }

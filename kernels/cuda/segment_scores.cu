@@ -10,7 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMaxMaps = 128;  // of a KV head
 constexpr int kMaxSegments = kMaxPredictColumns / kSegmentBlocks;
 constexpr float kScoreUnit = 1.0F / (1 << kFixedPointBits) / kHistoryRows;
 

@@ -46,7 +46,7 @@ struct KvStore::Impl {
   std::shared_ptr<const KvCipher> cipher;  // of this rank's runs there; null: not encrypted
   std::optional<RunIo> io;                 // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // by the layer that a fetch began with
-  std::vector<int> fetched_with;  // the layer that a layer's last fetch began with
+  std::vector<std::optional<int>> fetched_with;  // the layer that a layer's last fetch began with
 
   Impl(const StoreClientConfig& client, kernels::Device& on, FileDescriptor socket)
       : config(client), device(on), connection(std::move(socket)) {}
@@ -100,7 +100,7 @@ Status KvStore::Impl::tell_faults() {
 void KvStore::Impl::prepare_device() {
   for (int layer = 0; layer < config.shape.num_layers; ++layer) {
     fetched.push_back(device.make_event());
-    fetched_with.push_back(-1);
+    fetched_with.emplace_back();
   }
 }
 

@@ -286,12 +286,16 @@ class Twins {
   Batch cuda;
   int common = 0;
   int chosen = 0;
+  int not_compared = 0;  // maps whose window holds what is no value
 
  private:
   void compare_scores(std::size_t sequence, int layer, int map, const char* what) {
     const auto columns = cpu.history(sequence).num_columns()[static_cast<std::size_t>(layer)];
     if (num_candidates(columns) <= shapes_[sequence].top_k) return;  // none are made
-    if (!is_clean(cuda.history(sequence), layer, map)) return;
+    if (!is_clean(cuda.history(sequence), layer, map)) {
+      ++not_compared;
+      return;
+    }
     const auto want = cpu_scores(cpu.history(sequence), layer, map);
     const auto got = cuda_scores(cuda.history(sequence), layer, map);
     ASSERT_EQ(got.size(), want.size());
@@ -344,6 +348,7 @@ TEST_P(CudaPredictTypes, EqualsTheCpuForManySequences) {
     for (std::size_t i = 0; i < shapes.size(); ++i) twins.append(i, columns(i, step + 1));
   }
   EXPECT_GE(twins.overlap(), 0.999);
+  EXPECT_EQ(twins.not_compared, 0);
 }
 
 TEST_P(CudaPredictTypes, EqualsTheCpuAtSmallSizes) {
@@ -392,6 +397,7 @@ TEST_P(CudaPredictTypes, SurvivesSkippedRowsRepeatedCallsAndManyNewColumns) {
   check("many new columns");
   append(1, 200);
   check("the greatest length");
+  EXPECT_EQ(twins.not_compared, 0);
 }
 
 // More candidates than the choice keeps in registers, and more chosen than it has threads.
@@ -536,6 +542,7 @@ TEST_P(CudaPredictTypes, DistrustsAWindowWithAValueThatIsNone) {
       twins.append(0, 60);
     }
     EXPECT_EQ(twins.cuda.history(0).fallbacks(), 64U) << bad;
+    EXPECT_EQ(twins.not_compared, 64) << bad;
     EXPECT_GE(twins.overlap(), 0.999);
   }
 }
