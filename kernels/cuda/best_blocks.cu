@@ -82,11 +82,7 @@ __device__ void pick_bin(Shared& shared) {
   const int lane = static_cast<int>(threadIdx.x);
   int count = 0;  // of this lane's 8 bins; lane 0 has the greatest
   for (int i = 0; i < 8; ++i) count += shared.histogram[255 - lane * 8 - i];
-  int through = count;
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(~0U, through, offset);
-    if (lane >= offset) through += other;
-  }
+  const int through = warp_inclusive_sum(count);
   const int still = shared.still;
   __syncwarp();
   int before = through - count;
@@ -349,7 +345,7 @@ __device__ void begin_map(const Head& head, int m, Shared& shared) {
   MapChoice& choice = shared.maps[m];
   const int k = head.state.top_k;
   choice = {};
-  choice.usable = head.columns > k && map.num_rows() >= map.header().clean_from;
+  choice.usable = head.columns > k && map.is_clean();
   if (!choice.usable && head.columns > k) atomicAdd(head.state.fallbacks, 1U);
   choice.bound = map.header().bound;
   const bool known = choice.bound != 0 || head.columns <= list_room(head);
@@ -413,23 +409,8 @@ __device__ void for_each_wanted(const Head& head, int m, Shared& shared, const F
 
 // Sum of a value over the threads before this one; *total over all.
 __device__ int sum_before(int value, Shared& shared, int* total) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  int through = value;
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const int other = __shfl_up_sync(~0U, through, offset);
-    if (lane >= offset) through += other;
-  }
   __syncthreads();  // an earlier call's totals have been read
-  if (lane == 31) shared.warp_total[warp] = through;
-  __syncthreads();
-  int before = through - value;
-  *total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += shared.warp_total[w];
-    *total += shared.warp_total[w];
-  }
-  return before;
+  return inclusive_sum<kThreads>(value, shared.warp_total, total) - value;
 }
 
 // This thread's words of the union, which are in order with those of other threads.

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/history_value.cuh"
 #include "kernels/cuda/map_layout.h"
+#include "kernels/cuda/scan.cuh"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
@@ -27,6 +28,8 @@ struct Map {
     return state.stream + static_cast<std::size_t>(index) * map_bytes(state.max_columns);
   }
   __device__ MapHeader& header() const { return *reinterpret_cast<MapHeader*>(bytes()); }
+  // Whether the window holds values alone, so that scores mean something.
+  __device__ bool is_clean() const { return num_rows() >= header().clean_from; }
   __device__ std::int32_t* sums() const {
     return reinterpret_cast<std::int32_t*>(bytes() + sums_offset());
   }
@@ -66,11 +69,7 @@ __device__ inline void sum_up(int num, int* counts) {
     int before = 0;
     for (int first = 0; first < num; first += 32) {
       const int count = first + lane < num ? counts[first + lane] : 0;
-      int through = count;
-      for (int offset = 1; offset < 32; offset *= 2) {
-        const int other = __shfl_up_sync(~0U, through, offset);
-        if (lane >= offset) through += other;
-      }
+      const int through = warp_inclusive_sum(count);
       if (first + lane < num) counts[first + lane] = before + through - count;
       before += __shfl_sync(~0U, through, 31);
     }

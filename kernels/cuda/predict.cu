@@ -238,19 +238,18 @@ __device__ unsigned find_hot(unsigned cold, int span, int columns) {
   return __ballot_sync(~0U, !is_cold && first_column(span, half) < columns);
 }
 
+// Of find_hot()'s bits, the lanes that speak of a side.
+__device__ unsigned lanes_of(int side) { return 0x33333333U << (2 * side); }
+
 // Appends the hot segments of up to 32 spans from `first` on: lane i has find_hot()'s bits of span
 // first + i, or none.
 template <typename T>
 __device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
-  const unsigned of_lane_side = 0x33333333U << (2 * listed_side());
+  const unsigned of_lane_side = lanes_of(listed_side());
   // Sums of both sides at once, 16 bits each.
   const auto count =
-      static_cast<unsigned>(__popc(hot & 0x33333333U) | __popc(hot & 0xCCCCCCCCU) << 16);
-  unsigned through = count;
-  for (int offset = 1; offset < 32; offset *= 2) {
-    const unsigned other = __shfl_up_sync(~0U, through, offset);
-    if (lane_id() >= offset) through += other;
-  }
+      static_cast<unsigned>(__popc(hot & lanes_of(kBottom)) | __popc(hot & lanes_of(kTop)) << 16);
+  const unsigned through = warp_inclusive_sum(count);
   const unsigned all = __shfl_sync(~0U, through, 31);
   if (all == 0) return;
   const int shift = listed_side() == kBottom ? 0 : 16;

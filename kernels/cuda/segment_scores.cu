@@ -32,9 +32,9 @@ __device__ float score_of(const Map& map, int column, float bias) {
 
 // Of the chosen blocks, by one warp. 0 where the map's scores are not to be trusted.
 __device__ float lowest_of(const Map& map, const Chosen& chosen, float bias) {
-  if (map.num_rows() < map.header().clean_from) return 0;
+  if (!map.is_clean()) return 0;
   float lowest = std::numeric_limits<float>::max();
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < chosen.count; i += 32) {
+  for (int i = lane_id(); i < chosen.count; i += 32) {
     lowest = fminf(lowest, score_of(map, chosen.blocks[i] - kSinkColumns, bias));
   }
   for (int offset = 16; offset > 0; offset /= 2) {
@@ -55,7 +55,7 @@ __device__ void note_chosen(const HistoryState& state, int first_map, int candid
   }
   for (int m = tid / 32; m < state.maps_per_kv_head; m += kWarps) {
     const float lowest = lowest_of({state, first_map + m}, chosen, bias);
-    if (tid % 32 == 0) shared.lowest[m] = lowest;
+    if (lane_id() == 0) shared.lowest[m] = lowest;
   }
   __syncthreads();
 }
