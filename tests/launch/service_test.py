@@ -282,17 +282,25 @@ def test_everything_dies_with_a_killed_serve(model):
         wait_until(lambda: not running.pids("foretoken-kvstore"), 10)
 
 
+STORY = "Once upon a time"
+LONG = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
+
+
+def stream_through_a_death(running, client):
+    """The tokens of the story, a rank being killed after the first of them."""
+    stream = client.stream(STORY, **LONG)
+    ids = list(next(stream).ids)
+    os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+    for piece in stream:
+        ids += piece.ids
+    return ids
+
+
 def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
     with Service(model, FULL, "--tensor-parallel-size=2") as running:
         with Client(running.endpoint, running.key_file) as client:
-            options = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
-            undisturbed = client.generate("Once upon a time", **options).ids
-            stream = client.stream("Once upon a time", **options)
-            ids = list(next(stream).ids)
-            os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
-            for piece in stream:
-                ids += piece.ids
-            assert ids == undisturbed
+            undisturbed = client.generate(STORY, **LONG).ids
+            assert stream_through_a_death(running, client) == undisturbed
             assert client.status()["worker_restarts"] == 1
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
 
@@ -307,15 +315,9 @@ def test_a_replaced_group_loads_from_the_stores_copy(model, source):
         wait_until(lambda: "the store keeps a copy" in log(), what="the copy")
         assert log().count(f"GB/s) from {source}") == 2  # the load and the copy
         with Client(running.endpoint, running.key_file) as client:
-            options = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
-            undisturbed = client.generate("Once upon a time", **options).ids
+            undisturbed = client.generate(STORY, **LONG).ids
             for deaths in (1, 2):  # it is there for every restart
-                stream = client.stream("Once upon a time", **options)
-                ids = list(next(stream).ids)
-                os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
-                for piece in stream:
-                    ids += piece.ids
-                assert ids == undisturbed
+                assert stream_through_a_death(running, client) == undisturbed
                 assert client.status()["worker_restarts"] == deaths
                 wait_until(lambda n=deaths: log().count("GB/s) from the store") == n, what="the log")
         assert log().count(f"GB/s) from {source}") == 2

@@ -49,6 +49,18 @@ void expect_equal_logprobs(const Answer& expected, const Answer& actual) {
   }
 }
 
+// What makes a step bring a layer at a time: exact calibration and an audit, attention without
+// slots, a choice at the query.
+std::vector<ServiceConfig> layer_by_layer() {
+  ServiceConfig audited = predicted();
+  audited.calibrate_with = "exact";
+  audited.calibrate_every = 5;
+  audited.audit_every = 7;
+  ServiceConfig streamed = service("full");
+  streamed.kv_resident = "never";
+  return {audited, streamed, service("oracle", 384)};
+}
+
 class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
  protected:
   static Answer answer(const ServiceConfig& config, const StoreProcess& store) {
@@ -79,15 +91,8 @@ TEST_P(OutsizedTest, WaitingIsHavingItInMemory) {
   }
 }
 
-// A layer at a time: exact calibration, an audit, attention without slots, a choice at the query.
 TEST_P(OutsizedTest, AttentionOverAllBlocksFindsThemAll) {
-  ServiceConfig audited = predicted();
-  audited.calibrate_with = "exact";
-  audited.calibrate_every = 5;
-  audited.audit_every = 7;
-  ServiceConfig streamed = service("full");
-  streamed.kv_resident = "never";
-  for (const ServiceConfig& config : {audited, streamed, service("oracle", 384)}) {
+  for (const ServiceConfig& config : layer_by_layer()) {
     const Answer kept = in_memory(config);
     const Answer found = outsized(config);
     expect_equal(kept, found);
@@ -135,13 +140,9 @@ TEST_P(OutsizedTest, OthersDecodeBesideIt) {
 TEST(TwoOutsized, DecodeInOneBatch) {
   const std::vector prompts{random_prompt(kPromptTokens, 36),
                             random_prompt(kPromptTokens + 50, 37)};
-  ServiceConfig audited = predicted();
-  audited.calibrate_with = "exact";
-  audited.calibrate_every = 5;
-  audited.audit_every = 7;
-  ServiceConfig streamed = service("full");
-  streamed.kv_resident = "never";
-  for (const ServiceConfig& config : {predicted(), audited, streamed, service("oracle", 384)}) {
+  std::vector<ServiceConfig> configs = layer_by_layer();
+  configs.push_back(predicted());
+  for (const ServiceConfig& config : configs) {
     const auto run = [&](const StoreProcess& store) {
       return LocalGroup(config, deep_model(), store).generate_batch(prompts, options());
     };
