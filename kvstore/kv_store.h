@@ -13,8 +13,8 @@
 //   store->release(sequence);
 //
 // A sequence that is larger than the whole arena runs from NVMe, where the store has that tier: its
-// Reservation has `outsized` in place of slabs (kvstore/outsized_kv.h), no hits, and commits
-// nothing.
+// Reservation has `outsized` in place of slabs (kvstore/outsized_kv.h), its hits are what NVMe has,
+// and it publishes by OutsizedKv::publish() and publish_written(), in place of commit().
 //
 // Owns the connection, the mapping and one event a layer. Everything that a
 // sequence holds is freed by the store when the KvStore is destroyed, or when the process has died.
@@ -122,9 +122,10 @@ class KvStore {
   // Slabs for num_segments segments on all heads of this rank, reusing the longest run of `keys`
   // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there.
   // A second rank of the group that shares a head gets the same slabs.
-  // Never waits for a disk. Error: kExhausted (may pass, nothing is held), kPending (some of the
-  // prefix is on its way from NVMe: come again within a second), kInvalidArgument (can never fit),
-  // kUnavailable (it would need the NVMe tier, whose disk fails now).
+  // Never waits for a disk, but for the checksums of an outsized sequence's hits. Error: kExhausted
+  // (may pass, nothing is held), kPending (some of the prefix is on its way from NVMe: come again
+  // within a second), kInvalidArgument (can never fit), kUnavailable (it would need the NVMe tier,
+  // whose disk fails now).
   Result<Reservation> reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                               int num_segments);
 
@@ -138,6 +139,10 @@ class KvStore {
   // REQUIRES: the copies into the slab have completed (an event, not just an enqueue), and this
   // rank is the one that writes its heads.
   Status commit(SequenceId sequence, int segment, const PrefixKey& key);
+
+  // Tells the store which segments of an outsized sequence are whole on NVMe, and which slots there
+  // failed their check. Often, and before release(). One-way.
+  Status publish_written(Reservation& kv);
 
   // KV of the sequence failed its check. Its slabs serve as nobody's prefix from now on, and are
   // the last ones to be handed out again. Nothing more of it is published. One-way.

@@ -6,6 +6,11 @@
 //   kv.make_room(layer, {s, s + 1});  ... write-through ...  kv.fill(...);      // decode's segment
 //   kv.ask(layer, runs);  ...  kv.wait(layer, runs);  ... gather ...  kv.let_go(layer);
 //
+// Its first segments may be another sequence's prefix, which stands on NVMe (reuse); and others may
+// reuse what it publishes, once that is there:
+//
+//   kv.publish(segment, key);  ...  for (const Published& segment : kv.take_published()) ...
+//
 // A run that was filled is written behind; only what is on NVMe leaves its frame, and then what has
 // the lowest score, and of those what was wanted longest ago. Each block is verified on its way out
 // and on its way back, against checksums that stay in host memory. A block that fails, or a disk
@@ -19,6 +24,7 @@
 // For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -28,6 +34,7 @@
 #include <span>
 #include <vector>
 
+#include "common/prefix_key.h"
 #include "common/result.h"
 #include "kernels/device.h"
 #include "kernels/kv_layout.h"
@@ -37,6 +44,7 @@ namespace foretoken::kvstore {
 class ArenaGuard;
 class RunIo;
 struct Seal;
+struct SlotTable;
 
 enum class RunIndex : std::uint32_t {};  // (layer * num_kv_heads + head) * num_segments + segment
 
@@ -63,6 +71,7 @@ class OutsizedKv {
     int num_segments = 0;
     std::vector<Frame> frames;
     std::vector<std::uint64_t> slots;  // [num_kv_heads, num_segments] offsets in the NVMe file
+    bool publishes = true;             // else publish() does nothing
   };
   // `guard` may be null. REQUIRES: parts.frames has least_frames() or more.
   OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts);
@@ -81,6 +90,28 @@ class OutsizedKv {
   // Selection's segment_scores: how near a run is to being wanted. Zeros until they are written,
   // which a GPU may do at any time: they order what leaves and what comes, and nothing else.
   float* scores() const { return scores_; }
+
+  // The segment's slot on that head holds a prefix: its runs are on NVMe. REQUIRES: nothing of the
+  // segment has been filled; on all heads, and on all segments before it, before the sequence runs.
+  void reuse(HeadSegment run, const SlotTable& table);
+  // Fewer segments hold a prefix, as the group agreed; `slots` are all slots from now on.
+  void use(int hit_segments, std::vector<std::uint64_t> slots);
+
+  // The segment is filled, and serves as a prefix under this key once it is on NVMe. Does nothing
+  // for one that is reused.
+  void publish(int segment, const PrefixKey& key);
+  struct Published {
+    int segment = 0;
+    PrefixKey key;
+    std::vector<std::uint64_t> digests;  // [num_kv_heads] of the slots' checksums
+    std::vector<Seal> seals;             // [num_kv_heads]
+  };
+  // Those whose slots are whole, but for the headers, since the last call.
+  std::vector<Published> take_published();
+  // Waits for those that are to be published, no longer than so.
+  void finish_publishing(std::chrono::milliseconds limit);
+  // Slots that failed their check, since the last call.
+  std::vector<HeadSegment> take_refuted();
 
   // Gives runs of all heads their frames, to be filled; their bytes are undefined. Waits for the
   // disk where others must leave first. REQUIRES: they were never given one.
@@ -155,11 +186,19 @@ class OutsizedKv {
   void on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes);
   void on_written(RunIndex index, const Result<Seal>& written);
   void fail(const Error& error);
+  void on_slot_failed(RunIndex run, const Error& error);
+  bool is_reused(RunIndex run) const;
+  // Of slots that are published: named behind all runs.
+  RunIndex table_index(int head, int segment) const;
+  bool is_table(RunIndex run) const { return static_cast<std::size_t>(run) >= runs_state_.size(); }
+  void start_tables();
+  void write_table(int head);
+  void on_table_written(RunIndex index, const Result<Seal>& written);
 
   kernels::Device& device_;
   RunIo& io_;
   ArenaGuard* guard_;
-  const Parts parts_;
+  Parts parts_;
   std::byte** runs_ = nullptr;          // pinned
   std::uint64_t* checksums_ = nullptr;  // pinned
   float* scores_ = nullptr;             // pinned
@@ -176,6 +215,15 @@ class OutsizedKv {
   std::int64_t bytes_read_ = 0;
   Status status_ = Ok{};
   std::optional<Error> last_error_;  // of a write
+  int num_reused_ = 0;               // segments
+  std::vector<int> num_unwritten_;   // by segment: runs that are not on NVMe
+  // To be published, in order; of the first one, tables of heads [0, tables_begun_) are being
+  // written, or are.
+  std::deque<Published> to_publish_;
+  int tables_begun_ = 0;
+  int tables_written_ = 0;
+  std::vector<Published> published_;
+  std::vector<HeadSegment> refuted_;
   std::unique_ptr<Listener> listener_;
 };
 

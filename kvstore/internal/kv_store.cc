@@ -12,6 +12,7 @@
 #include "kvstore/internal/run_io.h"
 #include "kvstore/internal/sealing_device.h"
 #include "kvstore/internal/seqpacket.h"
+#include "kvstore/internal/slot_table.h"
 #include "kvstore/internal/stripe_mapping.h"
 
 namespace foretoken::kvstore {
@@ -57,6 +58,8 @@ struct KvStore::Impl {
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
   Result<Reservation> translate_outsized(SequenceId sequence, const Grant& grant, int num_segments,
                                          FileDescriptor file);
+  std::vector<std::uint64_t> offsets_of(const Grant& grant) const;
+  Status read_prefix(Reservation& kv, const Grant& grant, std::span<const PrefixKey> keys);
 
   bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
 
@@ -137,20 +140,20 @@ Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const
   if (grant.slabs.size() != heads * slabs_a_head || !file ||
       grant.slots.size() != heads * static_cast<std::size_t>(num_segments) ||
       grant.slabs.size() * layers < OutsizedKv::least_frames(shape, num_segments) ||
+      grant.head_hits.size() != heads || std::ranges::min(grant.head_hits) < 0 ||
+      std::ranges::max(grant.head_hits) > num_segments ||
       std::ranges::any_of(grant.slabs, [this](SlabIndex slab) { return is_no_slab(slab); })) {
     return granted_otherwise();
   }
   if (!io) {
     nvme_file = std::move(file);
-    IoMemory memory(shape.run_bytes() * RunIo::kDepth);
+    const std::size_t buffer = std::max({shape.run_bytes(), SlotTable::bytes(shape), kSectorBytes});
+    IoMemory memory(buffer * RunIo::kDepth);
     auto disk =
         make_sealing_device(make_block_device(nvme_file.get(), memory, RunIo::kDepth), cipher);
-    io.emplace(std::move(memory), std::move(disk), shape.run_bytes());
+    io.emplace(std::move(memory), std::move(disk), buffer);
   }
-  OutsizedKv::Parts parts{shape, num_segments, {}, {}};
-  for (const SlotIndex slot : grant.slots) {
-    parts.slots.push_back(grant.slots_offset + shape.slab_bytes() * raw(slot));
-  }
+  OutsizedKv::Parts parts{shape, num_segments, {}, offsets_of(grant), cipher == nullptr};
   for (std::size_t i = 0; i < grant.slabs.size(); ++i) {
     const int head = static_cast<int>(i / slabs_a_head);
     for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -162,10 +165,46 @@ Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const
   Reservation kv;
   kv.sequence = sequence;
   kv.num_segments = num_segments;
-  kv.head_hits.resize(heads);
+  kv.head_hits = grant.head_hits;
   kv.outsized =
       std::make_unique<OutsizedKv>(device, *io, guard ? &*guard : nullptr, std::move(parts));
   return kv;
+}
+
+std::vector<std::uint64_t> KvStore::Impl::offsets_of(const Grant& grant) const {
+  std::vector<std::uint64_t> offsets;
+  for (const SlotIndex slot : grant.slots) {
+    offsets.push_back(grant.slots_offset + config.shape.slab_bytes() * raw(slot));
+  }
+  return offsets;
+}
+
+// The checksums of the hits, from NVMe. A slot that does not hold what it should is a miss, and so
+// is what is behind it.
+Status KvStore::Impl::read_prefix(Reservation& kv, const Grant& grant,
+                                  std::span<const PrefixKey> keys) {
+  const int hits = std::min(std::ranges::min(grant.head_hits), static_cast<int>(std::ssize(keys)));
+  const int heads = config.shape.num_kv_heads;
+  std::vector<NamedSlot> slots;
+  for (int segment = 0; segment < hits; ++segment) {
+    for (int head = 0; head < heads; ++head) {
+      slots.push_back({grant.slots[static_cast<std::size_t>(head * kv.num_segments + segment)],
+                       {config.first_head + head, keys[static_cast<std::size_t>(segment)]}});
+    }
+  }
+  const auto tables =
+      read_tables(*io, {config.shape, grant.slots_offset, grant.file_id, cipher}, slots);
+  const auto bad = std::ranges::find_if(tables, [](const auto& table) { return !table; });
+  const auto at = [heads](auto place) {
+    return HeadSegment{static_cast<int>(place) % heads, static_cast<int>(place) / heads};
+  };
+  kv.hit_segments = at(bad - tables.begin()).segment;
+  for (int i = 0; i < kv.hit_segments * heads; ++i) {
+    kv.outsized->reuse(at(i), *tables[static_cast<std::size_t>(i)]);
+  }
+  if (bad == tables.end()) return Ok{};
+  const HeadSegment refuted = at(bad - tables.begin());
+  return connection.tell(Refute{kv.sequence, refuted.head, refuted.segment});
 }
 
 std::string_view nvme_state_name(NvmeState state) {
@@ -205,7 +244,10 @@ Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const Prefix
                       impl_->connection.ask_for<Grant>(
                           Reserve{sequence, num_segments, {keys.begin(), keys.end()}}, &file));
   if (grant.slots.empty()) return impl_->translate(sequence, grant, num_segments);
-  return impl_->translate_outsized(sequence, grant, num_segments, std::move(file));
+  FT_ASSIGN_OR_RETURN(Reservation kv,
+                      impl_->translate_outsized(sequence, grant, num_segments, std::move(file)));
+  FT_RETURN_IF_ERROR(impl_->read_prefix(kv, grant, keys));
+  return kv;
 }
 
 Status KvStore::use(Reservation& kv, int hit_segments) {
@@ -214,7 +256,26 @@ Status KvStore::use(Reservation& kv, int hit_segments) {
   if (std::ranges::max(kv.head_hits) == hit_segments) return Ok{};
   FT_ASSIGN_OR_RETURN(const Grant grant,
                       impl_->connection.ask_for<Grant>(Use{kv.sequence, hit_segments}));
+  if (kv.outsized) {
+    if (grant.slots.size() != kv.head_hits.size() * static_cast<std::size_t>(kv.num_segments)) {
+      return granted_otherwise();
+    }
+    kv.outsized->use(hit_segments, impl_->offsets_of(grant));
+    return Ok{};
+  }
   FT_ASSIGN_OR_RETURN(kv, impl_->translate(kv.sequence, grant, kv.num_segments));
+  return Ok{};
+}
+
+Status KvStore::publish_written(Reservation& kv) {
+  for (auto& [segment, key, digests, seals] : kv.outsized->take_published()) {
+    if (!impl_->cipher) seals.clear();
+    FT_RETURN_IF_ERROR(impl_->connection.tell(
+        Publish{kv.sequence, segment, key, std::move(digests), std::move(seals)}));
+  }
+  for (const auto& [head, segment] : kv.outsized->take_refuted()) {
+    FT_RETURN_IF_ERROR(impl_->connection.tell(Refute{kv.sequence, head, segment}));
+  }
   return Ok{};
 }
 

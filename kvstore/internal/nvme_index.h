@@ -3,7 +3,7 @@
 //   free      may be claimed; those that were given back first come first
 //   claimed   being written: in no index
 //   held      has a name; claimed, least recently used first, when nothing is free
-//   pinned    being read: not claimed; held, or forgotten meanwhile
+//   pinned    being read, or a running sequence's: not claimed; held, or forgotten meanwhile
 //
 // Pure bookkeeping. Not thread-safe. Example: tests/kvstore/nvme_tier_test.cc
 #pragma once
@@ -53,6 +53,12 @@ class NvmeIndex {
   // Pins count. They say nothing of use: touch() does. REQUIRES: held.
   void pin(SlotIndex slot);
   void unpin(SlotIndex slot);
+  bool is_pinned(SlotIndex slot) const {
+    return slots_.at(static_cast<std::size_t>(slot)).pins > 0;
+  }
+  std::optional<SlabName> name_of(SlotIndex slot) const {
+    return slots_.at(static_cast<std::size_t>(slot)).name;
+  }
   // Forgets the name; its slot is free once no pin is left. REQUIRES: held.
   void erase(const SlabName& name);
 

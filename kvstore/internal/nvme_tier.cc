@@ -124,17 +124,21 @@ std::optional<std::size_t> NvmeTier::free_buffer() const {
   return static_cast<std::size_t>(found - transfers_.begin());
 }
 
-void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now) {
+void NvmeTier::occupy(std::size_t index, const Transfer& transfer, TimePoint now) {
   if (num_in_flight_++ == num_given_up_) last_progress_ = now;
   transfers_[index] = transfer;
   transfers_[index]->slab.bytes = buffer(index).first(shape_.slab_bytes());
+}
+
+void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now) {
+  occupy(index, transfer, now);
   submit(index);
 }
 
 // What its transfer still has to move.
 void NvmeTier::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  const bool is_header = transfer.kind == Kind::kStoreHeader;
+  const bool is_header = NvmeTier::is_header(transfer.kind);
   const NvmeGeometry& geometry = superblock_.geometry;
   const std::uint64_t offset =
       is_header ? geometry.header_offset(transfer.slot) : geometry.slab_offset(transfer.slot);
@@ -146,7 +150,7 @@ void NvmeTier::submit(std::size_t index) {
 }
 
 std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
-  return transfer.kind == Kind::kStoreHeader ? kSectorBytes : shape_.slab_bytes();
+  return is_header(transfer.kind) ? kSectorBytes : shape_.slab_bytes();
 }
 
 void NvmeTier::end(std::size_t index) {
@@ -202,7 +206,7 @@ void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now)
 // The slab is in the file; its header makes it count.
 void NvmeTier::write_header(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  transfer.kind = Kind::kStoreHeader;
+  if (transfer.kind == Kind::kStoreSlab) transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
                     transfer.digest, transfer.name, transfer.slab.seal},
@@ -233,8 +237,82 @@ std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count) {
   return slots;
 }
 
+SlotIndex NvmeTier::borrow(const SlabName& name) {
+  const auto entry = index_.find(name);
+  FT_CHECK(entry.has_value());
+  index_.pin(entry->slot);
+  return entry->slot;
+}
+
+// A pin says that it is borrowed, or published by who has it.
 void NvmeTier::take_back(std::span<const SlotIndex> slots) {
-  for (const SlotIndex slot : slots) index_.give_back(slot);
+  for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {
+    if (index_.is_pinned(*slot)) {
+      if (const auto name = index_.name_of(*slot)) index_.touch(*name);
+      index_.unpin(*slot);
+    } else if (Transfer* publication = publication_of(*slot)) {
+      publication->is_lent = false;
+    } else {
+      index_.give_back(*slot);
+    }
+  }
+}
+
+void NvmeTier::refute(SlotIndex slot) {
+  const auto name = index_.name_of(slot);
+  if (!name) return;
+  log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent", raw(slot));
+  index_.erase(*name);
+}
+
+// ---- publishing what was lent -------------------------------------------------------------------
+
+void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now) {
+  const bool has_name = index_.is_pinned(filled.slot) || publication_of(filled.slot) != nullptr;
+  if (knows(name) || has_name) return;
+  storing_.insert(name);
+  to_publish_.push_back({.kind = Kind::kPublish,
+                         .name = name,
+                         .slot = filled.slot,
+                         .digest = filled.digest,
+                         .slab = {{}, filled.seal},
+                         .is_lent = true});
+  start_publishing(now);
+}
+
+// What a disk does not take now is not published: its holder keeps it, nobody else finds it.
+void NvmeTier::start_publishing(TimePoint now) {
+  if (!health_.may_write(now)) {
+    for (const Transfer& transfer : to_publish_) let_go(transfer);
+    to_publish_.clear();
+  }
+  while (!to_publish_.empty() && waiting_.empty()) {
+    const auto index = free_buffer();
+    if (!index) return;
+    occupy(*index, to_publish_.front(), now);
+    to_publish_.pop_front();
+    write_header(*index);
+  }
+}
+
+void NvmeTier::finish_publishing(std::size_t index) {
+  const Transfer& transfer = *transfers_[index];
+  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
+  if (transfer.is_lent) index_.pin(transfer.slot);
+  storing_.erase(transfer.name);
+  ++stat_.slabs_written;
+  end(index);
+}
+
+NvmeTier::Transfer* NvmeTier::publication_of(SlotIndex slot) {
+  const auto is_it = [slot](const Transfer& transfer) {
+    return transfer.kind == Kind::kPublish && transfer.slot == slot;
+  };
+  const auto waiting = std::ranges::find_if(to_publish_, is_it);
+  if (waiting != to_publish_.end()) return &*waiting;
+  const auto found = std::ranges::find_if(
+      transfers_, [&](const auto& transfer) { return transfer && is_it(*transfer); });
+  return found == transfers_.end() ? nullptr : &**found;
 }
 
 // ---- reading ----------------------------------------------------------------------------------
@@ -328,6 +406,8 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
     loaded.push_back({transfer.name, false});
   }
   waiting_.clear();
+  for (const Transfer& transfer : to_publish_) let_go(transfer);
+  to_publish_.clear();
   for (auto& transfer : transfers_) {
     if (!transfer || transfer->is_given_up) continue;
     if (transfer->kind == Kind::kLoad) loaded.push_back({transfer->name, false});
@@ -340,7 +420,7 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
 void NvmeTier::let_go(const Transfer& transfer) {
   if (reads(transfer.kind)) return index_.unpin(transfer.slot);
   storing_.erase(transfer.name);
-  index_.give_back(transfer.slot);
+  if (!transfer.is_lent) index_.give_back(transfer.slot);
 }
 
 // ---- events -----------------------------------------------------------------------------------
@@ -359,6 +439,7 @@ std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
     on_stalled(now, loaded);
   }
   start_loads(now);
+  start_publishing(now);
   if (may_scrub(now)) start_scrub(now);
   return loaded;
 }
@@ -404,6 +485,9 @@ void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& l
     case Kind::kStoreHeader:
       health_.on_written(now);
       return finish_store(index);
+    case Kind::kPublish:
+      health_.on_written(now);
+      return finish_publishing(index);
   }
 }
 

@@ -73,11 +73,26 @@ class NvmeTier {
   void store(const SlabName& name, const std::byte* slab, TimePoint now);
 
   // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index
-  // until they are given back. nullopt: the file has not so many to give.
+  // until they are published, or given back. nullopt: the file has not so many to give.
   std::optional<std::vector<SlotIndex>> lend(std::size_t count);
+  // The slot of a slab, for a rank to read: it keeps the slab until it is given back. It may be
+  // borrowed more than once. REQUIRES: has(name).
+  SlotIndex borrow(const SlabName& name);
+  // A lent slot holds this slab now, whole but for its header, which is written behind; its holder
+  // keeps it. Does nothing where the slab is here already, or the slot has a name.
+  struct Filled {
+    SlotIndex slot{};
+    std::uint64_t digest = 0;  // of the slab's checksums
+    Seal seal;
+  };
+  void publish(const SlabName& name, const Filled& filled, TimePoint now);
+  // Lent and borrowed ones. Of what has a name, the last one is given up first.
   void take_back(std::span<const SlotIndex> slots);
+  // What a borrowed or published slot holds is not what its name says.
+  void refute(SlotIndex slot);
   bool may_lend(TimePoint now) const { return health_.may_write(now); }
   std::uint64_t slots_offset() const { return superblock_.geometry.slab_offset(SlotIndex{0}); }
+  std::uint64_t file_id() const { return superblock_.file_id; }
 
   struct Loaded {
     SlabName name;
@@ -90,7 +105,9 @@ class NvmeTier {
   // When advance() is wanted although nothing has ended.
   std::optional<TimePoint> deadline() const;
   // Nothing is under way.
-  bool is_idle() const { return num_in_flight_ == 0 && waiting_.empty() && ended_.empty(); }
+  bool is_idle() const {
+    return num_in_flight_ == 0 && waiting_.empty() && to_publish_.empty() && ended_.empty();
+  }
 
   int completion_fd() const { return device_->completion_fd(); }
   NvmeStat stat() const;  // without `dropped`, which is the caller's
@@ -98,7 +115,7 @@ class NvmeTier {
   void check() const { index_.check(); }
 
  private:
-  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader };
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader, kPublish };
   struct Transfer {
     Kind kind = Kind::kLoad;
     SlabName name;
@@ -108,12 +125,15 @@ class NvmeTier {
     SealedUnit slab{};         // in its buffer
     std::size_t moved = 0;     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
+    bool is_lent = false;      // kPublish: somebody has its slot still
   };
 
   static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
+  static bool is_header(Kind kind) { return kind == Kind::kStoreHeader || kind == Kind::kPublish; }
   std::span<std::byte> buffer(std::size_t index) const;  // of a slab and a header
   std::optional<std::size_t> free_buffer() const;
   std::size_t bytes_of(const Transfer& transfer) const;
+  void occupy(std::size_t index, const Transfer& transfer, TimePoint now);
   void start(std::size_t index, const Transfer& transfer, TimePoint now);
   void submit(std::size_t index);
   void end(std::size_t index);
@@ -121,6 +141,9 @@ class NvmeTier {
   std::uint64_t digest_of(const std::byte* slab) const;
   void write_header(std::size_t index);
   void finish_store(std::size_t index);
+  void start_publishing(TimePoint now);
+  void finish_publishing(std::size_t index);
+  Transfer* publication_of(SlotIndex slot);
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
   bool may_scrub(TimePoint now) const;
@@ -145,8 +168,9 @@ class NvmeTier {
   const std::shared_ptr<const KvCipher> cipher_;
   NvmeIndex index_;
   NvmeHealth health_;
-  std::deque<Transfer> waiting_;  // loads without a buffer
-  std::deque<IoDone> ended_;      // not looked at yet
+  std::deque<Transfer> waiting_;     // loads without a buffer
+  std::deque<Transfer> to_publish_;  // headers without one
+  std::deque<IoDone> ended_;         // not looked at yet
   std::set<SlabName> storing_;
   std::size_t num_in_flight_ = 0;  // those given up included
   std::size_t num_given_up_ = 0;

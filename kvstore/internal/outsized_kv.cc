@@ -9,6 +9,7 @@
 #include "kernels/checksum.h"
 #include "kvstore/internal/arena_guard.h"
 #include "kvstore/internal/run_io.h"
+#include "kvstore/internal/slot_table.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -59,6 +60,8 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
   std::fill_n(checksums_, runs * kSegmentBlocks, 0);
   scores_ = static_cast<float*>(device.allocate_pinned(runs * sizeof(float)));
   std::fill_n(scores_, runs, 0.0F);
+  num_unwritten_.assign(static_cast<std::size_t>(parts_.num_segments),
+                        parts_.shape.num_layers * parts_.shape.num_kv_heads);
   for (std::size_t i = parts_.frames.size(); i > 0; --i) {
     free_frames_.push_back(static_cast<std::uint32_t>(i - 1));
   }
@@ -155,6 +158,104 @@ void OutsizedKv::evict(RunIndex run) {
 void OutsizedKv::ask_for(RunIndex run) {
   at(run).place = Place::kAsked;
   to_read_.push_back(run);
+}
+
+// ---- prefixes ---------------------------------------------------------------------------------
+
+bool OutsizedKv::is_reused(RunIndex run) const {
+  return static_cast<int>(run) % parts_.num_segments < num_reused_;
+}
+
+RunIndex OutsizedKv::table_index(int head, int segment) const {
+  return RunIndex{static_cast<std::uint32_t>(
+      runs_state_.size() + static_cast<std::size_t>(head * parts_.num_segments + segment))};
+}
+
+void OutsizedKv::reuse(HeadSegment run, const SlotTable& table) {
+  num_reused_ = std::max(num_reused_, run.segment + 1);
+  for (int layer = 0; layer < parts_.shape.num_layers; ++layer) {
+    const RunIndex at = index(layer, run);
+    FT_CHECK(this->at(at).place == Place::kEmpty, layer, run.head, run.segment);
+    this->at(at).place = Place::kStored;
+    const auto place = static_cast<std::size_t>(at);
+    std::ranges::copy(table.checksums_of(layer), checksums_ + place * kSegmentBlocks);
+    if (!table.seals.empty()) seals_[place] = table.seals[static_cast<std::size_t>(layer)];
+  }
+}
+
+void OutsizedKv::use(int hit_segments, std::vector<std::uint64_t> slots) {
+  FT_CHECK(slots.size() == parts_.slots.size(), slots.size(), parts_.slots.size());
+  num_reused_ = std::min(num_reused_, hit_segments);
+  parts_.slots = std::move(slots);
+  for (std::size_t i = 0; i < runs_state_.size(); ++i) {
+    const RunIndex run{static_cast<std::uint32_t>(i)};
+    if (at(run).place == Place::kEmpty || is_reused(run)) continue;
+    FT_CHECK(at(run).place == Place::kStored, i);  // nothing has been asked for yet
+    at(run).place = Place::kEmpty;
+  }
+}
+
+void OutsizedKv::publish(int segment, const PrefixKey& key) {
+  if (segment < num_reused_ || !parts_.publishes) return;
+  const auto heads = static_cast<std::size_t>(parts_.shape.num_kv_heads);
+  to_publish_.push_back(
+      {segment, key, std::vector<std::uint64_t>(heads), std::vector<Seal>(heads)});
+  advance(0);
+}
+
+std::vector<OutsizedKv::Published> OutsizedKv::take_published() {
+  return std::exchange(published_, {});
+}
+
+std::vector<HeadSegment> OutsizedKv::take_refuted() { return std::exchange(refuted_, {}); }
+
+void OutsizedKv::finish_publishing(std::chrono::milliseconds limit) {
+  const auto end = std::chrono::steady_clock::now() + limit;
+  while (status_ && !to_publish_.empty() && std::chrono::steady_clock::now() < end) {
+    advance();
+    if (!io_.is_busy()) return;  // what is left can't be written now
+    io_.wait();
+  }
+}
+
+// A slot's table is written when all of its runs are, behind all else.
+void OutsizedKv::start_tables() {
+  const int heads = parts_.shape.num_kv_heads;
+  while (!to_publish_.empty() && tables_begun_ < heads && to_read_.empty() && io_.can_write()) {
+    const int segment = to_publish_.front().segment;
+    if (num_unwritten_[static_cast<std::size_t>(segment)] > 0) return;
+    write_table(tables_begun_++);
+  }
+}
+
+void OutsizedKv::write_table(int head) {
+  Published& published = to_publish_.front();
+  SlotTable table(parts_.shape);
+  for (int layer = 0; layer < parts_.shape.num_layers; ++layer) {
+    const auto run = static_cast<std::size_t>(index(layer, {head, published.segment}));
+    std::ranges::copy(std::span(checksums_ + run * kSegmentBlocks, kSegmentBlocks),
+                      table.checksums_of(layer).begin());
+  }
+  published.digests[static_cast<std::size_t>(head)] = table.digest();
+  table.encode(io_.next_buffer());
+  io_.write(*listener_, table_index(head, published.segment),
+            {offset(index(0, {head, published.segment})) + parts_.shape.slab_payload_bytes(),
+             SlotTable::bytes(parts_.shape)});
+}
+
+// What could not be written is not published.
+void OutsizedKv::on_table_written(RunIndex index, const Result<Seal>& written) {
+  Published& published = to_publish_.front();
+  const std::size_t table = static_cast<std::size_t>(index) - runs_state_.size();
+  if (written) {
+    published.seals[table / static_cast<std::size_t>(parts_.num_segments)] = *written;
+  } else {
+    published.digests.clear();
+  }
+  if (++tables_written_ < parts_.shape.num_kv_heads) return;
+  if (!published.digests.empty()) published_.push_back(std::move(published));
+  to_publish_.pop_front();
+  tables_begun_ = tables_written_ = 0;
 }
 
 // ---- filling ----------------------------------------------------------------------------------
@@ -282,6 +383,7 @@ void OutsizedKv::advance(std::size_t most) {
   if (!status_) return;
   start_writes();
   start_reads();
+  start_tables();
 }
 
 void OutsizedKv::show_arrived() {
@@ -316,7 +418,8 @@ void OutsizedKv::start_reads() {
     to_read_.pop_front();
     at(run).frame = *frame;
     at(run).place = Place::kComing;
-    io_.read(*listener_, run, offset(run), seals_[static_cast<std::size_t>(run)]);
+    io_.read(*listener_, run, {offset(run), parts_.shape.run_bytes()},
+             &seals_[static_cast<std::size_t>(run)]);
   }
 }
 
@@ -328,7 +431,7 @@ void OutsizedKv::start_writes() {
     to_write_.pop_front();
     if (!copy_verified(io_.next_buffer().data(), parts_.frames[at(run).frame].host, run)) return;
     at(run).place = Place::kWriting;
-    io_.write(*listener_, run, offset(run));
+    io_.write(*listener_, run, {offset(run), parts_.shape.run_bytes()});
   }
 }
 
@@ -351,10 +454,11 @@ bool OutsizedKv::copy_verified(std::byte* to, const std::byte* from, RunIndex ru
 void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>>& bytes) {
   ++num_ended_;
   if (!status_) return;
-  if (!bytes) return fail(bytes.error());
+  if (!bytes) return on_slot_failed(index, bytes.error());
   Run& run = at(index);
   if (!copy_verified(parts_.frames[run.frame].host, bytes->data(), index)) {
-    return io_.count_corrupt();
+    io_.count_corrupt();
+    return on_slot_failed(index, status_.error());
   }
   bytes_read_ += static_cast<std::int64_t>(bytes->size());
   run.place = Place::kArrived;
@@ -365,14 +469,28 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
 void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
   ++num_ended_;
   if (!status_) return;
+  if (is_table(index)) return on_table_written(index, written);
   Run& run = at(index);
   run.place = written ? Place::kHere : Place::kDirty;
   if (written) {
     seals_[static_cast<std::size_t>(index)] = *written;
+    --num_unwritten_[static_cast<std::size_t>(index) %
+                     static_cast<std::size_t>(parts_.num_segments)];
     return;
   }
   last_error_ = written.error();
   to_write_.push_back(index);
+}
+
+// A prefix that can't be read is one that is not there: the next life does without.
+void OutsizedKv::on_slot_failed(RunIndex run, const Error& error) {
+  const auto slots = static_cast<std::size_t>(run) % parts_.slots.size();
+  const auto segments = static_cast<std::size_t>(parts_.num_segments);
+  if (error.code == ErrorCode::kCorrupt || error.code == ErrorCode::kIo) {
+    refuted_.push_back({static_cast<int>(slots / segments), static_cast<int>(slots % segments)});
+  }
+  if (!is_reused(run) || error.code != ErrorCode::kIo) return fail(error);
+  fail({ErrorCode::kCorrupt, error.message});
 }
 
 void OutsizedKv::fail(const Error& error) {

@@ -22,6 +22,8 @@ enum Kind : int {
   kFindWeights = 10,
   kKeepWeights = 11,
   kWeightsFilled = 12,
+  kPublish = 13,
+  kRefute = 14,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
@@ -127,6 +129,22 @@ struct RequestWriter {
         .finish();
   }
   std::string operator()(const WeightsFilled&) const { return Writer(kWeightsFilled, 0).finish(); }
+  std::string operator()(const Publish& publish) const {
+    return Writer(kPublish, 5)
+        .id(raw(publish.sequence))
+        .integer(publish.segment)
+        .binary(&publish.key, 1)
+        .binary(publish.digests.data(), publish.digests.size())
+        .binary(publish.seals.data(), publish.seals.size())
+        .finish();
+  }
+  std::string operator()(const Refute& refute) const {
+    return Writer(kRefute, 3)
+        .id(raw(refute.sequence))
+        .integer(refute.head)
+        .integer(refute.segment)
+        .finish();
+  }
 };
 
 struct ReplyWriter {
@@ -141,11 +159,12 @@ struct ReplyWriter {
         .finish();
   }
   std::string operator()(const Grant& grant) const {
-    return Writer(kGrant, 4)
+    return Writer(kGrant, 5)
         .binary(grant.head_hits.data(), grant.head_hits.size())
         .binary(grant.slabs.data(), grant.slabs.size())
         .id(grant.slots_offset)
         .binary(grant.slots.data(), grant.slots.size())
+        .id(grant.file_id)
         .finish();
   }
   std::string operator()(const StoreStat& stat) const {
@@ -322,6 +341,25 @@ Commit read_commit(Reader& reader) {
   return commit;
 }
 
+Publish read_publish(Reader& reader) {
+  Publish publish;
+  publish.sequence = SequenceId{reader.id("sequence")};
+  publish.segment = reader.small("segment", 0, kMaxSegments - 1);
+  const auto key = reader.binary<PrefixKey>("key", 1, 1);
+  if (!key.empty()) publish.key = key.front();
+  publish.digests = reader.binary<std::uint64_t>("digests", 1, kMaxHeads);
+  publish.seals = reader.binary<Seal>("seals", 0, kMaxHeads);
+  return publish;
+}
+
+Refute read_refute(Reader& reader) {
+  Refute refute;
+  refute.sequence = SequenceId{reader.id("sequence")};
+  refute.head = reader.small("head", 0, kMaxHeads - 1);
+  refute.segment = reader.small("segment", 0, kMaxSegments - 1);
+  return refute;
+}
+
 // Bounded, so that the store can add them up.
 NvmeFaults read_faults(Reader& reader) {
   constexpr std::int64_t kMost = std::numeric_limits<std::uint32_t>::max();
@@ -357,6 +395,7 @@ Grant read_grant(Reader& reader) {
   grant.slabs = reader.binary<SlabIndex>("slabs", 1, kMaxGrantSlabs);
   grant.slots_offset = reader.id("slots_offset");
   grant.slots = reader.binary<SlotIndex>("slots", 0, kMaxGrantSlabs);
+  grant.file_id = reader.id("file_id");
   return grant;
 }
 
@@ -429,6 +468,10 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(read_keep(reader));
     case kWeightsFilled:
       return reader.finish<Request>(WeightsFilled{});
+    case kPublish:
+      return reader.finish<Request>(read_publish(reader));
+    case kRefute:
+      return reader.finish<Request>(read_refute(reader));
     default:
       return reader.unknown_kind<Request>();
   }

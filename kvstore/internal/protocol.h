@@ -1,8 +1,8 @@
 // Protocol: what a rank and the store say to each other, one message a SEQPACKET datagram: a
 // msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
 // Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, FindWeights, KeepWeights
-// and WeightsFilled -> WeightMemory, each or Error. Commit, Distrust, NvmeFaults, Release and
-// Goodbye are one-way.
+// and WeightsFilled -> WeightMemory, each or Error. Commit, Publish, Distrust, Refute, NvmeFaults,
+// Release and Goodbye are one-way.
 //
 // Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
 // Never throws. Error: kCorrupt, naming the field.
@@ -24,7 +24,7 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 6;
+inline constexpr int kProtocolVersion = 7;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
@@ -53,6 +53,21 @@ struct Commit {
   int segment = 0;
   PrefixKey key;
 };
+// Of a sequence that runs from NVMe: the segment's slots hold it on all heads of the rank, whole
+// but for their headers.
+struct Publish {
+  SequenceId sequence{};
+  int segment = 0;
+  PrefixKey key;
+  std::vector<std::uint64_t> digests;  // [num_heads] of the slabs' checksums
+  std::vector<Seal> seals;             // [num_heads] of an encrypted file
+};
+// ... and a slot that it reads as a prefix, or has published, failed its check.
+struct Refute {
+  SequenceId sequence{};
+  int head = 0;  // of the rank's
+  int segment = 0;
+};
 struct Release {
   SequenceId sequence{};
 };
@@ -80,7 +95,7 @@ struct KeepWeights {
 // The rank has unmapped what KeepWeights gave it, and all bytes are there.
 struct WeightsFilled {};
 using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust,
-                             NvmeFaults, FindWeights, KeepWeights, WeightsFilled>;
+                             NvmeFaults, FindWeights, KeepWeights, WeightsFilled, Publish, Refute>;
 
 // Comes with the arena's file descriptor (SCM_RIGHTS).
 struct Welcome {

@@ -16,18 +16,18 @@ TimePoint now() { return std::chrono::steady_clock::now(); }
 
 }  // namespace
 
-RunIo::RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t run_bytes)
+RunIo::RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t buffer_bytes)
     : memory_(std::move(memory)),
       transfers_(kDepth),
       device_(std::move(device)),
-      run_bytes_(run_bytes) {
-  FT_CHECK(memory_.bytes().size() >= run_bytes * kDepth, memory_.bytes().size(), run_bytes);
+      buffer_bytes_(buffer_bytes) {
+  FT_CHECK(memory_.bytes().size() >= buffer_bytes * kDepth, memory_.bytes().size(), buffer_bytes);
 }
 
 // ---- starting ---------------------------------------------------------------------------------
 
 std::span<std::byte> RunIo::buffer(std::size_t index) const {
-  return memory_.bytes().subspan(index * run_bytes_, run_bytes_);
+  return memory_.bytes().subspan(index * buffer_bytes_, buffer_bytes_);
 }
 
 std::optional<std::size_t> RunIo::free_buffer() const {
@@ -43,12 +43,13 @@ bool RunIo::can_write() const {
   return health_.may_write(now()) && num_writes_ < kDepth / 2 && free_buffer().has_value();
 }
 
-void RunIo::read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal) {
+void RunIo::read(Owner& owner, RunIndex run, const Extent& extent, const Seal* seal) {
   start({.direction = IoDirection::kRead,
          .owner = &owner,
          .run = run,
-         .offset = offset,
-         .bytes = {{}, seal}});
+         .extent = extent,
+         .is_unit = seal != nullptr,
+         .bytes = {{}, seal == nullptr ? Seal{} : *seal}});
 }
 
 std::span<std::byte> RunIo::next_buffer() const {
@@ -57,25 +58,25 @@ std::span<std::byte> RunIo::next_buffer() const {
   return buffer(*index);
 }
 
-void RunIo::write(Owner& owner, RunIndex run, std::uint64_t offset) {
+void RunIo::write(Owner& owner, RunIndex run, const Extent& extent) {
   ++num_writes_;
-  start({IoDirection::kWrite, &owner, run, offset});
+  start({IoDirection::kWrite, &owner, run, extent});
 }
 
 void RunIo::start(const Transfer& transfer) {
   const auto index = free_buffer();
-  FT_CHECK(index.has_value());
+  FT_CHECK(index.has_value() && transfer.extent.bytes <= buffer_bytes_, transfer.extent.bytes);
   if (num_waited_for_++ == 0) last_progress_ = now();
   transfers_[*index] = transfer;
-  transfers_[*index]->bytes.bytes = buffer(*index);
+  transfers_[*index]->bytes.bytes = buffer(*index).first(transfer.extent.bytes);
   submit(*index);
 }
 
 void RunIo::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  device_->submit({transfer.direction, transfer.offset + transfer.moved,
-                   buffer(index).data() + transfer.moved, run_bytes_ - transfer.moved, index,
-                   &transfer.bytes});
+  device_->submit({transfer.direction, transfer.extent.offset + transfer.moved,
+                   buffer(index).data() + transfer.moved, transfer.extent.bytes - transfer.moved,
+                   index, transfer.is_unit ? &transfer.bytes : nullptr});
 }
 
 // ---- ending -----------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ void RunIo::on_done(const IoDone& done) {
   if (transfer.owner == nullptr) return transfers_[index].reset();
   if (done.bytes && *done.bytes > 0) {
     transfer.moved += *done.bytes;
-    if (transfer.moved < run_bytes_) return submit(index);
+    if (transfer.moved < transfer.extent.bytes) return submit(index);
     transfer.direction == IoDirection::kRead ? health_.on_read(now()) : health_.on_written(now());
     return end(index, Ok{});
   }
@@ -123,7 +124,7 @@ void RunIo::end(std::size_t index, const Status& status) {
     transfer.owner->on_written(
         transfer.run, status ? Result<Seal>(transfer.bytes.seal) : Result<Seal>(status.error()));
   } else if (status) {
-    transfer.owner->on_read(transfer.run, std::span<const std::byte>(buffer(index)));
+    transfer.owner->on_read(transfer.run, std::span<const std::byte>(transfer.bytes.bytes));
   } else {
     transfer.owner->on_read(transfer.run, status.error());
   }

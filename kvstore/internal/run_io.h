@@ -1,10 +1,10 @@
 // RunIo: a rank's own reads and writes of runs in the store's NVMe file, in the slots that the
-// store has lent to its sequences. The step thread waits here for what its own step needs, and
-// nobody else does.
+// store has lent to its sequences; and of what stands beside runs there (slot_table.h). The step
+// thread waits here for what its own step needs, and nobody else does.
 //
-//   io.read(owner, run, offset, seal);               // ends in owner.on_read()
+//   io.read(owner, run, {offset, bytes}, &seal);     // ends in owner.on_read()
 //   std::ranges::copy(bytes, io.next_buffer());
-//   io.write(owner, run, offset);                    // ends in owner.on_written()
+//   io.write(owner, run, {offset, bytes});           // ends in owner.on_written()
 //   io.advance();  io.wait();                        // call the owners
 //
 // Transfers go through the RunIo's own buffers, so that one that never ends holds nothing of the
@@ -38,6 +38,11 @@ class RunIo {
   static constexpr int kDepth = 64;  // buffers (guessed: 8 MiB at the 8B shape)
   static constexpr std::chrono::seconds kStallLimit{2};
 
+  struct Extent {
+    std::uint64_t offset = 0;
+    std::size_t bytes = 0;  // at most buffer_bytes
+  };
+
   // Whose run it is hears of the end, from within advance() and wait().
   class Owner {
    public:
@@ -47,18 +52,19 @@ class RunIo {
     virtual void on_written(RunIndex run, const Result<Seal>& written) = 0;
   };
 
-  // REQUIRES: memory has kDepth runs.
-  RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t run_bytes);
+  // REQUIRES: memory has kDepth buffers.
+  RunIo(IoMemory memory, std::unique_ptr<BlockDevice> device, std::size_t buffer_bytes);
 
   bool can_read() const;
   bool can_write() const;  // leaves half of the buffers to reads
   // Something will end, for whichever owner: its buffer may then be another one's.
   bool is_busy() const { return num_waited_for_ > 0; }
-  // REQUIRES: can_read(); seal: what on_written() gave.
-  void read(Owner& owner, RunIndex run, std::uint64_t offset, const Seal& seal);
+  // `run` is the owner's name for it. seal: what on_written() gave; null of what is never sealed.
+  // REQUIRES: can_read().
+  void read(Owner& owner, RunIndex run, const Extent& extent, const Seal* seal);
   // What write() will write. REQUIRES: can_write().
   std::span<std::byte> next_buffer() const;
-  void write(Owner& owner, RunIndex run, std::uint64_t offset);
+  void write(Owner& owner, RunIndex run, const Extent& extent);
 
   // Takes what has ended, `most` transfers of it.
   void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
@@ -76,7 +82,8 @@ class RunIo {
     IoDirection direction = IoDirection::kRead;
     Owner* owner = nullptr;  // null: it only keeps its buffer until it ends
     RunIndex run{};
-    std::uint64_t offset = 0;
+    Extent extent;
+    bool is_unit = true;  // sealed, where the device seals
     std::size_t moved = 0;
     int tries = 0;
     SealedUnit bytes{};  // in its buffer
@@ -94,7 +101,7 @@ class RunIo {
   IoMemory memory_;
   std::vector<std::optional<Transfer>> transfers_;  // by buffer
   std::unique_ptr<BlockDevice> device_;             // behind both: it uses them until it is gone
-  const std::size_t run_bytes_;
+  const std::size_t buffer_bytes_;
   std::deque<IoDone> ended_;  // and not taken yet
   int num_waited_for_ = 0;    // that have an owner
   int num_writes_ = 0;        // of them

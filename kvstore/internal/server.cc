@@ -228,10 +228,17 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
     return reserve(peer, *reserve_request);
   }
   if (const auto* use = std::get_if<Use>(&request)) {
+    if (lent_.contains({*peer.lease, use->sequence})) {
+      return reply_grant(peer, use_outsized(peer, *use));
+    }
     return reply_grant(peer, book_->use(*peer.lease, use->sequence, use->hit_segments));
   }
   if (const auto* commit = std::get_if<Commit>(&request)) {
     note(peer, this->commit(peer, *commit));
+  } else if (const auto* publish = std::get_if<Publish>(&request)) {
+    note(peer, this->publish(peer, *publish));
+  } else if (const auto* refute = std::get_if<Refute>(&request)) {
+    note(peer, this->refute(peer, *refute));
   } else if (const auto* distrust = std::get_if<Distrust>(&request)) {
     note(peer, book_->distrust(*peer.lease, distrust->sequence));
   } else if (const auto* faults = std::get_if<NvmeFaults>(&request)) {

@@ -112,15 +112,30 @@ class Server {
   std::uint64_t memory_beside_arena() const;
 
   // Sequences that are larger than the arena (server_outsized.cc). What one has on all heads of its
-  // lease: slots of tier_, and so many slabs a head.
+  // lease: slots of tier_, the first of each head borrowed with the prefix that they hold, the
+  // others lent; and so many slabs a head.
   struct Lent {
-    std::vector<SlotIndex> slots;
+    std::vector<SlotIndex> slots;  // [num_heads, num_segments]
+    int num_segments = 0;
+    int hit_segments = 0;
     int first_head = 0;
     int num_heads = 0;
     std::uint32_t num_slabs = 0;
+
+    SlotIndex& slot(int head, int segment) {
+      return slots[static_cast<std::size_t>(head * num_segments + segment)];
+    }
   };
   bool is_outsized(const Reserve& request) const;
+  Status check_outsized(const Peer& peer, const Reserve& request);
+  std::uint32_t num_slabs_for(const Peer& peer, const Reserve& request) const;
   Result<Grant> reserve_outsized(const Peer& peer, const Reserve& request);
+  Result<Grant> use_outsized(const Peer& peer, const Use& request);
+  Grant grant_of(const Lent& lent) const;
+  int num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoint now) const;
+  Result<Lent*> find_lent(const Peer& peer, SequenceId sequence);
+  Status publish(const Peer& peer, const Publish& request);
+  Status refute(const Peer& peer, const Refute& request);
   std::uint32_t num_slabs_lent(const Peer& peer) const;
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 

@@ -1,7 +1,9 @@
 // Server, sequences that are larger than the arena: slabs for some of their KV, slots of the NVMe
 // file for all of it.
 #include <algorithm>
+#include <utility>
 
+#include "common/ids.h"
 #include "kvstore/internal/server.h"
 #include "kvstore/outsized_kv.h"
 
@@ -12,8 +14,13 @@ namespace {
 constexpr std::uint32_t kNumerator = 3;
 constexpr std::uint32_t kDenominator = 4;
 
-std::uint32_t divide_up(std::size_t a, std::size_t b) {
-  return static_cast<std::uint32_t>((a + b - 1) / b);
+Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
+
+// Slabs a head that make enough frames.
+std::uint32_t least_slabs(const kernels::KvShape& shape, int num_segments) {
+  const auto layers = static_cast<std::size_t>(shape.num_layers);
+  return static_cast<std::uint32_t>((OutsizedKv::least_frames(shape, num_segments) + layers - 1) /
+                                    layers);
 }
 
 // Of a head's slabs that no outsized sequence has, what the next one is given: most, but where two
@@ -31,26 +38,28 @@ bool Server::is_outsized(const Reserve& request) const {
          static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
 }
 
-Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
-  const kernels::KvShape shape = model_->slab_shape();
+std::uint32_t Server::num_slabs_for(const Peer& peer, const Reserve& request) const {
   const std::uint32_t total = arena_->layout().slabs_per_head;
-  const std::uint32_t least = divide_up(OutsizedKv::least_frames(shape, request.num_segments),
-                                        static_cast<std::size_t>(shape.num_layers));
+  const std::uint32_t least = least_slabs(model_->slab_shape(), request.num_segments);
+  return share_of(total - std::min(total, num_slabs_lent(peer)), least);
+}
+
+// Whether it can run, now or ever.
+Status Server::check_outsized(const Peer& peer, const Reserve& request) {
+  const std::uint32_t total = arena_->layout().slabs_per_head;
+  const std::uint32_t least = least_slabs(model_->slab_shape(), request.num_segments);
   const auto heads = static_cast<std::size_t>(peer.num_heads);
   const std::size_t num_slots = heads * static_cast<std::size_t>(request.num_segments);
   if (least > total || num_slots > static_cast<std::size_t>(tier_->stat().slabs_total)) {
-    return Error{ErrorCode::kInvalidArgument,
-                 std::to_string(request.num_segments) + " segments can never fit: they take " +
-                     std::to_string(least) + " slabs a head in memory, and there are " +
-                     std::to_string(total) + "; " + std::to_string(num_slots) +
-                     " slots on NVMe, and there are " + std::to_string(tier_->stat().slabs_total) +
-                     "; raise --kv-host-gib or --kv-nvme-gib"};
+    return invalid(std::to_string(request.num_segments) + " segments can never fit: they take " +
+                   std::to_string(least) + " slabs a head in memory, and there are " +
+                   std::to_string(total) + "; " + std::to_string(num_slots) +
+                   " slots on NVMe, and there are " + std::to_string(tier_->stat().slabs_total) +
+                   "; raise --kv-host-gib or --kv-nvme-gib");
   }
-  const std::uint32_t num_slabs = share_of(total - std::min(total, num_slabs_lent(peer)), least);
-  if (num_slots + heads * num_slabs > kMaxGrantSlabs) {
-    return Error{ErrorCode::kInvalidArgument, std::to_string(request.num_segments) +
-                                                  " segments of " + std::to_string(peer.num_heads) +
-                                                  " heads are more than can run from NVMe"};
+  if (num_slots + heads * num_slabs_for(peer, request) > kMaxGrantSlabs) {
+    return invalid(std::to_string(request.num_segments) + " segments of " +
+                   std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
   }
   if (!tier_->may_lend(std::chrono::steady_clock::now())) {
     return Error{ErrorCode::kUnavailable,
@@ -58,21 +67,132 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
                      std::string(nvme_state_name(tier_->stat().state))};
   }
   if (book_->is_shared(*peer.lease, request.sequence)) {
-    return Error{ErrorCode::kInvalidArgument,
-                 "ranks that share a KV head can't run a sequence that is larger than the arena"};
+    return invalid("ranks that share a KV head can't run a sequence that is larger than the arena");
   }
+  if (request.keys.size() > static_cast<std::size_t>(request.num_segments)) {
+    return invalid(std::to_string(request.keys.size()) + " keys for " +
+                   std::to_string(request.num_segments) + " segments");
+  }
+  return Ok{};
+}
+
+// Hits are borrowed first, so that they don't give way to what is lent.
+Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
+  FT_RETURN_IF_ERROR(check_outsized(peer, request));
+  const std::uint32_t num_slabs = num_slabs_for(peer, request);
   FT_RETURN_IF_ERROR(
       book_->can_reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)));
-  auto slots = tier_->lend(num_slots);
-  if (!slots) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
-  Grant grant =
-      book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)).value();
-  grant.slots_offset = tier_->slots_offset();
-  grant.slots = *slots;
-  lent_[{*peer.lease, request.sequence}] = {*std::move(slots), peer.first_head, peer.num_heads,
-                                            num_slabs};
+  const int hits = num_hits(peer, request.keys, std::chrono::steady_clock::now());
+  Lent lent{.slots = {},
+            .num_segments = request.num_segments,
+            .hit_segments = hits,
+            .first_head = peer.first_head,
+            .num_heads = peer.num_heads,
+            .num_slabs = num_slabs};
+  std::vector<SlotIndex> borrowed;
+  for (int head = 0; head < peer.num_heads; ++head) {
+    for (const PrefixKey& key : std::span(request.keys).first(static_cast<std::size_t>(hits))) {
+      borrowed.push_back(tier_->borrow({peer.first_head + head, key}));
+    }
+  }
+  auto fresh =
+      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)));
+  if (!fresh) {
+    tier_->take_back(borrowed);
+    return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
+  }
+  auto from = borrowed.begin();
+  auto more = fresh->begin();
+  for (int head = 0; head < peer.num_heads; ++head) {
+    for (int i = 0; i < hits; ++i) lent.slots.push_back(*from++);
+    for (int i = hits; i < request.num_segments; ++i) lent.slots.push_back(*more++);
+  }
+  book_->count(std::int64_t{peer.num_heads} * hits,
+               std::int64_t{peer.num_heads} * (std::ssize(request.keys) - hits));
+  Grant grant = grant_of(lent);
+  grant.slabs =
+      book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)).value().slabs;
+  lent_[{*peer.lease, request.sequence}] = std::move(lent);
   return grant;
 }
+
+Grant Server::grant_of(const Lent& lent) const {
+  Grant grant;
+  grant.head_hits.assign(static_cast<std::size_t>(lent.num_heads), lent.hit_segments);
+  grant.slots_offset = tier_->slots_offset();
+  grant.slots = lent.slots;
+  grant.file_id = tier_->file_id();
+  return grant;
+}
+
+// ---- prefixes ---------------------------------------------------------------------------------
+
+// Leading segments that the file has on all of the rank's heads. What only the arena has is
+// written behind, and counts from then on.
+int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoint now) const {
+  if (config_.nvme->cipher) return 0;  // runs are sealed with the rank's key, slabs with ours
+  const auto is_there = [&](const PrefixKey& key) {
+    for (int i = 0; i < peer.num_heads; ++i) {
+      if (!tier_->has({peer.first_head + i, key}, now)) return false;
+    }
+    return true;
+  };
+  return static_cast<int>(std::ranges::find_if_not(keys, is_there) - keys.begin());
+}
+
+// Hits past what the group agreed on are given back, for empty slots.
+Result<Grant> Server::use_outsized(const Peer& peer, const Use& request) {
+  Lent& lent = lent_.at({*peer.lease, request.sequence});
+  const int fewer = std::max(0, lent.hit_segments - request.hit_segments);
+  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer));
+  if (!fresh) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
+  std::vector<SlotIndex> unused;
+  for (int i = 0; i < lent.num_heads * fewer; ++i) {
+    SlotIndex& slot = lent.slot(i / fewer, request.hit_segments + i % fewer);
+    unused.push_back(std::exchange(slot, (*fresh)[static_cast<std::size_t>(i)]));
+  }
+  tier_->take_back(unused);
+  lent.hit_segments -= fewer;
+  Grant grant = grant_of(lent);
+  grant.slabs = book_->use(*peer.lease, request.sequence, 0).value().slabs;  // as they were
+  return grant;
+}
+
+Result<Server::Lent*> Server::find_lent(const Peer& peer, SequenceId sequence) {
+  const auto found = lent_.find({*peer.lease, sequence});
+  if (found != lent_.end()) return &found->second;
+  return invalid("sequence " + std::to_string(raw(sequence)) + " does not run from NVMe");
+}
+
+Status Server::publish(const Peer& peer, const Publish& request) {
+  FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
+  const auto heads = static_cast<std::size_t>(lent->num_heads);
+  if (request.segment < lent->hit_segments || request.segment >= lent->num_segments ||
+      request.digests.size() != heads || request.seals.size() > heads) {
+    return invalid("sequence " + std::to_string(raw(request.sequence)) +
+                   " publishes what it was not lent");
+  }
+  for (std::size_t i = 0; i < heads; ++i) {
+    const int head = static_cast<int>(i);
+    NvmeTier::Filled filled{lent->slot(head, request.segment), request.digests[i], {}};
+    if (i < request.seals.size()) filled.seal = request.seals[i];
+    tier_->publish({lent->first_head + head, request.key}, filled,
+                   std::chrono::steady_clock::now());
+  }
+  return Ok{};
+}
+
+Status Server::refute(const Peer& peer, const Refute& request) {
+  FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
+  if (request.head >= lent->num_heads || request.segment >= lent->num_segments) {
+    return invalid("sequence " + std::to_string(raw(request.sequence)) +
+                   " refutes what it was not lent");
+  }
+  tier_->refute(lent->slot(request.head, request.segment));
+  return Ok{};
+}
+
+// ---- what they have ---------------------------------------------------------------------------
 
 // Of a head of the peer's, the slabs that outsized sequences hold.
 std::uint32_t Server::num_slabs_lent(const Peer& peer) const {

@@ -37,9 +37,11 @@ struct LeaseOwner {
 struct Grant {
   std::vector<int> head_hits;    // [num_heads] leading segments that hold their prefix
   std::vector<SlabIndex> slabs;  // [num_heads, num_segments]; of an outsized one, fewer a head
-  // An outsized one: comes with the NVMe file's descriptor. Slot i lies at slots_offset + i slabs.
+  // An outsized one: comes with the NVMe file's descriptor. Slot i lies at slots_offset + i slabs;
+  // the hits are in slots.
   std::uint64_t slots_offset = 0;
   std::vector<SlotIndex> slots = {};  // [num_heads, num_segments], or empty
+  std::uint64_t file_id = 0;
 };
 
 class StoreBook {
@@ -84,6 +86,11 @@ class StoreBook {
   }
   void return_slab(int head, SlabIndex slab) { pool(head).release(slab); }
 
+  // Hits and misses of a reservation that was looked up elsewhere.
+  void count(std::int64_t hits, std::int64_t misses) {
+    num_hits_ += hits;
+    num_misses_ += misses;
+  }
   StoreStat stat() const;  // bad_requests and nvme are the server's
   // Ends the process where an invariant is broken. For tests; walks everything.
   void check() const;

@@ -207,7 +207,10 @@ TEST_F(OutsizedKvTest, AnotherSequenceMayHaveAllBuffers) {
   read_all();
   // In two halves each, so that none has ended when it is looked for first.
   disk_->fault = [](const IoOperation&) { return IoFault::kShort; };
-  while (io_->can_read()) io_->read(other, RunIndex{}, 4096 + kShape.slab_bytes(), {});
+  while (io_->can_read()) {
+    const Seal seal;
+    io_->read(other, RunIndex{}, {4096 + kShape.slab_bytes(), kShape.run_bytes()}, &seal);
+  }
   disk_->fault = nullptr;
   read_all();
   EXPECT_TRUE(kv_->status()) << kv_->status().error().message;

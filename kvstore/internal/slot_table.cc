@@ -1,0 +1,126 @@
+#include "kvstore/internal/slot_table.h"
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <utility>
+
+#include "common/ids.h"
+
+namespace foretoken::kvstore {
+
+SlotTable::SlotTable(const kernels::KvShape& shape)
+    : checksums(static_cast<std::size_t>(shape.num_layers) * kSegmentBlocks) {}
+
+std::span<std::uint64_t> SlotTable::checksums_of(int layer) {
+  return std::span(checksums).subspan(static_cast<std::size_t>(layer) * kSegmentBlocks,
+                                      kSegmentBlocks);
+}
+std::span<const std::uint64_t> SlotTable::checksums_of(int layer) const {
+  return std::span(checksums).subspan(static_cast<std::size_t>(layer) * kSegmentBlocks,
+                                      kSegmentBlocks);
+}
+
+std::uint64_t SlotTable::digest() const { return slab_digest(std::as_bytes(std::span(checksums))); }
+
+std::size_t SlotTable::bytes(const kernels::KvShape& shape) {
+  return shape.slab_bytes() - shape.slab_payload_bytes();
+}
+
+void SlotTable::encode(std::span<std::byte> to) const {
+  const auto bytes = std::as_bytes(std::span(checksums));
+  std::ranges::fill(to, std::byte{0});
+  std::ranges::copy(bytes, to.begin());
+}
+
+void SlotTable::decode(std::span<const std::byte> from) {
+  std::memcpy(checksums.data(), from.data(), checksums.size() * sizeof(std::uint64_t));
+}
+
+std::uint64_t SlotFile::slab_offset(SlotIndex slot) const {
+  return slots_offset + shape.slab_bytes() * std::uint64_t{raw(slot)};
+}
+
+namespace {
+
+// A slot's header is read first, as it says what its table must be.
+class TableReader final : public RunIo::Owner {
+ public:
+  TableReader(RunIo& io, const SlotFile& file, std::span<const NamedSlot> slots)
+      : io_(io), file_(file), slots_(slots), headers_(slots.size()), tables_(slots.size()) {
+    for (std::size_t i = 0; i < slots.size(); ++i) to_read_.push_back(i);
+  }
+  ~TableReader() override { io_.forget(*this); }
+  TableReader(const TableReader&) = delete;
+  TableReader& operator=(const TableReader&) = delete;
+
+  std::vector<std::optional<SlotTable>> read() {
+    while (num_left_ > 0) {
+      while (!to_read_.empty() && io_.can_read()) {
+        start(to_read_.front());
+        to_read_.pop_front();
+      }
+      if (!io_.is_busy()) break;  // the disk has failed
+      io_.wait();
+    }
+    return std::move(tables_);
+  }
+
+  void on_read(RunIndex run, const Result<std::span<const std::byte>>& bytes) override {
+    const auto i = static_cast<std::size_t>(run);
+    if (bytes && !headers_[i]) {
+      headers_[i] = header_of(slots_[i], *bytes);
+      if (headers_[i]) return to_read_.push_back(i);
+    } else if (bytes) {
+      take_table(i, *bytes);
+    }
+    if (bytes && !tables_[i]) io_.count_corrupt();
+    --num_left_;
+  }
+  void on_written(RunIndex /*run*/, const Result<Seal>& /*written*/) override {}
+
+ private:
+  void start(std::size_t i) {
+    const RunIndex name{static_cast<std::uint32_t>(i)};
+    const SlotIndex slot = slots_[i].slot;
+    if (!headers_[i]) {
+      const std::uint64_t offset = NvmeGeometry{file_.shape.slab_bytes(), 0}.header_offset(slot);
+      return io_.read(*this, name, {offset, kSectorBytes}, nullptr);
+    }
+    io_.read(
+        *this, name,
+        {file_.slab_offset(slot) + file_.shape.slab_payload_bytes(), SlotTable::bytes(file_.shape)},
+        &headers_[i]->seal);
+  }
+
+  std::optional<SlotHeader> header_of(const NamedSlot& named,
+                                      std::span<const std::byte> bytes) const {
+    const auto header = decode_slot_header(bytes.first<kSectorBytes>(), named.slot, file_.file_id,
+                                           file_.cipher.get());
+    if (!header || !*header || (*header)->name != named.name) return std::nullopt;
+    return **header;
+  }
+
+  void take_table(std::size_t i, std::span<const std::byte> bytes) {
+    SlotTable table(file_.shape);
+    table.decode(bytes);
+    if (table.digest() == headers_[i]->digest) tables_[i] = std::move(table);
+  }
+
+  RunIo& io_;
+  const SlotFile& file_;
+  const std::span<const NamedSlot> slots_;
+  std::vector<std::optional<SlotHeader>> headers_;
+  std::vector<std::optional<SlotTable>> tables_;
+  std::deque<std::size_t> to_read_;
+  std::size_t num_left_ = slots_.size();
+};
+
+}  // namespace
+
+std::vector<std::optional<SlotTable>> read_tables(RunIo& io, const SlotFile& file,
+                                                  std::span<const NamedSlot> slots) {
+  return TableReader(io, file, slots).read();
+}
+
+}  // namespace foretoken::kvstore
