@@ -64,6 +64,7 @@ class Engine {
   void drain();
   void release(SequenceId id, StepResult& result);
   void publish(const PublishSegment& segment);
+  void publish_written(Sequence& sequence);
   void spill(SequenceId id);
   KvSlabs count_slabs();
   AdmitResult admit(const AdmitSequence& admit);

@@ -98,6 +98,119 @@ def test_skip_keeps_nearly_all_that_waiting_keeps(model, tmp_path):
     assert recalls[1] == pytest.approx(recalls[0], abs=0.01)
 
 
+CACHED = 19 * 256  # of a prompt of 20 segments' length: the last 64 queries are always computed
+
+
+def settled(service):
+    """What the service has published is in the file."""
+    with connect(service) as client:
+
+        def held():
+            return client.status()["kv_nvme"]["slabs_held"]
+
+        before, deadline = held(), time.monotonic() + 10
+        while time.monotonic() < deadline:
+            time.sleep(0.3)
+            now = held()
+            if now == before > 0:
+                return now
+            before = now
+    return before
+
+
+@pytest.mark.parametrize("more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",)])
+def test_its_prefix_is_reused(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        first = ask(service, prompt())
+        assert first.usage["cached_tokens"] == 0
+        second = ask(service, prompt())
+        assert second.usage["cached_tokens"] == CACHED
+        assert second.ids == first.ids
+        other = ask(service, [*prompt()[:2600], *prompt(3)[2600:]])
+        assert other.usage["cached_tokens"] == 10 * 256
+        short = ask(service, prompt()[:700])  # one that the arena has room for
+        assert short.usage["cached_tokens"] == 2 * 256
+        with connect(service) as client:
+            assert client.status()["kv_nvme"]["checksum_failures"] == 0
+    if not more:
+        assert first.ids == in_memory.ids
+
+
+def test_it_reuses_what_was_in_memory(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        ask(service, prompt()[:600], max_tokens=2)
+        settled(service)
+        found = ask(service, prompt())
+    assert found.usage["cached_tokens"] == 2 * 256
+    assert found.ids == in_memory.ids
+
+
+def test_its_prefix_outlives_a_restart(model, in_memory, tmp_path):
+    kept = nvme(tmp_path / "kv", "--kv-persist")
+    flags = (*PREDICTED, "--calibrate-with=none", *kept)
+    for cached in (0, CACHED):
+        with Service(model, *flags, size=QUARTER, folder=tmp_path) as service:
+            found = ask(service, prompt())
+        assert found.usage["cached_tokens"] == cached
+        assert found.ids == in_memory.ids
+
+
+def test_a_flipped_bit_of_its_prefix_is_computed_anew(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        ask(service, prompt(), max_tokens=2)
+        settled(service)
+        damage(tmp_path / "kv" / "kv-slabs")
+        found = ask(service, prompt())
+        assert found.ids == in_memory.ids
+        with connect(service) as client:
+            assert client.status()["kv_nvme"]["checksum_failures"] > 0
+
+
+def damage_one_run(file):
+    """A bit of a run in the middle of the first slot that has a header."""
+    with open(file, "r+b") as data:
+        superblock = data.read(64)
+        num_slots = int.from_bytes(superblock[12:16], "little")
+        slab_bytes = int.from_bytes(superblock[32:40], "little")
+        for slot in range(num_slots):
+            data.seek(4096 * (2 + slot))
+            if data.read(8) != b"FTKVSLAB":
+                continue
+            at = 4096 * (2 + num_slots) + slot * slab_bytes + slab_bytes // 2
+            data.seek(at)
+            byte = data.read(1)
+            data.seek(at)
+            data.write(bytes([byte[0] ^ 1]))
+            return
+    raise AssertionError("no slot has a header")
+
+
+def test_a_flipped_bit_of_one_run_is_computed_anew_once(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        ask(service, prompt(), max_tokens=2)
+        settled(service)
+        damage_one_run(tmp_path / "kv" / "kv-slabs")
+        for _ in range(2):
+            assert ask(service, prompt()).ids == in_memory.ids
+        assert service.log.read_text().count("computed anew") <= 1  # a check of the idle disk may see it first
+        with connect(service) as client:
+            assert client.status()["kv_nvme"]["checksum_failures"] > 0
+        assert ask(service, prompt()).usage["cached_tokens"] == CACHED
+
+
+def test_without_prefixes_where_it_is_encrypted(model, in_memory, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", "--kv-encrypt", *nvme(tmp_path / "kv"))
+    with Service(model, *flags, size=QUARTER) as service:
+        for _ in range(2):
+            found = ask(service, prompt())
+            assert found.usage["cached_tokens"] == 0
+            assert found.ids == in_memory.ids
+
+
 def test_without_nvme_it_is_refused(model):
     with Service(model, *PREDICTED, size=QUARTER) as service:
         with pytest.raises(ServiceError, match="can never fit"):

@@ -11,6 +11,11 @@
 namespace foretoken::worker {
 namespace {
 
+// At the end of an outsized sequence, for its prefix to get to NVMe: with others beside it, which
+// wait meanwhile, and alone (guessed).
+constexpr std::chrono::milliseconds kBusyPatience{100};
+constexpr std::chrono::milliseconds kIdlePatience{2'000};
+
 DecodeConfig decode_config(const ServiceConfig& config, int max_model_len,
                            const predictor::Policy& policy) {
   const bool calibrates = policy.calibration() != predictor::Calibration::kNone;
@@ -128,6 +133,7 @@ void Engine::launch(const StepPlan& plan) {
   for (const PrefillItem& item : plan.prefills) prefill(item, pending);
   if (!plan.decodes.empty()) decode(plan.decodes, pending);
   note_lost(plan, result);
+  for (const auto& [id, sequence] : sequences_) publish_written(*sequence);
   result.device_bytes_free = device_bytes_free();
   if (!plan.releases.empty() || !plan.publishes.empty() || !plan.admits.empty()) {
     result.kv_slabs = count_slabs();
@@ -177,6 +183,10 @@ Sequence& Engine::find(SequenceId id) {
 void Engine::release(SequenceId id, StepResult& result) {
   const auto found = sequences_.find(id);
   if (found == sequences_.end()) return;  // its admission failed here, and not on another rank
+  if (kvstore::OutsizedKv* outsized = found->second->outsized()) {
+    outsized->finish_publishing(sequences_.size() > 1 ? kBusyPatience : kIdlePatience);
+    publish_written(*found->second);
+  }
   const KvReport report = found->second->final_report(*compute_);
   result.stats.push_back({id, report});
   sequences_.erase(found);
@@ -199,10 +209,19 @@ void Engine::note_lost(const StepPlan& plan, StepResult& result) {
   }
 }
 
-// The segments of an outsized sequence are its own.
+// A segment of an outsized sequence is published when it is on NVMe.
 void Engine::publish(const PublishSegment& segment) {
-  if (!model_.partition().writes_kv || find(segment.sequence).outsized() != nullptr) return;
+  if (!model_.partition().writes_kv) return;
+  if (kvstore::OutsizedKv* outsized = find(segment.sequence).outsized()) {
+    return outsized->publish(segment.index, segment.key);
+  }
   const Status status = store_.commit(segment.sequence, segment.index, segment.key);
+  if (!status) throw Exception(status.error());
+}
+
+void Engine::publish_written(Sequence& sequence) {
+  if (sequence.outsized() == nullptr) return;
+  const Status status = store_.publish_written(sequence.reservation());
   if (!status) throw Exception(status.error());
 }
 

@@ -172,6 +172,10 @@ void Prefill::keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream
 void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream) {
   const kernels::KvShape& shape = model_.kv_shape();
   const int blocks = sequence.reused_tokens / kBlockTokens;
+  if (kvstore::OutsizedKv* outsized = sequence.outsized()) {
+    // A lost sequence goes on with what there is; status() says so.
+    static_cast<void>(outsized->wait(layer, {0, blocks / kSegmentBlocks}));
+  }
   store_.unpack({.k = kv_of(layer).k.data(),
                  .v = kv_of(layer).v.data(),
                  .scratch_tokens = sequence.prompt_length(),
@@ -211,7 +215,8 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;
   pack.to_arena = model_.partition().writes_kv;
-  if (outsized != nullptr && !outsized->make_room(layer, {0, segments_for(length)})) {
+  const int reused = reused_blocks / kSegmentBlocks;
+  if (outsized != nullptr && !outsized->make_room(layer, {reused, segments_for(length)})) {
     pack.to_arena = false;  // the sequence is lost: status() says so
   }
   store_.pack(pack, *copy_);
@@ -219,7 +224,8 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   if (outsized == nullptr) return;
   Sequence* row = &sequence;
   work_until(*kv_of(layer).packed, std::span(&row, 1), device_);  // what leaves for NVMe is whole
-  outsized->fill(layer, {0, length / kSegmentTokens});
+  outsized->let_go(layer);
+  outsized->fill(layer, {reused, length / kSegmentTokens});
 }
 
 // The history's first rows: the last queries' attention over the whole prompt.
