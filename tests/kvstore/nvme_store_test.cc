@@ -137,6 +137,100 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaIsLentSlots) {
   EXPECT_EQ(store->stat()->slabs_free, free);
 }
 
+constexpr int kSomeSegments = 11;  // must have nine slabs a head, which leaves one to others
+
+// Fills the first segments of an outsized sequence, and publishes them.
+void fill_and_publish(KvStore& store, Reservation& kv, std::span<const PrefixKey> keys) {
+  const kernels::KvShape shape = kModel.slab_shape();
+  const int end = static_cast<int>(keys.size());
+  for (int layer = 0; layer < shape.num_layers; ++layer) {
+    ASSERT_TRUE(kv.outsized->make_room(layer, {kv.hit_segments, end}));
+    for (int i = 2 * kv.hit_segments; i < 2 * end; ++i) {
+      const int head = i % 2;
+      const int segment = i / 2;
+      const auto slab = test_slab({head, keys[static_cast<std::size_t>(segment)]}, kModel);
+      const std::size_t run =
+          static_cast<std::size_t>((layer * 2 + head) * kSomeSegments + segment);
+      std::memcpy(kv.outsized->runs()[run],
+                  slab.data() + static_cast<std::size_t>(layer) * shape.run_bytes(),
+                  shape.run_bytes());
+      std::memcpy(kv.outsized->checksums() + run * kSegmentBlocks,
+                  slab.data() + kernels::slab_checksum_offset(shape, layer, 0),
+                  kSegmentBlocks * sizeof(std::uint64_t));
+    }
+    kv.outsized->fill(layer, {kv.hit_segments, end});
+  }
+  for (int i = 0; i < end; ++i) kv.outsized->publish(i, keys[static_cast<std::size_t>(i)]);
+  kv.outsized->finish_publishing(std::chrono::seconds(10));
+  ASSERT_TRUE(store.publish_written(kv));
+}
+
+TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
+  const auto begin = [&] {
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kKeepSlabs});
+    return connect();
+  };
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  auto store = begin();
+  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+  EXPECT_EQ(first.hit_segments, 0);
+  fill_and_publish(*store, first, keys);
+  ASSERT_TRUE(written(*store, 6));
+  EXPECT_TRUE(finds(*store, 1));  // by a sequence that the arena holds, while this one runs
+  first.outsized.reset();
+  ASSERT_TRUE(store->release(SequenceId{100}));
+
+  store.reset();
+  store = begin();  // a restart
+  auto second = store->reserve(SequenceId{101}, keys, kSomeSegments).value();
+  EXPECT_EQ(second.hit_segments, 3);
+  ASSERT_TRUE(store->use(second, 1));  // another rank has less: two slots a head are empty again
+  fill_and_publish(*store, second, keys);
+  ASSERT_TRUE(second.outsized->wait(2, Segments{0, 3}));
+  for (int i = 0; i < 6; ++i) {
+    const auto slab = test_slab({i % 2, keys[static_cast<std::size_t>(i / 2)]}, kModel);
+    const kernels::KvShape shape = kModel.slab_shape();
+    const std::byte* run = second.outsized->runs_of(2)[i % 2 * kSomeSegments + i / 2];
+    EXPECT_EQ(std::memcmp(run, slab.data() + 2 * shape.run_bytes(), shape.run_bytes()), 0) << i;
+  }
+  second.outsized.reset();
+  ASSERT_TRUE(store->release(SequenceId{101}));
+  const StoreStat stat = store->stat().value();
+  EXPECT_EQ(stat.nvme.slabs_held, 6);
+  EXPECT_EQ(stat.bad_requests + stat.nvme.checksum_failures, 0);
+
+  store.reset();
+  server.reset();  // a bit of the second segment's table, or of its header
+  for (const bool is_header : {false, true}) {
+    const std::size_t slab_bytes = kModel.slab_bytes();
+    const std::uint32_t num_slots = NvmeGeometry::fit(16 << 20, slab_bytes).num_slots;
+    std::fstream file(nvme_folder() + "/kv-slabs", std::ios::in | std::ios::out | std::ios::binary);
+    std::vector<char> header(kSectorBytes);
+    for (std::uint32_t slot = 0; slot < num_slots; ++slot) {
+      const NvmeGeometry geometry{slab_bytes, num_slots};
+      const auto at = geometry.header_offset(SlotIndex{slot});
+      file.seekg(static_cast<std::streamoff>(at)).read(header.data(), kSectorBytes);
+      if (std::memcmp(header.data() + 56, keys[is_header ? 0 : 1].bytes.data(), 32) != 0) continue;
+      const auto table =
+          geometry.slab_offset(SlotIndex{slot}) + kModel.slab_shape().slab_payload_bytes();
+      file.seekg(static_cast<std::streamoff>(is_header ? at : table)).read(header.data(), 1);
+      header[0] = static_cast<char>(header[0] ^ 1);
+      file.seekp(static_cast<std::streamoff>(is_header ? at : table)).write(header.data(), 1);
+      break;
+    }
+    file.close();
+    store = begin();
+    const SequenceId id{is_header ? 103U : 102U};
+    EXPECT_EQ(store->reserve(id, keys, kSomeSegments).value().hit_segments, is_header ? 0 : 1);
+    ASSERT_TRUE(store->release(id));
+    EXPECT_GT(store->stat()->nvme.checksum_failures, 0);
+    store.reset();
+    server.reset();
+  }
+}
+
 // Of 15 slabs a head, at twelve layers, 20 segments must have five.
 TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   server = std::make_unique<RunningServer>(

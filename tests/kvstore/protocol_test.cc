@@ -57,6 +57,14 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(commit.key, some_key(9));
   EXPECT_EQ(request_there_and_back(Release{sequence}).sequence, sequence);
   EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
+  const Publish publish = request_there_and_back(Publish{sequence, 5, some_key(9), {3, 4}, {}});
+  EXPECT_EQ(publish.sequence, sequence);
+  EXPECT_EQ(publish.segment, 5);
+  EXPECT_EQ(publish.key, some_key(9));
+  EXPECT_EQ(publish.digests, (std::vector<std::uint64_t>{3, 4}));
+  const Refute refute = request_there_and_back(Refute{sequence, 2, 5});
+  EXPECT_EQ(refute.head, 2);
+  EXPECT_EQ(refute.segment, 5);
   EXPECT_EQ(request_there_and_back(NvmeFaults{7, 0}).io_errors, 7);
   EXPECT_EQ(request_there_and_back(NvmeFaults{0, 8}).checksum_failures, 8);
   EXPECT_EQ(request_there_and_back(FindWeights{6, "3fa9"}).model_hash, "3fa9");
