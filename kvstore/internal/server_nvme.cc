@@ -28,6 +28,9 @@ void Server::open_tier() {
                                            config_.nvme->reuse, config_.nvme->cipher});
   if (!tier) return log().error("no NVMe tier: {}", tier.error().message);
   tier_ = *std::move(tier);
+  if (config_.nvme->cipher) {
+    log().info("sequences larger than the arena reuse and publish no prefixes: NVMe is encrypted");
+  }
   const ArenaLayout& layout = arena_->layout();
   mover_ = std::make_unique<TierMover>(
       *book_, *tier_, [this](int head, SlabIndex slab) { return arena_->slab(head, raw(slab)); },

@@ -209,6 +209,7 @@ def test_without_prefixes_where_it_is_encrypted(model, in_memory, tmp_path):
             found = ask(service, prompt())
             assert found.usage["cached_tokens"] == 0
             assert found.ids == in_memory.ids
+        assert "publish no prefixes" in service.log.read_text()
 
 
 def test_without_nvme_it_is_refused(model):
