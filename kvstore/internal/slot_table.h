@@ -1,7 +1,7 @@
 // SlotTable: what stands behind the runs of a slab in its slot of the NVMe file: the checksums of
 // its blocks. Who reads runs alone (kvstore/outsized_kv.h) needs it first.
 //
-// Example: tests/kvstore/slot_table_test.cc
+// Example: tests/kvstore/nvme_store_test.cc
 #pragma once
 
 #include <cstddef>
