@@ -26,8 +26,9 @@ StripeMapping::StripeMapping(int memory_fd, const ArenaLayout& layout, int first
   void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd,
                       static_cast<off_t>(layout.stripe_offset(first_head)));
   if (mapped == MAP_FAILED) {
-    throw Exception(ErrorCode::kIo, "mapping " + std::to_string(bytes_) +
-                                        " bytes of the KV arena: " + std::strerror(errno));
+    throw Exception(ErrorCode::kDevice, "mapping " + std::to_string(bytes_) +
+                                            " bytes of the KV arena: " + std::strerror(errno) +
+                                            "; lower --kv-host-gib, or raise `ulimit -v`");
   }
   base_ = static_cast<std::byte*>(mapped);
   try {

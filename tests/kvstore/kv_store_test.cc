@@ -2,12 +2,14 @@
 #include "kvstore/kv_store.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <csignal>
 #include <cstring>
 #include <memory>
 #include <random>
 
+#include "kvstore/internal/stripe_mapping.h"
 #include "tests/kernels/kv_sequence.h"
 #include "tests/kvstore/running_server.h"
 
@@ -131,6 +133,19 @@ TEST_F(KvStoreTest, FetchBringsBlocksAndWaitOrdersThem) {
   copy->synchronize();
   EXPECT_EQ(kv.mismatches, 1U);
   EXPECT_EQ(kv.slot(2, 0, 30), kernels::kAbsent);
+}
+
+// A limit on the rank's address space, say: nothing to try again, so not an error that may pass.
+TEST_F(KvStoreTest, AnArenaThatCanNotBeMappedIsADeviceError) {
+  const FileDescriptor memory(memfd_create("arena", MFD_CLOEXEC));
+  const ArenaLayout larger_than_any_address_space{1, std::size_t{1} << 22, 1U << 31};
+  try {
+    const StripeMapping mapping(memory.get(), larger_than_any_address_space, 0, 1, *device);
+    FAIL() << "mapped";
+  } catch (const Exception& failure) {
+    EXPECT_EQ(exit_code(failure.error().code), 5);
+    EXPECT_NE(failure.error().message.find("--kv-host-gib"), std::string::npos);
+  }
 }
 
 TEST_F(KvStoreTest, RanksShareAHeadAndAgreeOnHits) {
