@@ -17,7 +17,7 @@ while [[ "${1:-}" == --* ]]; do
   case "$1" in
     --cuda) with_cuda=true ;;
     --tests)
-      programs+=(cuda_test worker_test cuda_ops_bench collective_bench)
+      programs+=(cuda_test worker_test cuda_ops_bench collective_bench upload_bench)
       extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/groups.py tests/gpu/oracle.py tests/gpu/prefix.py
         tests/gpu/smollm2.py tests/gpu/timeline.py
         tests/bench/transformers_peer.py tests/oracles/data/smollm2.json

@@ -5,7 +5,7 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
+# Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
 # steps calibration outsized prefix batch batches pressure prefill peer timeline, and where there are
 # several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too
 # large for the bundle: $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as
@@ -22,7 +22,7 @@ shift
 stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops gather predictor decode predicted auto streamed
+  stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
     steps calibration outsized prefix batch batches pressure prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
@@ -64,6 +64,8 @@ smollm2() {
     --json "$results/smollm2.json"
 }
 ops() { timeout 200 "$here/bin/cuda_ops_bench" | tee "$results/ops.json"; }
+# Host memory to the device, from memory that isn't pinned; and what pinning it takes.
+upload() { timeout 150 "$here/bin/upload_bench" | tee "$results/upload.json"; }
 gather() {
   timeout 300 "$here/bin/foretoken" bench gather --model "$here/models/llama-8b" --device cuda \
     --block-kib 4,8,16 --json | tee "$results/gather.json"

@@ -2,7 +2,7 @@
 restart of the whole service.
 
     python3 tests/gpu/prefix.py --bin FOLDER --model FOLDER --nvme FOLDER [--length TOKENS]
-                                [--device cuda|cpu] [--json FILE]
+                                [--host-gib SIZE] [--device cuda|cpu] [--json FILE]
 
 Beside them: the same prompt computed, a prompt as long as what is always computed behind a prefix, and
 how fast the tier's file is read past the page cache. Times are what the client sees to the first token,
@@ -40,7 +40,7 @@ class Service:
         command = [
             self.foretoken, "serve", arguments.model, f"--device={arguments.device}", "--load-format=dummy",
             "--kv-policy=full", "--port=0", f"--max-model-len={arguments.length + SEGMENT}",
-            f"--kv-host-gib={12 if cuda else 0.25}", f"--kv-nvme-path={arguments.nvme}",
+            f"--kv-host-gib={arguments.host_gib or (12 if cuda else 0.25)}", f"--kv-nvme-path={arguments.nvme}",
             f"--kv-nvme-gib={16 if cuda else 1}", "--kv-persist", f"--runtime-dir={folder}/run",
             f"--endpoint-file={self.endpoint_file}", "--max-batched-tokens=8192",
         ]  # fmt: skip
@@ -112,6 +112,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--nvme", required=True, type=pathlib.Path)
     parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--host-gib", type=float, help="less than a prompt takes: it then runs from NVMe")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json")
