@@ -237,23 +237,39 @@ __device__ void hidden_column(const HotTables& tables, const HotWeights& weights
 // D of one row and column of outputs: [half of the outputs], operand D.
 using OutputColumn = float[2][4];
 
-// d = c + row `tap_row` of conv2's taps, over a hidden row of three columns.
-__device__ inline void add_products(OutputColumn& d, const OutputColumn& c,
-                                    const HotWeights& weights, int tap_row,
-                                    const std::uint32_t (&left)[2],
-                                    const std::uint32_t (&middle)[2],
-                                    const std::uint32_t (&right)[2]) {
+// What a row of outputs takes of one hidden row, through a row of conv2's taps.
+struct TapRow {
+  OutputColumn& d;
+  const OutputColumn& c;
+  int taps;
+  int hidden;
+};
+
+// d = c + taps of a hidden row, for several outputs: by columns, so that the products of one
+// output, which wait for each other, have those of the others between them.
+template <std::size_t kCount>
+__device__ inline void add_products(const HotWeights& weights, const HiddenColumn& left,
+                                    const HiddenColumn& middle, const HiddenColumn& right,
+                                    const TapRow (&rows)[kCount]) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mma_to(d[half], c[half], weights.conv2[tap_row * 3][half], left[0], left[1]);
+  for (std::size_t i = 0; i < kCount; ++i) {
+    const auto& b = left[rows[i].hidden];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mma_to(rows[i].d[half], rows[i].c[half], weights.conv2[rows[i].taps * 3][half], b[0], b[1]);
+    }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mma<__half>(d[half], weights.conv2[tap_row * 3 + 1][half], middle[0], middle[1]);
-  }
+  for (int column = 1; column < 3; ++column) {
+    const HiddenColumn& from = column == 1 ? middle : right;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mma<__half>(d[half], weights.conv2[tap_row * 3 + 2][half], right[0], right[1]);
+    for (std::size_t i = 0; i < kCount; ++i) {
+      const auto& b = from[rows[i].hidden];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mma<__half>(rows[i].d[half], weights.conv2[rows[i].taps * 3 + column][half], b[0], b[1]);
+      }
+    }
   }
 }
 
@@ -321,28 +337,24 @@ __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& wei
     OutputColumn first = {};   // the inner row
     OutputColumn second = {};  // row 62 or 1
     OutputColumn third = {};   // row 63 or 0
-    const auto add_to = [&](OutputColumn& d, const OutputColumn& c, int tap_row, int row) {
-      add_products(d, c, weights, tap_row, left[row], middle[row], made[row]);
+    const auto add = [&]<std::size_t kCount>(const TapRow(&taps)[kCount]) {
+      add_products(weights, left, middle, made, taps);
     };
-    const auto add = [&](OutputColumn& d, int tap_row, int row) { add_to(d, d, tap_row, row); };
     float inner_s[2] = {};
     float edge_s[2] = {};
+    // Of an output, the same order in all kinds.
     if constexpr (kKind == HotKind::kTop) {
-      add(first, 1, 2);
-      add(third, 1, 0);
-      add(first, 2, 3);
-      add(third, 2, 2);
-      add_to(second, first, 0, 0);
-      add(first, 0, 1);
+      add({{first, first, 1, 2}, {third, third, 1, 0}});
+      add({{first, first, 2, 3}, {third, third, 2, 2}});
+      add({{second, first, 0, 0}, {first, first, 0, 1}});
+    } else if constexpr (kInner) {
+      add({{first, first, 1, 1}});
+      add({{first, first, 2, 2}});
+      add({{first, first, 0, 0}});
     } else {
-      add(first, 1, 1);
-      if constexpr (!kInner) add(second, 1, 2);
-      if constexpr (!kInner) add(third, 1, 3);
-      add(first, 2, 2);
-      if constexpr (!kInner) add(second, 2, 3);
-      add(first, 0, 0);
-      if constexpr (!kInner) add(second, 0, 1);
-      if constexpr (!kInner) add(third, 0, 2);
+      add({{first, first, 1, 1}, {second, second, 1, 2}, {third, third, 1, 3}});
+      add({{first, first, 2, 2}, {second, second, 2, 3}, {third, third, 0, 2}});
+      add({{first, first, 0, 0}, {second, second, 0, 1}});
     }
     add_outputs(first, tables, kInnerRow, inner_s);
     if constexpr (!kInner) {
