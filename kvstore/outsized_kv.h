@@ -104,7 +104,6 @@ class OutsizedKv {
     int segment = 0;
     PrefixKey key;
     std::vector<std::uint64_t> digests;  // [num_kv_heads] of the slots' checksums
-    std::vector<Seal> seals;             // [num_kv_heads]
   };
   // Those whose slots are whole, but for the headers, since the last call.
   std::vector<Published> take_published();
@@ -193,7 +192,7 @@ class OutsizedKv {
   bool is_table(RunIndex run) const { return static_cast<std::size_t>(run) >= runs_state_.size(); }
   void start_tables();
   void write_table(int head);
-  void on_table_written(RunIndex index, const Result<Seal>& written);
+  void on_table_written(bool ok);
 
   kernels::Device& device_;
   RunIo& io_;
@@ -222,6 +221,7 @@ class OutsizedKv {
   std::deque<Published> to_publish_;
   int tables_begun_ = 0;
   int tables_written_ = 0;
+  bool table_failed_ = false;  // one of them
   std::vector<Published> published_;
   std::vector<HeadSegment> refuted_;
   std::unique_ptr<Listener> listener_;

@@ -192,8 +192,7 @@ Status KvStore::Impl::read_prefix(Reservation& kv, const Grant& grant,
                        {config.first_head + head, keys[static_cast<std::size_t>(segment)]}});
     }
   }
-  const auto tables =
-      read_tables(*io, {config.shape, grant.slots_offset, grant.file_id, cipher}, slots);
+  const auto tables = read_tables(*io, {config.shape, grant.slots_offset, grant.file_id}, slots);
   const auto bad = std::ranges::find_if(tables, [](const auto& table) { return !table; });
   const auto at = [heads](auto place) {
     return HeadSegment{static_cast<int>(place) % heads, static_cast<int>(place) / heads};
@@ -268,10 +267,9 @@ Status KvStore::use(Reservation& kv, int hit_segments) {
 }
 
 Status KvStore::publish_written(Reservation& kv) {
-  for (auto& [segment, key, digests, seals] : kv.outsized->take_published()) {
-    if (!impl_->cipher) seals.clear();
-    FT_RETURN_IF_ERROR(impl_->connection.tell(
-        Publish{kv.sequence, segment, key, std::move(digests), std::move(seals)}));
+  for (auto& [segment, key, digests] : kv.outsized->take_published()) {
+    FT_RETURN_IF_ERROR(
+        impl_->connection.tell(Publish{kv.sequence, segment, key, std::move(digests)}));
   }
   for (const auto& [head, segment] : kv.outsized->take_refuted()) {
     FT_RETURN_IF_ERROR(impl_->connection.tell(Refute{kv.sequence, head, segment}));

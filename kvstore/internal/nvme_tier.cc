@@ -275,7 +275,6 @@ void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now
                          .name = name,
                          .slot = filled.slot,
                          .digest = filled.digest,
-                         .slab = {{}, filled.seal},
                          .is_lent = true});
   start_publishing(now);
 }

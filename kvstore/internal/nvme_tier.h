@@ -83,7 +83,6 @@ class NvmeTier {
   struct Filled {
     SlotIndex slot{};
     std::uint64_t digest = 0;  // of the slab's checksums
-    Seal seal;
   };
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.

@@ -179,7 +179,6 @@ void OutsizedKv::reuse(HeadSegment run, const SlotTable& table) {
     this->at(at).place = Place::kStored;
     const auto place = static_cast<std::size_t>(at);
     std::ranges::copy(table.checksums_of(layer), checksums_ + place * kSegmentBlocks);
-    if (!table.seals.empty()) seals_[place] = table.seals[static_cast<std::size_t>(layer)];
   }
 }
 
@@ -198,8 +197,7 @@ void OutsizedKv::use(int hit_segments, std::vector<std::uint64_t> slots) {
 void OutsizedKv::publish(int segment, const PrefixKey& key) {
   if (segment < num_reused_ || !parts_.publishes) return;
   const auto heads = static_cast<std::size_t>(parts_.shape.num_kv_heads);
-  to_publish_.push_back(
-      {segment, key, std::vector<std::uint64_t>(heads), std::vector<Seal>(heads)});
+  to_publish_.push_back({segment, key, std::vector<std::uint64_t>(heads)});
   advance(0);
 }
 
@@ -244,18 +242,13 @@ void OutsizedKv::write_table(int head) {
 }
 
 // What could not be written is not published.
-void OutsizedKv::on_table_written(RunIndex index, const Result<Seal>& written) {
-  Published& published = to_publish_.front();
-  const std::size_t table = static_cast<std::size_t>(index) - runs_state_.size();
-  if (written) {
-    published.seals[table / static_cast<std::size_t>(parts_.num_segments)] = *written;
-  } else {
-    published.digests.clear();
-  }
+void OutsizedKv::on_table_written(bool ok) {
+  if (!ok) table_failed_ = true;
   if (++tables_written_ < parts_.shape.num_kv_heads) return;
-  if (!published.digests.empty()) published_.push_back(std::move(published));
+  if (!table_failed_) published_.push_back(std::move(to_publish_.front()));
   to_publish_.pop_front();
   tables_begun_ = tables_written_ = 0;
+  table_failed_ = false;
 }
 
 // ---- filling ----------------------------------------------------------------------------------
@@ -419,7 +412,7 @@ void OutsizedKv::start_reads() {
     at(run).frame = *frame;
     at(run).place = Place::kComing;
     io_.read(*listener_, run, {offset(run), parts_.shape.run_bytes()},
-             &seals_[static_cast<std::size_t>(run)]);
+             seals_[static_cast<std::size_t>(run)]);
   }
 }
 
@@ -469,7 +462,7 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
 void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
   ++num_ended_;
   if (!status_) return;
-  if (is_table(index)) return on_table_written(index, written);
+  if (is_table(index)) return on_table_written(static_cast<bool>(written));
   Run& run = at(index);
   run.place = written ? Place::kHere : Place::kDirty;
   if (written) {

@@ -130,12 +130,11 @@ struct RequestWriter {
   }
   std::string operator()(const WeightsFilled&) const { return Writer(kWeightsFilled, 0).finish(); }
   std::string operator()(const Publish& publish) const {
-    return Writer(kPublish, 5)
+    return Writer(kPublish, 4)
         .id(raw(publish.sequence))
         .integer(publish.segment)
         .binary(&publish.key, 1)
         .binary(publish.digests.data(), publish.digests.size())
-        .binary(publish.seals.data(), publish.seals.size())
         .finish();
   }
   std::string operator()(const Refute& refute) const {
@@ -332,12 +331,16 @@ Reserve read_reserve(Reader& reader) {
   return reserve;
 }
 
+PrefixKey read_key(Reader& reader) {
+  const auto key = reader.binary<PrefixKey>("key", 1, 1);
+  return key.empty() ? PrefixKey{} : key.front();
+}
+
 Commit read_commit(Reader& reader) {
   Commit commit;
   commit.sequence = SequenceId{reader.id("sequence")};
   commit.segment = reader.small("segment", 0, kMaxSegments - 1);
-  const auto key = reader.binary<PrefixKey>("key", 1, 1);
-  if (!key.empty()) commit.key = key.front();
+  commit.key = read_key(reader);
   return commit;
 }
 
@@ -345,10 +348,8 @@ Publish read_publish(Reader& reader) {
   Publish publish;
   publish.sequence = SequenceId{reader.id("sequence")};
   publish.segment = reader.small("segment", 0, kMaxSegments - 1);
-  const auto key = reader.binary<PrefixKey>("key", 1, 1);
-  if (!key.empty()) publish.key = key.front();
+  publish.key = read_key(reader);
   publish.digests = reader.binary<std::uint64_t>("digests", 1, kMaxHeads);
-  publish.seals = reader.binary<Seal>("seals", 0, kMaxHeads);
   return publish;
 }
 

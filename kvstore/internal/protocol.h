@@ -60,7 +60,6 @@ struct Publish {
   int segment = 0;
   PrefixKey key;
   std::vector<std::uint64_t> digests;  // [num_heads] of the slabs' checksums
-  std::vector<Seal> seals;             // [num_heads] of an encrypted file
 };
 // ... and a slot that it reads as a prefix, or has published, failed its check.
 struct Refute {

@@ -43,13 +43,12 @@ bool RunIo::can_write() const {
   return health_.may_write(now()) && num_writes_ < kDepth / 2 && free_buffer().has_value();
 }
 
-void RunIo::read(Owner& owner, RunIndex run, const Extent& extent, const Seal* seal) {
+void RunIo::read(Owner& owner, RunIndex run, const Extent& extent, const Seal& seal) {
   start({.direction = IoDirection::kRead,
          .owner = &owner,
          .run = run,
          .extent = extent,
-         .is_unit = seal != nullptr,
-         .bytes = {{}, seal == nullptr ? Seal{} : *seal}});
+         .bytes = {{}, seal}});
 }
 
 std::span<std::byte> RunIo::next_buffer() const {
@@ -76,7 +75,7 @@ void RunIo::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
   device_->submit({transfer.direction, transfer.extent.offset + transfer.moved,
                    buffer(index).data() + transfer.moved, transfer.extent.bytes - transfer.moved,
-                   index, transfer.is_unit ? &transfer.bytes : nullptr});
+                   index, &transfer.bytes});
 }
 
 // ---- ending -----------------------------------------------------------------------------------

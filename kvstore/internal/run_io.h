@@ -2,7 +2,7 @@
 // store has lent to its sequences; and of what stands beside runs there (slot_table.h). The step
 // thread waits here for what its own step needs, and nobody else does.
 //
-//   io.read(owner, run, {offset, bytes}, &seal);     // ends in owner.on_read()
+//   io.read(owner, run, {offset, bytes}, seal);     // ends in owner.on_read()
 //   std::ranges::copy(bytes, io.next_buffer());
 //   io.write(owner, run, {offset, bytes});           // ends in owner.on_written()
 //   io.advance();  io.wait();                        // call the owners
@@ -59,9 +59,8 @@ class RunIo {
   bool can_write() const;  // leaves half of the buffers to reads
   // Something will end, for whichever owner: its buffer may then be another one's.
   bool is_busy() const { return num_waited_for_ > 0; }
-  // `run` is the owner's name for it. seal: what on_written() gave; null of what is never sealed.
-  // REQUIRES: can_read().
-  void read(Owner& owner, RunIndex run, const Extent& extent, const Seal* seal);
+  // `run` is the owner's name for it. REQUIRES: can_read(); seal: what on_written() gave.
+  void read(Owner& owner, RunIndex run, const Extent& extent, const Seal& seal);
   // What write() will write. REQUIRES: can_write().
   std::span<std::byte> next_buffer() const;
   void write(Owner& owner, RunIndex run, const Extent& extent);
@@ -83,7 +82,6 @@ class RunIo {
     Owner* owner = nullptr;  // null: it only keeps its buffer until it ends
     RunIndex run{};
     Extent extent;
-    bool is_unit = true;  // sealed, where the device seals
     std::size_t moved = 0;
     int tries = 0;
     SealedUnit bytes{};  // in its buffer

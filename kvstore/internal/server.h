@@ -127,8 +127,7 @@ class Server {
     }
   };
   bool is_outsized(const Reserve& request) const;
-  Status check_outsized(const Peer& peer, const Reserve& request);
-  std::uint32_t num_slabs_for(const Peer& peer, const Reserve& request) const;
+  Result<std::uint32_t> num_slabs_for(const Peer& peer, const Reserve& request) const;
   Result<Grant> reserve_outsized(const Peer& peer, const Reserve& request);
   Result<Grant> use_outsized(const Peer& peer, const Use& request);
   Grant grant_of(const Lent& lent) const;

@@ -38,14 +38,8 @@ bool Server::is_outsized(const Reserve& request) const {
          static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
 }
 
-std::uint32_t Server::num_slabs_for(const Peer& peer, const Reserve& request) const {
-  const std::uint32_t total = arena_->layout().slabs_per_head;
-  const std::uint32_t least = least_slabs(model_->slab_shape(), request.num_segments);
-  return share_of(total - std::min(total, num_slabs_lent(peer)), least);
-}
-
-// Whether it can run, now or ever.
-Status Server::check_outsized(const Peer& peer, const Reserve& request) {
+// Slabs a head for it, if it can run, now or ever.
+Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& request) const {
   const std::uint32_t total = arena_->layout().slabs_per_head;
   const std::uint32_t least = least_slabs(model_->slab_shape(), request.num_segments);
   const auto heads = static_cast<std::size_t>(peer.num_heads);
@@ -57,7 +51,8 @@ Status Server::check_outsized(const Peer& peer, const Reserve& request) {
                    " slots on NVMe, and there are " + std::to_string(tier_->stat().slabs_total) +
                    "; raise --kv-host-gib or --kv-nvme-gib");
   }
-  if (num_slots + heads * num_slabs_for(peer, request) > kMaxGrantSlabs) {
+  const std::uint32_t num_slabs = share_of(total - std::min(total, num_slabs_lent(peer)), least);
+  if (num_slots + heads * num_slabs > kMaxGrantSlabs) {
     return invalid(std::to_string(request.num_segments) + " segments of " +
                    std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
   }
@@ -73,13 +68,12 @@ Status Server::check_outsized(const Peer& peer, const Reserve& request) {
     return invalid(std::to_string(request.keys.size()) + " keys for " +
                    std::to_string(request.num_segments) + " segments");
   }
-  return Ok{};
+  return num_slabs;
 }
 
 // Hits are borrowed first, so that they don't give way to what is lent.
 Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
-  FT_RETURN_IF_ERROR(check_outsized(peer, request));
-  const std::uint32_t num_slabs = num_slabs_for(peer, request);
+  FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
   FT_RETURN_IF_ERROR(
       book_->can_reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)));
   const int hits = num_hits(peer, request.keys, std::chrono::steady_clock::now());
@@ -168,15 +162,14 @@ Status Server::publish(const Peer& peer, const Publish& request) {
   FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
   const auto heads = static_cast<std::size_t>(lent->num_heads);
   if (request.segment < lent->hit_segments || request.segment >= lent->num_segments ||
-      request.digests.size() != heads || request.seals.size() > heads) {
+      request.digests.size() != heads) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " publishes what it was not lent");
   }
   for (std::size_t i = 0; i < heads; ++i) {
     const int head = static_cast<int>(i);
-    NvmeTier::Filled filled{lent->slot(head, request.segment), request.digests[i], {}};
-    if (i < request.seals.size()) filled.seal = request.seals[i];
-    tier_->publish({lent->first_head + head, request.key}, filled,
+    tier_->publish({lent->first_head + head, request.key},
+                   {lent->slot(head, request.segment), request.digests[i]},
                    std::chrono::steady_clock::now());
   }
   return Ok{};

@@ -85,18 +85,18 @@ class TableReader final : public RunIo::Owner {
     const SlotIndex slot = slots_[i].slot;
     if (!headers_[i]) {
       const std::uint64_t offset = NvmeGeometry{file_.shape.slab_bytes(), 0}.header_offset(slot);
-      return io_.read(*this, name, {offset, kSectorBytes}, nullptr);
+      return io_.read(*this, name, {offset, kSectorBytes}, {});
     }
     io_.read(
         *this, name,
         {file_.slab_offset(slot) + file_.shape.slab_payload_bytes(), SlotTable::bytes(file_.shape)},
-        &headers_[i]->seal);
+        {});
   }
 
   std::optional<SlotHeader> header_of(const NamedSlot& named,
                                       std::span<const std::byte> bytes) const {
-    const auto header = decode_slot_header(bytes.first<kSectorBytes>(), named.slot, file_.file_id,
-                                           file_.cipher.get());
+    const auto header =
+        decode_slot_header(bytes.first<kSectorBytes>(), named.slot, file_.file_id, nullptr);
     if (!header || !*header || (*header)->name != named.name) return std::nullopt;
     return **header;
   }

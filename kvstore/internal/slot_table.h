@@ -6,13 +6,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
 #include <span>
 #include <vector>
 
 #include "kernels/kv_layout.h"
-#include "kvstore/internal/kv_cipher.h"
 #include "kvstore/internal/nvme_format.h"
 #include "kvstore/internal/run_io.h"
 
@@ -22,7 +20,6 @@ struct SlotTable {
   explicit SlotTable(const kernels::KvShape& shape);
 
   std::vector<std::uint64_t> checksums;  // [num_layers, 16]
-  std::vector<Seal> seals;               // [num_layers] of the runs; empty: they are not sealed
 
   std::span<std::uint64_t> checksums_of(int layer);
   std::span<const std::uint64_t> checksums_of(int layer) const;
@@ -39,11 +36,10 @@ struct NamedSlot {
   SlotIndex slot{};
   SlabName name;
 };
-struct SlotFile {
+struct SlotFile {  // not an encrypted one
   kernels::KvShape shape;
   std::uint64_t slots_offset = 0;  // of slot 0's slab
   std::uint64_t file_id = 0;
-  std::shared_ptr<const KvCipher> cipher;  // null: not encrypted
 
   std::uint64_t slab_offset(SlotIndex slot) const;
 };

@@ -208,13 +208,41 @@ TEST_F(OutsizedKvTest, AnotherSequenceMayHaveAllBuffers) {
   // In two halves each, so that none has ended when it is looked for first.
   disk_->fault = [](const IoOperation&) { return IoFault::kShort; };
   while (io_->can_read()) {
-    const Seal seal;
-    io_->read(other, RunIndex{}, {4096 + kShape.slab_bytes(), kShape.run_bytes()}, &seal);
+    io_->read(other, RunIndex{}, {4096 + kShape.slab_bytes(), kShape.run_bytes()}, {});
   }
   disk_->fault = nullptr;
   read_all();
   EXPECT_TRUE(kv_->status()) << kv_->status().error().message;
   EXPECT_EQ(other.num_read, RunIo::kDepth);
+}
+
+// A head's table that can't be written, and the next head's after that, as there was no buffer.
+TEST_F(OutsizedKvTest, WhatCanNotBeWrittenWholeIsNotPublished) {
+  struct Other : RunIo::Owner {
+    void on_read(RunIndex, const Result<std::span<const std::byte>>&) override {}
+    void on_written(RunIndex, const Result<Seal>&) override {}
+  } other;
+  fill_all();
+  read_all();
+  disk_->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  const std::uint64_t behind_slots =
+      4096 + (kShape.num_kv_heads * kSegments + 1) * kShape.slab_bytes();
+  for (int i = 1; i < RunIo::kDepth / 2; ++i) {
+    io_->write(other, RunIndex{}, {behind_slots, kShape.run_bytes()});
+  }
+  disk_->fault = [](const IoOperation&) { return IoFault::kFull; };
+  kv_->publish(0, PrefixKey{});  // one buffer: head 0's table
+  kv_->advance();                // ... which fails
+  disk_->fault = nullptr;
+  disk_->release_held();
+  kv_->advance();  // what is written shows that the disk has room again: head 1's table
+  kv_->publish(1, PrefixKey{});
+  kv_->finish_publishing(std::chrono::seconds(10));
+  const auto published = kv_->take_published();
+  ASSERT_EQ(published.size(), 1U);
+  EXPECT_EQ(published[0].segment, 1);
+  EXPECT_EQ(published[0].digests.size(), 2U);
+  EXPECT_TRUE(kv_->status());
 }
 
 TEST_F(OutsizedKvTest, FaultsThatPassCostNothing) {

@@ -57,7 +57,7 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(commit.key, some_key(9));
   EXPECT_EQ(request_there_and_back(Release{sequence}).sequence, sequence);
   EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
-  const Publish publish = request_there_and_back(Publish{sequence, 5, some_key(9), {3, 4}, {}});
+  const Publish publish = request_there_and_back(Publish{sequence, 5, some_key(9), {3, 4}});
   EXPECT_EQ(publish.sequence, sequence);
   EXPECT_EQ(publish.segment, 5);
   EXPECT_EQ(publish.key, some_key(9));
