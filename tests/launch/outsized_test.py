@@ -101,21 +101,20 @@ def test_skip_keeps_nearly_all_that_waiting_keeps(model, tmp_path):
 CACHED = 19 * 256  # of a prompt of 20 segments' length: the last 64 queries are always computed
 
 
+def tier(service):
+    with connect(service) as client:
+        return client.status()["kv_nvme"]
+
+
 def settled(service):
     """What the service has published is in the file."""
-    with connect(service) as client:
-
-        def held():
-            return client.status()["kv_nvme"]["slabs_held"]
-
-        before, deadline = held(), time.monotonic() + 10
-        while time.monotonic() < deadline:
-            time.sleep(0.3)
-            now = held()
-            if now == before > 0:
-                return now
-            before = now
-    return before
+    before, deadline = tier(service)["slabs_held"], time.monotonic() + 10
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        now = tier(service)["slabs_held"]
+        if now == before > 0:
+            return
+        before = now
 
 
 @pytest.mark.parametrize("more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",)])
@@ -131,8 +130,7 @@ def test_its_prefix_is_reused(model, in_memory, tmp_path, more):
         assert other.usage["cached_tokens"] == 10 * 256
         short = ask(service, prompt()[:700])  # one that the arena has room for
         assert short.usage["cached_tokens"] == 2 * 256
-        with connect(service) as client:
-            assert client.status()["kv_nvme"]["checksum_failures"] == 0
+        assert tier(service)["checksum_failures"] == 0
     if not more:
         assert first.ids == in_memory.ids
 
@@ -165,8 +163,7 @@ def test_a_flipped_bit_of_its_prefix_is_computed_anew(model, in_memory, tmp_path
         damage(tmp_path / "kv" / "kv-slabs")
         found = ask(service, prompt())
         assert found.ids == in_memory.ids
-        with connect(service) as client:
-            assert client.status()["kv_nvme"]["checksum_failures"] > 0
+        assert tier(service)["checksum_failures"] > 0
 
 
 def damage_one_run(file):
@@ -197,8 +194,7 @@ def test_a_flipped_bit_of_one_run_is_computed_anew_once(model, in_memory, tmp_pa
         for _ in range(2):
             assert ask(service, prompt()).ids == in_memory.ids
         assert service.log.read_text().count("computed anew") <= 1  # a check of the idle disk may see it first
-        with connect(service) as client:
-            assert client.status()["kv_nvme"]["checksum_failures"] > 0
+        assert tier(service)["checksum_failures"] > 0
         assert ask(service, prompt()).usage["cached_tokens"] == CACHED
 
 
