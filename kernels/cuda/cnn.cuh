@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/cnn_tables.h"
 #include "kernels/cuda/map_layout.h"
@@ -60,36 +61,51 @@ struct ColdRows {
   }
 };
 
+// d += taps of rows 2 k and 2 k + 1: of all stencils, one after the other, as what is added to one
+// waits for what was before.
+template <ColdOperand kOperand, std::size_t kCount>
+__device__ void add_cold_products(const uint4 (&taps)[kCount], const std::uint32_t (&a)[kCount][4],
+                                  float (&d)[kCount][4]) {
+  constexpr bool kTwoParts = kOperand == kPlainBf16;
+  using Operand = std::conditional_t<kTwoParts, __nv_bfloat16, __half>;
+#pragma unroll
+  for (std::size_t i = 0; i < kCount; ++i) mma<Operand>(d[i], a[i], taps[i].x, taps[i].y);
+  if constexpr (kTwoParts) {
+#pragma unroll
+    for (std::size_t i = 0; i < kCount; ++i) mma<Operand>(d[i], a[i], taps[i].z, taps[i].w);
+  }
+}
+
 // out[half]: columns 2 (q % 2), + 1 of segment g + 8 half; of the inner row where q < 2, else of
 // the edge. Worth nothing of a segment that is not cold.
+__device__ inline void round_products(const float (&d)[4], int2 (&out)[2]) {
+  out[0] = {__float2int_rn(d[0]), __float2int_rn(d[1])};
+  out[1] = {__float2int_rn(d[2]), __float2int_rn(d[3])};
+}
+
 template <ColdOperand kOperand>
 __device__ void cold_products(const ColdTables& tables, int side, const ColdRows& rows,
                               int2 (&out)[2]) {
   const unsigned lane = threadIdx.x % 32;
   const float at_zero = tables.at_zero[side][lane % 4 / 2];
-  float d[4] = {at_zero, at_zero, at_zero, at_zero};
+  float d[1][4] = {{at_zero, at_zero, at_zero, at_zero}};
 #pragma unroll
   for (int k = 0; k < 3; ++k) {
     const auto& even = rows.values[2 * k];
-    const std::uint32_t a[4] = {even[0], even[1], k < 2 ? rows.values[2 * k + 1][0] : 0,
-                                k < 2 ? rows.values[2 * k + 1][1] : 0};
-    const uint4 taps = tables.taps[side][k][lane];
-    if constexpr (kOperand == kPlainBf16) {
-      mma<__nv_bfloat16>(d, a, taps.x, taps.y);
-      mma<__nv_bfloat16>(d, a, taps.z, taps.w);
-    } else {
-      mma<__half>(d, a, taps.x, taps.y);
-    }
+    const std::uint32_t a[1][4] = {{even[0], even[1], k < 2 ? rows.values[2 * k + 1][0] : 0,
+                                    k < 2 ? rows.values[2 * k + 1][1] : 0}};
+    const uint4 taps[1] = {tables.taps[side][k][lane]};
+    add_cold_products<kOperand>(taps, a, d);
   }
-  out[0] = {__float2int_rn(d[0]), __float2int_rn(d[1])};
-  out[1] = {__float2int_rn(d[2]), __float2int_rn(d[3])};
+  round_products(d[0], out);
 }
 
-// Bit 0: segment g is cold, bit 1: g + 8 is. All that such a one sees stays below the limit.
-__device__ inline unsigned find_cold(const ColdTables& tables, const ColdRows& rows) {
+// seen: the greatest that this lane sees of segments g and g + 8, two operands each. Bit 0: segment
+// g is cold, bit 1: g + 8 is. All that such a one sees stays below the limit.
+__device__ inline unsigned find_cold(const ColdTables& tables, const std::uint32_t (&seen)[2]) {
   // Segment g in the low half, g + 8 in the high one.
-  std::uint32_t most = __vmaxu2(__byte_perm(rows.most[0], rows.most[1], 0x5410),
-                                __byte_perm(rows.most[0], rows.most[1], 0x7632));
+  std::uint32_t most =
+      __vmaxu2(__byte_perm(seen[0], seen[1], 0x5410), __byte_perm(seen[0], seen[1], 0x7632));
   most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 1));
   most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 2));
   return ((most & 0xFFFFU) < tables.limit ? 1U : 0U) | (most >> 16 < tables.limit ? 2U : 0U);

@@ -98,6 +98,13 @@ __device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int 
   }
 }
 
+// Whether either of two cold operands stands for a value that is none.
+template <typename T>
+__device__ bool holds_none(std::uint32_t pair) {
+  constexpr std::uint32_t kGreatest = HistoryPair<T>::kGreatest;
+  return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
+}
+
 // Of the result, bit i: row i holds a value that is none, among those that this lane reads.
 template <typename T>
 __device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
@@ -107,15 +114,11 @@ __device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
     for (int half = 0; half < 2; ++half) out.values[i][half] = HistoryPair<T>::cold(raw[i][half]);
   }
   out.find_most();
-  constexpr std::uint32_t kGreatest = HistoryPair<T>::kGreatest;
-  const auto is_wrong = [](std::uint32_t pair) {
-    return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
-  };
   unsigned wrong_rows = 0;
-  if (is_wrong(__vmaxu2(out.most[0], out.most[1]))) {
+  if (holds_none<T>(__vmaxu2(out.most[0], out.most[1]))) {
 #pragma unroll
     for (int i = 0; i < kSeenRows; ++i) {
-      const bool wrong = is_wrong(__vmaxu2(out.values[i][0], out.values[i][1]));
+      const bool wrong = holds_none<T>(__vmaxu2(out.values[i][0], out.values[i][1]));
       wrong_rows |= wrong ? 1U << i : 0U;
     }
   }
@@ -123,9 +126,9 @@ __device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
 }
 
 // Of find_cold(), those that are not where the network pads.
-__device__ unsigned find_cold_segments(const ColdTables& tables, const ColdRows& rows, int span,
-                                       int columns) {
-  unsigned cold = find_cold(tables, rows);
+__device__ unsigned find_cold_segments(const ColdTables& tables, const std::uint32_t (&seen)[2],
+                                       int span, int columns) {
+  unsigned cold = find_cold(tables, seen);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first = first_column(span, half);
@@ -136,24 +139,50 @@ __device__ unsigned find_cold_segments(const ColdTables& tables, const ColdRows&
 
 // ---- slide -----------------------------------------------------------------------------------
 
+// A warp slides over two spans at a time: while the products of one wait for each other, there are
+// those of the other.
+constexpr int kPairSpans = 2;
+constexpr int kPairColumns = kPairSpans * kSpanColumns;
 constexpr int kSlideRows = kNumSides * kSeenRows;
 // The side whose hot segments this lane lists.
 __device__ int listed_side() { return lane_id() % 4 / 2; }
+// What a lane gets of cold_products(): of an inner row, of which there are sums, or of the edge.
+__device__ bool has_inner() { return lane_id() % 4 < 2; }
 
-// What a span sees of the history, in a warp's shared memory: kSinkColumns columns before its own,
-// and as many after. What is no candidate, or before the first row, is 0.
-constexpr int kStagedColumns = kSpanColumns + 2 * kSinkColumns;
+// What a pair of spans sees of the history, kSinkColumns columns before its own and as many after,
+// and its sums; in a warp's shared memory. What is no candidate, or before the first row, is 0.
+constexpr int kStagedColumns = kPairColumns + 2 * kSinkColumns;
 template <typename T>
-using SpanRows = T[kSlideRows][kStagedColumns];
+struct Staged {
+  T rows[kSlideRows][kStagedColumns];
+  std::int32_t sums[kPairColumns];
+};
 // A warp's room for those that are on their way.
-constexpr int kStagedBytes = 3 * sizeof(SpanRows<__nv_bfloat16>);
+constexpr int kStagedBytes = 3 * sizeof(Staged<__nv_bfloat16>);
 template <typename T>
-constexpr int kStages = kStagedBytes / sizeof(SpanRows<T>);
+constexpr int kStages = kStagedBytes / sizeof(Staged<T>);
 static_assert(kStages<float> >= 1);
+
+// How the lanes of a warp bring a pair's rows: copy 32 i + lane, of those of all rows one after the
+// other, is this lane's i-th.
+template <typename T>
+struct SlideCopies {
+  static constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
+  static constexpr int kValues = kBytes / sizeof(T);
+  static constexpr int kOfRow = kStagedColumns / kValues;
+  static constexpr int kAll = kSlideRows * kOfRow;
+  static constexpr int kRounds = (kAll + 31) / 32;
+  static_assert(kStagedColumns % kValues == 0);
+
+  __device__ static int row(int i) { return (32 * i + lane_id()) / kOfRow; }
+  __device__ static int column(int i) { return (32 * i + lane_id()) % kOfRow * kValues; }
+  __device__ static bool exists(int i) { return 32 * i + 32 <= kAll || 32 * i + lane_id() < kAll; }
+};
 
 // A map, as a warp slides over its spans. Holds what it would else look up for every span.
 template <typename T>
 struct SlideMap {
+  using Copies = SlideCopies<T>;
   Map map;
   PairRows<T> rows;
   std::int64_t num_rows;
@@ -162,6 +191,7 @@ struct SlideMap {
   std::uint32_t* counter;  // of the list of this lane's side, where it appends
   std::uint32_t* entries;
   bool slides;
+  unsigned from[Copies::kRounds];  // where this lane's copies begin, of the ring; of the first pair
 
   __device__ SlideMap(const Map& on, int sequence, const HotLists& lists)
       : map(on),
@@ -173,10 +203,22 @@ struct SlideMap {
     const int list = lists.list(sequence, on.index, listed_side());
     counter = lists.counters + list;
     entries = lists.entries(on.state, list);
+    const int next = place();
+#pragma unroll
+    for (int i = 0; i < Copies::kRounds; ++i) {
+      const int row = Copies::row(i);
+      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
+      const int of_ring = next - back + (next < back ? kRingRows : 0);
+      from[i] = static_cast<unsigned>(of_ring * rows.pitch + Copies::column(i));
+    }
   }
 
   __device__ std::int64_t first_row(int side) const {
     return num_rows - (side == kBottom ? kSeenRows : kMostRowsBack);
+  }
+  // What this lane's part of a row adds to a sum, or to the edge.
+  __device__ int factor(int side) const {
+    return has_inner() ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
   }
   // For the hot kernel.
   __device__ void note_step() const {
@@ -184,41 +226,48 @@ struct SlideMap {
     map.header().step = {place(), back, rows.columns};
   }
 
-  // Starts to bring a span's rows: of a span that is not whole, also what is to be cleared.
-  __device__ void bring(int span, SpanRows<T>& to) const {
-    constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
-    constexpr int kCopied = kBytes / sizeof(T);
-    constexpr int kCopies = kStagedColumns / kCopied;
-    const int next = place();
+  // Starts to bring a pair: of one that is not whole, also what is to be cleared.
+  __device__ void bring(int span, Staged<T>& to) const {
+    const T* ring = rows.ring - kSinkColumns;
+    const auto first = static_cast<unsigned>(span * kSpanColumns);
+    auto* at = reinterpret_cast<std::byte*>(to.rows) + lane_id() * Copies::kBytes;
+    const auto copy_rows = [&](const auto& is_there) {
 #pragma unroll
-    for (int first = 0; first < kSlideRows * kCopies; first += 32) {
-      const int i = first + lane_id();
-      const int row = i / kCopies;
-      const int column = i % kCopies * kCopied;  // of the span's
-      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
-      const int of_ring = next - back + (next < back ? kRingRows : 0);
-      const int of_row = span * kSpanColumns + column;  // sink columns included
-      if (i < kSlideRows * kCopies && of_row < rows.pitch) {
-        copy_async<kBytes>(&to[row][column],
-                           rows.ring - kSinkColumns + of_ring * rows.pitch + of_row);
+      for (int i = 0; i < Copies::kRounds; ++i) {
+        if (!Copies::exists(i) || !is_there(i)) continue;
+        copy_async<Copies::kBytes>(at + i * 32 * Copies::kBytes, ring + (from[i] + first));
       }
+      // Behind the last span's sums lies the boundary.
+      constexpr unsigned kSums = 16 / sizeof(std::int32_t);
+      static_assert(kPairColumns == 32 * kSums);
+      const unsigned column = static_cast<unsigned>(lane_id()) * kSums;
+      copy_async<16>(to.sums + column, sums + (first + column));
+    };
+    const int left = rows.pitch - span * kSpanColumns;  // of a row
+    if (left >= kStagedColumns) {
+      copy_rows([](int) { return true; });
+    } else {
+      copy_rows([&](int i) { return Copies::column(i) < left; });
     }
   }
   static_assert(kBottom == 0 && kTop == 1);
 
-  // All that a span sees is candidates, in rows that there are.
+  // All that a pair sees is candidates, in rows that there are; none is the first or the last one.
   __device__ bool is_whole(int span) const {
-    return span > 0 && (span + 1) * kSpanColumns + kSinkColumns <= rows.columns &&
+    return span > 0 && (span + kPairSpans) * kSpanColumns + kSinkColumns <= rows.columns &&
            num_rows >= kMostRowsBack;
   }
-  // Of a span whose rows have come, what is not.
-  __device__ void clear_others(int span, SpanRows<T>& of) const {
-    for (int i = lane_id(); i < kSlideRows * kStagedColumns; i += 32) {
-      const int row = i / kStagedColumns;
-      const int column = span * kSpanColumns - kSinkColumns + i % kStagedColumns;
-      const bool there =
-          column >= 0 && column < rows.columns && first_row(row / kSeenRows) + row % kSeenRows >= 0;
-      if (!there) of[row][i % kStagedColumns] = T{};
+  // Of a pair whose rows have come, what is not.
+  __device__ void clear_others(int span, Staged<T>& of) const {
+    const int first = span * kSpanColumns - kSinkColumns;
+    const int begin = max(0, -first);
+    const int end = max(begin, min(kStagedColumns, rows.columns - first));
+#pragma unroll 1
+    for (int row = 0; row < kSlideRows; ++row) {
+      const bool exists = first_row(row / kSeenRows) + row % kSeenRows >= 0;
+      const int stop = exists ? begin : kStagedColumns;
+      for (int i = lane_id(); i < stop; i += 32) of.rows[row][i] = T{};
+      for (int i = end + lane_id(); i < kStagedColumns; i += 32) of.rows[row][i] = T{};
     }
     __syncwarp();
   }
@@ -230,19 +279,11 @@ struct SlideMap {
   }
 };
 
-// Which of a span's segments are hot: a bit for each lane, which speaks of side listed_side(),
-// segment g + 8 (q % 2). cold: find_cold_segments(), two bits a side.
-__device__ unsigned find_hot(unsigned cold, int span, int columns) {
-  const int half = lane_id() % 2;
-  const bool is_cold = (cold >> (listed_side() * 2 + half) & 1) != 0;
-  return __ballot_sync(~0U, !is_cold && first_column(span, half) < columns);
-}
-
-// Of find_hot()'s bits, the lanes that speak of a side.
+// Of slide_pair()'s bits, the lanes that speak of a side.
 __device__ unsigned lanes_of(int side) { return 0x33333333U << (2 * side); }
 
-// Appends the hot segments of up to 32 spans from `first` on: lane i has find_hot()'s bits of span
-// first + i, or none.
+// Appends the hot segments of up to 32 spans from `first` on: lane i has slide_pair()'s bits of
+// span first + i, or none.
 template <typename T>
 __device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
   const unsigned of_lane_side = lanes_of(listed_side());
@@ -269,81 +310,142 @@ __device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
   }
 }
 
-// What a lane gets of cold_products(): of an inner row, of which there are sums, or of the edge.
-__device__ bool has_inner() { return lane_id() % 4 < 2; }
-
-// The sums that this lane adds to.
-template <typename T>
-__device__ void load_sums(const SlideMap<T>& on, int span, int2 (&sums)[2]) {
+// Spans `span` and, if that is before `end`, the next one. hot[i]: which of span i's segments are
+// hot, a bit for each lane, which speaks of side listed_side(), segment g + 8 (q % 2). kWhole:
+// is_whole(), and both spans are there.
+template <typename T, bool kWhole>
+__device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int span, int end,
+                           const Staged<T>& staged, unsigned (&hot)[kPairSpans]) {
+  using Pair = HistoryPair<T>;
+  constexpr int kStencils = kNumSides * kPairSpans;  // those of a side are neighbours
+  constexpr int kHalf = kSpanColumns / 2;
+  float d[kStencils][4];
+  std::uint32_t most[kStencils][2] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    sums[half] =
-        has_inner() ? *reinterpret_cast<const int2*>(on.sums + written_column(span, half)) : int2{};
+  for (int i = 0; i < kStencils; ++i) {
+    const float at_zero = tables.at_zero[i / kPairSpans][listed_side()];
+#pragma unroll
+    for (float& value : d[i]) value = at_zero;
   }
-}
-
-// Of the result: find_hot().
-template <typename T>
-__device__ unsigned slide_span(const ColdTables& tables, const SlideMap<T>& on, int span,
-                               const SpanRows<T>& rows, int2 (&value)[2]) {
-  unsigned cold = 0;
 #pragma unroll
-  for (int side = 0; side < kNumSides; ++side) {
-    RawColdRows<T> raw;
+  for (int k = 0; k < 3; ++k) {
+    uint4 taps[kStencils];
+    std::uint32_t a[kStencils][4] = {};
 #pragma unroll
-    for (int i = 0; i < kSeenRows; ++i) {
-      const T* at = &rows[side * kSeenRows + i][kSinkColumns + read_column(0, 0)];
-      raw[i][0] = HistoryPair<T>::read(at);
-      raw[i][1] = HistoryPair<T>::read(at + kSpanColumns / 2);
+    for (int i = 0; i < kStencils; ++i) {
+      const int side = i / kPairSpans;
+      taps[i] = tables.taps[side][k][lane_id()];
+#pragma unroll
+      for (int row = 2 * k; row < min(2 * k + 2, kSeenRows); ++row) {
+        const T* at =
+            &staged.rows[side * kSeenRows + row][kSinkColumns + read_column(i % kPairSpans, 0)];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          a[i][row % 2 * 2 + half] = Pair::cold(Pair::read(at + half * kHalf));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        most[i][half] = __vimax3_u16x2(most[i][half], a[i][half], a[i][2 + half]);
+      }
     }
-    ColdRows seen;
-    const unsigned wrong = make_operands<T>(raw, seen);
-    if (side == kBottom) distrust(on.map, on.first_row(side), wrong & kNewest);
-    const unsigned of_side = find_cold_segments(tables, seen, span, on.rows.columns);
-    cold |= of_side << (2 * side);
+    add_cold_products<Pair::kCold>(taps, a, d);
+  }
+
+  int2 value[kPairSpans][2] = {};
+  if (has_inner()) {
+#pragma unroll
+    for (int part = 0; part < 2 * kPairSpans; ++part) {
+      value[part / 2][part % 2] =
+          *reinterpret_cast<const int2*>(staged.sums + written_column(0, 0) + part * kHalf);
+    }
+  }
+  bool is_hot[kPairSpans];  // what this lane speaks of
+#pragma unroll
+  for (int i = 0; i < kStencils; ++i) {
+    const int side = i / kPairSpans;
+    const int of_pair = i % kPairSpans;
+    const unsigned cold =
+        kWhole ? find_cold(tables, most[i])
+               : find_cold_segments(tables, most[i], span + of_pair, on.rows.columns);
+    if (side == listed_side()) is_hot[of_pair] = (cold >> (lane_id() % 2) & 1) == 0;
     int2 added[2];
-    cold_products<HistoryPair<T>::kCold>(tables, side, seen, added);
-    const int sign = has_inner() ? (on.slides ? (side == kBottom ? 1 : -1) : 0) : 1;
+    round_products(d[i], added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int factor = (of_side >> half & 1) != 0 ? sign : 0;
-      value[half].x += factor * added[half].x;
-      value[half].y += factor * added[half].y;
+      const int times = (cold >> half & 1) != 0 ? on.factor(side) : 0;
+      value[of_pair][half].x += times * added[half].x;
+      value[of_pair][half].y += times * added[half].y;
     }
   }
-  std::int32_t* out = has_inner() ? on.sums : on.boundary;
-  *reinterpret_cast<int2*>(out + written_column(span, 0)) = value[0];
-  *reinterpret_cast<int2*>(out + written_column(span, 1)) = value[1];
-  return find_hot(cold, span, on.rows.columns);
+  std::int32_t* out = (has_inner() ? on.sums : on.boundary) + written_column(span, 0);
+#pragma unroll
+  for (int i = 0; i < kPairSpans; ++i) {
+    const bool exists = kWhole || span + i < end;
+    if (exists) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<int2*>(out + i * kSpanColumns + half * kHalf) = value[i][half];
+      }
+    }
+    const int first = first_column(span + i, lane_id() % 2);
+    hot[i] = __ballot_sync(~0U, is_hot[i] && exists && (kWhole || first < on.rows.columns));
+  }
+
+  // Of what is none of [0, 2]: rows but the newest were checked before.
+  static_assert(kBottom == 0);
+  std::uint32_t seen = 0;
+#pragma unroll
+  for (int i = 0; i < kPairSpans; ++i) seen = __vimax3_u16x2(seen, most[i][0], most[i][1]);
+  if (holds_none<T>(seen)) {
+    std::uint32_t newest = 0;
+#pragma unroll
+    for (int part = 0; part < 2 * kPairSpans; ++part) {
+      const T* at = &staged.rows[kSeenRows - 1][kSinkColumns + read_column(0, 0) + part * kHalf];
+      newest = __vmaxu2(newest, Pair::cold(Pair::read(at)));
+    }
+    if (holds_none<T>(newest)) distrust(on.map, on.first_row(kBottom), kNewest);
+  }
 }
 
-// Spans [first, end) of a map. Rows are brought kStages - 1 spans ahead of their turn.
+// Spans [first, end) of a map. Rows are brought kStages - 1 pairs ahead of their turn.
 template <typename T>
 __device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int first, int end,
-                            SpanRows<T>* staged) {
+                            Staged<T>* staged) {
   constexpr int kAhead = kStages<T> - 1;
-  int2 next[2];
-  load_sums(on, first, next);
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (first + i * kPairSpans < end) on.bring(first + i * kPairSpans, staged[i]);
+    commit_copies();  // an empty group where there are no more
+  }
   unsigned hot = 0;  // of the spans since `listed`, one a lane
   int listed = first;
+  int stage = 0;
 #pragma unroll 1
-  for (int span = first - kAhead; span < end; ++span) {
-    if (span + kAhead < end) on.bring(span + kAhead, staged[(span + kAhead) % kStages<T>]);
-    commit_copies();  // an empty group where there are no more
-    if (span < first) continue;
-    int2 value[2] = {next[0], next[1]};
-    if (span + 1 < end) load_sums(on, span + 1, next);
+  for (int span = first; span < end; span += kPairSpans) {
+    const int ahead = span + kAhead * kPairSpans;
+    if (ahead < end) on.bring(ahead, staged[stage == 0 ? kAhead : stage - 1]);
+    commit_copies();
     wait_copies<kAhead>();
     __syncwarp();
-    SpanRows<T>& now = staged[span % kStages<T>];
-    if (!on.is_whole(span)) on.clear_others(span, now);
-    const unsigned of_span = slide_span<T>(tables, on, span, now, value);
-    if (lane_id() == span - listed) hot = of_span;
-    if (span + 1 == end || span - listed == 31) {
+    Staged<T>& now = staged[stage];
+    unsigned of_pair[kPairSpans];
+    if (on.is_whole(span) && span + kPairSpans <= end) {
+      slide_pair<T, true>(tables, on, span, end, now, of_pair);
+    } else {
+      on.clear_others(span, now);
+      slide_pair<T, false>(tables, on, span, end, now, of_pair);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairSpans; ++i) {
+      if (lane_id() == span + i - listed) hot = of_pair[i];
+    }
+    if (span + kPairSpans >= end || span + kPairSpans - listed == 32) {
       list_hot(on, listed, hot);
       hot = 0;
-      listed = span + 1;
+      listed = span + kPairSpans;
     }
+    stage = stage == kAhead ? 0 : stage + 1;
     __syncwarp();
   }
 }
@@ -364,9 +466,10 @@ __device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState
   SlideShared& shared = slide_shared();
   shared.tables.load(*from, HistoryPair<T>::kCold);
   __syncthreads();
-  auto* staged = reinterpret_cast<SpanRows<T>*>(shared.staged[threadIdx.x / 32]);
+  auto* staged = reinterpret_cast<Staged<T>*>(shared.staged[threadIdx.x / 32]);
   const int all = shared.first_span[rows];
-  const int share = (all + warps_of_grid() - 1) / warps_of_grid();
+  const int each = (all + warps_of_grid() - 1) / warps_of_grid();
+  const int share = (each + kPairSpans - 1) / kPairSpans * kPairSpans;
   int at = warp_of_grid() * share;
   const int end = min(at + share, all);
   int sequence = 0;
@@ -639,7 +742,7 @@ __device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tab
     load_cold_rows(rows, window + row - 2, span, raw);
     const unsigned wrong = make_operands<T>(raw, seen);
     distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
-    const unsigned cold = find_cold_segments(cold_tables, seen, span, rows.columns);
+    const unsigned cold = find_cold_segments(cold_tables, seen.most, span, rows.columns);
     int2 added[2];
     cold_products<HistoryPair<T>::kCold>(cold_tables, kBottom, seen, added);
 #pragma unroll
@@ -747,6 +850,8 @@ void predict(const PredictArgs& args, CudaStream& stream) {
   static const auto sms = static_cast<unsigned>(num_sms());
   const CnnTables* tables = static_cast<const CudaPredictor*>(args.predictor)->tables();
   const HotLists lists = HotLists::of(args.rows, stream.counters());
+  FT_CUDA(cudaFuncSetAttribute(slide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(sizeof(SlideShared))));
   slide_kernel<<<kSlideCtas * sms, kSlideThreads, sizeof(SlideShared), stream.handle()>>>(
       tables, args.states, args.rows, lists);
   FT_CUDA(cudaGetLastError());
