@@ -4,7 +4,6 @@
 #include <numa.h>
 #include <numaif.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -15,7 +14,6 @@
 
 #include "common/log.h"
 #include "common/result.h"
-#include "kvstore/internal/host_memory.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -43,10 +41,7 @@ Arena::Arena(const ArenaLayout& layout, NumaPlacement placement)
       progress_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   const std::size_t bytes = layout_.arena_bytes();
   if (!progress_) fail("eventfd", bytes);
-  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory_.get(), 0);
-  if (mapped == MAP_FAILED) fail("mmap", bytes);
-  base_ = static_cast<std::byte*>(mapped);
-  prefer_huge_pages(base_, bytes);
+  mapping_ = SharedMapping::map(memory_.get(), 0, bytes).value_or_throw();
   if (placement == NumaPlacement::kSpread) bind_stripes();
   plan_pieces();
   start_touching();
@@ -54,7 +49,6 @@ Arena::Arena(const ArenaLayout& layout, NumaPlacement placement)
 
 Arena::~Arena() {
   threads_.clear();  // stops and joins
-  munmap(base_, layout_.arena_bytes());
 }
 
 // Before anything is touched: a page lies where the policy says at its first touch. A node that
@@ -67,7 +61,7 @@ void Arena::bind_stripes() const {
     const int node = head * num_nodes / layout_.num_kv_heads;
     bitmask* mask = numa_allocate_nodemask();
     numa_bitmask_setbit(mask, static_cast<unsigned>(node));
-    if (mbind(base_ + layout_.stripe_offset(head), layout_.stripe_bytes(), MPOL_PREFERRED,
+    if (mbind(mapping_.base() + layout_.stripe_offset(head), layout_.stripe_bytes(), MPOL_PREFERRED,
               mask->maskp, mask->size, 0) != 0) {
       log().warn("stripe {} could not be placed on NUMA node {}: {}", head, node,
                  std::strerror(errno));
@@ -113,7 +107,7 @@ void Arena::touch_pieces(const std::stop_token& stop) {
 // Without writing: a rank may be quicker.
 bool Arena::touch(const Piece& piece) const {
   std::byte* begin =
-      base_ + layout_.stripe_offset(piece.head) + layout_.slab_bytes * piece.first_slab;
+      mapping_.base() + layout_.stripe_offset(piece.head) + layout_.slab_bytes * piece.first_slab;
   return populate(begin, layout_.slab_bytes * (piece.last_slab - piece.first_slab));
 }
 

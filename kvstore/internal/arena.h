@@ -15,6 +15,7 @@
 
 #include "kvstore/internal/arena_layout.h"
 #include "kvstore/internal/file_descriptor.h"
+#include "kvstore/internal/host_memory.h"
 
 namespace foretoken::kvstore {
 
@@ -30,7 +31,7 @@ class Arena {
 
   const ArenaLayout& layout() const { return layout_; }
   std::byte* slab(int head, std::uint32_t slab) const {
-    return base_ + layout_.stripe_offset(head) + layout_.slab_bytes * slab;
+    return mapping_.base() + layout_.stripe_offset(head) + layout_.slab_bytes * slab;
   }
   int memory_fd() const { return memory_.get(); }
   // Readable (eventfd) when num_ready() has grown since clear_progress().
@@ -56,7 +57,7 @@ class Arena {
   ArenaLayout layout_;
   FileDescriptor memory_;
   FileDescriptor progress_;
-  std::byte* base_ = nullptr;
+  SharedMapping mapping_;
   std::vector<Piece> pieces_;  // by round, then head
   std::atomic<std::size_t> next_piece_{0};
   std::mutex mutex_;

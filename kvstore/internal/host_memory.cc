@@ -17,6 +17,8 @@ namespace foretoken::kvstore {
 namespace {
 
 constexpr auto kUnbounded = std::numeric_limits<std::uint64_t>::max();
+constexpr std::size_t kHugePageBytes = std::size_t{2} << 20;
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, which glibc's headers of Debian 12 lack
 
 Error failed(const std::string& what, std::size_t bytes) {
   return {ErrorCode::kIo, what + " failed for memory of " + std::to_string(bytes) +
@@ -71,6 +73,27 @@ std::uint64_t left_in_control_groups() {
   return left;
 }
 
+std::size_t up_to_pages(std::size_t bytes) {
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+// Of the whole huge pages among the bytes, those that the kernel makes. Shared memory has none by
+// itself where shmem_enabled is "never", as it is by default; this asks in spite of that.
+void take_huge_pages(std::byte* begin, std::size_t bytes) {
+  const std::size_t before =
+      (kHugePageBytes - reinterpret_cast<std::uintptr_t>(begin) % kHugePageBytes) % kHugePageBytes;
+  if (bytes < before + kHugePageBytes) return;
+  begin += before;
+  bytes = (bytes - before) / kHugePageBytes * kHugePageBytes;
+  // It makes them of small pages: there must be one.
+  const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  for (std::size_t at = 0; at < bytes; at += kHugePageBytes) {
+    if (madvise(begin + at, page, MADV_POPULATE_WRITE) != 0) return;
+  }
+  madvise(begin, bytes, kCollapse);
+}
+
 }  // namespace
 
 std::uint64_t available_host_memory() {
@@ -102,8 +125,29 @@ Status seal(const FileDescriptor& memory, int seals) {
   return Error{ErrorCode::kIo, std::string("sealing memory: ") + std::strerror(errno)};
 }
 
-void prefer_huge_pages(std::byte* begin, std::size_t bytes) {
-  madvise(begin, bytes, MADV_HUGEPAGE);
+Result<SharedMapping> SharedMapping::map(int memory_fd, std::size_t offset, std::size_t bytes) {
+  // Room for an address that lies in its huge page as the offset does.
+  const std::size_t room = bytes + kHugePageBytes;
+  void* reserved = mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (reserved == MAP_FAILED) return failed("mmap", room);
+  const std::size_t skipped =
+      (offset - reinterpret_cast<std::uintptr_t>(reserved)) % kHugePageBytes;
+  auto* base = static_cast<std::byte*>(reserved) + skipped;
+  if (mmap(base, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, memory_fd,
+           static_cast<off_t>(offset)) == MAP_FAILED) {
+    const Error error = failed("mmap", bytes);
+    munmap(reserved, room);
+    return error;
+  }
+  if (skipped > 0) munmap(reserved, skipped);
+  std::byte* end = base + up_to_pages(bytes);
+  munmap(end, static_cast<std::size_t>(static_cast<std::byte*>(reserved) + room - end));
+  madvise(base, bytes, MADV_HUGEPAGE);  // where shmem_enabled is "advise"
+  return SharedMapping(base, bytes);
+}
+
+SharedMapping::~SharedMapping() {
+  if (base_ != nullptr) munmap(base_, bytes_);
 }
 
 bool populate(std::byte* begin, std::size_t bytes) {
@@ -111,6 +155,7 @@ bool populate(std::byte* begin, std::size_t bytes) {
   const std::size_t before = reinterpret_cast<std::uintptr_t>(begin) % page;
   begin -= before;
   bytes += before;
+  take_huge_pages(begin, bytes);
   if (madvise(begin, bytes, MADV_POPULATE_WRITE) == 0) return true;
   if (errno != EINVAL) return false;
   for (std::size_t at = 0; at < bytes; at += page) {  // Linux before 5.14

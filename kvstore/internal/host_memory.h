@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "common/result.h"
 #include "kvstore/internal/file_descriptor.h"
@@ -27,11 +28,32 @@ Result<FileDescriptor> make_shared_memory(const char* name, std::size_t bytes);
 // Further seals (fcntl's F_SEAL_*). Error: kIo; F_SEAL_WRITE while somebody has it mapped to write.
 Status seal(const FileDescriptor& memory, int seals);
 
-// Huge pages where shared memory has them; elsewhere no harm. Of a mapping, before it is touched.
-void prefer_huge_pages(std::byte* begin, std::size_t bytes);
+// Shared memory, mapped to be read and written; at an address that lets the kernel map its huge
+// pages as such.
+class SharedMapping {
+ public:
+  // offset: a multiple of the page size. Error: kIo; e.g. `ulimit -v`.
+  static Result<SharedMapping> map(int memory_fd, std::size_t offset, std::size_t bytes);
+  SharedMapping() = default;
+  ~SharedMapping();
+  SharedMapping(SharedMapping&& other) noexcept { *this = std::move(other); }
+  SharedMapping& operator=(SharedMapping&& other) noexcept {
+    std::swap(base_, other.base_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  std::byte* base() const { return base_; }
+  std::size_t bytes() const { return bytes_; }
 
-// Makes the kernel back the bytes with memory, without writing to them. False, with errno: there is
-// none.
+ private:
+  SharedMapping(std::byte* base, std::size_t bytes) : base_(base), bytes_(bytes) {}
+  std::byte* base_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+// Makes the kernel back the bytes with memory, without changing them: with huge pages where it can
+// (Linux 6.1), which takes a sixth of the time, and of registering it with a GPU half. False, with
+// errno: there is none.
 bool populate(std::byte* begin, std::size_t bytes);
 
 }  // namespace foretoken::kvstore

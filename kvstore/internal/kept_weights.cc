@@ -1,7 +1,6 @@
 #include "kvstore/kept_weights.h"
 
 #include <numa.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -23,41 +22,19 @@ constexpr std::size_t kPieceBytes = std::size_t{16} << 20;
 constexpr int kMaxThreads = 8;  // as many as read a model's files for a GPU
 constexpr int kCopyNice = 10;   // serving goes first
 
-// The store's memory, mapped to be written, for as long as this lives. Over all NUMA nodes, as
-// ranks of all of them read it.
-class WritableMemory {
- public:
-  WritableMemory(const FileDescriptor& memory, std::size_t bytes) : bytes_(bytes) {
-    void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memory.get(), 0);
-    if (mapped == MAP_FAILED) return;
-    base_ = static_cast<std::byte*>(mapped);
-    prefer_huge_pages(base_, bytes);
-    if (numa_available() >= 0 && numa_max_node() > 0) {
-      numa_interleave_memory(base_, bytes, numa_all_nodes_ptr);
-    }
-  }
-  ~WritableMemory() {
-    if (base_ != nullptr) munmap(base_, bytes_);
-  }
-  WritableMemory(const WritableMemory&) = delete;
-  WritableMemory& operator=(const WritableMemory&) = delete;
-  std::byte* base() const { return base_; }  // null: it could not be mapped
-
- private:
-  std::byte* base_ = nullptr;
-  std::size_t bytes_;
-};
-
 struct Copy {
   std::byte* to;
   std::span<const std::byte> from;
 };
 
+// Whole pieces of `to`, which are whole huge pages, but where a piece of the source ends.
 std::vector<Copy> plan_copies(std::byte* to, std::span<const std::span<const std::byte>> pieces) {
   std::vector<Copy> copies;
+  std::byte* const begin = to;
   for (std::span<const std::byte> piece : pieces) {
     while (!piece.empty()) {
-      const auto part = piece.first(std::min(kPieceBytes, piece.size()));
+      const std::size_t left = kPieceBytes - static_cast<std::size_t>(to - begin) % kPieceBytes;
+      const auto part = piece.first(std::min(left, piece.size()));
       copies.push_back({to, part});
       to += part.size();
       piece = piece.subspan(part.size());
@@ -137,10 +114,11 @@ Status KeptWeights::keep(std::span<const std::span<const std::byte>> pieces,
                       impl_->connection.ask_for<WeightMemory>(request, &passed));
   if (!passed || memory.bytes != request.bytes) return out_of_step("gave other memory");
   {
-    const WritableMemory mapped(passed, memory.bytes);
-    if (mapped.base() == nullptr) {
-      return Error{ErrorCode::kIo, std::string("mapping memory for a copy of the weights: ") +
-                                       std::strerror(errno)};
+    FT_ASSIGN_OR_RETURN(const SharedMapping mapped,
+                        SharedMapping::map(passed.get(), 0, memory.bytes));
+    // Ranks of all NUMA nodes read it.
+    if (numa_available() >= 0 && numa_max_node() > 0) {
+      numa_interleave_memory(mapped.base(), mapped.bytes(), numa_all_nodes_ptr);
     }
     FT_RETURN_IF_ERROR(copy_all(plan_copies(mapped.base(), pieces), stop));
   }

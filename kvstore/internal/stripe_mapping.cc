@@ -1,11 +1,8 @@
 #include "kvstore/internal/stripe_mapping.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <string>
+#include <utility>
 
 #include "common/check.h"
 #include "common/ids.h"
@@ -20,37 +17,30 @@ constexpr std::size_t kMaxPieceBytes = std::size_t{1} << 30;
 
 StripeMapping::StripeMapping(int memory_fd, const ArenaLayout& layout, int first_head,
                              int num_heads, kernels::Device& device)
-    : layout_(layout),
-      device_(device),
-      bytes_(layout.stripe_bytes() * static_cast<std::size_t>(num_heads)) {
-  void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, memory_fd,
-                      static_cast<off_t>(layout.stripe_offset(first_head)));
-  if (mapped == MAP_FAILED) {
-    throw Exception(ErrorCode::kDevice, "mapping " + std::to_string(bytes_) +
-                                            " bytes of the KV arena: " + std::strerror(errno) +
+    : layout_(layout), device_(device) {
+  auto mapping = SharedMapping::map(memory_fd, layout.stripe_offset(first_head),
+                                    layout.stripe_bytes() * static_cast<std::size_t>(num_heads));
+  if (!mapping) {
+    throw Exception(ErrorCode::kDevice, "mapping the KV arena: " + mapping.error().message +
                                             "; lower --kv-host-gib, or raise `ulimit -v`");
   }
-  base_ = static_cast<std::byte*>(mapped);
+  mapping_ = std::move(*mapping);
   try {
     register_pieces(num_heads);
   } catch (...) {
     unregister_pieces();
-    munmap(base_, bytes_);
     throw;
   }
 }
 
-StripeMapping::~StripeMapping() {
-  unregister_pieces();
-  munmap(base_, bytes_);
-}
+StripeMapping::~StripeMapping() { unregister_pieces(); }
 
 void StripeMapping::register_pieces(int num_heads) {
   piece_slabs_ =
       static_cast<std::uint32_t>(std::max<std::size_t>(1, kMaxPieceBytes / layout_.slab_bytes));
   pieces_per_head_ = (layout_.slabs_per_head + piece_slabs_ - 1) / piece_slabs_;
   for (int head = 0; head < num_heads; ++head) {
-    std::byte* stripe = base_ + layout_.stripe_offset(head);
+    std::byte* stripe = mapping_.base() + layout_.stripe_offset(head);
     for (std::uint32_t slab = 0; slab < layout_.slabs_per_head; slab += piece_slabs_) {
       std::byte* host = stripe + layout_.slab_bytes * slab;
       const std::uint32_t count = std::min(piece_slabs_, layout_.slabs_per_head - slab);

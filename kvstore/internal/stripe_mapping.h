@@ -10,6 +10,7 @@
 
 #include "kernels/device.h"
 #include "kvstore/internal/arena_layout.h"
+#include "kvstore/internal/host_memory.h"
 #include "kvstore/internal/slab_pool.h"
 
 namespace foretoken::kvstore {
@@ -28,12 +29,12 @@ class StripeMapping {
 
   // Where this process has it.
   std::byte* host_slab(int head, SlabIndex slab) const {
-    return base_ + layout_.stripe_offset(head) +
+    return mapping_.base() + layout_.stripe_offset(head) +
            layout_.slab_bytes * static_cast<std::size_t>(slab);
   }
 
-  std::byte* begin() const { return base_; }  // host
-  std::size_t bytes() const { return bytes_; }
+  std::byte* begin() const { return mapping_.base(); }  // host
+  std::size_t bytes() const { return mapping_.bytes(); }
   const ArenaLayout& layout() const { return layout_; }
 
  private:
@@ -47,8 +48,7 @@ class StripeMapping {
 
   ArenaLayout layout_;
   kernels::Device& device_;
-  std::byte* base_ = nullptr;
-  std::size_t bytes_ = 0;
+  SharedMapping mapping_;
   std::uint32_t piece_slabs_ = 0;
   std::uint32_t pieces_per_head_ = 0;
   std::vector<Piece> pieces_;  // [num_heads, pieces_per_head]

@@ -1,9 +1,15 @@
 #include "kvstore/internal/host_memory.h"
 
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 
+#include <algorithm>
+#include <cstring>
 #include <fstream>
 #include <limits>
+#include <string_view>
+#include <vector>
 
 #include "tests/kvstore/running_server.h"
 
@@ -48,6 +54,56 @@ TEST_F(ControlGroup, TheFirstVersionToo) {
   write("memory.usage_in_bytes", "800\n");
   write("memory.stat", kStat);
   EXPECT_EQ(left(), 400U);
+}
+
+constexpr std::size_t kHuge = std::size_t{2} << 20;
+
+bool is_filled_with(const SharedMapping& mapping, char value) {
+  const std::string_view bytes(reinterpret_cast<const char*>(mapping.base()), mapping.bytes());
+  return bytes.find_first_not_of(value) == std::string_view::npos;
+}
+
+// What an address is within its huge page, its offset is too: so that huge pages can be mapped.
+TEST(SharedMapping, LiesInHugePagesAsItsOffsetDoes) {
+  const FileDescriptor memory = make_shared_memory("test", 4 * kHuge).value_or_throw();
+  for (const std::size_t offset : {std::size_t{0}, std::size_t{4096}, kHuge, kHuge + 8192}) {
+    const auto mapping = SharedMapping::map(memory.get(), offset, 100'000).value_or_throw();
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(mapping.base()) % kHuge, offset % kHuge);
+    EXPECT_EQ(mapping.bytes(), 100'000U);
+  }
+}
+
+TEST(SharedMapping, OfWhatIsNoMemoryFails) {
+  const auto mapping = SharedMapping::map(-1, 0, 4096);
+  ASSERT_FALSE(mapping);
+  EXPECT_EQ(mapping.error().code, ErrorCode::kIo);
+}
+
+// All of it: whole huge pages, what lies before and after them, and less than one.
+TEST(Populate, LeavesWhatItBacksAsItWas) {
+  const FileDescriptor memory = make_shared_memory("test", 4 * kHuge).value_or_throw();
+  const auto mapping = SharedMapping::map(memory.get(), 0, 4 * kHuge).value_or_throw();
+  std::memset(mapping.base(), 'a', mapping.bytes());
+  ASSERT_TRUE(populate(mapping.base(), 5000));
+  ASSERT_TRUE(populate(mapping.base() + 5000, 3 * kHuge));
+  ASSERT_TRUE(populate(mapping.base(), mapping.bytes()));
+  EXPECT_TRUE(is_filled_with(mapping, 'a'));
+  const auto other = SharedMapping::map(memory.get(), kHuge, 2 * kHuge).value_or_throw();
+  EXPECT_TRUE(is_filled_with(other, 'a'));
+}
+
+TEST(Populate, BacksAllPages) {
+  const FileDescriptor memory = make_shared_memory("test", 4 * kHuge).value_or_throw();
+  const auto mapping = SharedMapping::map(memory.get(), 0, 4 * kHuge).value_or_throw();
+  const std::size_t from = kHuge - 8192;
+  const std::size_t bytes = 2 * kHuge + 12'288;
+  ASSERT_TRUE(populate(mapping.base() + from, bytes));
+  struct stat file {};
+  ASSERT_EQ(fstat(memory.get(), &file), 0);
+  EXPECT_GE(static_cast<std::size_t>(file.st_blocks) * 512, bytes);
+  std::vector<unsigned char> resident(bytes / 4096);
+  ASSERT_EQ(mincore(mapping.base() + from, bytes, resident.data()), 0);
+  EXPECT_TRUE(std::ranges::all_of(resident, [](unsigned char page) { return page & 1; }));
 }
 
 }  // namespace
