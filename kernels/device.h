@@ -535,8 +535,10 @@ class Device {
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
 
   // Brings rows to the device, one behind the other, as fast as several threads and the link can:
-  // for weights. Returns when they are there. For one caller at a time.
+  // for weights. The host's memory stays as it is, and the device's is used, until finish_uploads();
+  // from then on the rows are there, for ops and copies of any stream. For one caller at a time.
   virtual void upload(void* device, const HostRows& rows) = 0;
+  virtual void finish_uploads() = 0;
 
   // Host memory that copies reach without a detour, so that they run beside the host.
   virtual void* allocate_pinned(std::size_t bytes) = 0;
@@ -547,8 +549,8 @@ class Device {
   virtual std::byte* register_host(std::byte* host, std::size_t bytes) = 0;
   virtual void unregister_host(std::byte* host) = 0;
 
-  // Stacks the parts ([sum of rows, columns]) and prepares them. All parts share columns. For one
-  // caller at a time: it uses several threads itself.
+  // Stacks the parts ([sum of rows, columns]) and prepares them: uploads, for finish_uploads() to
+  // end. All parts share columns. For one caller at a time: it uses several threads itself.
   virtual std::unique_ptr<Weight> make_weight(std::span<const WeightPart> parts) = 0;
   virtual std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) = 0;
   // Bytes of one map's streaming state beside its ring of rows, for max_columns.

@@ -43,6 +43,7 @@ class CpuDevice final : public Device {
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
   void upload(void* device, const HostRows& rows) override;
+  void finish_uploads() override {}
   void* allocate_pinned(std::size_t bytes) override;
   void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;

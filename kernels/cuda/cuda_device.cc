@@ -135,6 +135,7 @@ void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
 
 void CudaDevice::release(void* data, std::size_t bytes, MemoryUse use) {
   if (data == nullptr) return;
+  finish_uploads();
   cudaFreeAsync(data, memory_stream_);
   in_use_[static_cast<std::size_t>(use)] -= bytes;
 }
@@ -179,6 +180,11 @@ void CudaDevice::fill_zero(void* device, std::size_t bytes, Stream& stream) {
 void CudaDevice::upload(void* device, const HostRows& rows) {
   if (!uploader_) uploader_ = std::make_unique<Uploader>(config_.index);
   uploader_->upload(device, rows);
+  uploads_ = true;
+}
+void CudaDevice::finish_uploads() {
+  if (uploads_) uploader_->finish();
+  uploads_ = false;
 }
 
 void* CudaDevice::allocate_pinned(std::size_t bytes) {

@@ -36,6 +36,7 @@ class CudaDevice final : public Device {
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;
   void upload(void* device, const HostRows& rows) override;
+  void finish_uploads() override;
   void* allocate_pinned(std::size_t bytes) override;
   void release_pinned(void* host) override;
   std::byte* register_host(std::byte* host, std::size_t bytes) override;
@@ -80,6 +81,7 @@ class CudaDevice final : public Device {
   Linear linear_;
   PrefillAttention prefill_attention_;
   std::unique_ptr<Uploader> uploader_;  // once something was uploaded
+  bool uploads_ = false;                // it may not have finished
   std::array<std::atomic<std::size_t>, static_cast<std::size_t>(MemoryUse::kCount)> in_use_{};
 };
 

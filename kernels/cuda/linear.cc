@@ -202,7 +202,10 @@ std::unique_ptr<Weight> make_cuda_weight(Device& device, DataType activation,
       landing = staged.data();
     }
     device.upload(landing, {part.data, rows, part_row_bytes, part.row_stride_bytes});
-    if (part.type != activation) convert(landing, part.type, rows * columns, to, activation);
+    if (part.type != activation) {
+      device.finish_uploads();
+      convert(landing, part.type, rows * columns, to, activation);
+    }
     to += row_bytes * rows;
   }
   return weight;

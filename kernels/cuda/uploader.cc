@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <exception>
-#include <mutex>
-#include <thread>
+#include <utility>
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/waiter.h"
@@ -14,10 +12,7 @@ namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr std::size_t kChunkBytes = std::size_t{4} << 20;
-// A small matrix is cut finer, so that all threads have some of it, and the link something to do
-// from early on (guessed: not measured).
-constexpr std::size_t kMinChunkBytes = std::size_t{256} << 10;
-constexpr std::size_t kChunksPerThread = 4;
+constexpr std::size_t kMostWaiting = 32;  // chunks: so that no thread runs out of them
 // A core copies 5 GB/s out of pages that this mapping has not seen, the link takes 52 to 55.
 constexpr unsigned kMaxThreads = 12;
 
@@ -76,11 +71,57 @@ class Uploader::Lane {
   std::size_t next_ = 0;
 };
 
-Uploader::Uploader(int device_index) : device_index_(device_index), pool_(num_threads()) {
-  for (int i = 0; i < pool_.num_threads(); ++i) lanes_.push_back(std::make_unique<Lane>());
+Uploader::Uploader(int device_index) : device_index_(device_index) {
+  for (int i = 0; i < num_threads(); ++i) lanes_.push_back(std::make_unique<Lane>());
+  for (const auto& lane : lanes_) {
+    threads_.emplace_back([this, &lane](const std::stop_token& stop) { run(*lane, stop); });
+  }
 }
 
-Uploader::~Uploader() = default;
+Uploader::~Uploader() = default;  // threads_ first: they stop, and are joined
+
+void Uploader::run(Lane& lane, const std::stop_token& stop) {
+  std::unique_lock lock(mutex_);
+  while (work_.wait(lock, stop, [this] { return !waiting_.empty(); })) {
+    const Chunk chunk = waiting_.front();
+    waiting_.pop_front();
+    ++num_begun_;
+    const bool failed = failure_ != nullptr;
+    lock.unlock();
+    progress_.notify_one();
+    std::exception_ptr failure;
+    try {
+      FT_CUDA(cudaSetDevice(device_index_));
+      if (!failed) lane.send(chunk.device, chunk.rows);
+    } catch (...) {
+      failure = std::current_exception();
+    }
+    lock.lock();
+    --num_begun_;
+    if (failure && !failure_) failure_ = failure;
+    if (waiting_.empty()) progress_.notify_one();
+  }
+}
+
+void Uploader::push(const Chunk& chunk) {
+  {
+    std::unique_lock lock(mutex_);
+    progress_.wait(lock, [this] { return waiting_.size() < kMostWaiting; });
+    waiting_.push_back(chunk);
+  }
+  work_.notify_one();
+}
+
+void Uploader::finish() {
+  std::exception_ptr failure;
+  {
+    std::unique_lock lock(mutex_);
+    progress_.wait(lock, [this] { return waiting_.empty() && num_begun_ == 0; });
+    std::swap(failure, failure_);
+  }
+  for (const auto& lane : lanes_) lane->finish();
+  if (failure) std::rethrow_exception(failure);
+}
 
 // Each in pieces that are rows again.
 void Uploader::upload_long_rows(std::byte* device, const HostRows& rows) {
@@ -100,29 +141,13 @@ void Uploader::upload(void* device, const HostRows& rows) {
   if (rows.row_bytes > kChunkBytes) {
     return upload_long_rows(static_cast<std::byte*>(device), rows);
   }
-  const std::size_t chunk_bytes =
-      std::clamp(rows.count * rows.row_bytes / (kChunksPerThread * lanes_.size()), kMinChunkBytes,
-                 kChunkBytes);
-  const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / rows.row_bytes);
-  const std::size_t num_chunks = (rows.count + chunk_rows - 1) / chunk_rows;
-  std::mutex mutex;
-  std::exception_ptr failure;  // guarded by mutex; of the first chunk that failed
-  pool_.parallel_for(static_cast<int>(num_chunks), [&](int chunk, int thread) {
-    const std::size_t first = static_cast<std::size_t>(chunk) * chunk_rows;
+  const std::size_t chunk_rows = kChunkBytes / rows.row_bytes;
+  for (std::size_t first = 0; first < rows.count; first += chunk_rows) {
     HostRows part = rows;
     part.data += first * rows.stride_bytes;
     part.count = std::min(chunk_rows, rows.count - first);
-    try {
-      FT_CUDA(cudaSetDevice(device_index_));
-      lanes_[static_cast<std::size_t>(thread)]->send(
-          static_cast<std::byte*>(device) + first * rows.row_bytes, part);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      if (!failure) failure = std::current_exception();
-    }
-  });
-  if (failure) std::rethrow_exception(failure);
-  for (const auto& lane : lanes_) lane->finish();
+    push({static_cast<std::byte*>(device) + first * rows.row_bytes, part});
+  }
 }
 
 }  // namespace foretoken::kernels::cuda

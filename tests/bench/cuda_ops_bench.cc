@@ -84,7 +84,9 @@ std::unique_ptr<Weight> weight(Bench& bench, int rows, int columns) {
   }
   const WeightPart part{reinterpret_cast<const std::byte*>(values.data()), DataType::kBf16, rows,
                         columns, static_cast<std::size_t>(columns) * 2};
-  return bench.device().make_weight({&part, 1});
+  auto weight = bench.device().make_weight({&part, 1});
+  bench.device().finish_uploads();
+  return weight;
 }
 
 // TB/s of plain kernels, over far more than the cache holds: bytes read and written, and bytes

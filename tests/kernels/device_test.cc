@@ -55,6 +55,7 @@ TEST(DeviceMemory, UploadsRowsOneBehindTheOther) {
   for (const std::size_t count : {0, 1, 3, 99}) {
     const DeviceBuffer rows(*test.device, 7 * count, MemoryUse::kWeights);
     test.device->upload(rows.data(), {host.data(), count, 7, 10});
+    test.device->finish_uploads();
     for (std::size_t row = 0; row < count; ++row) {
       EXPECT_EQ(std::memcmp(rows.as<std::byte>() + 7 * row, host.data() + 10 * row, 7), 0) << row;
     }

@@ -3,9 +3,12 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <exception>
+#include <utility>
 
 #include "common/check.h"
 #include "common/half.h"
+#include "common/log.h"
 
 namespace foretoken::worker {
 namespace {
@@ -55,6 +58,15 @@ ModelLoader::ModelLoader(Model& model, const WeightSource& weights, LoadProgress
       part_(model.part_),
       progress_(progress) {}
 
+// Where a load failed, what is under way still reads what it was given.
+ModelLoader::~ModelLoader() {
+  try {
+    model_.device_.finish_uploads();
+  } catch (const std::exception& failure) {
+    log().warn("weights: {}", failure.what());
+  }
+}
+
 std::int64_t ModelLoader::total_bytes() const {
   const std::int64_t heads = 2 * (part_.heads.count + part_.kv_heads.count) * config_.head_dim;
   const std::int64_t layer = config_.hidden_size * (heads + 3 * part_.intermediate.count);
@@ -74,7 +86,8 @@ Status ModelLoader::load() {
   for (const double value : rope_inverse_frequencies(config_)) {
     inv_freq.push_back(static_cast<float>(value));
   }
-  FT_ASSIGN_OR_RETURN(model_.inv_freq_, upload(inv_freq));
+  FT_ASSIGN_OR_RETURN(model_.inv_freq_, upload(std::move(inv_freq)));
+  model_.device_.finish_uploads();
   progress_.end(weights_.name());
   return Ok{};
 }
@@ -204,13 +217,14 @@ Result<kernels::DeviceBuffer> ModelLoader::biases(std::span<const Slice> slices)
     const std::vector<float> part = floats_from(view, slice.rows);
     values.insert(values.end(), part.begin(), part.end());
   }
-  return upload(values);
+  return upload(std::move(values));
 }
 
-Result<kernels::DeviceBuffer> ModelLoader::upload(const std::vector<float>& values) {
-  kernels::DeviceBuffer buffer(model_.device_, values.size() * sizeof(float),
+Result<kernels::DeviceBuffer> ModelLoader::upload(std::vector<float> values) {
+  const std::vector<float>& kept = uploading_.emplace_back(std::move(values));
+  kernels::DeviceBuffer buffer(model_.device_, kept.size() * sizeof(float),
                                kernels::MemoryUse::kWeights);
-  model_.device_.upload(buffer.data(), {std::as_bytes(std::span(values)).data(), values.size(),
+  model_.device_.upload(buffer.data(), {std::as_bytes(std::span(kept)).data(), kept.size(),
                                         sizeof(float), sizeof(float)});
   return buffer;
 }

@@ -1,7 +1,9 @@
 // ModelLoader: reads a rank's part of every tensor into a Model. Used once, by Model::load.
 #pragma once
 
+#include <deque>
 #include <string>
+#include <vector>
 
 #include "worker/model.h"
 
@@ -10,6 +12,9 @@ namespace foretoken::worker {
 class ModelLoader {
  public:
   ModelLoader(Model& model, const WeightSource& weights, LoadProgress& progress);
+  ~ModelLoader();
+  ModelLoader(const ModelLoader&) = delete;
+  ModelLoader& operator=(const ModelLoader&) = delete;
   Status load();
 
  private:
@@ -31,7 +36,7 @@ class ModelLoader {
   Result<kernels::DeviceBuffer> vector(const std::string& name, std::int64_t size);
   // Parts of biases one behind the other; ranks other than 0 leave out what is added once.
   Result<kernels::DeviceBuffer> biases(std::span<const Slice> slices);
-  Result<kernels::DeviceBuffer> upload(const std::vector<float>& values);
+  Result<kernels::DeviceBuffer> upload(std::vector<float> values);
   Range head_rows(Range heads) const;
   std::int64_t total_bytes() const;  // of this rank's matrices, in the model's type
 
@@ -40,6 +45,7 @@ class ModelLoader {
   const ModelConfig& config_;
   const Partition& part_;
   LoadProgress& progress_;
+  std::deque<std::vector<float>> uploading_;
 };
 
 }  // namespace foretoken::worker

@@ -42,6 +42,7 @@ std::vector<float> run(DeviceUnderTest& on, const Case& c, const Inputs& setup, 
       {setup.weights.data() + 2 * c.columns * (c.features / 2), type, c.features - c.features / 2,
        c.columns, 2U * static_cast<unsigned>(c.columns)}};
   const auto weight = on.device->make_weight(parts);
+  on.device->finish_uploads();
   const auto rows = static_cast<std::size_t>(c.rows);
   const auto zeros = [&](int columns, DataType of) {
     return DeviceArray<std::byte>(
@@ -126,6 +127,7 @@ TEST_F(CudaTest, Fp32WeightsAreConverted) {
   const auto x = rounded(random_floats(64, 2), DataType::kFp16);
   const auto product = [&](DeviceUnderTest& on) {
     const auto weight = on.device->make_weight({&part, 1});
+    on.device->finish_uploads();
     auto in = activations(on, x);
     DeviceArray<float> out(on, std::vector<float>(32));
     on.run(&Device::linear, LinearArgs{in.data(), weight.get(), nullptr, 1, out.data(), true});

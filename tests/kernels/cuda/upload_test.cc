@@ -23,6 +23,7 @@ TEST_P(CudaUpload, BringsEveryByte) {
   const auto stream = device->make_stream(StreamKind::kCompute);
   const DeviceBuffer rows(*device, shape.count * shape.row_bytes, MemoryUse::kWeights);
   device->upload(rows.data(), {host.data(), shape.count, shape.row_bytes, shape.stride_bytes});
+  device->finish_uploads();
   std::vector<std::byte> back(rows.bytes());
   device->copy_out(back.data(), rows.data(), back.size(), *stream);
   stream->synchronize();
@@ -31,6 +32,28 @@ TEST_P(CudaUpload, BringsEveryByte) {
                           host.data() + row * shape.stride_bytes, shape.row_bytes),
               0)
         << "row " << row;
+  }
+}
+
+// One matrix after the other, more than may wait at once.
+TEST_F(CudaTest, UploadsFollowEachOther) {
+  constexpr std::size_t kBytes = std::size_t{3} << 20;
+  constexpr std::size_t kMatrices = 100;
+  const auto device = make_cuda_device({});
+  const auto stream = device->make_stream(StreamKind::kCompute);
+  std::vector<std::byte> host(kBytes + kMatrices);
+  for (std::size_t i = 0; i < host.size(); ++i) host[i] = static_cast<std::byte>(i % 251);
+  std::vector<DeviceBuffer> matrices;
+  for (std::size_t i = 0; i < kMatrices; ++i) {
+    matrices.emplace_back(*device, kBytes, MemoryUse::kWeights);
+    device->upload(matrices[i].data(), {host.data() + i, 1, kBytes, kBytes});
+  }
+  device->finish_uploads();
+  std::vector<std::byte> back(kBytes);
+  for (std::size_t i = 0; i < kMatrices; ++i) {
+    device->copy_out(back.data(), matrices[i].data(), kBytes, *stream);
+    stream->synchronize();
+    ASSERT_EQ(std::memcmp(back.data(), host.data() + i, kBytes), 0) << "matrix " << i;
   }
 }
 
