@@ -29,15 +29,18 @@ class Prefill {
 
   // Of the prompt that run() just finished; valid until the next run().
   const void* last_token(const Sequence& sequence) const;
-  // Waits for blocks on their way to the arena.
-  void drain() { copy_->synchronize(); }
+  // Waits for blocks on their way to the arena, or from there.
+  void drain();
   Activations& activations() { return act_; }
 
  private:
-  // K and V of a layer, [num_kv_heads, prompt, head_dim] each. Two layers': one leaves for the
-  // arena on the copy stream while the next is computed.
+  // K and V of a layer, [num_kv_heads, prompt, head_dim] each. Two layers': while one is computed,
+  // the one before leaves for the arena on the copy stream, and then the reused prefix of the one
+  // behind comes from there on the load stream.
   struct LayerKv {
     kernels::DeviceBuffer k, v;
+    std::unique_ptr<kernels::Event> loaded;  // the prefix is there
+    std::unique_ptr<kernels::Event> done;    // no op of the layer reads them any more
     std::unique_ptr<kernels::Event> packed;  // its blocks have left
   };
 
@@ -46,7 +49,8 @@ class Prefill {
   void run_layer(Sequence& sequence, int layer, int begin, int end, kernels::Stream& stream);
   void run_chunk(Sequence& sequence, int layer, int begin, int rows, kernels::Stream& stream);
   void keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream& stream);
-  void load_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
+  void begin_on_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
+  void load_prefix(Sequence& sequence, int layer);
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
   void sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream);
@@ -64,7 +68,7 @@ class Prefill {
   // The scratch, and who has it.
   kernels::DeviceBuffer hidden_;  // [prompt - reused, hidden size]
   std::array<LayerKv, 2> kv_;     // of even and odd layers
-  std::unique_ptr<kernels::Stream> copy_;
+  std::unique_ptr<kernels::Stream> copy_, load_;
   std::unique_ptr<kernels::Event> computed_;  // the layer's K and V stand
   kernels::DeviceBuffer tail_q_;              // [kHistoryRows, heads, head_dim] of the last queries
   kernels::DeviceBuffer tail_lse_;            // [heads, rows of the tail]

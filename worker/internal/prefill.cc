@@ -30,6 +30,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
            kernels::MemoryUse::kActivations),
       num_columns_(device, sizeof(std::int32_t), kernels::MemoryUse::kActivations),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
+      load_(device.make_stream(kernels::StreamKind::kCopy)),
       computed_(device.make_event()) {
   constexpr auto kUse = kernels::MemoryUse::kPrefill;
   const kernels::KvShape& shape = model_.kv_shape();
@@ -39,7 +40,11 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
                          static_cast<std::size_t>(max_tokens) * head_dim;
   hidden_ = {device_, model_.hidden_bytes(max_tokens), kUse};
   for (LayerKv& layer : kv_)
-    layer = {{device_, kv, kUse}, {device_, kv, kUse}, device_.make_event()};
+    layer = {{device_, kv, kUse},
+             {device_, kv, kUse},
+             device_.make_event(),
+             device_.make_event(),
+             device_.make_event()};
   if (!policy_.observes()) return;
   const std::size_t rows = kernels::kHistoryRows;
   const auto columns = static_cast<std::size_t>(blocks_for(max_tokens));
@@ -47,6 +52,11 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
   tail_q_ = {device_, activation * rows * heads * head_dim, kUse};
   tail_lse_ = {device_, sizeof(float) * heads * rows, kUse};
   block_max_ = {device_, sizeof(float) * heads * rows * columns, kUse};
+}
+
+void Prefill::drain() {
+  copy_->synchronize();
+  load_->synchronize();
 }
 
 void* Prefill::hidden_at(const Sequence& sequence, int token) const {
@@ -106,7 +116,7 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
                         kernels::Stream& stream) {
   if (begin == sequence.reused_tokens) {
     kv_of(layer).packed->wait(stream);  // what this layer overwrites
-    if (begin > 0) load_prefix(sequence, layer, stream);
+    if (begin > 0) begin_on_prefix(sequence, layer, stream);
   }
   for (int chunk = begin; chunk < end; chunk += act_.max_rows) {
     run_chunk(sequence, layer, chunk, std::min(act_.max_rows, end - chunk), stream);
@@ -115,6 +125,16 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
   write_blocks(sequence, layer, stream);
   if (policy_.observes()) start_history(sequence, layer, stream);
   if (sequence.keeps_sketches()) sketch_keys(sequence, layer, stream);
+  kv_of(layer).done->record(stream);
+}
+
+// The next layer's prefix is on its way while this one is computed. Not an outsized sequence's: its
+// tables may change only while no op reads them.
+void Prefill::begin_on_prefix(Sequence& sequence, int layer, kernels::Stream& stream) {
+  const bool loads_ahead = sequence.outsized() == nullptr;
+  if (layer == 0 || !loads_ahead) load_prefix(sequence, layer);
+  kv_of(layer).loaded->wait(stream);
+  if (loads_ahead && layer + 1 < model_.num_layers()) load_prefix(sequence, layer + 1);
 }
 
 void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
@@ -169,15 +189,18 @@ void Prefill::keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream
   }
 }
 
-void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream) {
+void Prefill::load_prefix(Sequence& sequence, int layer) {
   const kernels::KvShape& shape = model_.kv_shape();
   const int blocks = sequence.reused_tokens / kBlockTokens;
   if (kvstore::OutsizedKv* outsized = sequence.outsized()) {
     // A lost sequence goes on with what there is; status() says so.
     static_cast<void>(outsized->wait(layer, {0, blocks / kSegmentBlocks}));
   }
-  store_.unpack({.k = kv_of(layer).k.data(),
-                 .v = kv_of(layer).v.data(),
+  LayerKv& kv = kv_of(layer);
+  kv.done->wait(*load_);
+  kv.packed->wait(*load_);
+  store_.unpack({.k = kv.k.data(),
+                 .v = kv.v.data(),
                  .scratch_tokens = sequence.prompt_length(),
                  .num_kv_heads = shape.num_kv_heads,
                  .head_dim = shape.head_dim,
@@ -185,7 +208,8 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
                  .first_block = 0,
                  .num_blocks = blocks,
                  .sequence = sequence.alone().sequences},
-                stream);
+                *load_);
+  kv.loaded->record(*load_);
 }
 
 // The layer's blocks leave on the copy stream, while the next layer is computed.
