@@ -320,7 +320,8 @@ struct UnpackBlocksArgs {
 struct WriteThroughArgs {
   const SequenceKv* sequences;  // [rows]
   int rows;
-  bool to_arena;
+  bool to_slabs;  // false where another rank writes this head; an outsized row has runs of its own,
+                  // which are written all the same
 };
 
 // Sketches (kernels/key_sketch.h) of the complete blocks [0, num_blocks) of a layer, from the keys

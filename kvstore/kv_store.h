@@ -121,7 +121,8 @@ class KvStore {
 
   // Slabs for num_segments segments on all heads of this rank, reusing the longest run of `keys`
   // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there.
-  // A second rank of the group that shares a head gets the same slabs.
+  // A second rank of the group that shares a head gets the same slabs, but for an outsized
+  // sequence, of which each rank has its own KV.
   // Never waits for a disk, but for the checksums of an outsized sequence's hits. Error: kExhausted
   // (may pass, nothing is held), kPending (some of the prefix is on its way from NVMe: come again
   // within a second), kInvalidArgument (can never fit), kUnavailable (it would need the NVMe tier,

@@ -2,7 +2,8 @@
 //
 // KV heads are split in order, the first ranks taking one more where they don't divide
 // (3 heads over 2 ranks: 2 + 1). Query heads follow their KV head. Where ranks outnumber KV heads,
-// a head's query heads are split over the ranks that share it; the lowest of them writes its KV.
+// a head's query heads are split over the ranks that share it; the lowest of them writes its KV,
+// but for outsized sequences, whose KV each rank keeps for itself.
 // MLP columns and vocabulary are split evenly, with a remainder.
 // Example: tests/worker/partition_test.cc
 #pragma once

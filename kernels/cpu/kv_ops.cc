@@ -177,9 +177,11 @@ void CpuDevice::unpack_blocks(const UnpackBlocksArgs& args, Stream& stream) {
 }
 
 void CpuDevice::write_through(const WriteThroughArgs& args, Stream& stream) {
-  if (!args.to_arena) return;
   enqueue(stream, [args] {
-    for (int row = 0; row < args.rows; ++row) write_filled_blocks(args.sequences[row]);
+    for (int row = 0; row < args.rows; ++row) {
+      const SequenceKv& kv = args.sequences[row];
+      if (args.to_slabs || kv.runs != nullptr) write_filled_blocks(kv);
+    }
   });
 }
 

@@ -168,7 +168,9 @@ __device__ void write_filled_block(const SequenceKv& kv, int layer, int head, in
   if (lane_index() == 0) *checksum = finish_checksum(sum, layer, block);
 }
 
-__device__ bool filled_a_block(const SequenceKv& kv) {
+// Whether the step filled a block that this rank writes.
+__device__ bool is_to_write(const WriteThroughArgs& args, const SequenceKv& kv) {
+  if (!args.to_slabs && kv.runs == nullptr) return false;
   return *kv.length > 0 && *kv.length % kBlockTokens == 0;
 }
 
@@ -178,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) write_through_kernel(WriteThroughArg
   for (int first = 0; first < args.rows; first += kThreads) {
     const int rows = min(kThreads, args.rows - first);
     const int mine = threadIdx.x;
-    filled[mine] = mine < rows && filled_a_block(args.sequences[first + mine]);
+    filled[mine] = mine < rows && is_to_write(args, args.sequences[first + mine]);
     const bool any = __syncthreads_or(filled[mine]) != 0;
     for (int row = 0; any && row < rows; ++row) {
       if (filled[row] == 0) continue;
@@ -342,7 +344,7 @@ void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream) {
 }
 
 void write_through(const WriteThroughArgs& args, CudaStream& stream) {
-  if (!args.to_arena || args.rows == 0) return;
+  if (args.rows == 0) return;
   write_through_kernel<<<kCopyCtas, kThreads, 0, stream.handle()>>>(args);
   FT_CUDA(cudaGetLastError());
 }

@@ -24,7 +24,7 @@
 
 namespace foretoken::kvstore {
 
-inline constexpr int kProtocolVersion = 7;
+inline constexpr int kProtocolVersion = 8;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
 inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe

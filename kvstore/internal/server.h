@@ -79,6 +79,7 @@ class Server {
     std::optional<Hello> waiting;  // for the end of an older lease
   };
   using PeerId = std::uint64_t;
+  using Group = std::map<LeaseId, LeaseOwner>;
 
   // Tags of epoll events that no peer has.
   enum Tag : std::uint64_t { kStop = 0, kListener = 1, kProgress = 2, kNvme = 3 };
@@ -135,7 +136,7 @@ class Server {
   Result<Lent*> find_lent(const Peer& peer, SequenceId sequence);
   Status publish(const Peer& peer, const Publish& request);
   Status refute(const Peer& peer, const Refute& request);
-  std::uint32_t num_slabs_lent(const Peer& peer) const;
+  std::uint32_t num_slabs_lent(const Peer& peer, const Group& group, SequenceId sequence) const;
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 
   void open_tier();

@@ -1,5 +1,6 @@
 // Server, sequences that are larger than the arena: slabs for some of their KV, slots of the NVMe
-// file for all of it.
+// file for all of it. Ranks that share a head have slabs and slots of their own each: which run is
+// in memory is known to its rank alone.
 #include <algorithm>
 #include <utility>
 
@@ -31,6 +32,10 @@ std::uint32_t share_of(std::uint32_t left, std::uint32_t least) {
   return std::max(share, least);
 }
 
+bool share_a_head(const auto& a, const auto& b) {
+  return a.first_head < b.first_head + b.num_heads && b.first_head < a.first_head + a.num_heads;
+}
+
 }  // namespace
 
 bool Server::is_outsized(const Reserve& request) const {
@@ -38,12 +43,17 @@ bool Server::is_outsized(const Reserve& request) const {
          static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
 }
 
-// Slabs a head for it, if it can run, now or ever.
+// Slabs a head for this rank, if all ranks of its group can run it, now or ever.
 Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& request) const {
+  const Group group = book_->group_of(*peer.lease);
+  std::uint32_t num_sharers = 0;  // of a head
+  std::size_t num_slots = 0;      // of all ranks
+  for (const auto& [lease, owner] : group) {
+    if (share_a_head(owner, peer)) ++num_sharers;
+    num_slots += static_cast<std::size_t>(owner.num_heads * request.num_segments);
+  }
   const std::uint32_t total = arena_->layout().slabs_per_head;
-  const std::uint32_t least = least_slabs(model_->slab_shape(), request.num_segments);
-  const auto heads = static_cast<std::size_t>(peer.num_heads);
-  const std::size_t num_slots = heads * static_cast<std::size_t>(request.num_segments);
+  const std::uint32_t least = num_sharers * least_slabs(model_->slab_shape(), request.num_segments);
   if (least > total || num_slots > static_cast<std::size_t>(tier_->stat().slabs_total)) {
     return invalid(std::to_string(request.num_segments) + " segments can never fit: they take " +
                    std::to_string(least) + " slabs a head in memory, and there are " +
@@ -51,8 +61,9 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
                    " slots on NVMe, and there are " + std::to_string(tier_->stat().slabs_total) +
                    "; raise --kv-host-gib or --kv-nvme-gib");
   }
-  const std::uint32_t num_slabs = share_of(total - std::min(total, num_slabs_lent(peer)), least);
-  if (num_slots + heads * num_slabs > kMaxGrantSlabs) {
+  const std::uint32_t others = num_slabs_lent(peer, group, request.sequence);
+  const std::uint32_t num_slabs = share_of(total - std::min(total, others), least) / num_sharers;
+  if (peer.num_heads * (request.num_segments + static_cast<int>(num_slabs)) > kMaxGrantSlabs) {
     return invalid(std::to_string(request.num_segments) + " segments of " +
                    std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
   }
@@ -60,9 +71,6 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
     return Error{ErrorCode::kUnavailable,
                  "the sequence is larger than the arena, and the NVMe tier is " +
                      std::string(nvme_state_name(tier_->stat().state))};
-  }
-  if (book_->is_shared(*peer.lease, request.sequence)) {
-    return invalid("ranks that share a KV head can't run a sequence that is larger than the arena");
   }
   if (request.keys.size() > static_cast<std::size_t>(request.num_segments)) {
     return invalid(std::to_string(request.keys.size()) + " keys for " +
@@ -74,8 +82,8 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
 // Hits are borrowed first, so that they don't give way to what is lent.
 Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
   FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
-  FT_RETURN_IF_ERROR(
-      book_->can_reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)));
+  FT_RETURN_IF_ERROR(book_->can_reserve(*peer.lease, request.sequence, {},
+                                        static_cast<int>(num_slabs), SlabsOf::kRank));
   const int hits = num_hits(peer, request.keys, std::chrono::steady_clock::now());
   Lent lent{.slots = {},
             .num_segments = request.num_segments,
@@ -105,7 +113,9 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
                std::int64_t{peer.num_heads} * (std::ssize(request.keys) - hits));
   Grant grant = grant_of(lent);
   grant.slabs =
-      book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs)).value().slabs;
+      book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs), SlabsOf::kRank)
+          .value()
+          .slabs;
   lent_[{*peer.lease, request.sequence}] = std::move(lent);
   return grant;
 }
@@ -187,13 +197,15 @@ Status Server::refute(const Peer& peer, const Refute& request) {
 
 // ---- what they have ---------------------------------------------------------------------------
 
-// Of a head of the peer's, the slabs that outsized sequences hold.
-std::uint32_t Server::num_slabs_lent(const Peer& peer) const {
+// Of a head of the peer's, the slabs that outsized sequences hold, other than this one of its
+// group.
+std::uint32_t Server::num_slabs_lent(const Peer& peer, const Group& group,
+                                     SequenceId sequence) const {
   std::uint32_t sum = 0;
-  for (const auto& [owner, lent] : lent_) {
-    const bool has_heads_of_it = lent.first_head < peer.first_head + peer.num_heads &&
-                                 peer.first_head < lent.first_head + lent.num_heads;
-    if (has_heads_of_it) sum += lent.num_slabs;
+  for (const auto& [key, lent] : lent_) {
+    const auto& [lease, id] = key;
+    const bool is_this = id == sequence && group.contains(lease);
+    if (!is_this && share_a_head(lent, peer)) sum += lent.num_slabs;
   }
   return sum;
 }

@@ -12,6 +12,8 @@ Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::m
 
 std::string name_of(SequenceId sequence) { return "sequence " + std::to_string(raw(sequence)); }
 
+Error not_reserved(SequenceId sequence) { return invalid(name_of(sequence) + " is not reserved"); }
+
 }  // namespace
 
 StoreBook::StoreBook(int num_heads, std::uint32_t slabs_per_head)
@@ -33,7 +35,7 @@ LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
 
 void StoreBook::close_lease(LeaseId id) {
   const Lease& lease = at(id);
-  for (const SequenceId sequence : lease.sequences) drop_all(lease.owner, sequence);
+  for (const auto& [sequence, holder] : lease.sequences) drop_all(lease.owner, holder);
   leases_.erase(id);
 }
 
@@ -42,6 +44,16 @@ const LeaseOwner* StoreBook::find_lease(int group, int rank) const {
     if (lease.owner.group == group && lease.owner.rank == rank) return &lease.owner;
   }
   return nullptr;
+}
+
+std::map<LeaseId, LeaseOwner> StoreBook::group_of(LeaseId lease) {
+  const LeaseOwner& member = at(lease).owner;
+  std::map<LeaseId, LeaseOwner> group;
+  for (const auto& [id, other] : leases_) {
+    const LeaseOwner& owner = other.owner;
+    if (owner.group == member.group && owner.epoch == member.epoch) group.emplace(id, owner);
+  }
+  return group;
 }
 
 StoreBook::Lease& StoreBook::at(LeaseId id) {
@@ -53,19 +65,26 @@ StoreBook::Lease& StoreBook::at(LeaseId id) {
 // ---- sequences --------------------------------------------------------------------------------
 
 Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<const PrefixKey> keys,
-                                 int num_segments) {
-  FT_RETURN_IF_ERROR(can_reserve(id, sequence, keys, num_segments));
+                                 int num_segments, SlabsOf whose) {
+  FT_RETURN_IF_ERROR(can_reserve(id, sequence, keys, num_segments, whose));
   Lease& lease = at(id);
   const LeaseOwner& owner = lease.owner;
+  const Holder holder = holder_of(owner, sequence, whose);
   for (int i = 0; i < owner.num_heads; ++i) {
-    hold(owner, sequence, owner.first_head + i, keys, num_segments);
+    hold(holder, owner.first_head + i, keys, num_segments);
   }
-  lease.sequences.insert(sequence);
-  return grant_of(owner, sequence);
+  lease.sequences.emplace(sequence, holder);
+  return grant_of(owner, holder);
+}
+
+StoreBook::Holder StoreBook::holder_of(const LeaseOwner& owner, SequenceId sequence,
+                                       SlabsOf whose) {
+  return {owner.group, owner.epoch, sequence,
+          whose == SlabsOf::kRank ? std::optional(owner.rank) : std::nullopt};
 }
 
 Status StoreBook::can_reserve(LeaseId id, SequenceId sequence, std::span<const PrefixKey> keys,
-                              int num_segments) {
+                              int num_segments, SlabsOf whose) {
   const Lease& lease = at(id);
   const LeaseOwner& owner = lease.owner;
   if (lease.sequences.contains(sequence)) {
@@ -80,18 +99,19 @@ Status StoreBook::can_reserve(LeaseId id, SequenceId sequence, std::span<const P
                    std::to_string(pools_.front().num_slabs()) +
                    " slabs a head; give the store a larger arena");
   }
+  const Holder holder = holder_of(owner, sequence, whose);
   for (int i = 0; i < owner.num_heads; ++i) {
-    FT_RETURN_IF_ERROR(check_room(owner, sequence, owner.first_head + i, keys, num_segments));
+    FT_RETURN_IF_ERROR(check_room(holder, owner.first_head + i, keys, num_segments));
   }
   return Ok{};
 }
 
 // Whether hold() will find its slabs. Hits that nobody holds are not to be counted as empty ones.
-Status StoreBook::check_room(const LeaseOwner& owner, SequenceId sequence, int head,
-                             std::span<const PrefixKey> keys, int num_segments) {
-  if (const Allocation* shared = find(owner, sequence, head)) {
+Status StoreBook::check_room(const Holder& holder, int head, std::span<const PrefixKey> keys,
+                             int num_segments) {
+  if (const Allocation* shared = find(holder, head)) {
     if (shared->slabs.size() == static_cast<std::size_t>(num_segments)) return Ok{};
-    return invalid(name_of(sequence) + ": ranks that share head " + std::to_string(head) +
+    return invalid(name_of(holder.sequence) + ": ranks that share head " + std::to_string(head) +
                    " ask for different lengths");
   }
   const SlabPool::Run run = pool(head).longest_run(keys);
@@ -104,12 +124,12 @@ Status StoreBook::check_room(const LeaseOwner& owner, SequenceId sequence, int h
                                           std::to_string(wanted) + " wanted"};
 }
 
-// One more lease on the slabs of (sequence, head); the first one allocates them: the longest run of
+// One more lease on the slabs of (holder, head); the first one allocates them: the longest run of
 // keys that is there, then empty slabs.
-void StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
-                     std::span<const PrefixKey> keys, int num_segments) {
-  Allocation& allocation = allocations_[{owner.group, owner.epoch, sequence, head}];
-  if (allocation.num_holders++ > 0) return;
+void StoreBook::hold(const Holder& holder, int head, std::span<const PrefixKey> keys,
+                     int num_segments) {
+  Allocation& allocation = allocations_[{holder, head}];
+  if (allocation.num_leases++ > 0) return;
   for (const PrefixKey& key : keys) {
     const auto slab = pool(head).find(key);
     if (!slab) break;
@@ -125,22 +145,16 @@ void StoreBook::hold(const LeaseOwner& owner, SequenceId sequence, int head,
   num_misses_ += static_cast<std::int64_t>(keys.size()) - allocation.hits;
 }
 
-bool StoreBook::is_shared(LeaseId id, SequenceId sequence) {
-  const LeaseOwner& owner = at(id).owner;
-  for (int i = 0; i < owner.num_heads; ++i) {
-    if (find(owner, sequence, owner.first_head + i) != nullptr) return true;
-  }
-  return false;
-}
-
 Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) {
-  Lease& lease = at(id);
-  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  const Lease& lease = at(id);
+  const auto found = lease.sequences.find(sequence);
+  if (found == lease.sequences.end()) return not_reserved(sequence);
   if (hit_segments < 0) return invalid("hit_segments is negative");
+  const Holder& holder = found->second;
   const auto each_head = [&](auto&& act) {
     for (int i = 0; i < lease.owner.num_heads; ++i) {
       const int head = lease.owner.first_head + i;
-      act(*find(lease.owner, sequence, head), head);
+      act(*find(holder, head), head);
     }
   };
   bool room = true;
@@ -152,7 +166,7 @@ Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) 
                  "no empty slabs to swap shared ones of " + name_of(sequence) + " for"};
   }
   each_head([&](Allocation& allocation, int head) { trim(allocation, head, hit_segments); });
-  return grant_of(lease.owner, sequence);
+  return grant_of(lease.owner, holder);
 }
 
 // Hits past hit_segments that others read too, so that they can't just be taken over.
@@ -180,11 +194,12 @@ void StoreBook::trim(Allocation& allocation, int head, int hit_segments) {
 }
 
 Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const PrefixKey& key) {
-  Lease& lease = at(id);
-  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  const Lease& lease = at(id);
+  const auto found = lease.sequences.find(sequence);
+  if (found == lease.sequences.end()) return not_reserved(sequence);
   for (int i = 0; i < lease.owner.num_heads; ++i) {
     const int head = lease.owner.first_head + i;
-    const Allocation& allocation = *find(lease.owner, sequence, head);
+    const Allocation& allocation = *find(found->second, head);
     if (segment < 0 || static_cast<std::size_t>(segment) >= allocation.slabs.size()) {
       return invalid(name_of(sequence) + " has no segment " + std::to_string(segment));
     }
@@ -195,10 +210,11 @@ Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const Pre
 
 Status StoreBook::distrust(LeaseId id, SequenceId sequence) {
   const Lease& lease = at(id);
-  if (!lease.sequences.contains(sequence)) return invalid(name_of(sequence) + " is not reserved");
+  const auto found = lease.sequences.find(sequence);
+  if (found == lease.sequences.end()) return not_reserved(sequence);
   for (int i = 0; i < lease.owner.num_heads; ++i) {
     const int head = lease.owner.first_head + i;
-    for (const SlabIndex slab : find(lease.owner, sequence, head)->slabs) {
+    for (const SlabIndex slab : find(found->second, head)->slabs) {
       pool(head).distrust(slab);
     }
   }
@@ -207,35 +223,37 @@ Status StoreBook::distrust(LeaseId id, SequenceId sequence) {
 
 Status StoreBook::release(LeaseId id, SequenceId sequence) {
   Lease& lease = at(id);
-  if (lease.sequences.erase(sequence) == 0) return invalid(name_of(sequence) + " is not reserved");
-  drop_all(lease.owner, sequence);
+  const auto found = lease.sequences.find(sequence);
+  if (found == lease.sequences.end()) return not_reserved(sequence);
+  drop_all(lease.owner, found->second);
+  lease.sequences.erase(found);
   return Ok{};
 }
 
-void StoreBook::drop_all(const LeaseOwner& owner, SequenceId sequence) {
-  for (int i = 0; i < owner.num_heads; ++i) drop(owner, sequence, owner.first_head + i);
+void StoreBook::drop_all(const LeaseOwner& owner, const Holder& holder) {
+  for (int i = 0; i < owner.num_heads; ++i) drop(holder, owner.first_head + i);
 }
 
 // One lease less. Slabs go back from the last segment to the first, so that of a cached prefix the
 // tail is forgotten before what it builds on.
-void StoreBook::drop(const LeaseOwner& owner, SequenceId sequence, int head) {
-  const auto found = allocations_.find({owner.group, owner.epoch, sequence, head});
-  FT_CHECK(found != allocations_.end(), raw(sequence), head);
-  if (--found->second.num_holders > 0) return;
+void StoreBook::drop(const Holder& holder, int head) {
+  const auto found = allocations_.find({holder, head});
+  FT_CHECK(found != allocations_.end(), raw(holder.sequence), head);
+  if (--found->second.num_leases > 0) return;
   const std::vector<SlabIndex>& slabs = found->second.slabs;
   for (auto slab = slabs.rbegin(); slab != slabs.rend(); ++slab) pool(head).release(*slab);
   allocations_.erase(found);
 }
 
-StoreBook::Allocation* StoreBook::find(const LeaseOwner& owner, SequenceId sequence, int head) {
-  const auto found = allocations_.find({owner.group, owner.epoch, sequence, head});
+StoreBook::Allocation* StoreBook::find(const Holder& holder, int head) {
+  const auto found = allocations_.find({holder, head});
   return found == allocations_.end() ? nullptr : &found->second;
 }
 
-Grant StoreBook::grant_of(const LeaseOwner& owner, SequenceId sequence) {
+Grant StoreBook::grant_of(const LeaseOwner& owner, const Holder& holder) {
   Grant grant;
   for (int i = 0; i < owner.num_heads; ++i) {
-    const Allocation& allocation = *find(owner, sequence, owner.first_head + i);
+    const Allocation& allocation = *find(holder, owner.first_head + i);
     grant.head_hits.push_back(allocation.hits);
     grant.slabs.insert(grant.slabs.end(), allocation.slabs.begin(), allocation.slabs.end());
   }
@@ -278,17 +296,15 @@ StoreStat StoreBook::stat() const {
 
 void StoreBook::check() const {
   for (const SlabPool& pool : pools_) pool.check();
-  std::map<AllocationKey, int> holders;
+  std::map<std::pair<Holder, int>, int> held;
   for (const auto& [id, lease] : leases_) {
-    for (const SequenceId sequence : lease.sequences) {
-      for (int i = 0; i < lease.owner.num_heads; ++i) {
-        ++holders[{lease.owner.group, lease.owner.epoch, sequence, lease.owner.first_head + i}];
-      }
+    for (const auto& [sequence, holder] : lease.sequences) {
+      for (int i = 0; i < lease.owner.num_heads; ++i) ++held[{holder, lease.owner.first_head + i}];
     }
   }
-  FT_CHECK(holders.size() == allocations_.size(), holders.size(), allocations_.size());
-  for (const auto& [key, count] : holders) {
-    FT_CHECK(allocations_.at(key).num_holders == count, count);
+  FT_CHECK(held.size() == allocations_.size(), held.size(), allocations_.size());
+  for (const auto& [place, count] : held) {
+    FT_CHECK(allocations_.at(place).num_leases == count, count);
   }
 }
 

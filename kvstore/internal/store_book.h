@@ -1,6 +1,7 @@
 // StoreBook: who holds which slab: the store's one source of truth. Leases (a connected rank, or a
 // dead one whose exit is not confirmed yet) hold sequences; a sequence holds, on each of the
-// lease's heads, one slab a segment. Ranks of a group that share a head share its slabs.
+// lease's heads, one slab a segment. Ranks of a group that share a head share its slabs, but for
+// those of an outsized sequence: each rank has its own.
 //
 // No sockets, no memory of KV: pure bookkeeping, tested against a plain model.
 // Not thread-safe. Example: tests/kvstore/store_book_test.cc
@@ -9,9 +10,8 @@
 #include <cstdint>
 #include <map>
 #include <optional>
-#include <set>
 #include <span>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "common/ids.h"
@@ -32,6 +32,10 @@ struct LeaseOwner {
   int first_head = 0;
   int num_heads = 0;
 };
+
+// Whose a sequence's slabs of a head are: of all ranks of the group that have the head, or of the
+// one that reserves them.
+enum class SlabsOf { kGroup, kRank };
 
 // What a sequence holds, head by head of its lease.
 struct Grant {
@@ -56,19 +60,19 @@ class StoreBook {
   void close_lease(LeaseId lease);
   // The open lease of (group, rank), if any.
   const LeaseOwner* find_lease(int group, int rank) const;
+  // The leases of its group and epoch, itself included.
+  std::map<LeaseId, LeaseOwner> group_of(LeaseId lease);
 
   // As KvStore's calls of the same names say. A call that fails changes nothing.
   Result<Grant> reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
-                        int num_segments);
+                        int num_segments, SlabsOf whose = SlabsOf::kGroup);
   Result<Grant> use(LeaseId lease, SequenceId sequence, int hit_segments);
   Status commit(LeaseId lease, SequenceId sequence, int segment, const PrefixKey& key);
   Status distrust(LeaseId lease, SequenceId sequence);
   Status release(LeaseId lease, SequenceId sequence);
-  // Whether another lease holds the sequence's slabs already, on a head of this one.
-  bool is_shared(LeaseId lease, SequenceId sequence);
   // What reserve() would say, without its doing.
   Status can_reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
-                     int num_segments);
+                     int num_segments, SlabsOf whose = SlabsOf::kGroup);
 
   // For the tier below. The published slab that holds `key`; refresh() also makes it the last one
   // to be evicted.
@@ -96,34 +100,41 @@ class StoreBook {
   void check() const;
 
  private:
-  // An epoch's sequences are its own: a restarted group never meets slabs of its last life.
-  using AllocationKey = std::tuple<int, Epoch, SequenceId, int>;  // group, epoch, sequence, head
+  // Who holds slabs. An epoch's sequences are its own: a restarted group never meets slabs of its
+  // last life.
+  struct Holder {
+    int group = 0;
+    Epoch epoch{};
+    SequenceId sequence{};
+    std::optional<int> rank;  // SlabsOf::kRank
+    auto operator<=>(const Holder&) const = default;
+  };
   struct Allocation {
     std::vector<SlabIndex> slabs;
     int hits = 0;
-    int num_holders = 0;  // leases
+    int num_leases = 0;  // that hold them
   };
   struct Lease {
     LeaseOwner owner;
-    std::set<SequenceId> sequences;
+    std::map<SequenceId, Holder> sequences;
   };
 
   Lease& at(LeaseId lease);
   SlabPool& pool(int head) { return pools_[static_cast<std::size_t>(head)]; }
-  Allocation* find(const LeaseOwner& owner, SequenceId sequence, int head);
-  Status check_room(const LeaseOwner& owner, SequenceId sequence, int head,
-                    std::span<const PrefixKey> keys, int num_segments);
-  void hold(const LeaseOwner& owner, SequenceId sequence, int head, std::span<const PrefixKey> keys,
-            int num_segments);
-  void drop(const LeaseOwner& owner, SequenceId sequence, int head);
-  void drop_all(const LeaseOwner& owner, SequenceId sequence);
+  static Holder holder_of(const LeaseOwner& owner, SequenceId sequence, SlabsOf whose);
+  Allocation* find(const Holder& holder, int head);
+  Status check_room(const Holder& holder, int head, std::span<const PrefixKey> keys,
+                    int num_segments);
+  void hold(const Holder& holder, int head, std::span<const PrefixKey> keys, int num_segments);
+  void drop(const Holder& holder, int head);
+  void drop_all(const LeaseOwner& owner, const Holder& holder);
   std::uint32_t num_to_swap(const Allocation& allocation, int head, int hit_segments);
   void trim(Allocation& allocation, int head, int hit_segments);
-  Grant grant_of(const LeaseOwner& owner, SequenceId sequence);
+  Grant grant_of(const LeaseOwner& owner, const Holder& holder);
 
   std::vector<SlabPool> pools_;  // by head
   std::map<LeaseId, Lease> leases_;
-  std::map<AllocationKey, Allocation> allocations_;
+  std::map<std::pair<Holder, int>, Allocation> allocations_;  // by holder and head
   std::uint64_t next_lease_ = 1;
   std::int64_t num_hits_ = 0;
   std::int64_t num_misses_ = 0;

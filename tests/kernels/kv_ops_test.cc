@@ -353,9 +353,9 @@ TEST_F(KvOpsTest, WritesThroughTheBlockThatAStepFilled) {
     }
   }
   const std::vector<std::byte> untouched(kv.slab(0, 0), kv.slab(0, 0) + kShape.slab_bytes());
-  const auto step = [&](bool to_arena) {
+  const auto step = [&](bool to_slabs) {
     device->advance({rows, 2}, *compute);
-    device->write_through({rows, 2, to_arena}, *compute);
+    device->write_through({rows, 2, to_slabs}, *compute);
   };
   step(true);
   EXPECT_EQ(kv.length, 47);
@@ -373,6 +373,36 @@ TEST_F(KvOpsTest, WritesThroughTheBlockThatAStepFilled) {
     EXPECT_EQ(gather(kv, fetches, layer), 0U);
     for (int head = 0; head < 2; ++head) {
       EXPECT_EQ(std::memcmp(kv.slot_data(layer, head, 0), kv.slot_data(layer, head, 7),
+                            kShape.block_bytes()),
+                0);
+    }
+  }
+}
+
+// A head whose slabs another rank writes: an outsized sequence's runs are this rank's own.
+TEST_F(KvOpsTest, WritesThroughToRunsWhereAnotherRankWritesTheSlabs) {
+  KvSequence kv(kShape, kNumSlots, kMaxBlocks);
+  KvSequence outsized(kShape, kNumSlots, kMaxBlocks);
+  outsized.make_outsized();
+  for (KvSequence* sequence : {&kv, &outsized}) {
+    sequence->length = 48;
+    for (int layer = 0; layer < kShape.num_layers; ++layer) {
+      for (int head = 0; head < 2; ++head) {
+        sequence->place(layer, head, 2, 7);
+        fill(sequence->slot_data(layer, head, 7), kShape.block_bytes(), random);
+      }
+    }
+  }
+  const std::vector<std::byte> untouched(kv.slab(0, 0), kv.slab(0, 0) + kShape.slab_bytes());
+  const SequenceKv rows[] = {kv.view, outsized.view};
+  device->write_through({rows, 2, /*to_slabs=*/false}, *compute);
+  EXPECT_EQ(std::memcmp(kv.slab(0, 0), untouched.data(), untouched.size()), 0);
+  FetchTable fetches(kShape, 4);
+  ask_for(outsized, fetches, 2);
+  for (int layer = 0; layer < kShape.num_layers; ++layer) {
+    EXPECT_EQ(gather(outsized, fetches, layer), 0U);
+    for (int head = 0; head < 2; ++head) {
+      EXPECT_EQ(std::memcmp(outsized.slot_data(layer, head, 0), outsized.slot_data(layer, head, 7),
                             kShape.block_bytes()),
                 0);
     }

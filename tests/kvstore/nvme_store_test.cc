@@ -139,28 +139,67 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaIsLentSlots) {
 
 constexpr int kSomeSegments = 11;  // must have nine slabs a head, which leaves one to others
 
-// Fills the first segments of an outsized sequence, and publishes them.
-void fill_and_publish(KvStore& store, Reservation& kv, std::span<const PrefixKey> keys) {
-  const kernels::KvShape shape = kModel.slab_shape();
-  const int end = static_cast<int>(keys.size());
-  for (int layer = 0; layer < shape.num_layers; ++layer) {
-    ASSERT_TRUE(kv.outsized->make_room(layer, {kv.hit_segments, end}));
-    for (int i = 2 * kv.hit_segments; i < 2 * end; ++i) {
+// What a prompt's first segments hold: [segments, 2 heads], of rank 0 or another one.
+struct Slabs {
+  explicit Slabs(std::span<const PrefixKey> keys, const ModelIdentity& model = kModel,
+                 int first_head = 0)
+      : shape(model.slab_shape()), num_segments(static_cast<int>(keys.size())) {
+    for (const PrefixKey& key : keys) {
+      for (int head = 0; head < 2; ++head) {
+        slabs.push_back(test_slab({first_head + head, key}, model));
+      }
+    }
+  }
+  const std::byte* run(int layer, int head, int segment) const {
+    return slabs[static_cast<std::size_t>(2 * segment + head)].data() +
+           static_cast<std::size_t>(layer) * shape.run_bytes();
+  }
+  const std::byte* checksums(int layer, int head, int segment) const {
+    return slabs[static_cast<std::size_t>(2 * segment + head)].data() +
+           kernels::slab_checksum_offset(shape, layer, 0);
+  }
+
+  kernels::KvShape shape;
+  int num_segments;
+  std::vector<std::vector<std::byte>> slabs;
+};
+
+// Fills those of an outsized sequence that are no hits.
+void fill(Reservation& kv, const Slabs& slabs) {
+  const Segments segments{kv.hit_segments, slabs.num_segments};
+  for (int layer = 0; layer < slabs.shape.num_layers; ++layer) {
+    ASSERT_TRUE(kv.outsized->make_room(layer, segments));
+    for (int i = 2 * segments.first; i < 2 * segments.end; ++i) {
       const int head = i % 2;
       const int segment = i / 2;
-      const auto slab = test_slab({head, keys[static_cast<std::size_t>(segment)]}, kModel);
-      const std::size_t run =
-          static_cast<std::size_t>((layer * 2 + head) * kSomeSegments + segment);
-      std::memcpy(kv.outsized->runs()[run],
-                  slab.data() + static_cast<std::size_t>(layer) * shape.run_bytes(),
-                  shape.run_bytes());
+      const auto run = static_cast<std::size_t>((layer * 2 + head) * kv.num_segments + segment);
+      std::memcpy(kv.outsized->runs()[run], slabs.run(layer, head, segment),
+                  slabs.shape.run_bytes());
       std::memcpy(kv.outsized->checksums() + run * kSegmentBlocks,
-                  slab.data() + kernels::slab_checksum_offset(shape, layer, 0),
-                  kSegmentBlocks * sizeof(std::uint64_t));
+                  slabs.checksums(layer, head, segment), kSegmentBlocks * sizeof(std::uint64_t));
     }
-    kv.outsized->fill(layer, {kv.hit_segments, end});
+    kv.outsized->fill(layer, segments);
   }
-  for (int i = 0; i < end; ++i) kv.outsized->publish(i, keys[static_cast<std::size_t>(i)]);
+}
+
+// Whether a layer of them is there again.
+testing::AssertionResult holds(Reservation& kv, const Slabs& slabs, int layer) {
+  const Status there = kv.outsized->wait(layer, Segments{0, slabs.num_segments});
+  if (!there) return testing::AssertionFailure() << there.error().message;
+  for (int i = 0; i < 2 * slabs.num_segments; ++i) {
+    const std::byte* run = kv.outsized->runs_of(layer)[i % 2 * kv.num_segments + i / 2];
+    if (std::memcmp(run, slabs.run(layer, i % 2, i / 2), slabs.shape.run_bytes()) != 0) {
+      return testing::AssertionFailure() << "head " << i % 2 << ", segment " << i / 2;
+    }
+  }
+  kv.outsized->let_go(layer);
+  return testing::AssertionSuccess();
+}
+
+void publish(KvStore& store, Reservation& kv, std::span<const PrefixKey> keys) {
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    kv.outsized->publish(static_cast<int>(i), keys[i]);
+  }
   kv.outsized->finish_publishing(std::chrono::seconds(10));
   ASSERT_TRUE(store.publish_written(kv));
 }
@@ -176,7 +215,8 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
   auto store = begin();
   auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
   EXPECT_EQ(first.hit_segments, 0);
-  fill_and_publish(*store, first, keys);
+  fill(first, Slabs(keys));
+  publish(*store, first, keys);
   ASSERT_TRUE(written(*store, 6));
   EXPECT_TRUE(finds(*store, 1));  // by a sequence that the arena holds, while this one runs
   first.outsized.reset();
@@ -187,14 +227,9 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
   auto second = store->reserve(SequenceId{101}, keys, kSomeSegments).value();
   EXPECT_EQ(second.hit_segments, 3);
   ASSERT_TRUE(store->use(second, 1));  // another rank has less: two slots a head are empty again
-  fill_and_publish(*store, second, keys);
-  ASSERT_TRUE(second.outsized->wait(2, Segments{0, 3}));
-  for (int i = 0; i < 6; ++i) {
-    const auto slab = test_slab({i % 2, keys[static_cast<std::size_t>(i / 2)]}, kModel);
-    const kernels::KvShape shape = kModel.slab_shape();
-    const std::byte* run = second.outsized->runs_of(2)[i % 2 * kSomeSegments + i / 2];
-    EXPECT_EQ(std::memcmp(run, slab.data() + 2 * shape.run_bytes(), shape.run_bytes()), 0) << i;
-  }
+  fill(second, Slabs(keys));
+  publish(*store, second, keys);
+  EXPECT_TRUE(holds(second, Slabs(keys), 2));
   second.outsized.reset();
   ASSERT_TRUE(store->release(SequenceId{101}));
   const StoreStat stat = store->stat().value();
@@ -256,16 +291,139 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   ASSERT_TRUE(reserve_as(4));
 }
 
-TEST_F(NvmeStoreTest, RanksThatShareAHeadTakeNoOutsizedSequence) {
-  server = std::make_unique<RunningServer>(
-      kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh});
+const ModelIdentity kDeep{"test-model", 3, 12, 64, kernels::DataType::kFp16};
+
+// Rank 0 has heads 0 and 1, rank 1 has 1 and 2. Of twelve layers, 24 segments must have five slabs
+// a head: ten of head 1, and 96 slots.
+class SharedHeadTest : public NvmeStoreTest {
+ protected:
+  static constexpr int kSegments = 24;
+
+  void start(int slabs_a_head, int num_slots) {
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        ArenaLayout{3, kDeep.slab_bytes(), static_cast<std::uint32_t>(slabs_a_head)}.arena_bytes(),
+        NvmeConfig{
+            nvme_folder(),
+            NvmeGeometry{kDeep.slab_bytes(), static_cast<std::uint32_t>(num_slots)}.file_bytes(),
+            NvmeReuse::kStartAfresh});
+  }
+  std::unique_ptr<KvStore> connect(int rank) {
+    StoreClientConfig config = test_client(server->socket(), rank);
+    config.shape.num_layers = kDeep.num_layers;
+    auto store = KvStore::connect(config, *device).value_or_throw();
+    EXPECT_TRUE(ready(*store));
+    return store;
+  }
+  static Result<Reservation> reserve(KvStore& store, std::uint64_t id,
+                                     std::span<const PrefixKey> keys = {}) {
+    return store.reserve(SequenceId{id}, keys, kSegments);
+  }
+  static std::vector<PrefixKey> keys_of(std::uint32_t prompt, int count) {
+    std::vector<PrefixKey> keys;
+    for (int i = 0; i < count; ++i) keys.push_back(key_of(100 * prompt + static_cast<unsigned>(i)));
+    return keys;
+  }
+};
+
+TEST_F(SharedHeadTest, EachRankHasFramesAndSlotsOfItsOwn) {
+  start(15, 96);
+  const auto low = connect(0);
+  auto high = connect(1);
+  const auto free = [&] { return low->stat()->slabs_free; };
+  // What a rank holds of head 1 is not what the other one does.
+  const Slabs lows(keys_of(1, kSegments), kDeep, 0);
+  const Slabs highs(keys_of(2, kSegments), kDeep, 1);
+  for (const std::uint64_t id : {1, 2}) {  // the second needs all that the first one had
+    auto of_low = reserve(*low, id).value();
+    EXPECT_EQ(free(), 10);
+    auto of_high = reserve(*high, id).value();
+    EXPECT_EQ(free(), 5);
+    fill(of_low, lows);
+    fill(of_high, highs);
+    for (const int layer : {0, 5, 11}) {
+      EXPECT_TRUE(holds(of_low, lows, layer)) << layer;
+      EXPECT_TRUE(holds(of_high, highs, layer)) << layer;
+    }
+    of_high.outsized.reset();
+    of_low.outsized.reset();
+    ASSERT_TRUE(low->release(SequenceId{id}));
+    EXPECT_TRUE(eventually(*high, [](const StoreStat& stat) { return stat.slabs_free == 10; }));
+    if (id == 1) {
+      ASSERT_TRUE(high->release(SequenceId{id}));
+    } else {
+      high.reset();  // as when it dies
+    }
+    EXPECT_TRUE(eventually(*low, [](const StoreStat& stat) { return stat.slabs_free == 15; }));
+  }
+  EXPECT_EQ(low->stat()->bad_requests, 0);
+}
+
+TEST_F(SharedHeadTest, ASecondSequenceIsLeftWhatItsRanksNeed) {
+  start(23, 192);
   const auto low = connect(0);
   const auto high = connect(1);
-  const auto kv = low->reserve(SequenceId{1}, {}, kManySegments);
-  ASSERT_TRUE(kv);
-  const auto refused = high->reserve(SequenceId{1}, {}, kManySegments);
-  ASSERT_FALSE(refused);
-  EXPECT_EQ(refused.error().code, ErrorCode::kInvalidArgument);
+  const auto left_by = [&](KvStore& store, std::uint64_t id) {
+    EXPECT_TRUE(reserve(store, id));
+    return store.stat()->slabs_free;
+  };
+  EXPECT_EQ(left_by(*low, 1), 17);
+  EXPECT_EQ(left_by(*high, 1), 11);  // three quarters would leave seven
+  EXPECT_EQ(left_by(*high, 2), 6);
+  EXPECT_EQ(left_by(*low, 2), 1);
+}
+
+// Both publish, as no rank of these writes all heads: of head 1 the first slab stays.
+TEST_F(SharedHeadTest, APrefixServesAllWhoHaveItsHeads) {
+  start(15, 120);
+  const auto low = connect(0);
+  const auto high = connect(1);
+  const auto keys = keys_of(1, 3);
+  const Slabs lows(keys, kDeep, 0);
+  const Slabs highs(keys, kDeep, 1);
+  for (const std::uint64_t id : {1, 2}) {
+    auto of_low = reserve(*low, id, keys).value();
+    auto of_high = reserve(*high, id, keys).value();
+    EXPECT_EQ(of_low.hit_segments, id == 1 ? 0 : 3);
+    EXPECT_EQ(of_high.hit_segments, id == 1 ? 0 : 3);
+    ASSERT_TRUE(low->use(of_low, id == 1 ? 0 : 2));
+    ASSERT_TRUE(high->use(of_high, id == 1 ? 0 : 2));
+    fill(of_low, lows);
+    fill(of_high, highs);
+    publish(*low, of_low, keys);
+    publish(*high, of_high, keys);
+    for (const int layer : {0, 5, 11}) {
+      EXPECT_TRUE(holds(of_low, lows, layer)) << layer;
+      EXPECT_TRUE(holds(of_high, highs, layer)) << layer;
+    }
+    ASSERT_TRUE(written(*low, 9));  // three heads
+    of_low.outsized.reset();
+    of_high.outsized.reset();
+    ASSERT_TRUE(low->release(SequenceId{id}));
+    ASSERT_TRUE(high->release(SequenceId{id}));
+  }
+  const StoreStat stat = low->stat().value();
+  EXPECT_EQ(stat.nvme.slabs_held, 9);
+  EXPECT_EQ(stat.bad_requests + stat.nvme.checksum_failures, 0);
+}
+
+TEST_F(SharedHeadTest, WhatAllRanksNeedIsWhatMustFit) {
+  for (const auto& [slabs, slots] : {std::pair{7, 96}, {10, 95}}) {
+    start(slabs, slots);
+    const auto low = connect(0);
+    const auto high = connect(1);
+    const auto kv = reserve(*low, 1);
+    ASSERT_FALSE(kv);
+    EXPECT_EQ(kv.error().code, ErrorCode::kInvalidArgument);
+    EXPECT_NE(kv.error().message.find("can never fit: they take 10 slabs"), std::string::npos)
+        << kv.error().message;
+    EXPECT_NE(kv.error().message.find("96 slots"), std::string::npos) << kv.error().message;
+  }
+  start(10, 96);
+  const auto low = connect(0);
+  const auto high = connect(1);
+  EXPECT_TRUE(reserve(*low, 1));
+  EXPECT_TRUE(reserve(*high, 1));
 }
 
 TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {

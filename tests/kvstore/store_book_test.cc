@@ -86,7 +86,10 @@ struct AllocationModel {
   int hits = 0;
   std::set<LeaseId> holders;
 };
-using Place = std::tuple<int, Epoch, SequenceId, int>;
+using Place = std::tuple<int, Epoch, SequenceId, std::optional<int>, int>;
+
+// Of these, as of outsized ones, ranks have slabs of their own.
+bool is_own(SequenceId sequence) { return raw(sequence) % 4 == 3; }
 
 struct LeaseModel {
   LeaseOwner owner;
@@ -104,7 +107,8 @@ class BookModel {
   std::map<LeaseId, LeaseModel> leases;
 
   Place place(const LeaseOwner& owner, SequenceId sequence, int i) const {
-    return {owner.group, owner.epoch, sequence, owner.first_head + i};
+    const auto rank = is_own(sequence) ? std::optional(owner.rank) : std::nullopt;
+    return {owner.group, owner.epoch, sequence, rank, owner.first_head + i};
   }
   HeadModel& head(const LeaseOwner& owner, int i) {
     return heads_[static_cast<std::size_t>(owner.first_head + i)];
@@ -297,7 +301,7 @@ class Traffic {
   static int prompt_of(SequenceId sequence) { return static_cast<int>(raw(sequence) % 5); }
   static int segments_of(SequenceId sequence) { return 1 + static_cast<int>(raw(sequence) % 9); }
   static std::vector<PrefixKey> keys_for(SequenceId sequence) {
-    return keys_of(prompt_of(sequence), segments_of(sequence) - 1);
+    return keys_of(prompt_of(sequence), is_own(sequence) ? 0 : segments_of(sequence) - 1);
   }
 
   unsigned pick(unsigned n) { return static_cast<unsigned>(random_() % n); }
@@ -331,7 +335,10 @@ class Traffic {
     const LeaseModel& held = model_.leases.at(lease);
     const bool again = held.sequences.contains(sequence);
     const bool fits = model_.fits(held.owner, sequence, keys, segments);
-    const auto grant = book_.reserve(lease, sequence, keys, segments);
+    const SlabsOf whose = is_own(sequence) ? SlabsOf::kRank : SlabsOf::kGroup;
+    ASSERT_EQ(book_.can_reserve(lease, sequence, keys, segments, whose).has_value(),
+              fits && !again);
+    const auto grant = book_.reserve(lease, sequence, keys, segments, whose);
     ASSERT_EQ(grant.has_value(), fits && !again);
     if (grant) return model_.reserved(lease, sequence, keys, segments, *grant);
     ASSERT_EQ(grant.error().code, again ? ErrorCode::kInvalidArgument : ErrorCode::kExhausted);
@@ -465,6 +472,38 @@ TEST_F(StoreBookTest, RanksOfAGroupShareASequencesSlabs) {
   EXPECT_EQ(book.stat().slabs_used, 3) << "the other rank still reads";
   book.close_lease(high);
   EXPECT_EQ(book.stat().slabs_used, 0);
+}
+
+TEST_F(StoreBookTest, RanksOfAGroupHaveSlabsOfTheirOwnWhereTheyAskForThem) {
+  const LeaseId low = lease(0, 0);
+  const LeaseId high = lease(0, 1);
+  const auto first = book.reserve(low, SequenceId{1}, {}, 5, SlabsOf::kRank);
+  const auto second = book.reserve(high, SequenceId{1}, {}, 4, SlabsOf::kRank);
+  ASSERT_TRUE(first && second);
+  for (const SlabIndex slab : std::span(first->slabs).first(5)) {
+    EXPECT_EQ(std::ranges::count(std::span(second->slabs).first(4), slab), 0);
+  }
+  EXPECT_EQ(book.stat().slabs_used, 9);
+  EXPECT_FALSE(book.reserve(low, SequenceId{1}, {}, 1, SlabsOf::kRank)) << "reserved already";
+  EXPECT_FALSE(book.can_reserve(low, SequenceId{2}, {}, 2, SlabsOf::kRank)) << "one is left";
+  EXPECT_EQ(book.use(high, SequenceId{1}, 0)->slabs, second->slabs);
+  ASSERT_TRUE(book.distrust(low, SequenceId{1}));
+  ASSERT_TRUE(book.release(low, SequenceId{1}));
+  EXPECT_EQ(book.stat().slabs_used, 4);
+  book.check();
+  book.close_lease(high);
+  EXPECT_EQ(book.stat().slabs_used, 0);
+}
+
+TEST_F(StoreBookTest, AGroupIsWhatRunsInOneEpoch) {
+  const LeaseId low = lease(0, 0, 2);
+  const LeaseId high = lease(0, 1, 2);
+  const LeaseId dying = lease(0, 2, 1);
+  lease(1, 0, 2);
+  std::vector<LeaseId> found;
+  for (const auto& [id, owner] : book.group_of(low)) found.push_back(id);
+  EXPECT_EQ(found, (std::vector{low, high}));
+  EXPECT_EQ(book.group_of(dying).size(), 1U);
 }
 
 TEST_F(StoreBookTest, AnEpochNeverMeetsTheSlabsOfTheLast) {

@@ -2,6 +2,8 @@
 all of its KV in host memory."""
 
 import json
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +14,7 @@ from service_helper import Service, make_model, run
 LENGTH = 5000  # 20 segments
 ANSWER = 200  # past the end of one
 PREDICTED = ("--kv-policy=attention-predictor", "--kv-budget=512")
+FULL = ("--kv-policy=full", "--kv-resident=never")
 OPTIONS = {"max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
 DEVICE = ("--device=cpu", "--device-memory-gib=1", "--max-model-len=5376")
 ROOMY = (*DEVICE, "--kv-host-gib=0.25")
@@ -77,7 +80,7 @@ def test_attention_over_all_blocks_reads_all_of_them(model, tmp_path):
     """Exact calibration, an audit, and dense decode with few slots: a layer at a time."""
     for policy in (
         (*PREDICTED, "--calibrate-every=5", "--audit-every=7"),
-        ("--kv-policy=full", "--kv-resident=never"),
+        FULL,
         ("--kv-policy=oracle", "--kv-budget=512"),
     ):
         kept = answer(model, *policy, size=ROOMY)
@@ -236,6 +239,112 @@ def test_a_flipped_bit_costs_time_and_no_token(model, in_memory, tmp_path, more)
         assert "computed anew" in service.log.read_text()
         assert client.status()["kv_nvme"]["checksum_failures"] > 0
     assert len(ids) == ANSWER
+
+
+# ---- ranks that share a KV head ---------------------------------------------------------------
+
+
+SHARED = ("--tensor-parallel-size=2",)  # of one head
+ROOM_FOR_ONE_MORE = (*DEVICE, "--kv-host-gib=0.0118")  # 15 slabs of one head: each rank has five
+
+
+@pytest.fixture(scope="module")
+def one_head(tmp_path_factory):
+    """One KV head: a quarter of host memory is ten slabs, of which each of two ranks must have five."""
+    return make_model(
+        tmp_path_factory.mktemp("models") / "one-head",
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        max_position=8192,
+    )
+
+
+def released(service):
+    with connect(service) as client:
+        return client.status()["kv_slabs_used"] == 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [(*PREDICTED, "--calibrate-with=none"), (*PREDICTED, "--calibrate-every=5", "--audit-every=7"), FULL],
+    ids=["predicted", "calibrated", "full"],
+)
+def test_each_of_the_ranks_that_share_a_head_keeps_it(one_head, tmp_path, policy):
+    kept = answer(one_head, *policy, *SHARED, size=ROOMY)
+    with Service(one_head, *policy, *SHARED, *nvme(tmp_path / "kv"), size=QUARTER) as service:
+        outsized = ask(service, prompt())
+        assert released(service)
+    assert outsized.ids == kept.ids
+    assert outsized.kv["bytes_nvme"] > 0
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_than_heads(tmp_path, ranks):
+    """Two heads: of three ranks one has its head alone."""
+    model = make_model(
+        tmp_path / "two-heads",
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=96,
+        num_hidden_layers=12,
+        max_position=8192,
+    )
+    flags = (*PREDICTED, "--calibrate-with=none", f"--tensor-parallel-size={ranks}")
+    kept = answer(model, *flags, size=ROOMY)
+    with Service(model, *flags, *nvme(tmp_path / "kv"), size=HALF) as service:
+        outsized = ask(service, prompt())
+        assert released(service)
+    assert outsized.ids == kept.ids
+    assert outsized.kv["bytes_nvme"] > 0
+
+
+def test_ranks_that_share_a_head_reuse_its_prefix(one_head, tmp_path):
+    flags = (*PREDICTED, "--calibrate-with=none", *SHARED, *nvme(tmp_path / "kv", "--kv-persist"))
+    with Service(one_head, *flags, size=QUARTER, folder=tmp_path) as service:
+        first = ask(service, prompt(), max_tokens=40)
+        second = ask(service, prompt(), max_tokens=40)
+        other = ask(service, [*prompt()[:2600], *prompt(3)[2600:]], max_tokens=2)
+        short = ask(service, prompt()[:700], max_tokens=2)
+        assert tier(service)["checksum_failures"] == 0
+    with Service(one_head, *flags, size=QUARTER, folder=tmp_path) as service:
+        third = ask(service, prompt(), max_tokens=40)
+        assert released(service)
+    found = [one.usage["cached_tokens"] for one in (first, second, other, short, third)]
+    assert found == [0, CACHED, 10 * 256, 2 * 256, CACHED]
+    assert first.ids == second.ids == third.ids
+
+
+def test_a_batch_may_hold_what_one_rank_writes_and_what_each_does(one_head, tmp_path):
+    """The other one fits the arena, where one rank writes its KV for both."""
+    flags = (*PREDICTED, "--calibrate-with=none", *SHARED)
+    other = prompt(3)[:1000]
+    with Service(one_head, *flags, size=ROOMY) as service:
+        kept = [ask(service, ids) for ids in (prompt(), other)]
+    with Service(one_head, *flags, *nvme(tmp_path / "kv"), size=ROOM_FOR_ONE_MORE) as service:
+        (one, one_began, one_ended), (two, two_began, two_ended) = stream_both(service, prompt(), other)
+        assert released(service)
+    assert [one, two] == [kept[0].ids, kept[1].ids]
+    assert max(one_began, two_began) < min(one_ended, two_ended)
+
+
+def test_a_killed_rank_of_those_that_share_a_head(one_head, tmp_path):
+    options = {**OPTIONS, "max_tokens": 100}
+    flags = (*FULL, *SHARED, *nvme(tmp_path / "kv"))
+    with Service(one_head, *flags, size=QUARTER) as service, connect(service) as client:
+        undisturbed = ask(service, prompt(5), max_tokens=100).ids
+        for victim in (0, 1):
+            pieces = client.stream(prompt(5), **options)
+            ids = list(next(pieces).ids)
+            os.kill(service.pids("foretoken-worker")[victim], signal.SIGKILL)
+            for piece in pieces:
+                ids += piece.ids
+            assert ids == undisturbed
+            assert client.status()["worker_restarts"] == victim + 1
+            assert released(service)
 
 
 def stream_both(service, *prompts):

@@ -337,7 +337,7 @@ void Decode::write_through() {
   advanced_->wait(*copy_);
   store_.write_through({.sequences = batch_.sequences,
                         .rows = batch_.rows,
-                        .to_arena = model_.partition().writes_kv},
+                        .to_slabs = model_.partition().writes_kv},
                        *copy_);
   if (policy_.calibration() == predictor::Calibration::kSketch) {
     device_.sketch_filled({.sequences = batch_.sequences, .rows = batch_.rows}, *copy_);

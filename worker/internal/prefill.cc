@@ -238,7 +238,7 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   if (reused_blocks > 0) store_.pack(pack, *copy_);  // to slots alone: the arena has them
   pack.first_block = reused_blocks;
   pack.num_blocks = blocks_for(length) - reused_blocks;
-  pack.to_arena = model_.partition().writes_kv;
+  pack.to_arena = model_.partition().writes_kv || outsized != nullptr;
   const int reused = reused_blocks / kSegmentBlocks;
   if (outsized != nullptr && !outsized->make_room(layer, {reused, segments_for(length)})) {
     pack.to_arena = false;  // the sequence is lost: status() says so

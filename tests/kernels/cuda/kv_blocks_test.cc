@@ -347,6 +347,39 @@ TEST_P(KvBlocks, WritesThroughAsTheCpu) {
   expect_equal(*cuda, *cpu);
 }
 
+// A head whose slabs another rank writes: an outsized sequence's runs are this rank's own.
+TEST_P(KvBlocks, WritesThroughToRunsWhereAnotherRankWritesTheSlabs) {
+  const KvShape shape = GetParam();
+  const Runs on_cuda(*cuda);
+  const Runs on_cpu(*cpu);
+  const std::size_t sums = entries_of(shape, cuda->sequence.num_segments) * kSegmentBlocks;
+  const auto run = [&](Side& side, const Runs& runs) {
+    std::fill_n(runs.checksums, sums, 0);
+    DeviceSequence whole(side.on, shape, 4, 8);
+    whole.length.set({48});
+    side.sequence.length.set({48});
+    for (int layer = 0; layer < shape.num_layers; ++layer) {
+      for (int head = 0; head < shape.num_kv_heads; ++head) {
+        side.sequence.place(layer, head, 2, 7);
+        whole.place(layer, head, 2, 3);
+      }
+    }
+    side.sequence.upload();
+    whole.upload();
+    const auto before = std::vector(whole.arena.host().begin(), whole.arena.host().end());
+    const DeviceArray<SequenceKv> sequences(side.on, {whole.kv, side.sequence.kv});
+    side.on.run(&Device::write_through, WriteThroughArgs{sequences.data(), 2, false});
+    EXPECT_TRUE(equal(whole.arena.host(), before));
+  };
+  const auto before = random_bytes(cuda->sequence.arena.host().size(), 2);
+  EXPECT_TRUE(equal(cuda->sequence.arena.host(), before));
+  run(*cuda, on_cuda);
+  run(*cpu, on_cpu);
+  EXPECT_FALSE(equal(cuda->sequence.arena.host(), before));
+  EXPECT_TRUE(std::equal(on_cuda.checksums, on_cuda.checksums + sums, on_cpu.checksums));
+  expect_equal(*cuda, *cpu);
+}
+
 // What a step's graph does: the same launches, with what lies in device memory by then.
 TEST_P(KvBlocks, RunsInAGraph) {
   const KvShape shape = GetParam();
