@@ -1,12 +1,19 @@
-// PeerSum: the sum of a small tensor over the GPUs of a node in one kernel. Decode adds 8 KiB a row
-// up 65 times a token; there the link's latency counts, and that a kernel may start early.
+// PeerSum: sums over the GPUs of a node that have each other's memory open.
 //
-// Every rank writes its values into every other's inbox, and adds up what comes into its own, in
-// the order of ranks: all get equal bits. Values travel with the number of their call beside them,
-// 4 bytes of it with 4 of values: who finds the number has found the values, so that there is one
-// crossing of the link and no fence (as in NCCL's protocol LL). An inbox has two halves, used in
-// turn: a rank that writes call n has had all answers of call n - 1, so that nobody still reads
-// call n - 2.
+// Small ones, in one kernel: decode adds 8 KiB a row up 65 times a token; there the link's latency
+// counts, and that a kernel may start early. Every rank writes its values into every other's inbox,
+// and adds up what comes into its own, in the order of ranks: all get equal bits. Values travel
+// with the number of their call beside them, 4 bytes of it with 4 of values: who finds the number
+// has found the values, so that there is one crossing of the link and no fence (as in NCCL's
+// protocol LL). An inbox has two halves, used in turn: a rank that writes call n has had all
+// answers of call n - 1, so that nobody still reads call n - 2.
+//
+// Large ones of two GPUs, in two steps: prefill adds 64 MiB up, which takes as long as a tenth of
+// its products. begin() has the copy engine bring the values into the other's inbox, which takes no
+// SM from the products that follow; end() waits for what comes, and adds it. A number follows the
+// values through the same engine, so that who finds it has found them. An inbox has four places,
+// used in turn: a rank begins call n once it has ended call n - 2, for which the other had begun
+// that, and so had ended call n - 4.
 //
 // Called by one thread, in the same order and with the same counts on every rank, always on one
 // stream at a time. Recorded graphs may contain it.
@@ -43,9 +50,19 @@ class PeerSum {
   virtual bool takes(std::size_t count) const = 0;
   // data[count] on the device becomes its sum over the ranks. REQUIRES: takes(count), connected.
   virtual void run(void* data, std::size_t count, Stream& stream) = 0;
+
+  // Whether it takes so many values in two steps.
+  virtual bool begins(std::size_t count) const = 0;
+  // Nothing writes data[count] until end(), which makes it the sum of the oldest that was begun.
+  // Not recorded. REQUIRES: begins(count), connected; not more than kMaxBegun are begun.
+  static constexpr std::size_t kMaxBegun = 2;
+  virtual void begin(void* data, std::size_t count, Stream& stream) = 0;
+  virtual void end(Stream& stream) = 0;
 };
 
-// REQUIRES: a CUDA device; it outlives the sum. Throws Exception(kDevice).
-std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size);
+// most_bytes: of a sum in two steps; 0: there are none. REQUIRES: a CUDA device; it outlives the
+// sum. Throws Exception(kDevice).
+std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size,
+                                       std::size_t most_bytes = 0);
 
 }  // namespace foretoken::kernels

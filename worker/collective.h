@@ -23,6 +23,13 @@ class Collective {
   // data[i] = sum over ranks of data[i]; activations of the device's type.
   virtual void all_reduce(void* data, std::size_t count, kernels::Stream& stream) = 0;
 
+  // all_reduce in two steps, where the ranks can: between them other work on the stream goes on
+  // beside the sum, and nothing writes the data. end_sum() ends the oldest that was begun.
+  static constexpr std::size_t kMaxBegun = 2;
+  virtual bool begins_sums(std::size_t count) const = 0;
+  virtual void begin_sum(void* data, std::size_t count, kernels::Stream& stream) = 0;
+  virtual void end_sum(kernels::Stream& stream) = 0;
+
   // Joins columns: part [rows, widths[rank]] of each rank into all [rows, sum of widths]. fp32.
   // scratch: [world size, rows, widest of widths], the caller's, since a recorded step keeps its
   // address.
@@ -36,11 +43,12 @@ std::unique_ptr<Collective> make_mpi_collective();
 std::unique_ptr<Collective> make_single_collective();
 // Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
 // it. Sums of few bytes are made by kernels/peer_sum.h where the ranks reach each other's memory,
-// unless they are all to be NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws
-// Exception(kDevice) when they can't connect, or in a program built without CUDA.
-enum class SmallSums { kByPeers, kByNccl };
-std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device,
-                                                 SmallSums small = SmallSums::kByPeers);
+// and on two ranks those of up to most_begun bytes that are begun; unless they are all to be
+// NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws Exception(kDevice) when they
+// can't connect, or in a program built without CUDA.
+enum class Sums { kByPeers, kByNccl };
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums sums,
+                                                 std::size_t most_begun);
 // Of the library that is loaded, as 2.28.3; empty in a program built without CUDA.
 std::string nccl_version();
 

@@ -5,6 +5,7 @@
 // Called by the step thread alone. Everything is enqueued; nothing waits.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <span>
 #include <string>
@@ -80,13 +81,29 @@ class Model {
                    kernels::Stream& stream);
   // What rope_prefill and rope_decode have in common.
   kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
-  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks.
+  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks. Those of many rows
+  // go on beside what follows: hidden is there for project_qkv() of the same rows, and for others
+  // after end_sums().
   void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
+  void end_sums(kernels::Stream& stream);
+  // The most that such a sum is of.
+  static std::size_t most_begun_bytes(const ModelConfig& config, int max_rows);
   // logits[rows, vocab], of all ranks. REQUIRES: rows <= act.max_logit_rows.
   void logits(int rows, Activations& act, const void* hidden, float* logits,
               kernels::Stream& stream);
 
  private:
+  // Rows that are computed one part after the other, so that the sum of one goes on beside the
+  // products of the next.
+  struct Rows {
+    int first;
+    int count;
+  };
+  // A sum over the ranks that was begun, of these rows.
+  struct Begun {
+    std::byte* hidden;
+    std::size_t bytes;
+  };
   struct Layer {
     kernels::DeviceBuffer attention_norm, mlp_norm;  // [hidden]
     kernels::DeviceBuffer q_norm, k_norm;            // [head_dim], or empty
@@ -95,8 +112,14 @@ class Model {
   };
   void embed(kernels::EmbedArgs args, void* hidden, kernels::Stream& stream);
   kernels::NormedInput norm(const kernels::DeviceBuffer& weight, const Activations& act) const;
+  std::vector<Rows> parts(int rows) const;
+  static Rows first_half(int rows);
+  // Ends the sums of these rows, and those that were begun before them.
+  void end_sums_of(const std::byte* hidden, int rows, kernels::Stream& stream);
+  void end_oldest_sum(kernels::Stream& stream);
   void add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias, const void* x,
-                   int rows, void* hidden, kernels::Stream& stream);
+                   int rows, std::byte* hidden, kernels::Stream& stream);
+  void add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& stream);
   Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
         Collective& collective);
 
@@ -112,6 +135,7 @@ class Model {
   kernels::DeviceBuffer final_norm_;
   std::unique_ptr<kernels::Weight> lm_head_;
   std::vector<Layer> layers_;
+  std::deque<Begun> begun_;
 
   friend class ModelLoader;
 };

@@ -1,7 +1,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <numeric>
 
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
@@ -102,6 +104,77 @@ __global__ void __launch_bounds__(kThreads) peer_sum_kernel(const Params p) {
   if (threadIdx.x == 0) p.calls[cta] = call;
 }
 
+// ---- in two steps ----
+
+constexpr int kPlaces = 4;
+constexpr std::size_t kLeastBegun = std::size_t{1} << 20;  // below it NCCL is as fast (guessed)
+constexpr std::size_t kLine = 128;
+constexpr std::uint32_t kNumbers = 1024;  // calls until a number comes again
+constexpr int kLargeCtas = 2 * 132;
+constexpr int kLargeThreads = 512;
+
+std::size_t round_up(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// Where what lies in a rank's memory; all ranks' alike.
+struct Layout {
+  std::size_t most_bytes;  // of a place
+
+  static constexpr std::size_t inbox_bytes() {
+    return sizeof(uint4) * 2 * kMaxCtas * PeerSum::kMaxRanks * std::size_t{kWordsPerCta};
+  }
+  static constexpr std::size_t calls() { return inbox_bytes(); }
+  static constexpr std::size_t numbers() { return calls() + kMaxCtas * sizeof(std::uint32_t); }
+  static constexpr std::size_t flags() { return numbers() + kNumbers * sizeof(std::uint32_t); }
+  std::size_t flag(std::uint32_t call) const { return flags() + call % kPlaces * kLine; }
+  std::size_t place(std::uint32_t call) const {
+    return flags() + kPlaces * kLine + call % kPlaces * round_up(most_bytes);
+  }
+  std::size_t bytes() const { return place(kPlaces - 1) + round_up(most_bytes); }
+};
+static_assert(Layout::flags() % kLine == 0);
+
+struct LargeParams {
+  uint4* data;
+  const uint4* other;
+  std::size_t num_words;  // of 16 bytes
+  const std::uint32_t* flag;
+  std::uint32_t number;
+  const volatile int* stop;
+};
+
+__device__ std::uint32_t load_acquire(const std::uint32_t* from) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+template <typename T>
+__device__ std::uint32_t add_pairs(std::uint32_t a, std::uint32_t b) {
+  const float2 x = unpack<T>(a);
+  const float2 y = unpack<T>(b);
+  return pack<T>(x.x + y.x, x.y + y.y);
+}
+
+// Of two values both ranks get the same sum, in whatever order.
+template <typename T>
+__global__ void __launch_bounds__(kLargeThreads) large_sum_kernel(const LargeParams p) {
+  if (threadIdx.x == 0) {
+    constexpr int kTriesPerLook = 4096;
+    for (int i = 0; load_acquire(p.flag) != p.number; ++i) {
+      if (i % kTriesPerLook == 0 && *p.stop != 0) break;
+    }
+  }
+  __syncthreads();
+  const std::size_t step = static_cast<std::size_t>(gridDim.x) * kLargeThreads;
+  for (std::size_t i = blockIdx.x * static_cast<std::size_t>(kLargeThreads) + threadIdx.x;
+       i < p.num_words; i += step) {
+    const uint4 own = p.data[i];
+    const uint4 other = __ldcg(p.other + i);
+    p.data[i] = {add_pairs<T>(own.x, other.x), add_pairs<T>(own.y, other.y),
+                 add_pairs<T>(own.z, other.z), add_pairs<T>(own.w, other.w)};
+  }
+}
+
 // What an Address holds.
 struct Inbox {
   cudaIpcMemHandle_t handle;  // for other processes
@@ -112,17 +185,25 @@ static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
 
 class CudaPeerSum final : public PeerSum {
  public:
-  CudaPeerSum(Device& device, int rank, int world_size) : type_(device.activation_type()) {
+  CudaPeerSum(Device& device, int rank, int world_size, std::size_t most_bytes)
+      : type_(device.activation_type()), layout_{world_size == 2 ? most_bytes : 0} {
     FT_CHECK(world_size <= kMaxRanks, world_size);
     params_.rank = rank;
     params_.world_size = world_size;
-    constexpr std::size_t kInboxBytes =
-        sizeof(uint4) * 2 * kMaxCtas * kMaxRanks * std::size_t{kWordsPerCta};
     // Not of the device's pool: other processes can't open that.
-    FT_CUDA(cudaMalloc(&memory_, kInboxBytes + kMaxCtas * sizeof(std::uint32_t)));
-    FT_CUDA(cudaMemset(memory_, 0, kInboxBytes + kMaxCtas * sizeof(std::uint32_t)));
+    FT_CUDA(cudaMalloc(&memory_, layout_.bytes()));
+    FT_CUDA(cudaMemset(memory_, 0, layout_.bytes()));
     params_.inboxes[rank] = reinterpret_cast<uint4*>(memory_);
-    params_.calls = reinterpret_cast<std::uint32_t*>(memory_ + kInboxBytes);
+    params_.calls = reinterpret_cast<std::uint32_t*>(memory_ + Layout::calls());
+    std::array<std::uint32_t, kNumbers> numbers{};
+    std::iota(numbers.begin(), numbers.end(), 1U);
+    FT_CUDA(cudaMemcpy(memory_ + Layout::numbers(), numbers.data(), sizeof numbers,
+                       cudaMemcpyHostToDevice));
+    FT_CUDA(cudaStreamCreateWithFlags(&sender_, cudaStreamNonBlocking));
+    FT_CUDA(cudaEventCreateWithFlags(&made_, cudaEventDisableTiming));
+    for (Begun& slot : slots_) {
+      FT_CUDA(cudaEventCreateWithFlags(&slot.sent, cudaEventDisableTiming));
+    }
     FT_CUDA(cudaHostAlloc(&stop_, sizeof *stop_, cudaHostAllocMapped));
     *stop_ = 0;
     int* on_device = nullptr;
@@ -132,7 +213,11 @@ class CudaPeerSum final : public PeerSum {
   }
   ~CudaPeerSum() override {
     *stop_ = 1;
+    cudaStreamSynchronize(sender_);
     disconnect();
+    cudaStreamDestroy(sender_);
+    cudaEventDestroy(made_);
+    for (const Begun& slot : slots_) cudaEventDestroy(slot.sent);
     cudaFree(memory_);  // after what still runs on the device
     cudaFreeHost(stop_);
   }
@@ -184,8 +269,62 @@ class CudaPeerSum final : public PeerSum {
     });
   }
 
+  bool begins(std::size_t count) const override {
+    const std::size_t bytes = count * bytes_of(type_);
+    return bytes >= kLeastBegun && bytes <= layout_.most_bytes && bytes % sizeof(uint4) == 0;
+  }
+
+  void begin(void* data, std::size_t count, Stream& stream) override {
+    FT_CHECK(begins(count) && num_begun_ - num_ended_ < kMaxBegun, count);
+    const std::uint32_t call = num_begun_++;
+    Begun& slot = slots_[call % kMaxBegun];
+    slot.data = data;
+    slot.bytes = count * bytes_of(type_);
+    FT_CUDA(cudaEventRecord(made_, as_cuda(stream).handle()));
+    FT_CUDA(cudaStreamWaitEvent(sender_, made_, 0));
+    auto* other = reinterpret_cast<std::byte*>(params_.inboxes[1 - params_.rank]);
+    FT_CUDA(
+        cudaMemcpyAsync(other + layout_.place(call), data, slot.bytes, cudaMemcpyDefault, sender_));
+    FT_CUDA(cudaMemcpyAsync(other + layout_.flag(call),
+                            memory_ + Layout::numbers() + call % kNumbers * sizeof(std::uint32_t),
+                            sizeof(std::uint32_t), cudaMemcpyDefault, sender_));
+    FT_CUDA(cudaEventRecord(slot.sent, sender_));
+  }
+
+  void end(Stream& stream) override {
+    FT_CHECK(num_ended_ < num_begun_);
+    const std::uint32_t call = num_ended_++;
+    const Begun& slot = slots_[call % kMaxBegun];
+    const cudaStream_t handle = as_cuda(stream).handle();
+    FT_CUDA(cudaStreamWaitEvent(handle, slot.sent, 0));
+    const LargeParams params{reinterpret_cast<uint4*>(slot.data),
+                             reinterpret_cast<const uint4*>(memory_ + layout_.place(call)),
+                             slot.bytes / sizeof(uint4),
+                             reinterpret_cast<const std::uint32_t*>(memory_ + layout_.flag(call)),
+                             number(call),
+                             params_.stop};
+    with_half_type(type_, [&](auto tag) {
+      large_sum_kernel<typename decltype(tag)::type>
+          <<<kLargeCtas, kLargeThreads, 0, handle>>>(params);
+    });
+    FT_CUDA(cudaGetLastError());
+  }
+
  private:
+  struct Begun {
+    void* data = nullptr;
+    std::size_t bytes = 0;
+    cudaEvent_t sent = nullptr;
+  };
+  static std::uint32_t number(std::uint32_t call) { return 1 + call % kNumbers; }
+
   DataType type_;
+  Layout layout_;
+  cudaStream_t sender_ = nullptr;
+  cudaEvent_t made_ = nullptr;
+  std::array<Begun, kMaxBegun> slots_;
+  std::uint32_t num_begun_ = 0;
+  std::uint32_t num_ended_ = 0;
   Params params_{};
   std::byte* memory_ = nullptr;
   int* stop_ = nullptr;
@@ -197,8 +336,9 @@ class CudaPeerSum final : public PeerSum {
 
 namespace foretoken::kernels {
 
-std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size) {
-  return std::make_unique<cuda::CudaPeerSum>(device, rank, world_size);
+std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size,
+                                       std::size_t most_bytes) {
+  return std::make_unique<cuda::CudaPeerSum>(device, rank, world_size, most_bytes);
 }
 
 }  // namespace foretoken::kernels

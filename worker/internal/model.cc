@@ -1,5 +1,6 @@
 #include "worker/model.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "worker/internal/model_loader.h"
@@ -103,13 +104,60 @@ kernels::NormedInput Model::norm(const kernels::DeviceBuffer& weight,
 void Model::project_qkv(int layer, int rows, Activations& act, const void* hidden,
                         kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  device_.linear({.x = hidden,
-                  .weight = weights.qkv.get(),
-                  .bias = weights.qkv_bias.as<float>(),
-                  .rows = rows,
-                  .out = act.qkv.data(),
-                  .norm = norm(weights.attention_norm, act)},
-                 stream);
+  const std::size_t row =
+      kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.qkv->rows);
+  for (const Rows& part : parts(rows)) {
+    const std::byte* x = static_cast<const std::byte*>(hidden) + hidden_bytes(part.first);
+    end_sums_of(x, part.count, stream);
+    device_.linear({.x = x,
+                    .weight = weights.qkv.get(),
+                    .bias = weights.qkv_bias.as<float>(),
+                    .rows = part.count,
+                    .out = act.qkv.as<std::byte>() + row * static_cast<std::size_t>(part.first),
+                    .norm = norm(weights.attention_norm, act)},
+                   stream);
+  }
+}
+
+Model::Rows Model::first_half(int rows) {
+  constexpr int kTile = 256;  // rows that a product's thread blocks have together
+  return {0, std::min(rows, (rows / 2 + kTile - 1) / kTile * kTile)};
+}
+
+std::size_t Model::most_begun_bytes(const ModelConfig& config, int max_rows) {
+  constexpr std::size_t kActivation = 2;  // of a CUDA device
+  return kActivation * static_cast<std::size_t>(first_half(max_rows).count) *
+         static_cast<std::size_t>(config.hidden_size);
+}
+
+std::vector<Model::Rows> Model::parts(int rows) const {
+  constexpr int kLeastRows = 512;  // of a part: below it products lose more than sums win (guessed)
+  const Rows first = first_half(rows);
+  const Rows second{first.count, rows - first.count};
+  const auto begins = [&](const Rows& part) {
+    return part.count >= kLeastRows &&
+           collective_.begins_sums(static_cast<std::size_t>(part.count) *
+                                   static_cast<std::size_t>(config_.hidden_size));
+  };
+  if (begins(first) && begins(second)) return {first, second};
+  return {{0, rows}};
+}
+
+void Model::end_oldest_sum(kernels::Stream& stream) {
+  begun_.pop_front();
+  collective_.end_sum(stream);
+}
+
+void Model::end_sums(kernels::Stream& stream) {
+  while (!begun_.empty()) end_oldest_sum(stream);
+}
+
+void Model::end_sums_of(const std::byte* hidden, int rows, kernels::Stream& stream) {
+  const std::byte* end = hidden + hidden_bytes(rows);
+  const auto is_of_them = [&](const Begun& sum) {
+    return sum.hidden < end && hidden < sum.hidden + sum.bytes;
+  };
+  while (std::ranges::any_of(begun_, is_of_them)) end_oldest_sum(stream);
 }
 
 kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const {
@@ -131,7 +179,7 @@ kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const 
 
 // hidden += W x. The residual is one rank's summand, so that the sum over ranks counts it once.
 void Model::add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias,
-                        const void* x, int rows, void* hidden, kernels::Stream& stream) {
+                        const void* x, int rows, std::byte* hidden, kernels::Stream& stream) {
   device_.linear({.x = x,
                   .weight = &weight,
                   .bias = bias.as<float>(),
@@ -139,24 +187,46 @@ void Model::add_product(const kernels::Weight& weight, const kernels::DeviceBuff
                   .out = hidden,
                   .residual = part_.rank == 0 ? hidden : nullptr},
                  stream);
-  collective_.all_reduce(
-      hidden, static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size),
-      stream);
+}
+
+void Model::add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& stream) {
+  const std::size_t count =
+      static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size);
+  if (!begins) return collective_.all_reduce(hidden, count, stream);
+  if (begun_.size() == Collective::kMaxBegun) end_oldest_sum(stream);
+  collective_.begin_sum(hidden, count, stream);
+  begun_.push_back({hidden, hidden_bytes(rows)});
 }
 
 void Model::finish_layer(int layer, int rows, Activations& act, void* hidden,
                          kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  add_product(*weights.o, weights.o_bias, act.attn.data(), rows, hidden, stream);
-  device_.linear({.x = hidden,
-                  .weight = weights.gate_up.get(),
-                  .bias = weights.gate_up_bias.as<float>(),
-                  .rows = rows,
-                  .out = act.mlp.data(),
-                  .norm = norm(weights.mlp_norm, act),
-                  .swiglu = {act.gate_up.data()}},
-                 stream);
-  add_product(*weights.down, weights.down_bias, act.mlp.data(), rows, hidden, stream);
+  const std::vector<Rows> all = parts(rows);
+  const bool begins = all.size() > 1;
+  const std::size_t attn_row =
+      kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.o->columns);
+  const auto hidden_of = [&](const Rows& part) {
+    return static_cast<std::byte*>(hidden) + hidden_bytes(part.first);
+  };
+  for (const Rows& part : all) {
+    const std::byte* x = act.attn.as<std::byte>() + attn_row * static_cast<std::size_t>(part.first);
+    add_product(*weights.o, weights.o_bias, x, part.count, hidden_of(part), stream);
+    add_up(hidden_of(part), part.count, begins, stream);
+  }
+  for (const Rows& part : all) {
+    end_sums_of(hidden_of(part), part.count, stream);
+    device_.linear({.x = hidden_of(part),
+                    .weight = weights.gate_up.get(),
+                    .bias = weights.gate_up_bias.as<float>(),
+                    .rows = part.count,
+                    .out = act.mlp.data(),
+                    .norm = norm(weights.mlp_norm, act),
+                    .swiglu = {act.gate_up.data()}},
+                   stream);
+    add_product(*weights.down, weights.down_bias, act.mlp.data(), part.count, hidden_of(part),
+                stream);
+    add_up(hidden_of(part), part.count, begins, stream);
+  }
 }
 
 void Model::logits(int rows, Activations& act, const void* hidden, float* logits,

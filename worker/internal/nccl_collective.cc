@@ -51,7 +51,7 @@ cudaStream_t handle_of(kernels::Stream& stream) {
 
 class NcclCollective final : public Collective {
  public:
-  NcclCollective(kernels::Device& device, SmallSums small) : device_(device) {
+  NcclCollective(kernels::Device& device, Sums sums, std::size_t most_begun) : device_(device) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
     ncclUniqueId id{};
@@ -63,7 +63,7 @@ class NcclCollective final : public Collective {
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));
     wait_until_ready("connecting the ranks");
-    if (small == SmallSums::kByPeers) peers_.emplace(device_, rank_, world_size_);
+    if (sums == Sums::kByPeers) peers_.emplace(device_, rank_, world_size_, most_begun);
     device_.set_wait_check([this] { check_peers(); });
   }
   ~NcclCollective() override {
@@ -78,12 +78,20 @@ class NcclCollective final : public Collective {
   int world_size() const override { return world_size_; }
 
   void all_reduce(void* data, std::size_t count, kernels::Stream& stream) override {
-    kernels::PeerSum* sum = peers_ ? peers_->sum() : nullptr;
+    kernels::PeerSum* sum = peer_sum();
     if (sum != nullptr && sum->takes(count)) return sum->run(data, count, stream);
     check_started(ncclAllReduce(data, data, count, nccl_type(device_.activation_type()), ncclSum,
                                 comm_, handle_of(stream)));
     wait_until_ready("all-reduce");
   }
+
+  bool begins_sums(std::size_t count) const override {
+    return peer_sum() != nullptr && peer_sum()->begins(count);
+  }
+  void begin_sum(void* data, std::size_t count, kernels::Stream& stream) override {
+    peer_sum()->begin(data, count, stream);
+  }
+  void end_sum(kernels::Stream& stream) override { peer_sum()->end(stream); }
 
   // NCCL gathers equal parts: each rank's is padded to the widest, and the rows are put together
   // from there.
@@ -108,6 +116,7 @@ class NcclCollective final : public Collective {
   }
 
  private:
+  kernels::PeerSum* peer_sum() const { return peers_ ? peers_->sum() : nullptr; }
   static void check_started(ncclResult_t status) {
     if (status != ncclInProgress) check_nccl(status, "start");
   }
@@ -149,8 +158,9 @@ class NcclCollective final : public Collective {
 
 }  // namespace
 
-std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, SmallSums small) {
-  return std::make_unique<NcclCollective>(device, small);
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums sums,
+                                                 std::size_t most_begun) {
+  return std::make_unique<NcclCollective>(device, sums, most_begun);
 }
 
 // NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.

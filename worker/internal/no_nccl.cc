@@ -4,7 +4,7 @@
 
 namespace foretoken::worker {
 
-std::unique_ptr<Collective> make_nccl_collective(kernels::Device&, SmallSums) {
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device&, Sums, std::size_t) {
   throw Exception(ErrorCode::kDevice, "this program was built without CUDA, and so without NCCL");
 }
 

@@ -103,6 +103,7 @@ bool Prefill::run(Sequence& sequence, const PrefillItem& item, kernels::Stream& 
     run_layer(sequence, layer, static_cast<int>(item.token_begin), static_cast<int>(item.token_end),
               stream);
   }
+  model_.end_sums(stream);
   const bool layer_done = item.token_end == sequence.prompt_length();
   next_layer_ = layer_done ? item.layer_end : item.layer_begin;
   next_token_ = layer_done ? sequence.reused_tokens : static_cast<int>(item.token_end);

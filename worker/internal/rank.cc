@@ -179,15 +179,19 @@ int own_gpu(const ServiceConfig& config, int group, const Place& place) {
   return index;
 }
 
-std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const Place& place,
-                                            kernels::Device& device) {
+std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const ModelConfig& model,
+                                            const Place& place, kernels::Device& device) {
   if (place.world_size == 1) return make_single_collective();
   if (!wants_cuda(config)) return make_mpi_collective();
-  if (place.node.count() == place.world_size) return make_nccl_collective(device);
-  if (place.rank == 0) {
-    log().warn("small sums go over NCCL, which is slower: the ranks are on several nodes");
+  if (place.node.count() == place.world_size) {
+    const std::size_t most_begun =
+        Model::most_begun_bytes(model, static_cast<int>(config.max_batched_tokens));
+    return make_nccl_collective(device, Sums::kByPeers, most_begun);
   }
-  return make_nccl_collective(device, SmallSums::kByNccl);
+  if (place.rank == 0) {
+    log().warn("sums go over NCCL, which is slower: the ranks are on several nodes");
+  }
+  return make_nccl_collective(device, Sums::kByNccl, 0);
 }
 
 // `foretoken serve` says by the environment whether its own stderr, where mpirun takes ours, is a
@@ -222,7 +226,7 @@ class Worker {
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
         device_(make_device(config_, model_config_, own_gpu(config_, config.group, place))),
-        collective_(make_collective(config_, place, *device_)) {
+        collective_(make_collective(config_, model_config_, place, *device_)) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =

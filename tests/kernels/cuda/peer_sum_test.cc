@@ -64,6 +64,71 @@ TEST_P(CudaPeerSum, EqualsThePlainSum) {
   EXPECT_FALSE(ranks[0].sum->takes(3));
 }
 
+// Two begun at a time, more calls than there are places, of any lengths.
+TEST_F(CudaTest, PeerSumInTwoStepsEqualsThePlainSum) {
+  constexpr DataType kType = DataType::kBf16;
+  constexpr std::size_t kMost = std::size_t{3} << 20;  // bytes
+  constexpr int kRanks = 2;
+  const auto device = make_cuda_device({.activation_type = kType});
+  std::vector<Rank> ranks;
+  std::vector<DeviceBuffer> others;  // a rank's second tensor
+  std::vector<PeerSum::Address> addresses;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    ranks.push_back({make_peer_sum(*device, rank, kRanks, kMost),
+                     device->make_stream(StreamKind::kCompute),
+                     {*device, kMost, MemoryUse::kActivations}});
+    others.emplace_back(*device, kMost, MemoryUse::kActivations);
+    addresses.push_back(ranks.back().sum->address());
+  }
+  for (Rank& rank : ranks) rank.sum->connect(addresses);
+  EXPECT_FALSE(ranks[0].sum->begins(kMost / 2 + 8));
+  EXPECT_FALSE(ranks[0].sum->begins(4096));  // as fast in one step
+
+  const std::size_t counts[] = {kMost / 2, std::size_t{1} << 19, (std::size_t{1} << 20) + 8};
+  for (int call = 0; call < 2100; ++call) {
+    const std::size_t count = counts[call % 3];
+    const auto data_of = [&](int rank, int of_call) {
+      const auto i = static_cast<std::size_t>(rank);
+      return (of_call % 2 == 0 ? ranks[i].data : others[i]).data();
+    };
+    const bool looks = call < 12 || call % 500 == 7;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      Rank& own = ranks[static_cast<std::size_t>(rank)];
+      ASSERT_TRUE(own.sum->begins(count));
+      if (looks) {
+        std::vector<float> values(count);
+        for (std::size_t i = 0; i < count; ++i) values[i] = value_of(rank, i, call);
+        const std::vector<std::byte> bytes = reference::encode(values, kType);
+        device->copy_in(data_of(rank, call), bytes.data(), bytes.size(), *own.stream);
+        own.stream->synchronize();
+      }
+      own.sum->begin(data_of(rank, call), count, *own.stream);
+    }
+    if (call == 0) continue;  // one more is under way
+    for (Rank& rank : ranks) rank.sum->end(*rank.stream);
+    if (!looks) continue;
+    for (Rank& rank : ranks) rank.sum->end(*rank.stream);
+    for (int rank = 0; rank < kRanks; ++rank) {
+      Rank& own = ranks[static_cast<std::size_t>(rank)];
+      std::vector<std::byte> bytes(count * 2);
+      device->copy_out(bytes.data(), data_of(rank, call), bytes.size(), *own.stream);
+      own.stream->synchronize();
+      for (std::size_t i = 0; i < count; ++i) {
+        const float expected = value_of(0, i, call) + value_of(1, i, call);  // exact in bf16
+        ASSERT_EQ(reference::decode_at(bytes.data(), kType, i), expected)
+            << "call " << call << ", value " << i;
+      }
+    }
+    ++call;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      Rank& own = ranks[static_cast<std::size_t>(rank)];
+      own.sum->begin(data_of(rank, call), counts[call % 3], *own.stream);
+    }
+  }
+  for (Rank& rank : ranks) rank.sum->end(*rank.stream);
+  for (Rank& rank : ranks) rank.stream->synchronize();
+}
+
 // Nobody waits for ever for a rank that never comes.
 TEST_F(CudaTest, PeerSumGivesUpAtItsEnd) {
   const auto device = make_cuda_device({});
