@@ -47,6 +47,7 @@ class Prefill {
   void run_chunk(Sequence& sequence, int layer, int begin, int rows, kernels::Stream& stream);
   void keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream& stream);
   void load_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
+  void read_next_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
   void sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream);
@@ -66,6 +67,7 @@ class Prefill {
   std::array<LayerKv, 2> kv_;     // of even and odd layers
   std::unique_ptr<kernels::Stream> copy_;
   std::unique_ptr<kernels::Event> computed_;  // the layer's K and V stand
+  std::unique_ptr<kernels::Event> unpacked_;  // ... those of its reused prefix
   kernels::DeviceBuffer tail_q_;              // [kHistoryRows, heads, head_dim] of the last queries
   kernels::DeviceBuffer tail_lse_;            // [heads, rows of the tail]
   kernels::DeviceBuffer block_max_;           // [heads, rows of the tail, columns]

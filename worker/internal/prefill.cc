@@ -30,7 +30,8 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
            kernels::MemoryUse::kActivations),
       num_columns_(device, sizeof(std::int32_t), kernels::MemoryUse::kActivations),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
-      computed_(device.make_event()) {
+      computed_(device.make_event()),
+      unpacked_(device.make_event()) {
   constexpr auto kUse = kernels::MemoryUse::kPrefill;
   const kernels::KvShape& shape = model_.kv_shape();
   const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
@@ -110,6 +111,7 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
   }
   for (int chunk = begin; chunk < end; chunk += act_.max_rows) {
     run_chunk(sequence, layer, chunk, std::min(act_.max_rows, end - chunk), stream);
+    if (sequence.outsized() != nullptr) sequence.outsized()->advance();
   }
   if (end < sequence.prompt_length()) return;
   write_blocks(sequence, layer, stream);
@@ -174,7 +176,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
   const int blocks = sequence.reused_tokens / kBlockTokens;
   if (kvstore::OutsizedKv* outsized = sequence.outsized()) {
     // A lost sequence goes on with what there is; status() says so.
-    static_cast<void>(outsized->wait(layer, {0, blocks / kSegmentBlocks}));
+    static_cast<void>(outsized->wait(layer, kvstore::Segments{0, blocks / kSegmentBlocks}));
   }
   store_.unpack({.k = kv_of(layer).k.data(),
                  .v = kv_of(layer).v.data(),
@@ -186,6 +188,20 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
                  .num_blocks = blocks,
                  .sequence = sequence.alone().sequences},
                 stream);
+  if (sequence.outsized() != nullptr) read_next_prefix(sequence, layer, stream);
+}
+
+// The layer's reused runs are in the scratch soon, and may leave their frames: the disk brings the
+// next layer's while this one is computed.
+void Prefill::read_next_prefix(Sequence& sequence, int layer, kernels::Stream& stream) {
+  kvstore::OutsizedKv& outsized = *sequence.outsized();
+  Sequence* row = &sequence;
+  unpacked_->record(stream);
+  work_until(*unpacked_, std::span(&row, 1), device_);
+  outsized.let_go(layer);
+  if (layer + 1 == model_.num_layers()) return;
+  outsized.ask(layer + 1, kvstore::Segments{0, sequence.reused_tokens / kSegmentTokens});
+  outsized.advance();
 }
 
 // The layer's blocks leave on the copy stream, while the next layer is computed.
