@@ -48,7 +48,8 @@ Server::Server(const ServerConfig& config)
     : config_(config),
       listener_(config.socket_path),
       nvme_file_(open_file(config.nvme)),
-      epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+      epoll_(epoll_create1(EPOLL_CLOEXEC)),
+      choice_(config.nvme ? config.nvme->reads : ReadChoice::Mode::kAuto) {
   if (!epoll_) throw Exception(ErrorCode::kIo, std::string("epoll: ") + std::strerror(errno));
   watch(listener_.fd(), kListener);
 }
@@ -244,6 +245,8 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
   } else if (const auto* faults = std::get_if<NvmeFaults>(&request)) {
     rank_faults_.io_errors += faults->io_errors;
     rank_faults_.checksum_failures += faults->checksum_failures;
+  } else if (const auto* times = std::get_if<PrefillTimes>(&request)) {
+    note_prefill(*times);
   } else if (const auto* release = std::get_if<Release>(&request)) {
     take_back_slots(*peer.lease, release->sequence);
     note(peer, book_->release(*peer.lease, release->sequence));
@@ -274,8 +277,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   if (promotions_ && is_coming(peer, request)) {
     return reply(peer, Error{ErrorCode::kPending, "its prefix is on its way from NVMe"});
   }
-  return reply_grant(
-      peer, book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments));
+  auto grant = book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
+  if (grant && promotions_) count_passed_over(peer, request.keys, grant->head_hits);
+  return reply_grant(peer, std::move(grant));
 }
 
 Status Server::commit(const Peer& peer, const Commit& request) {
@@ -361,6 +365,9 @@ StoreStat Server::stat() const {
   if (mover_) stat.nvme = mover_->stat();
   stat.nvme.io_errors += rank_faults_.io_errors;
   stat.nvme.checksum_failures += rank_faults_.checksum_failures;
+  if (model_) {
+    stat.nvme.tokens_passed_over = slabs_passed_over_ * kSegmentTokens / model_->total_kv_heads;
+  }
   return stat;
 }
 

@@ -175,8 +175,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
   const kernels::KvShape& shape = model_.kv_shape();
   const int blocks = sequence.reused_tokens / kBlockTokens;
   if (kvstore::OutsizedKv* outsized = sequence.outsized()) {
-    // A lost sequence goes on with what there is; status() says so.
-    static_cast<void>(outsized->wait(layer, kvstore::Segments{0, blocks / kSegmentBlocks}));
+    await_prefix(*outsized, layer, sequence.reused_tokens);
   }
   store_.unpack({.k = kv_of(layer).k.data(),
                  .v = kv_of(layer).v.data(),
@@ -189,6 +188,14 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
                  .sequence = sequence.alone().sequences},
                 stream);
   if (sequence.outsized() != nullptr) read_next_prefix(sequence, layer, stream);
+}
+
+// A lost sequence goes on with what there is; status() says so.
+void Prefill::await_prefix(kvstore::OutsizedKv& outsized, int layer, int tokens) {
+  const auto begin = std::chrono::steady_clock::now();
+  static_cast<void>(outsized.wait(layer, kvstore::Segments{0, tokens / kSegmentTokens}));
+  reading_.tokens += tokens;
+  reading_.time += std::chrono::steady_clock::now() - begin;
 }
 
 // The layer's reused runs are in the scratch soon, and may leave their frames: the disk brings the
