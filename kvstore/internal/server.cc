@@ -155,7 +155,11 @@ void Server::admit(FileDescriptor socket) {
   if (!process || hung_up(socket.get())) return;
   const PeerId id = next_peer_++;
   watch(socket.get(), socket_tag(id));
-  peers_.emplace(id, Peer{std::move(socket), std::move(process), credentials->pid, {}, 0, 0, {}});
+  peers_.emplace(id, Peer{.socket = std::move(socket),
+                          .process = std::move(process),
+                          .pid = credentials->pid,
+                          .lease = {},
+                          .waiting = {}});
 }
 
 void Server::serve(PeerId id) {
@@ -309,6 +313,7 @@ bool Server::greet(Peer& peer, const Hello& hello) {
     return true;
   }
   peer.lease = book_->open_lease(hello.owner);
+  peer.rank = hello.owner.rank;
   peer.first_head = hello.owner.first_head;
   peer.num_heads = hello.owner.num_heads;
   const ArenaLayout& layout = arena_->layout();
@@ -365,9 +370,7 @@ StoreStat Server::stat() const {
   if (mover_) stat.nvme = mover_->stat();
   stat.nvme.io_errors += rank_faults_.io_errors;
   stat.nvme.checksum_failures += rank_faults_.checksum_failures;
-  if (model_) {
-    stat.nvme.tokens_passed_over = slabs_passed_over_ * kSegmentTokens / model_->total_kv_heads;
-  }
+  stat.nvme.tokens_passed_over = tokens_passed_over_;
   return stat;
 }
 

@@ -76,8 +76,9 @@ class Server {
     FileDescriptor process;  // pidfd
     int pid = 0;
     std::optional<LeaseId> lease;
-    int first_head = 0;            // of the lease
-    int num_heads = 0;             // of the lease
+    int rank = 0;  // of the lease, as are ...
+    int first_head = 0;
+    int num_heads = 0;
     std::optional<Hello> waiting;  // for the end of an older lease
   };
   using PeerId = std::uint64_t;
@@ -161,7 +162,7 @@ class Server {
   std::unique_ptr<TierMover> mover_;    // with tier_
   ReadChoice choice_;
   std::unique_ptr<Promotions> promotions_;  // with mover_
-  std::int64_t slabs_passed_over_ = 0;
+  std::int64_t tokens_passed_over_ = 0;
   std::map<std::pair<LeaseId, SequenceId>, Lent> lent_;
   NvmeFaults rank_faults_;  // of all ranks, so far
   WeightCopy weights_;

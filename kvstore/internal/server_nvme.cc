@@ -74,19 +74,20 @@ bool Server::reads_outsized(const Reserve& request, int hits) {
                        std::chrono::steady_clock::now());
 }
 
-// What a reservation was granted without, although the tier has it.
+// What a reservation was granted without, although the tier has it: of a group, by its first rank.
 void Server::count_passed_over(const Peer& peer, std::span<const PrefixKey> keys,
                                std::span<const int> head_hits) {
   const TimePoint now = std::chrono::steady_clock::now();
-  if (keys.empty() || !choice_.is_passed_over(keys.back(), now)) return;
-  for (int i = 0; i < peer.num_heads; ++i) {
-    const auto rest =
-        keys.subspan(static_cast<std::size_t>(head_hits[static_cast<std::size_t>(i)]));
-    const auto is_there = [&](const PrefixKey& key) {
-      return tier_->has({peer.first_head + i, key}, now);
-    };
-    slabs_passed_over_ += std::ranges::find_if_not(rest, is_there) - rest.begin();
-  }
+  if (peer.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), now)) return;
+  const auto rest = keys.subspan(static_cast<std::size_t>(std::ranges::min(head_hits)));
+  const auto is_there = [&](const PrefixKey& key) {
+    for (int i = 0; i < peer.num_heads; ++i) {
+      const auto place = mover_->place_of({peer.first_head + i, key}, now);
+      if (place == TierMover::Place::kNeither) return false;
+    }
+    return true;
+  };
+  tokens_passed_over_ += kSegmentTokens * (std::ranges::find_if_not(rest, is_there) - rest.begin());
 }
 
 void Server::note_prefill(const PrefillTimes& times) {
