@@ -3,8 +3,9 @@
 // lately; and where one of the two is not known, so that it will be.
 //
 // A prefix of a sequence that the arena holds is promoted: it takes what the disk takes. Prefill of
-// one that is larger reads its prefix beside its work: it takes the time that it waits. A disk that is slow is tried again, when computing in place of reading has taken
-// kTrialShare times what the next read is expected to take.
+// one that is larger reads its prefix beside its work: it takes the time that it waits. A disk that
+// is slow is tried again, when computing in place of reading has taken kTrialShare times what the
+// next read is expected to take.
 //
 // A decision on a prefix holds for kSame, so that all ranks of a group are told the same.
 //

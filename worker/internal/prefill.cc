@@ -193,7 +193,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer, kernels::Stream& stream
 // A lost sequence goes on with what there is; status() says so.
 void Prefill::await_prefix(kvstore::OutsizedKv& outsized, int layer, int tokens) {
   const auto begin = std::chrono::steady_clock::now();
-  static_cast<void>(outsized.wait(layer, kvstore::Segments{0, tokens / kSegmentTokens}));
+  if (!outsized.wait(layer, kvstore::Segments{0, tokens / kSegmentTokens})) return;
   reading_.tokens += tokens;
   reading_.time += std::chrono::steady_clock::now() - begin;
 }
