@@ -154,6 +154,7 @@ struct KvNvme {
   std::int64_t io_errors = 0;
   std::int64_t checksum_failures = 0;
   std::int64_t host_checksum_failures = 0;  // slabs in host memory that weren't written for it
+  std::int64_t tokens_passed_over = 0;      // it had, but computing them anew takes less time
 };
 struct StatusReply {
   std::string state;  // loading | ready | draining | failed

@@ -46,14 +46,15 @@ struct ServiceConfig {
   std::string trace;  // benchmarks: churn=P, blocks of which P % are new a step; empty: off
 
   // KV store.
-  double kv_host_gib = 0;        // arena; 0: a quarter of the machine's memory, at most 64
-  std::string kv_nvme_path;      // folder of the second tier; empty: none
-  double kv_nvme_gib = 0;        // its size; 0: as a kept one, else 9/10 of what is free there
-  bool kv_persist = false;       // the second tier is kept from start to start
-  bool kv_encrypt = false;       // the second tier is encrypted
-  std::string kv_key_file;       // with the key in this file; empty: a random one, in memory
-  std::string on_late = "wait";  // wait | skip
-  bool guard_arena = false;      // test aid: the arena is unmapped but inside gather and write
+  double kv_host_gib = 0;    // arena; 0: a quarter of the machine's memory, at most 64
+  std::string kv_nvme_path;  // folder of the second tier; empty: none
+  double kv_nvme_gib = 0;    // its size; 0: as a kept one, else 9/10 of what is free there
+  std::string kv_nvme_reuse = "auto";  // auto: where reading is faster than computing | always
+  bool kv_persist = false;             // the second tier is kept from start to start
+  bool kv_encrypt = false;             // the second tier is encrypted
+  std::string kv_key_file;             // with the key in this file; empty: a random one, in memory
+  std::string on_late = "wait";        // wait | skip
+  bool guard_arena = false;  // test aid: the arena is unmapped but inside gather and write
 
   // Scheduling and limits.
   int max_num_seqs = 8;          // sequences that decode in one step

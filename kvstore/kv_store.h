@@ -90,7 +90,17 @@ struct NvmeStat {
   std::int64_t io_errors = 0;          // operations that failed, or never ended
   std::int64_t checksum_failures = 0;  // headers and slabs of the file that failed their check
   std::int64_t host_checksum_failures = 0;  // slabs of the arena that failed it, so weren't written
+  std::int64_t tokens_passed_over = 0;      // it had, but computing them anew takes less time
   bool operator==(const NvmeStat&) const = default;
+};
+
+// What prefill has taken lately on this rank, in token x layers: of the prompts that it computed
+// for the most part; and of reused prefixes of outsized sequences, what it waited for the disk.
+struct PrefillTimes {
+  std::int64_t computed = 0;
+  std::chrono::microseconds computing{0};
+  std::int64_t read = 0;
+  std::chrono::microseconds reading{0};
 };
 
 // Slabs a head, over the whole node, of the head that has the fewest free.
@@ -120,7 +130,8 @@ class KvStore {
   KvStore& operator=(const KvStore&) = delete;
 
   // Slabs for num_segments segments on all heads of this rank, reusing the longest run of `keys`
-  // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there.
+  // (of the prompt's first segments; the caller keeps to floor((len - 64) / 256)) that is there,
+  // and not on NVMe alone where reading it takes longer than computing it.
   // A second rank of the group that shares a head gets the same slabs, but for an outsized
   // sequence, of which each rank has its own KV.
   // Never waits for a disk, but for the checksums of an outsized sequence's hits. Error: kExhausted
@@ -144,6 +155,9 @@ class KvStore {
   // Tells the store which segments of an outsized sequence are whole on NVMe, and which slots there
   // failed their check. Often, and before release(). One-way.
   Status publish_written(Reservation& kv);
+
+  // For the store to weigh reading a prefix from NVMe against computing it anew. One-way.
+  Status note_prefill(const PrefillTimes& times);
 
   // KV of the sequence failed its check. Its slabs serve as nobody's prefix from now on, and are
   // the last ones to be handed out again. Nothing more of it is published. One-way.

@@ -26,6 +26,7 @@ using foretoken::kvstore::ModelIdentity;
 using foretoken::kvstore::NumaPlacement;
 using foretoken::kvstore::NvmeConfig;
 using foretoken::kvstore::NvmeReuse;
+using foretoken::kvstore::ReadChoice;
 using foretoken::kvstore::Server;
 using foretoken::kvstore::ServerConfig;
 using foretoken::kvstore::ToolFlags;
@@ -54,6 +55,11 @@ void add_options(CLI::App& app, Options& options) {
   app.add_option("--nvme-bytes", options.nvme.capacity_bytes,
                  "Size of the file there (default: as a kept one, else 9/10 of what is free)")
       ->transform(CLI::AsSizeValue(false))
+      ->needs(folder);
+  app.add_option("--nvme-reuse", options.nvme.reads,
+                 "Read prefixes from it where that is faster than computing them anew, or always")
+      ->transform(CLI::CheckedTransformer(std::map<std::string, ReadChoice::Mode>{
+          {"auto", ReadChoice::Mode::kAuto}, {"always", ReadChoice::Mode::kAlways}}))
       ->needs(folder);
   app.add_flag("--persist", options.keep_slabs, "Keep the file from start to start")->needs(folder);
   app.add_flag("--encrypt", options.encrypts, "Encrypt the file; with a random key, unless ...")

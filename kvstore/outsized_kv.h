@@ -123,6 +123,8 @@ class OutsizedKv {
   // frames for one whole layer, so only the first ones were. REQUIRES: they have room, or are
   // filled.
   bool ask(int layer, std::span<const HeadSegment> runs);
+  // ask() for all heads.
+  bool ask(int layer, Segments segments);
   // What was asked for, has not been begun, and is held by no layer any more, is not read.
   void drop_unheld();
   // Now: until all are there.
@@ -167,6 +169,7 @@ class OutsizedKv {
   };
 
   RunIndex index(int layer, HeadSegment run) const;
+  std::vector<HeadSegment> on_all_heads(Segments segments) const;
   Run& at(RunIndex run) { return runs_state_[static_cast<std::size_t>(run)]; }
   int layer_of(RunIndex run) const;
   std::uint64_t offset(RunIndex run) const;

@@ -59,6 +59,8 @@ class Engine {
     std::vector<std::unique_ptr<Sampler::Draw>> draws;
     kernels::Event* ended = nullptr;
     std::chrono::steady_clock::time_point launched;
+    kvstore::PrefillTimes prefilled;
+    bool times_step = false;  // `prefilled` is yet without the step's time
   };
 
   void drain();
@@ -71,6 +73,9 @@ class Engine {
   AdmitResult start(const StartSequence& start);
   void note_lost(const StepPlan& plan, StepResult& result);
   void prefill(const PrefillItem& item, Pending& pending);
+  void time_prefill(const Sequence& sequence, const PrefillItem& item,
+                    std::chrono::nanoseconds time, Pending& pending);
+  void tell_times(Pending& pending);
   void decode(const std::vector<SequenceId>& ids, Pending& pending);
   Sequence& find(SequenceId id);
   std::int64_t device_bytes_free() const;

@@ -7,8 +7,11 @@
 #pragma once
 
 #include <array>
+#include <chrono>
+#include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "worker/model.h"
 #include "worker/sequence.h"
@@ -29,6 +32,13 @@ class Prefill {
 
   // Of the prompt that run() just finished; valid until the next run().
   const void* last_token(const Sequence& sequence) const;
+  // What run() has waited for the disk, for reused prefixes, since the last call; in tokens x
+  // layers.
+  struct Reading {
+    std::int64_t tokens = 0;
+    std::chrono::nanoseconds time{0};
+  };
+  Reading take_reading() { return std::exchange(reading_, {}); }
   // Waits for blocks on their way to the arena, or from there.
   void drain();
   Activations& activations() { return act_; }
@@ -51,6 +61,8 @@ class Prefill {
   void keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream& stream);
   void begin_on_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
   void load_prefix(Sequence& sequence, int layer);
+  void await_prefix(kvstore::OutsizedKv& outsized, int layer, int tokens);
+  void read_next_prefix(Sequence& sequence, int layer);
   void write_blocks(Sequence& sequence, int layer, kernels::Stream& stream);
   void start_history(Sequence& sequence, int layer, kernels::Stream& stream);
   void sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream);
@@ -76,6 +88,7 @@ class Prefill {
   std::optional<SequenceId> current_;
   int next_layer_ = 0;
   int next_token_ = 0;
+  Reading reading_;
 };
 
 }  // namespace foretoken::worker

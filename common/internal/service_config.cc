@@ -45,6 +45,7 @@ void visit_config(F&& f, auto& c) {
   f("kv_host_gib", c.kv_host_gib);
   f("kv_nvme_path", c.kv_nvme_path);
   f("kv_nvme_gib", c.kv_nvme_gib);
+  f("kv_nvme_reuse", c.kv_nvme_reuse);
   f("kv_encrypt", c.kv_encrypt);
   f("kv_key_file", c.kv_key_file);
   f("kv_persist", c.kv_persist);
@@ -95,6 +96,7 @@ const std::vector<Choice>& choices() {
       {"history_type", &C::history_type, {"bf16", "e5m3", "fp32"}},
       {"history_fill", &C::history_fill, {"zero", "hold"}},
       {"calibrate_with", &C::calibrate_with, {"auto", "exact", "sketch", "none"}},
+      {"kv_nvme_reuse", &C::kv_nvme_reuse, {"auto", "always"}},
       {"on_late", &C::on_late, {"wait", "skip"}},
   };
   return all;
@@ -210,6 +212,7 @@ Status check_nvme(const ServiceConfig& config) {
   if (!config.kv_nvme_path.empty()) return Ok{};
   constexpr auto kWhy = "needs --kv-nvme-path: the folder of the NVMe tier";
   if (config.kv_nvme_gib > 0) return config_error("kv_nvme_gib", kWhy);
+  if (config.kv_nvme_reuse != "auto") return config_error("kv_nvme_reuse", kWhy);
   if (config.kv_persist) return config_error("kv_persist", kWhy);
   if (config.kv_encrypt) return config_error("kv_encrypt", kWhy);
   return Ok{};

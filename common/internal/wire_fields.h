@@ -192,6 +192,7 @@ void visit_fields(F&& f, Is<KvNvme> auto& m) {
   f("io_errors", m.io_errors);
   f("checksum_failures", m.checksum_failures);
   f("host_checksum_failures", m.host_checksum_failures);
+  f("tokens_passed_over", m.tokens_passed_over);
 }
 
 template <typename F>

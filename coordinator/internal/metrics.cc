@@ -76,6 +76,9 @@ struct Metrics::Impl {
       counter("foretoken_kv_nvme_written_bytes_total", "KV bytes written to the NVMe tier");
   Counter& nvme_errors =
       counter("foretoken_kv_nvme_io_errors_total", "Operations of the NVMe tier that failed");
+  Counter& nvme_passed_over =
+      counter("foretoken_kv_nvme_passed_over_tokens_total",
+              "Tokens that the NVMe tier had, computed anew as reading them takes longer");
   Counter& late = counter("foretoken_prefetch_late_total", "Blocks that were not there in time");
   Counter& fallbacks = counter("foretoken_predictor_fallbacks_total",
                                "Times that a map had no finite scores, and its latest blocks were "
@@ -196,6 +199,7 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   raise(impl_->nvme_read, &KvNvme::bytes_read);
   raise(impl_->nvme_written, &KvNvme::bytes_written);
   raise(impl_->nvme_errors, &KvNvme::io_errors);
+  raise(impl_->nvme_passed_over, &KvNvme::tokens_passed_over);
   raise(impl_->labelled(kFailures, kFailuresHelp, "tier", "nvme"), &KvNvme::checksum_failures);
   raise(impl_->host_failures, &KvNvme::host_checksum_failures);
   impl_->nvme = nvme;

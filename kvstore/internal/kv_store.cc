@@ -281,6 +281,8 @@ Status KvStore::commit(SequenceId sequence, int segment, const PrefixKey& key) {
   return impl_->connection.tell(Commit{sequence, segment, key});
 }
 
+Status KvStore::note_prefill(const PrefillTimes& times) { return impl_->connection.tell(times); }
+
 Status KvStore::distrust(SequenceId sequence) { return impl_->connection.tell(Distrust{sequence}); }
 
 Status KvStore::release(SequenceId sequence) { return impl_->connection.tell(Release{sequence}); }

@@ -90,6 +90,16 @@ RunIndex OutsizedKv::index(int layer, HeadSegment run) const {
       static_cast<std::uint32_t>((layer * heads + run.head) * parts_.num_segments + run.segment)};
 }
 
+std::vector<HeadSegment> OutsizedKv::on_all_heads(Segments segments) const {
+  std::vector<HeadSegment> runs;
+  for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
+    for (int segment = segments.first; segment < segments.end; ++segment) {
+      runs.push_back({head, segment});
+    }
+  }
+  return runs;
+}
+
 int OutsizedKv::layer_of(RunIndex run) const {
   return static_cast<int>(static_cast<std::uint32_t>(run)) / parts_.num_segments /
          parts_.shape.num_kv_heads;
@@ -332,14 +342,10 @@ Status OutsizedKv::wait(int layer, std::span<const HeadSegment> runs) {
   }
 }
 
+bool OutsizedKv::ask(int layer, Segments segments) { return ask(layer, on_all_heads(segments)); }
+
 Status OutsizedKv::wait(int layer, Segments segments) {
-  std::vector<HeadSegment> runs;
-  for (int head = 0; head < parts_.shape.num_kv_heads; ++head) {
-    for (int segment = segments.first; segment < segments.end; ++segment) {
-      runs.push_back({head, segment});
-    }
-  }
-  return wait(layer, runs);
+  return wait(layer, on_all_heads(segments));
 }
 
 void OutsizedKv::let_go(int layer) {

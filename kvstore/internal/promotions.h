@@ -6,6 +6,8 @@
 // and none is let through before the others' have come, so that they go on together. What the arena
 // has of the prefix, and what has come, is held until a reservation of its head is made, or until
 // nobody has asked for kComeAgain. After kLimit a reservation goes on with the hits that there are.
+// Nothing is promoted of a prefix that takes less time to compute (read_choice.h), which is told
+// what promotions take.
 //
 // For the store's thread. Example: tests/kvstore/promotions_test.cc
 #pragma once
@@ -18,6 +20,7 @@
 #include <span>
 
 #include "common/prefix_key.h"
+#include "kvstore/internal/read_choice.h"
 #include "kvstore/internal/store_book.h"
 #include "kvstore/internal/tier_mover.h"
 
@@ -31,8 +34,9 @@ class Promotions {
   // room; then its step's turn must come (guessed).
   static constexpr std::chrono::seconds kComeAgain{2};
 
-  // Both must outlive it.
-  Promotions(StoreBook& book, TierMover& mover) : book_(book), mover_(mover) {}
+  // All must outlive it. num_kv_heads: the model's.
+  Promotions(StoreBook& book, TierMover& mover, ReadChoice& choice, int num_kv_heads)
+      : book_(book), mover_(mover), choice_(choice), num_kv_heads_(num_kv_heads) {}
 
   // Whether some of this prefix is on its way to any head.
   bool is_under_way(std::span<const PrefixKey> keys, TimePoint now) const;
@@ -40,6 +44,9 @@ class Promotions {
   // waited for, and nothing is held for these heads any more; reserve before another call.
   bool is_coming(int first_head, int num_heads, std::span<const PrefixKey> keys, TimePoint now);
 
+  // What would be read of the prefix for these heads, and what it saves.
+  ReadChoice::Tokens tokens_to_read(int first_head, int num_heads, std::span<const PrefixKey> keys,
+                                    TimePoint now) const;
   // A slab's promotion has ended, well or not.
   void on_ended(const SlabName& name, TimePoint now);
   // Lets go of what nobody has come for.
@@ -53,13 +60,15 @@ class Promotions {
     std::set<int> heads;  // begun, and not reserved yet
     std::set<SlabName> awaited;
     std::map<SlabName, SlabIndex> held;
+    bool is_read = true;  // else it is computed anew
     TimePoint limit;
     TimePoint wanted_until;
   };
 
   void begin(Prefix& prefix, int head, int num_heads, std::span<const PrefixKey> keys,
              TimePoint now);
-  void hold(Prefix& prefix, const SlabName& name);
+  bool hold(Prefix& prefix, const SlabName& name);
+  bool is_reading() const;
   void let_go(Prefix& prefix, int first_head, int num_heads);
   static bool is_awaited(const Prefix& prefix, TimePoint now);
   static void want(Prefix& prefix, TimePoint now);
@@ -67,6 +76,9 @@ class Promotions {
 
   StoreBook& book_;
   TierMover& mover_;
+  ReadChoice& choice_;
+  const int num_kv_heads_;
+  TimePoint read_at_{};                   // the last slab; before, when reading began
   std::map<PrefixKey, Prefix> prefixes_;  // by the last key, which stands for all before it
 };
 

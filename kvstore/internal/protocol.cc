@@ -24,6 +24,7 @@ enum Kind : int {
   kWeightsFilled = 12,
   kPublish = 13,
   kRefute = 14,
+  kPrefillTimes = 15,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
@@ -117,6 +118,14 @@ struct RequestWriter {
         .integer(faults.checksum_failures)
         .finish();
   }
+  std::string operator()(const PrefillTimes& times) const {
+    return Writer(kPrefillTimes, 4)
+        .integer(times.computed)
+        .integer(times.computing.count())
+        .integer(times.read)
+        .integer(times.reading.count())
+        .finish();
+  }
   std::string operator()(const Goodbye&) const { return Writer(kGoodbye, 0).finish(); }
   std::string operator()(const FindWeights& find) const {
     return Writer(kFindWeights, 2).integer(find.version).text(find.model_hash).finish();
@@ -167,7 +176,7 @@ struct ReplyWriter {
         .finish();
   }
   std::string operator()(const StoreStat& stat) const {
-    return Writer(kStatReply, 23)
+    return Writer(kStatReply, 24)
         .integer(stat.slabs_total)
         .integer(stat.slabs_ready)
         .integer(stat.slabs_free)
@@ -191,6 +200,7 @@ struct ReplyWriter {
         .integer(stat.nvme.io_errors)
         .integer(stat.nvme.checksum_failures)
         .integer(stat.nvme.host_checksum_failures)
+        .integer(stat.nvme.tokens_passed_over)
         .finish();
   }
   std::string operator()(const WeightMemory& memory) const {
@@ -370,6 +380,18 @@ NvmeFaults read_faults(Reader& reader) {
   return faults;
 }
 
+PrefillTimes read_times(Reader& reader) {
+  const auto time = [&](const char* field) {
+    return std::chrono::microseconds(reader.counter(field));
+  };
+  PrefillTimes times;
+  times.computed = reader.counter("computed");
+  times.computing = time("computing");
+  times.read = reader.counter("read");
+  times.reading = time("reading");
+  return times;
+}
+
 FindWeights read_find(Reader& reader) {
   FindWeights find;
   find.version = read_version(reader);
@@ -415,6 +437,7 @@ NvmeStat read_nvme(Reader& reader) {
   stat.io_errors = reader.counter("nvme io_errors");
   stat.checksum_failures = reader.counter("nvme checksum_failures");
   stat.host_checksum_failures = reader.counter("nvme host_checksum_failures");
+  stat.tokens_passed_over = reader.counter("nvme tokens_passed_over");
   return stat;
 }
 
@@ -473,6 +496,8 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(read_publish(reader));
     case kRefute:
       return reader.finish<Request>(read_refute(reader));
+    case kPrefillTimes:
+      return reader.finish<Request>(read_times(reader));
     default:
       return reader.unknown_kind<Request>();
   }

@@ -2,7 +2,7 @@
 // msgpack array [kind, fields...] (docs/formats.md, "Store protocol"). Requests that are answered:
 // Hello -> Welcome, Reserve and Use -> Granted, StatRequest -> StoreStat, FindWeights, KeepWeights
 // and WeightsFilled -> WeightMemory, each or Error. Commit, Publish, Distrust, Refute, NvmeFaults,
-// Release and Goodbye are one-way.
+// PrefillTimes, Release and Goodbye are one-way.
 //
 // Decoding trusts nothing: size, kinds, counts and ranges are checked, extension types refused.
 // Never throws. Error: kCorrupt, naming the field.
@@ -93,8 +93,9 @@ struct KeepWeights {
 };
 // The rank has unmapped what KeepWeights gave it, and all bytes are there.
 struct WeightsFilled {};
-using Request = std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust,
-                             NvmeFaults, FindWeights, KeepWeights, WeightsFilled, Publish, Refute>;
+using Request =
+    std::variant<Hello, Reserve, Use, Commit, Release, StatRequest, Goodbye, Distrust, NvmeFaults,
+                 FindWeights, KeepWeights, WeightsFilled, Publish, Refute, PrefillTimes>;
 
 // Comes with the arena's file descriptor (SCM_RIGHTS).
 struct Welcome {

@@ -48,7 +48,8 @@ Server::Server(const ServerConfig& config)
     : config_(config),
       listener_(config.socket_path),
       nvme_file_(open_file(config.nvme)),
-      epoll_(epoll_create1(EPOLL_CLOEXEC)) {
+      epoll_(epoll_create1(EPOLL_CLOEXEC)),
+      choice_(config.nvme ? config.nvme->reads : ReadChoice::Mode::kAuto) {
   if (!epoll_) throw Exception(ErrorCode::kIo, std::string("epoll: ") + std::strerror(errno));
   watch(listener_.fd(), kListener);
 }
@@ -154,7 +155,11 @@ void Server::admit(FileDescriptor socket) {
   if (!process || hung_up(socket.get())) return;
   const PeerId id = next_peer_++;
   watch(socket.get(), socket_tag(id));
-  peers_.emplace(id, Peer{std::move(socket), std::move(process), credentials->pid, {}, 0, 0, {}});
+  peers_.emplace(id, Peer{.socket = std::move(socket),
+                          .process = std::move(process),
+                          .pid = credentials->pid,
+                          .lease = {},
+                          .waiting = {}});
 }
 
 void Server::serve(PeerId id) {
@@ -244,6 +249,8 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
   } else if (const auto* faults = std::get_if<NvmeFaults>(&request)) {
     rank_faults_.io_errors += faults->io_errors;
     rank_faults_.checksum_failures += faults->checksum_failures;
+  } else if (const auto* times = std::get_if<PrefillTimes>(&request)) {
+    note_prefill(*times);
   } else if (const auto* release = std::get_if<Release>(&request)) {
     take_back_slots(*peer.lease, release->sequence);
     note(peer, book_->release(*peer.lease, release->sequence));
@@ -274,8 +281,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   if (promotions_ && is_coming(peer, request)) {
     return reply(peer, Error{ErrorCode::kPending, "its prefix is on its way from NVMe"});
   }
-  return reply_grant(
-      peer, book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments));
+  auto grant = book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
+  if (grant && promotions_) count_passed_over(peer, request.keys, grant->head_hits);
+  return reply_grant(peer, std::move(grant));
 }
 
 Status Server::commit(const Peer& peer, const Commit& request) {
@@ -305,6 +313,7 @@ bool Server::greet(Peer& peer, const Hello& hello) {
     return true;
   }
   peer.lease = book_->open_lease(hello.owner);
+  peer.rank = hello.owner.rank;
   peer.first_head = hello.owner.first_head;
   peer.num_heads = hello.owner.num_heads;
   const ArenaLayout& layout = arena_->layout();
@@ -361,6 +370,7 @@ StoreStat Server::stat() const {
   if (mover_) stat.nvme = mover_->stat();
   stat.nvme.io_errors += rank_faults_.io_errors;
   stat.nvme.checksum_failures += rank_faults_.checksum_failures;
+  stat.nvme.tokens_passed_over = tokens_passed_over_;
   return stat;
 }
 

@@ -30,6 +30,7 @@
 #include "kvstore/internal/nvme_tier.h"
 #include "kvstore/internal/promotions.h"
 #include "kvstore/internal/protocol.h"
+#include "kvstore/internal/read_choice.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/store_book.h"
 #include "kvstore/internal/tier_mover.h"
@@ -43,6 +44,7 @@ struct NvmeConfig {
   std::optional<std::uint64_t> capacity_bytes;
   NvmeReuse reuse = NvmeReuse::kStartAfresh;  // kKeepSlabs: of the last store, and for the next one
   std::shared_ptr<const KvCipher> cipher = nullptr;  // null: not encrypted
+  ReadChoice::Mode reads = ReadChoice::Mode::kAuto;
 };
 
 struct ServerConfig {
@@ -74,8 +76,9 @@ class Server {
     FileDescriptor process;  // pidfd
     int pid = 0;
     std::optional<LeaseId> lease;
-    int first_head = 0;            // of the lease
-    int num_heads = 0;             // of the lease
+    int rank = 0;  // of the lease, as are ...
+    int first_head = 0;
+    int num_heads = 0;
     std::optional<Hello> waiting;  // for the end of an older lease
   };
   using PeerId = std::uint64_t;
@@ -141,6 +144,10 @@ class Server {
 
   void open_tier();
   bool is_coming(const Peer& peer, const Reserve& request);
+  bool reads_outsized(const Reserve& request, int hits);
+  void count_passed_over(const Peer& peer, std::span<const PrefixKey> keys,
+                         std::span<const int> head_hits);
+  void note_prefill(const PrefillTimes& times);
   void advance_tier();
   void close_tier();
   int wait_ms() const;  // for the next event; -1: for ever
@@ -154,7 +161,9 @@ class Server {
   std::unique_ptr<StoreBook> book_;     // with model_
   std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
   std::unique_ptr<TierMover> mover_;    // with tier_
+  ReadChoice choice_;
   std::unique_ptr<Promotions> promotions_;  // with mover_
+  std::int64_t tokens_passed_over_ = 0;
   std::map<std::pair<LeaseId, SequenceId>, Lent> lent_;
   NvmeFaults rank_faults_;  // of all ranks, so far
   WeightCopy weights_;

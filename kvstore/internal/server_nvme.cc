@@ -35,7 +35,7 @@ void Server::open_tier() {
   mover_ = std::make_unique<TierMover>(
       *book_, *tier_, [this](int head, SlabIndex slab) { return arena_->slab(head, raw(slab)); },
       std::size_t{layout.slabs_per_head} * static_cast<std::size_t>(layout.num_kv_heads));
-  promotions_ = std::make_unique<Promotions>(*book_, *mover_);
+  promotions_ = std::make_unique<Promotions>(*book_, *mover_, choice_, layout.num_kv_heads);
   watch(mover_->completion_fd(), kNvme);
 }
 
@@ -63,6 +63,38 @@ bool Server::is_coming(const Peer& peer, const Reserve& request) {
     return false;
   }
   return promotions_->is_coming(peer.first_head, peer.num_heads, request.keys, now);
+}
+
+// For a sequence that is larger than the arena: on all heads of the rank, `hits` segments are
+// there.
+bool Server::reads_outsized(const Reserve& request, int hits) {
+  if (hits == 0) return true;
+  const double tokens = static_cast<double>(hits) * kSegmentTokens;
+  return choice_.reads(request.keys.back(), ReadChoice::Way::kInPrefill, {tokens, tokens},
+                       std::chrono::steady_clock::now());
+}
+
+// What a reservation was granted without, although the tier has it: of a group, by its first rank.
+void Server::count_passed_over(const Peer& peer, std::span<const PrefixKey> keys,
+                               std::span<const int> head_hits) {
+  const TimePoint now = std::chrono::steady_clock::now();
+  if (peer.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), now)) return;
+  const auto rest = keys.subspan(static_cast<std::size_t>(std::ranges::min(head_hits)));
+  const auto is_there = [&](const PrefixKey& key) {
+    for (int i = 0; i < peer.num_heads; ++i) {
+      const auto place = mover_->place_of({peer.first_head + i, key}, now);
+      if (place == TierMover::Place::kNeither) return false;
+    }
+    return true;
+  };
+  tokens_passed_over_ += kSegmentTokens * (std::ranges::find_if_not(rest, is_there) - rest.begin());
+}
+
+void Server::note_prefill(const PrefillTimes& times) {
+  const double layers = model_->num_layers;
+  choice_.on_computed(static_cast<double>(times.computed) / layers, times.computing);
+  choice_.on_read(ReadChoice::Way::kInPrefill, static_cast<double>(times.read) / layers,
+                  times.reading);
 }
 
 void Server::advance_tier() {

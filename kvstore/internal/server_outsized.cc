@@ -84,7 +84,8 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
   FT_RETURN_IF_ERROR(book_->can_reserve(*peer.lease, request.sequence, {},
                                         static_cast<int>(num_slabs), SlabsOf::kRank));
-  const int hits = num_hits(peer, request.keys, std::chrono::steady_clock::now());
+  const int found = num_hits(peer, request.keys, std::chrono::steady_clock::now());
+  const int hits = reads_outsized(request, found) ? found : 0;
   Lent lent{.slots = {},
             .num_segments = request.num_segments,
             .hit_segments = hits,
@@ -112,6 +113,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   book_->count(std::int64_t{peer.num_heads} * hits,
                std::int64_t{peer.num_heads} * (std::ssize(request.keys) - hits));
   Grant grant = grant_of(lent);
+  count_passed_over(peer, request.keys, grant.head_hits);
   grant.slabs =
       book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs), SlabsOf::kRank)
           .value()

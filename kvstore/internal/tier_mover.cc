@@ -45,6 +45,11 @@ TierMover::Promoted TierMover::promote(const SlabName& name, TimePoint now) {
   return Promoted::kComes;
 }
 
+TierMover::Place TierMover::place_of(const SlabName& name, TimePoint now) const {
+  if (book_.find_published(name.head, name.key)) return Place::kArena;
+  return tier_.has(name, now) ? Place::kFile : Place::kNeither;
+}
+
 void TierMover::end_promotion(const NvmeTier::Loaded& loaded) {
   const auto found = promoting_.find(loaded.name);
   if (loaded.is_whole) book_.publish_slab(loaded.name.head, found->second, loaded.name.key);

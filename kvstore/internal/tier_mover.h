@@ -35,6 +35,10 @@ class TierMover {
   enum class Promoted { kIsThere, kComes, kNowhere };
   Promoted promote(const SlabName& name, TimePoint now);
 
+  // Where promote() would find it.
+  enum class Place { kArena, kFile, kNeither };
+  Place place_of(const SlabName& name, TimePoint now) const;
+
   // As NvmeTier's; one slab at most is copied to be written. The names are those whose promotion
   // has ended, well or not.
   std::vector<SlabName> advance(TimePoint now);

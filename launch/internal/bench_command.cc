@@ -44,6 +44,7 @@ ServiceConfig in_memory(ServiceConfig config, const Measured& measured) {
   config.kv_host_gib = std::max(config.kv_host_gib, 1.25 * gib + 0.1);
   config.kv_nvme_path.clear();
   config.kv_nvme_gib = 0;
+  config.kv_nvme_reuse = "auto";
   return config;
 }
 

@@ -31,6 +31,8 @@ Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files) 
   command.argv.push_back("--nvme-path=" + config.kv_nvme_path);
   if (config.kv_nvme_gib > 0)
     command.argv.push_back("--nvme-bytes=" + bytes_of(config.kv_nvme_gib));
+  if (config.kv_nvme_reuse != "auto")
+    command.argv.push_back("--nvme-reuse=" + config.kv_nvme_reuse);
   if (config.kv_persist) command.argv.emplace_back("--persist");
   if (config.kv_encrypt) command.argv.emplace_back("--encrypt");
   if (!config.kv_key_file.empty()) command.argv.push_back("--key-file=" + config.kv_key_file);

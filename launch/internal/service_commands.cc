@@ -28,7 +28,8 @@ nlohmann::ordered_json to_json(const KvNvme& nvme) {
           {"dropped", nvme.dropped},
           {"io_errors", nvme.io_errors},
           {"checksum_failures", nvme.checksum_failures},
-          {"host_checksum_failures", nvme.host_checksum_failures}};
+          {"host_checksum_failures", nvme.host_checksum_failures},
+          {"tokens_passed_over", nvme.tokens_passed_over}};
 }
 
 int status(const StatusOptions& options) {

@@ -78,6 +78,9 @@ constexpr std::array kFlags = {
                 "Folder on an NVMe disk for KV that leaves host memory (default: none)"},
     ServiceFlag{"kv_nvme_gib", kStore, "X",
                 "Size of that tier (0: as a kept one has, else 9/10 of what is free there)"},
+    ServiceFlag{"kv_nvme_reuse", kStore, "auto|always",
+                "Prefixes that it alone has are read where that takes less time than computing "
+                "them anew, by what both have taken lately; or always"},
     ServiceFlag{"kv_persist", kStore, "",
                 "Keep the NVMe tier from start to start; with a --runtime-dir of yours"},
     ServiceFlag{"kv_encrypt", kStore, "",

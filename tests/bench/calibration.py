@@ -26,7 +26,7 @@ class Asker:
         self.prompt, self.forced, self.folder = prompt, forced, folder
 
     def ask(self, *flags):
-        kept = (f"--kv-nvme-path={self.folder}", "--kv-nvme-gib=1", "--kv-persist")
+        kept = (f"--kv-nvme-path={self.folder}", "--kv-nvme-gib=1", "--kv-nvme-reuse=always", "--kv-persist")
         with Service(smollm2(), *kept, *flags, size=LARGE, folder=self.folder) as service:
             with Client(service.endpoint, service.key_file, silence_timeout=600) as client:
                 answer = client.generate(self.prompt, forced_ids=self.forced, temperature=0,

@@ -166,7 +166,7 @@ def main():
             wanted = client.generate(prompt(1000, 32), **STREAM).ids
         told = folder / "faults"
         told.write_text("")
-        tier = (f"--kv-nvme-path={folder}/kv", "--kv-nvme-gib=0.05")
+        tier = (f"--kv-nvme-path={folder}/kv", "--kv-nvme-gib=0.05", "--kv-nvme-reuse=always")
         with faulty_disk(told):
             service = stack.enter_context(Service(model, *BASE, *tier, *flags, size=SIZE))
         sides = [Side(each, answers, wanted) for each in (service, plain)]

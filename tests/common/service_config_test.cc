@@ -73,6 +73,9 @@ TEST(ServiceConfig, TheNvmeTierNeedsItsFolder) {
   config.kv_persist = false;
   config.kv_nvme_gib = 1;
   EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-nvme-gib needs --kv-nvme-path"));
+  config.kv_nvme_gib = 0;
+  config.kv_nvme_reuse = "always";
+  EXPECT_THAT(validate(config).error().message, HasSubstr("--kv-nvme-reuse needs --kv-nvme-path"));
   config.kv_nvme_path = "kv";
   EXPECT_TRUE(validate(config));
 }

@@ -41,8 +41,8 @@ class Service:
             self.foretoken, "serve", arguments.model, f"--device={arguments.device}", "--load-format=dummy",
             "--kv-policy=full", "--port=0", f"--max-model-len={arguments.length + SEGMENT}",
             f"--kv-host-gib={arguments.host_gib or (12 if cuda else 0.25)}", f"--kv-nvme-path={arguments.nvme}",
-            f"--kv-nvme-gib={16 if cuda else 1}", "--kv-persist", f"--runtime-dir={folder}/run",
-            f"--endpoint-file={self.endpoint_file}", "--max-batched-tokens=8192",
+            f"--kv-nvme-gib={16 if cuda else 1}", "--kv-persist", "--kv-nvme-reuse=always",
+            f"--runtime-dir={folder}/run", f"--endpoint-file={self.endpoint_file}", "--max-batched-tokens=8192",
         ]  # fmt: skip
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         if wait_until(lambda: self.endpoint_file.exists() or self.process.poll() is not None, 90) is None:

@@ -112,6 +112,26 @@ TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
   EXPECT_FALSE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
 }
 
+// What reading takes is known from the first one on; computing takes nothing here.
+TEST_F(NvmeStoreTest, WhatIsComputedSoonerIsNotRead) {
+  start();
+  const auto store = connect();
+  const int count = 2 * slabs_per_head(*store);
+  for (int i = 0; i < count; ++i) {
+    write(*store, static_cast<std::uint32_t>(i));
+    ASSERT_TRUE(written(*store, 2 * (i + 1)));
+  }
+  ASSERT_TRUE(store->note_prefill({.computed = 1'000'000'000}));
+  EXPECT_TRUE(finds(*store, 0));
+  EXPECT_EQ(store->stat()->nvme.tokens_passed_over, 0);
+  EXPECT_FALSE(finds(*store, 1));
+  EXPECT_FALSE(finds(*store, 2));
+  const NvmeStat stat = store->stat()->nvme;
+  EXPECT_EQ(stat.tokens_passed_over, 512);
+  EXPECT_EQ(stat.slabs_read, 2);
+  EXPECT_TRUE(finds(*store, static_cast<std::uint32_t>(count - 1))) << "it is in the arena";
+}
+
 // The arena has ten slabs a head: as many as 13 segments of three layers must have, 29 frames.
 constexpr int kManySegments = 13;
 

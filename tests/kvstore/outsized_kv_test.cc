@@ -147,6 +147,28 @@ TEST_F(OutsizedKvTest, WhatALayerHoldsStays) {
   ASSERT_TRUE(kv_->status());
 }
 
+// As prefill over a reused prefix does, with the fewest frames: while a layer's last segment is
+// filled, the disk brings the next layer's prefix, and all of it has room.
+TEST_F(OutsizedKvTest, TheNextLayerIsReadBesideOneThatIsFilled) {
+  constexpr Segments kPrefix{0, kSegments - 1};
+  for (int layer = 0; layer < kShape.num_layers; ++layer) {
+    for (int segment = 0; segment < kPrefix.end; ++segment) fill(layer, segment);
+  }
+  for (int layer = 0; layer < kShape.num_layers; ++layer) {
+    ASSERT_TRUE(kv_->wait(layer, kPrefix));
+    kv_->let_go(layer);
+    const bool is_last = layer + 1 == kShape.num_layers;
+    EXPECT_TRUE(is_last || kv_->ask(layer + 1, kPrefix));
+    for (int i = 0; i < 100; ++i) kv_->advance();
+    fill(layer, kPrefix.end);
+    for (int segment = 0; !is_last && segment < kPrefix.end; ++segment) {
+      EXPECT_TRUE(is_right(layer + 1, {0, segment}) && is_right(layer + 1, {1, segment}));
+    }
+  }
+  read_all();
+  EXPECT_TRUE(kv_->status());
+}
+
 // Scores say what stays, and what comes back before anybody asks for it.
 TEST_F(OutsizedKvTest, WhatScoresHighestIsInMemory) {
   fill_all();

@@ -53,7 +53,8 @@ class PromotionsTest : public testing::Test {
                     return arena.data() + place * kTestModel.slab_bytes();
                   },
                   8};
-  Promotions promotions{book, mover};
+  ReadChoice choice{ReadChoice::Mode::kAuto};
+  Promotions promotions{book, mover, choice, 2};
   std::vector<PrefixKey> keys;
 };
 
@@ -138,6 +139,47 @@ TEST_F(PromotionsTest, ASlowDiskIsWaitedForNoLongerThanTheLimit) {
   disk.wait(Promotions::kComeAgain);
   advance();
   EXPECT_EQ(promotions.num_prefixes(), 0U);
+}
+
+// A prefix of 512 tokens, of which nothing is in the arena yet.
+TEST_F(PromotionsTest, WhatIsComputedSoonerIsNotRead) {
+  choice.on_computed(1'000, seconds(1));
+  choice.on_read(ReadChoice::Way::kPromoted, 1'000, seconds(2));
+  EXPECT_FALSE(is_coming(0, 1));
+  EXPECT_FALSE(is_coming(1, 1)) << "the same for all ranks";
+  EXPECT_TRUE(choice.is_passed_over(keys.back(), disk.now));
+  EXPECT_EQ(promotions.num_prefixes(), 0U);
+  advance();
+  EXPECT_EQ(disk.tier->stat().slabs_read, 0);
+}
+
+// The first segment alone is missing: reading it saves computing both.
+TEST_F(PromotionsTest, WhatTheArenaHasBehindAGapIsWeighedToo) {
+  const LeaseId rank = book.open_lease({0, 0, Epoch{1}, 0, 2});
+  ASSERT_TRUE(book.reserve(rank, SequenceId{1}, {}, 2));
+  ASSERT_TRUE(book.commit(rank, SequenceId{1}, 1, keys[1]));
+  ASSERT_TRUE(book.release(rank, SequenceId{1}));
+  const auto tokens = promotions.tokens_to_read(0, 2, keys, disk.now);
+  EXPECT_EQ(tokens.read, 256);
+  EXPECT_EQ(tokens.compute, 512);
+  EXPECT_EQ(promotions.tokens_to_read(0, 2, std::span(keys).last(1), disk.now).compute, 0);
+}
+
+TEST_F(PromotionsTest, WhatReadingTakesIsTold) {
+  choice.on_computed(512, seconds(3));
+  hold_reads();
+  EXPECT_TRUE(is_coming()) << "nothing is known yet";
+  advance();
+  disk.wait(milliseconds(900));
+  disk.device->release_held();
+  advance();
+  EXPECT_FALSE(is_coming());
+  const ReadChoice::Tokens tokens{512, 512};
+  const PrefixKey other = test_name(0, 7).key;
+  EXPECT_TRUE(choice.reads(other, ReadChoice::Way::kPromoted, tokens, disk.now));
+  disk.wait(ReadChoice::kSame);
+  choice.on_computed(100'000, seconds(100));  // 512 take 0.51 s now
+  EXPECT_FALSE(choice.reads(other, ReadChoice::Way::kPromoted, tokens, disk.now));
 }
 
 TEST_F(PromotionsTest, AFailedReadIsAShorterHit) {

@@ -67,6 +67,12 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(refute.segment, 5);
   EXPECT_EQ(request_there_and_back(NvmeFaults{7, 0}).io_errors, 7);
   EXPECT_EQ(request_there_and_back(NvmeFaults{0, 8}).checksum_failures, 8);
+  const PrefillTimes times = request_there_and_back(
+      PrefillTimes{1, std::chrono::microseconds(2), 3, std::chrono::microseconds(4)});
+  EXPECT_EQ(times.computed, 1);
+  EXPECT_EQ(times.computing.count(), 2);
+  EXPECT_EQ(times.read, 3);
+  EXPECT_EQ(times.reading.count(), 4);
   EXPECT_EQ(request_there_and_back(FindWeights{6, "3fa9"}).model_hash, "3fa9");
   const KeepWeights keep = request_there_and_back(KeepWeights{7, "3fa9", 16'060'522'496});
   EXPECT_EQ(keep.version, 7);
@@ -90,8 +96,8 @@ TEST(StoreProtocol, CarriesEveryReply) {
   EXPECT_EQ(grant.slabs, (std::vector<SlabIndex>{SlabIndex{7}, SlabIndex{4'000'000'000}}));
   const StoreStat stat = reply_there_and_back(
       StoreStat{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
-                NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}});
-  EXPECT_EQ(stat.nvme, (NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}));
+                NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}});
+  EXPECT_EQ(stat.nvme, (NvmeStat{NvmeState::kReadOnly, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12}));
   EXPECT_EQ(stat.slabs_total, 1);
   EXPECT_EQ(stat.evictions, 8);
   EXPECT_EQ(stat.bad_requests, 11);

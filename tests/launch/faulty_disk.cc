@@ -2,7 +2,9 @@
 // place of pread and pwrite for the NVMe tier's file. io_uring is not there, so that the tier uses
 // them. FAULTY_DISK names a file of two words, read at each operation:
 //
-//   KIND PERCENT     eio: fails; short: moves half; stall: takes 5 s; of PERCENT of the operations
+//   KIND PERCENT     eio: fails; short: moves half; stall: takes 5 s; slow: takes 0.1 s; of
+//   PERCENT
+//                    of the operations
 //
 // An empty file, or none: the disk works.
 #include <dlfcn.h>
@@ -21,7 +23,7 @@
 
 namespace {
 
-enum class Fault { kNone, kError, kShort, kStall };
+enum class Fault { kNone, kError, kShort, kStall, kSlow };
 
 bool is_tier(int file) {
   char path[4096];
@@ -46,7 +48,9 @@ Fault fault_of(int file) {
   std::string kind;
   int percent = 0;
   if (!(words >> kind >> percent) || !is_one_of(percent)) return Fault::kNone;
-  return kind == "eio" ? Fault::kError : kind == "short" ? Fault::kShort : Fault::kStall;
+  if (kind == "eio") return Fault::kError;
+  if (kind == "short") return Fault::kShort;
+  return kind == "slow" ? Fault::kSlow : Fault::kStall;
 }
 
 template <typename Data>
@@ -64,6 +68,9 @@ ssize_t move(const char* name, int file, Data data, std::size_t bytes, off_t off
       break;
     case Fault::kStall:
       std::this_thread::sleep_for(std::chrono::seconds(5));
+      break;
+    case Fault::kSlow:
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
   }
   return call(file, data, bytes, offset);
 }

@@ -10,6 +10,7 @@ from foretoken.client import Client
 from service_helper import Service, faulty_disk, make_model, run, wait_until
 
 FULL = "--kv-policy=full"
+ALWAYS = "--kv-nvme-reuse=always"  # however slow the disk is beside the machine's other work
 # Some 30 slabs: a dozen requests of two segments push a prefix out.
 TINY_ARENA = ("--device=cpu", "--kv-host-gib=0.004", "--device-memory-gib=1")
 OPTIONS = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
@@ -53,7 +54,7 @@ def answers(model):
 
 
 def test_a_prefix_comes_back_after_the_arena_gave_it_up(model, answers, tmp_path):
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS)
     with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
         for number, ids in enumerate(answers):
             first = client.generate(prompt(number), **OPTIONS)
@@ -75,7 +76,7 @@ def test_a_prefix_comes_back_after_the_arena_gave_it_up(model, answers, tmp_path
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, end):
     (tmp_path / "service").mkdir()
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", "--kv-persist")
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
     options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
     with Service(model, *flags, **options) as service, connect(service) as client:
         for number, ids in enumerate(answers):
@@ -92,7 +93,7 @@ def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, en
 
 def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path):
     (tmp_path / "service").mkdir()
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", "--kv-persist")
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
     options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
     with Service(model, *flags, **options) as service, connect(service) as client:
         for number in range(3):
@@ -118,7 +119,7 @@ def test_a_disk_that_fails_costs_time_and_no_token(model, answers, tmp_path, kin
     """For a while; the tier is of use again after it. Short moves, where they end in an error."""
     told = tmp_path / "faults"
     told.write_text("")
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS)
     with faulty_disk(told), Service(model, *flags, size=TINY_ARENA) as service:
         assert "threads with pread" in service.log.read_text()
         with Client(service.endpoint, service.key_file, silence_timeout=60) as client:
@@ -142,8 +143,27 @@ def test_a_disk_that_fails_costs_time_and_no_token(model, answers, tmp_path, kin
             assert nvme(client)["checksum_failures"] == 0
 
 
-def test_two_services_do_not_share_a_folder(model, tmp_path):
+def test_a_prefix_that_takes_longer_to_read_is_computed_anew(model, answers, tmp_path):
+    told = tmp_path / "faults"
+    told.write_text("")
     flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    with faulty_disk(told), Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
+        for number in range(3):
+            client.generate(prompt(number), **OPTIONS)
+        wait_until(lambda: slabs_written(client) >= 3)
+        push_out(client)
+        told.write_text("slow 100")
+        found = [client.generate(prompt(number), **OPTIONS) for number in range(3)]
+        told.write_text("")
+        assert [one.usage["cached_tokens"] for one in found] == [256, 0, 0]
+        assert [one.ids for one in found] == answers
+        tier = nvme(client)
+        assert tier["tokens_passed_over"] == 512 and tier["slabs_read"] == 1
+        assert "computed anew, as reading is slower" in service.log.read_text()
+
+
+def test_two_services_do_not_share_a_folder(model, tmp_path):
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS)
     with Service(model, *flags, size=TINY_ARENA):
         with Service(model, *flags, size=TINY_ARENA, ready=False) as second:
             assert second.process.wait(30) == 3
@@ -165,7 +185,7 @@ def tool(*words):
 
 def test_the_file_can_be_looked_at_checked_and_cleaned(model, tmp_path):
     folder = tmp_path / "kv"
-    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist")
+    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
     with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
         for number in range(3):
             client.generate(prompt(number), **OPTIONS)
@@ -211,7 +231,7 @@ def test_the_bench_leaves_kept_kv_alone(tmp_path):
 def test_verify_meets_damage_that_the_tiers_own_check_met_first(model, tmp_path):
     """A file of few slots, written over again and again: the oldest slab is not in the first."""
     folder = tmp_path / "kv"
-    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.0015", "--kv-persist")
+    flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.0015", ALWAYS, "--kv-persist")
     with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
         push_out(client)
         assert service.stop() == 0
@@ -238,7 +258,7 @@ def test_an_encrypted_tier_answers_the_same_and_shows_nothing(model, answers, tm
         ("sealed", ("--kv-encrypt", f"--kv-key-file={make_key(tmp_path / 'key')}")),
     ):
         folder = tmp_path / kind
-        flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist", *more)
+        flags = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist", *more)
         with Service(model, *flags, size=TINY_ARENA) as service, connect(service) as client:
             for number, ids in enumerate(answers):
                 assert client.generate(prompt(number), **OPTIONS).ids == ids
@@ -264,7 +284,7 @@ def test_a_kept_encrypted_tier_needs_its_key(model, answers, tmp_path):
     folder = tmp_path / "kv"
     (tmp_path / "service").mkdir()
     key, other = make_key(tmp_path / "key"), make_key(tmp_path / "other", "8")
-    kept = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", "--kv-persist")
+    kept = (FULL, f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
     options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
 
     def cached(*flags):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from foretoken.client import Client, ServiceError
-from service_helper import Service, make_model, run
+from service_helper import Service, faulty_disk, make_model, run
 
 LENGTH = 5000  # 20 segments
 ANSWER = 200  # past the end of one
@@ -59,8 +59,9 @@ def in_memory(model):
     return answer(model, *PREDICTED, "--calibrate-with=none", size=ROOMY)
 
 
-def nvme(folder, *flags):
-    return (f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.1", *flags)
+def nvme(folder, *flags, reuse="always"):
+    """However slow the disk is beside the machine's other work, its prefixes are reused."""
+    return (f"--kv-nvme-path={folder}", "--kv-nvme-gib=0.1", f"--kv-nvme-reuse={reuse}", *flags)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,21 @@ def test_its_prefix_outlives_a_restart(model, in_memory, tmp_path):
             found = ask(service, prompt())
         assert found.usage["cached_tokens"] == cached
         assert found.ids == in_memory.ids
+
+
+def test_a_prefix_that_takes_longer_to_read_is_computed_anew(model, in_memory, tmp_path):
+    told = tmp_path / "faults"
+    told.write_text("")
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv", reuse="auto"))
+    with faulty_disk(told), Service(model, *flags, size=QUARTER) as service:
+        assert ask(service, prompt()).ids == in_memory.ids
+        settled(service)
+        told.write_text("slow 100")
+        found = [ask(service, prompt(), max_tokens=2) for _ in range(2)]
+        told.write_text("")
+        assert [one.usage["cached_tokens"] for one in found] == [CACHED, 0]
+        assert [one.ids for one in found] == [in_memory.ids[:2]] * 2
+        assert tier(service)["tokens_passed_over"] == CACHED
 
 
 def test_a_flipped_bit_of_its_prefix_is_computed_anew(model, in_memory, tmp_path):

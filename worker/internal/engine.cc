@@ -79,7 +79,8 @@ KvNvme nvme_of(const kvstore::NvmeStat& stat) {
           .dropped = stat.dropped,
           .io_errors = stat.io_errors,
           .checksum_failures = stat.checksum_failures,
-          .host_checksum_failures = stat.host_checksum_failures};
+          .host_checksum_failures = stat.host_checksum_failures,
+          .tokens_passed_over = stat.tokens_passed_over};
 }
 
 }  // namespace
@@ -159,6 +160,7 @@ StepResult Engine::collect() {
   collected_ = std::chrono::steady_clock::now();
   result.step_us =
       std::chrono::duration_cast<std::chrono::microseconds>(collected_ - begin).count();
+  tell_times(pending);
   return std::move(result);
 }
 
@@ -283,7 +285,10 @@ AdmitResult Engine::start(const StartSequence& start) {
 
 void Engine::prefill(const PrefillItem& item, Pending& pending) {
   Sequence& sequence = find(item.sequence);
-  if (!prefill_.run(sequence, item, *compute_)) return;
+  const auto begin = std::chrono::steady_clock::now();
+  const bool is_done = prefill_.run(sequence, item, *compute_);
+  time_prefill(sequence, item, std::chrono::steady_clock::now() - begin, pending);
+  if (!is_done) return;
   decode_.begin(sequence, *compute_);
   model_.logits(1, prefill_.activations(), prefill_.last_token(sequence), first_logits_.as<float>(),
                 *compute_);
@@ -292,6 +297,31 @@ void Engine::prefill(const PrefillItem& item, Pending& pending) {
   sampler_.run(first_logits_.as<float>(), 1, *compute_);
   sampler_.end(*draw, *compute_);
   pending.draws.push_back(std::move(draw));
+}
+
+// What is left to compute behind a long prefix takes more time a token than a prompt does. Of an
+// outsized sequence, run() waits for what it enqueues; other steps are timed when they have ended.
+void Engine::time_prefill(const Sequence& sequence, const PrefillItem& item,
+                          std::chrono::nanoseconds time, Pending& pending) {
+  using std::chrono::microseconds;
+  const auto [tokens_read, reading] = prefill_.take_reading();
+  pending.prefilled.read += tokens_read;
+  pending.prefilled.reading += std::chrono::duration_cast<microseconds>(reading);
+  if (2 * sequence.reused_tokens > sequence.prompt_length()) return;
+  pending.prefilled.computed +=
+      (item.token_end - item.token_begin) * (item.layer_end - item.layer_begin);
+  if (sequence.outsized() == nullptr) {
+    pending.times_step = true;
+  } else {
+    pending.prefilled.computing += std::chrono::duration_cast<microseconds>(time - reading);
+  }
+}
+
+void Engine::tell_times(Pending& pending) {
+  kvstore::PrefillTimes& times = pending.prefilled;
+  if (pending.times_step) times.computing += std::chrono::microseconds(pending.result.step_us);
+  if (times.computed + times.read == 0) return;
+  if (const Status status = store_.note_prefill(times); !status) throw Exception(status.error());
 }
 
 void Engine::decode(const std::vector<SequenceId>& ids, Pending& pending) {

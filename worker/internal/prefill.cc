@@ -121,6 +121,7 @@ void Prefill::run_layer(Sequence& sequence, int layer, int begin, int end,
   }
   for (int chunk = begin; chunk < end; chunk += act_.max_rows) {
     run_chunk(sequence, layer, chunk, std::min(act_.max_rows, end - chunk), stream);
+    if (sequence.outsized() != nullptr) sequence.outsized()->advance();
   }
   if (end < sequence.prompt_length()) return;
   write_blocks(sequence, layer, stream);
@@ -194,8 +195,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer) {
   const kernels::KvShape& shape = model_.kv_shape();
   const int blocks = sequence.reused_tokens / kBlockTokens;
   if (kvstore::OutsizedKv* outsized = sequence.outsized()) {
-    // A lost sequence goes on with what there is; status() says so.
-    static_cast<void>(outsized->wait(layer, {0, blocks / kSegmentBlocks}));
+    await_prefix(*outsized, layer, sequence.reused_tokens);
   }
   LayerKv& kv = kv_of(layer);
   kv.done->wait(*load_);
@@ -211,6 +211,27 @@ void Prefill::load_prefix(Sequence& sequence, int layer) {
                  .sequence = sequence.alone().sequences},
                 *load_);
   kv.loaded->record(*load_);
+  if (sequence.outsized() != nullptr) read_next_prefix(sequence, layer);
+}
+
+// A lost sequence goes on with what there is; status() says so.
+void Prefill::await_prefix(kvstore::OutsizedKv& outsized, int layer, int tokens) {
+  const auto begin = std::chrono::steady_clock::now();
+  if (!outsized.wait(layer, kvstore::Segments{0, tokens / kSegmentTokens})) return;
+  reading_.tokens += tokens;
+  reading_.time += std::chrono::steady_clock::now() - begin;
+}
+
+// The layer's reused runs are in the scratch soon, and may leave their frames: the disk brings the
+// next layer's while this one is computed.
+void Prefill::read_next_prefix(Sequence& sequence, int layer) {
+  kvstore::OutsizedKv& outsized = *sequence.outsized();
+  Sequence* row = &sequence;
+  work_until(*kv_of(layer).loaded, std::span(&row, 1), device_);
+  outsized.let_go(layer);
+  if (layer + 1 == model_.num_layers()) return;
+  outsized.ask(layer + 1, kvstore::Segments{0, sequence.reused_tokens / kSegmentTokens});
+  outsized.advance();
 }
 
 // The layer's blocks leave on the copy stream, while the next layer is computed.
