@@ -157,8 +157,8 @@ struct Staged {
   T rows[kSlideRows][kStagedColumns];
   std::int32_t sums[kPairColumns];
 };
-// A warp's room for those that are on their way.
-constexpr int kStagedBytes = 3 * sizeof(Staged<__nv_bfloat16>);
+// A warp's room for those that are on their way. With more, no CTA of the hot kernel starts beside.
+constexpr int kStagedBytes = 2 * sizeof(Staged<__nv_bfloat16>);
 template <typename T>
 constexpr int kStages = kStagedBytes / sizeof(Staged<T>);
 static_assert(kStages<float> >= 1);
