@@ -72,15 +72,17 @@ class Uploader::Lane {
 };
 
 Uploader::Uploader(int device_index) : device_index_(device_index) {
-  for (int i = 0; i < num_threads(); ++i) lanes_.push_back(std::make_unique<Lane>());
-  for (const auto& lane : lanes_) {
-    threads_.emplace_back([this, &lane](const std::stop_token& stop) { run(*lane, stop); });
+  lanes_.resize(static_cast<std::size_t>(num_threads()));
+  for (auto& lane : lanes_) {
+    threads_.emplace_back([this, &lane](const std::stop_token& stop) { run(lane, stop); });
   }
 }
 
 Uploader::~Uploader() = default;  // threads_ first: they stop, and are joined
 
-void Uploader::run(Lane& lane, const std::stop_token& stop) {
+// A thread makes its lane for its first chunk: to pin a buffer takes milliseconds, in which others
+// copy.
+void Uploader::run(std::unique_ptr<Lane>& lane, const std::stop_token& stop) {
   std::unique_lock lock(mutex_);
   while (work_.wait(lock, stop, [this] { return !waiting_.empty(); })) {
     const Chunk chunk = waiting_.front();
@@ -92,7 +94,8 @@ void Uploader::run(Lane& lane, const std::stop_token& stop) {
     std::exception_ptr failure;
     try {
       FT_CUDA(cudaSetDevice(device_index_));
-      if (!failed) lane.send(chunk.device, chunk.rows);
+      if (!failed && !lane) lane = std::make_unique<Lane>();
+      if (!failed) lane->send(chunk.device, chunk.rows);
     } catch (...) {
       failure = std::current_exception();
     }
@@ -119,7 +122,9 @@ void Uploader::finish() {
     progress_.wait(lock, [this] { return waiting_.empty() && num_begun_ == 0; });
     std::swap(failure, failure_);
   }
-  for (const auto& lane : lanes_) lane->finish();
+  for (const auto& lane : lanes_) {
+    if (lane) lane->finish();
+  }
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -40,10 +40,11 @@ class Uploader {
   };
   void upload_long_rows(std::byte* device, const HostRows& rows);
   void push(const Chunk& chunk);
-  void run(Lane& lane, const std::stop_token& stop);
+  void run(std::unique_ptr<Lane>& lane, const std::stop_token& stop);
 
   int device_index_;
-  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::vector<std::unique_ptr<Lane>>
+      lanes_;  // each its thread's; the caller's while none has chunks
   std::mutex mutex_;
   std::condition_variable_any work_;  // a thread waits for a chunk
   std::condition_variable progress_;  // the caller, for the threads
