@@ -1,0 +1,367 @@
+// The predictor's slide kernel, by the warp: every span's cold segments' rows that enter, leave and
+// stand at the window's edges; lists the segments that are hot.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/hot_list.cuh"
+#include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/spans.cuh"
+
+namespace foretoken::kernels::cuda {
+
+inline constexpr int kSlideThreads = 256;
+inline constexpr int kSlideCtas = 2;  // of an SM
+
+// A warp slides over two spans at a time: while the products of one wait for each other, there are
+// those of the other.
+inline constexpr int kPairSpans = 2;
+inline constexpr int kPairColumns = kPairSpans * kSpanColumns;
+inline constexpr int kSlideRows = kNumSides * kSeenRows;
+// The side whose hot segments this lane lists.
+__device__ inline int listed_side() { return lane_id() % 4 / 2; }
+// What a lane gets of cold_products(): of an inner row, of which there are sums, or of the edge.
+__device__ inline bool has_inner() { return lane_id() % 4 < 2; }
+
+// What a pair of spans sees of the history, kSinkColumns columns before its own and as many after,
+// and its sums; in a warp's shared memory. What is no candidate, or before the first row, is 0.
+inline constexpr int kStagedColumns = kPairColumns + 2 * kSinkColumns;
+template <typename T>
+struct Staged {
+  T rows[kSlideRows][kStagedColumns];
+  std::int32_t sums[kPairColumns];
+};
+// A warp's room for those that are on their way. With more, no CTA of the hot kernel starts beside.
+inline constexpr int kStagedBytes = 2 * sizeof(Staged<__nv_bfloat16>);
+template <typename T>
+inline constexpr int kStages = kStagedBytes / sizeof(Staged<T>);
+static_assert(kStages<float> >= 1);
+
+// How the lanes of a warp bring a pair's rows: copy 32 i + lane, of those of all rows one after the
+// other, is this lane's i-th.
+template <typename T>
+struct SlideCopies {
+  static constexpr int kBytes = sizeof(T) == 1 ? 8 : 16;
+  static constexpr int kValues = kBytes / sizeof(T);
+  static constexpr int kOfRow = kStagedColumns / kValues;
+  static constexpr int kAll = kSlideRows * kOfRow;
+  static constexpr int kRounds = (kAll + 31) / 32;
+  static_assert(kStagedColumns % kValues == 0);
+
+  __device__ static int row(int i) { return (32 * i + lane_id()) / kOfRow; }
+  __device__ static int column(int i) { return (32 * i + lane_id()) % kOfRow * kValues; }
+  __device__ static bool exists(int i) { return 32 * i + 32 <= kAll || 32 * i + lane_id() < kAll; }
+};
+
+// A map, as a warp slides over its spans. Holds what it would else look up for every span.
+template <typename T>
+struct SlideMap {
+  using Copies = SlideCopies<T>;
+  Map map;
+  PairRows<T> rows;
+  std::int64_t num_rows;
+  std::int32_t* sums;
+  std::int32_t* boundary;
+  std::uint32_t* counter;  // of the list of this lane's side, where it appends
+  std::uint32_t* entries;
+  bool slides;
+  unsigned from[Copies::kRounds];  // where this lane's copies begin, of the ring; of the first pair
+
+  __device__ SlideMap(const Map& on, int sequence, const HotLists& lists)
+      : map(on),
+        rows(rows_of<T>(on)),
+        num_rows(on.num_rows()),
+        sums(on.sums()),
+        boundary(on.boundary()),
+        slides(progress_of(on.header(), num_rows, rows.columns).slides) {
+    const int list = lists.list(sequence, on.index, listed_side());
+    counter = lists.counters + list;
+    entries = lists.entries(on.state, list);
+    const int next = place();
+#pragma unroll
+    for (int i = 0; i < Copies::kRounds; ++i) {
+      const int row = Copies::row(i);
+      const int back = row < kSeenRows ? kSeenRows - row : kMostRowsBack + kSeenRows - row;
+      const int of_ring = next - back + (next < back ? kRingRows : 0);
+      from[i] = static_cast<unsigned>(of_ring * rows.pitch + Copies::column(i));
+    }
+  }
+
+  __device__ std::int64_t first_row(int side) const {
+    return num_rows - (side == kBottom ? kSeenRows : kMostRowsBack);
+  }
+  // What this lane's part of a row adds to a sum, or to the edge.
+  __device__ int factor(int side) const {
+    return has_inner() ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
+  }
+  // For the hot kernel.
+  __device__ void note_step() const {
+    const auto back = static_cast<std::int32_t>(min(num_rows, std::int64_t{kMostRowsBack}));
+    map.header().step = {place(), back, rows.columns};
+  }
+
+  // Starts to bring a pair: of one that is not whole, also what is to be cleared.
+  __device__ void bring(int span, Staged<T>& to) const {
+    const T* ring = rows.ring - kSinkColumns;
+    const auto first = static_cast<unsigned>(span * kSpanColumns);
+    auto* at = reinterpret_cast<std::byte*>(to.rows) + lane_id() * Copies::kBytes;
+    const auto copy_rows = [&](const auto& is_there) {
+#pragma unroll
+      for (int i = 0; i < Copies::kRounds; ++i) {
+        if (!Copies::exists(i) || !is_there(i)) continue;
+        copy_async<Copies::kBytes>(at + i * 32 * Copies::kBytes, ring + (from[i] + first));
+      }
+      // Behind the last span's sums lies the boundary.
+      constexpr unsigned kSums = 16 / sizeof(std::int32_t);
+      static_assert(kPairColumns == 32 * kSums);
+      const unsigned column = static_cast<unsigned>(lane_id()) * kSums;
+      copy_async<16>(to.sums + column, sums + (first + column));
+    };
+    const int left = rows.pitch - span * kSpanColumns;  // of a row
+    if (left >= kStagedColumns) {
+      copy_rows([](int) { return true; });
+    } else {
+      copy_rows([&](int i) { return Copies::column(i) < left; });
+    }
+  }
+  static_assert(kBottom == 0 && kTop == 1);
+
+  // All that a pair sees is candidates, in rows that there are; none is the first or the last one.
+  __device__ bool is_whole(int span) const {
+    return span > 0 && (span + kPairSpans) * kSpanColumns + kSinkColumns <= rows.columns &&
+           num_rows >= kMostRowsBack;
+  }
+  // Of a pair whose rows have come, what is not.
+  __device__ void clear_others(int span, Staged<T>& of) const {
+    const int first = span * kSpanColumns - kSinkColumns;
+    const int begin = max(0, -first);
+    const int end = max(begin, min(kStagedColumns, rows.columns - first));
+#pragma unroll 1
+    for (int row = 0; row < kSlideRows; ++row) {
+      const bool exists = first_row(row / kSeenRows) + row % kSeenRows >= 0;
+      const int stop = exists ? begin : kStagedColumns;
+      for (int i = lane_id(); i < stop; i += 32) of.rows[row][i] = T{};
+      for (int i = end + lane_id(); i < kStagedColumns; i += 32) of.rows[row][i] = T{};
+    }
+    __syncwarp();
+  }
+
+ private:
+  // In the ring, of the row that comes next.
+  __device__ int place() const {
+    return static_cast<int>(static_cast<std::uint32_t>(num_rows) % kRingRows);
+  }
+};
+
+// Of slide_pair()'s bits, the lanes that speak of a side.
+__device__ inline unsigned lanes_of(int side) { return 0x33333333U << (2 * side); }
+
+// Appends the hot segments of up to 32 spans from `first` on: lane i has slide_pair()'s bits of
+// span first + i, or none.
+template <typename T>
+__device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
+  const unsigned of_lane_side = lanes_of(listed_side());
+  // Sums of both sides at once, 16 bits each.
+  const auto count =
+      static_cast<unsigned>(__popc(hot & lanes_of(kBottom)) | __popc(hot & lanes_of(kTop)) << 16);
+  const unsigned through = warp_inclusive_sum(count);
+  const unsigned all = __shfl_sync(~0U, through, 31);
+  if (all == 0) return;
+  const int shift = listed_side() == kBottom ? 0 : 16;
+  unsigned at = 0;
+  if (lane_id() == 0 || lane_id() == 2) at = atomicAdd(on.counter, all >> shift & 0xFFFFU);
+  at = __shfl_sync(~0U, at, listed_side() * 2);
+  const unsigned before = through - count;
+  for (unsigned spans = __ballot_sync(~0U, hot != 0); spans != 0; spans &= spans - 1) {
+    const int i = __ffs(static_cast<int>(spans)) - 1;
+    const unsigned of_span = __shfl_sync(~0U, hot, i);
+    const unsigned start = at + (__shfl_sync(~0U, before, i) >> shift & 0xFFFFU);
+    if ((of_span >> lane_id() & 1) == 0) continue;
+    const auto place =
+        static_cast<unsigned>(__popc(of_span & of_lane_side & ((1U << lane_id()) - 1)));
+    on.entries[start + place] =
+        hot_entry(on.map.index, first_column(first + i, lane_id() % 2) / kSegmentWidth, on.slides);
+  }
+}
+
+// Spans `span` and, if that is before `end`, the next one. hot[i]: which of span i's segments are
+// hot, a bit for each lane, which speaks of side listed_side(), segment g + 8 (q % 2). kWhole:
+// is_whole(), and both spans are there.
+template <typename T, bool kWhole>
+__device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int span, int end,
+                           const Staged<T>& staged, unsigned (&hot)[kPairSpans]) {
+  using Pair = HistoryPair<T>;
+  constexpr int kStencils = kNumSides * kPairSpans;  // those of a side are neighbours
+  constexpr int kHalf = kSpanColumns / 2;
+  float d[kStencils][4];
+  std::uint32_t most[kStencils][2] = {};
+#pragma unroll
+  for (int i = 0; i < kStencils; ++i) {
+    const float at_zero = tables.at_zero[i / kPairSpans][listed_side()];
+#pragma unroll
+    for (float& value : d[i]) value = at_zero;
+  }
+#pragma unroll
+  for (int k = 0; k < 3; ++k) {
+    uint4 taps[kStencils];
+    std::uint32_t a[kStencils][4] = {};
+#pragma unroll
+    for (int i = 0; i < kStencils; ++i) {
+      const int side = i / kPairSpans;
+      taps[i] = tables.taps[side][k][lane_id()];
+#pragma unroll
+      for (int row = 2 * k; row < min(2 * k + 2, kSeenRows); ++row) {
+        const T* at =
+            &staged.rows[side * kSeenRows + row][kSinkColumns + read_column(i % kPairSpans, 0)];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          a[i][row % 2 * 2 + half] = Pair::cold(Pair::read(at + half * kHalf));
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        most[i][half] = __vimax3_u16x2(most[i][half], a[i][half], a[i][2 + half]);
+      }
+    }
+    add_cold_products<Pair::kCold>(taps, a, d);
+  }
+
+  int2 value[kPairSpans][2] = {};
+  if (has_inner()) {
+#pragma unroll
+    for (int part = 0; part < 2 * kPairSpans; ++part) {
+      value[part / 2][part % 2] =
+          *reinterpret_cast<const int2*>(staged.sums + written_column(0, 0) + part * kHalf);
+    }
+  }
+  bool is_hot[kPairSpans];  // what this lane speaks of
+#pragma unroll
+  for (int i = 0; i < kStencils; ++i) {
+    const int side = i / kPairSpans;
+    const int of_pair = i % kPairSpans;
+    const unsigned cold =
+        kWhole ? find_cold(tables, most[i])
+               : find_cold_segments(tables, most[i], span + of_pair, on.rows.columns);
+    if (side == listed_side()) is_hot[of_pair] = (cold >> (lane_id() % 2) & 1) == 0;
+    int2 added[2];
+    round_products(d[i], added);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int times = (cold >> half & 1) != 0 ? on.factor(side) : 0;
+      value[of_pair][half].x += times * added[half].x;
+      value[of_pair][half].y += times * added[half].y;
+    }
+  }
+  std::int32_t* out = (has_inner() ? on.sums : on.boundary) + written_column(span, 0);
+#pragma unroll
+  for (int i = 0; i < kPairSpans; ++i) {
+    const bool exists = kWhole || span + i < end;
+    if (exists) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        *reinterpret_cast<int2*>(out + i * kSpanColumns + half * kHalf) = value[i][half];
+      }
+    }
+    const int first = first_column(span + i, lane_id() % 2);
+    hot[i] = __ballot_sync(~0U, is_hot[i] && exists && (kWhole || first < on.rows.columns));
+  }
+
+  // Of what is none of [0, 2]: rows but the newest were checked before.
+  static_assert(kBottom == 0);
+  std::uint32_t seen = 0;
+#pragma unroll
+  for (int i = 0; i < kPairSpans; ++i) seen = __vimax3_u16x2(seen, most[i][0], most[i][1]);
+  if (holds_none<T>(seen)) {
+    std::uint32_t newest = 0;
+#pragma unroll
+    for (int part = 0; part < 2 * kPairSpans; ++part) {
+      const T* at = &staged.rows[kSeenRows - 1][kSinkColumns + read_column(0, 0) + part * kHalf];
+      newest = __vmaxu2(newest, Pair::cold(Pair::read(at)));
+    }
+    if (holds_none<T>(newest)) distrust(on.map, on.first_row(kBottom), kNewest);
+  }
+}
+
+// Spans [first, end) of a map. Rows are brought kStages - 1 pairs ahead of their turn.
+template <typename T>
+__device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int first, int end,
+                            Staged<T>* staged) {
+  constexpr int kAhead = kStages<T> - 1;
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (first + i * kPairSpans < end) on.bring(first + i * kPairSpans, staged[i]);
+    commit_copies();  // an empty group where there are no more
+  }
+  unsigned hot = 0;  // of the spans since `listed`, one a lane
+  int listed = first;
+  int stage = 0;
+#pragma unroll 1
+  for (int span = first; span < end; span += kPairSpans) {
+    const int ahead = span + kAhead * kPairSpans;
+    if (ahead < end) on.bring(ahead, staged[stage == 0 ? kAhead : stage - 1]);
+    commit_copies();
+    wait_copies<kAhead>();
+    __syncwarp();
+    Staged<T>& now = staged[stage];
+    unsigned of_pair[kPairSpans];
+    if (on.is_whole(span) && span + kPairSpans <= end) {
+      slide_pair<T, true>(tables, on, span, end, now, of_pair);
+    } else {
+      on.clear_others(span, now);
+      slide_pair<T, false>(tables, on, span, end, now, of_pair);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairSpans; ++i) {
+      if (lane_id() == span + i - listed) hot = of_pair[i];
+    }
+    if (span + kPairSpans >= end || span + kPairSpans - listed == 32) {
+      list_hot(on, listed, hot);
+      hot = 0;
+      listed = span + kPairSpans;
+    }
+    stage = stage == kAhead ? 0 : stage + 1;
+    __syncwarp();
+  }
+}
+
+struct SlideShared {
+  ColdTables tables;
+  int first_span[kMaxSequences + 1];
+  alignas(16) std::byte staged[kSlideThreads / 32][kStagedBytes];
+};
+extern __shared__ uint4 slide_memory[];
+__device__ inline SlideShared& slide_shared() {
+  return *reinterpret_cast<SlideShared*>(slide_memory);
+}
+
+// A warp's share of the spans of all sequences' maps are neighbours. Not inlined: a type's
+// registers are then its own, and not those of all types at once.
+template <typename T>
+__device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState* states, int rows,
+                                       const HotLists& lists) {
+  SlideShared& shared = slide_shared();
+  shared.tables.load(*from, HistoryPair<T>::kCold);
+  __syncthreads();
+  auto* staged = reinterpret_cast<Staged<T>*>(shared.staged[threadIdx.x / 32]);
+  const int all = shared.first_span[rows];
+  const int each = (all + warps_of_grid() - 1) / warps_of_grid();
+  const int share = (each + kPairSpans - 1) / kPairSpans * kPairSpans;
+  int at = warp_of_grid() * share;
+  const int end = min(at + share, all);
+  int sequence = 0;
+  while (at < end) {
+    const Item item = find_item(states, shared.first_span, at, &sequence);
+    const Map map{states[item.sequence], item.map};
+    const int spans = is_scored(map.state, map.layer()) ? num_spans(map.candidates()) : 0;
+    const int stop = min(spans, item.unit + end - at);
+    if (item.unit < stop) {
+      const SlideMap<T> on(map, item.sequence, lists);
+      if (item.unit == 0 && lane_id() == 0) on.note_step();
+      slide_spans<T>(shared.tables, on, item.unit, stop, staged);
+    }
+    at += item.units - item.unit;
+  }
+}
+
+}  // namespace foretoken::kernels::cuda

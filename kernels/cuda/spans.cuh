@@ -1,0 +1,106 @@
+// Spans of a map, as a warp of the predictor's kernels sees them: which lane has which columns, and
+// five rows of history as operands of the cold stencils.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/cnn.cuh"
+#include "kernels/cuda/history_pair.cuh"
+#include "kernels/cuda/map_state.cuh"
+
+namespace foretoken::kernels::cuda {
+
+inline constexpr int kSeenRows = 5;  // of history, by a row of outputs
+// The newest of them: the others were checked when they were that.
+inline constexpr unsigned kNewest = 1U << (kSeenRows - 1);
+
+__device__ inline int warp_of_grid() {
+  return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x) / 32;
+}
+__device__ inline int warps_of_grid() { return static_cast<int>(gridDim.x * blockDim.x) / 32; }
+
+template <typename T>
+__device__ PairRows<T> rows_of(const Map& map) {
+  return {history_row<T>(map.state, 0, map.index, 0) + kSinkColumns, map.state.pitch,
+          map.candidates()};
+}
+
+// Rows first + i, of the bits i, hold values that are none: scores are not to be used until the
+// last of them has left the window.
+__device__ inline void distrust(const Map& map, std::int64_t first, unsigned rows) {
+  if (rows == 0) return;
+  const std::int64_t row = first + 31 - __clz(static_cast<int>(rows));
+  atomicMax(reinterpret_cast<unsigned long long*>(&map.header().clean_from),
+            static_cast<unsigned long long>(row + kHistoryRows + 1));
+}
+
+// The column that this lane reads of a row, for segment g + 8 half of a span.
+__device__ inline int read_column(int span, int half) {
+  const int lane = lane_id();
+  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth - 2 + lane % 4 * 2;
+}
+// The first column that it writes of cold_products().
+__device__ inline int written_column(int span, int half) {
+  const int lane = lane_id();
+  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth + lane % 2 * 2;
+}
+__device__ inline int first_column(int span, int half) {
+  return span * kSpanColumns + (lane_id() / 4 + half * 8) * kSegmentWidth;
+}
+
+// A span's part of 5 history rows, as they lie in memory.
+template <typename T>
+using RawColdRows = typename PairRows<T>::Raw[kSeenRows][2];
+
+template <typename T>
+__device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int span,
+                               RawColdRows<T>& out) {
+#pragma unroll
+  for (int i = 0; i < kSeenRows; ++i) {
+    const T* row = rows.row(first + i);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) out[i][half] = rows.load(row, read_column(span, half));
+  }
+}
+
+// Whether either of two cold operands stands for a value that is none.
+template <typename T>
+__device__ bool holds_none(std::uint32_t pair) {
+  constexpr std::uint32_t kGreatest = HistoryPair<T>::kGreatest;
+  return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
+}
+
+// Of the result, bit i: row i holds a value that is none, among those that this lane reads.
+template <typename T>
+__device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
+#pragma unroll
+  for (int i = 0; i < kSeenRows; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) out.values[i][half] = HistoryPair<T>::cold(raw[i][half]);
+  }
+  out.find_most();
+  unsigned wrong_rows = 0;
+  if (holds_none<T>(__vmaxu2(out.most[0], out.most[1]))) {
+#pragma unroll
+    for (int i = 0; i < kSeenRows; ++i) {
+      const bool wrong = holds_none<T>(__vmaxu2(out.values[i][0], out.values[i][1]));
+      wrong_rows |= wrong ? 1U << i : 0U;
+    }
+  }
+  return wrong_rows;
+}
+
+// Of find_cold(), those that are not where the network pads.
+__device__ inline unsigned find_cold_segments(const ColdTables& tables,
+                                              const std::uint32_t (&seen)[2], int span,
+                                              int columns) {
+  unsigned cold = find_cold(tables, seen);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int first = first_column(span, half);
+    if (first < columns && at_edge(first, columns)) cold &= ~(1U << half);
+  }
+  return cold;
+}
+
+}  // namespace foretoken::kernels::cuda
