@@ -536,8 +536,9 @@ class Device {
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;
 
   // Brings rows to the device, one behind the other, as fast as several threads and the link can:
-  // for weights. The host's memory stays as it is, and the device's is used, until finish_uploads();
-  // from then on the rows are there, for ops and copies of any stream. For one caller at a time.
+  // for weights. The host's memory stays as it is, and the device's is used, until
+  // finish_uploads(); from then on the rows are there, for ops and copies of any stream. For one
+  // caller at a time.
   virtual void upload(void* device, const HostRows& rows) = 0;
   virtual void finish_uploads() = 0;
 

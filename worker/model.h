@@ -86,7 +86,7 @@ class Model {
   // after end_sums().
   void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
   void end_sums(kernels::Stream& stream);
-  // The most that such a sum is of.
+  // The most that such a sum is of; 0 where chunks are too short for one.
   static std::size_t most_begun_bytes(const ModelConfig& config, int max_rows);
   // logits[rows, vocab], of all ranks. REQUIRES: rows <= act.max_logit_rows.
   void logits(int rows, Activations& act, const void* hidden, float* logits,

@@ -135,7 +135,11 @@ void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
 
 void CudaDevice::release(void* data, std::size_t bytes, MemoryUse use) {
   if (data == nullptr) return;
-  finish_uploads();
+  try {
+    finish_uploads();  // they may write there
+  } catch (const Exception&) {
+    // Whoever waits for them is told: it stays so.
+  }
   cudaFreeAsync(data, memory_stream_);
   in_use_[static_cast<std::size_t>(use)] -= bytes;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstring>
 #include <numeric>
 
@@ -10,6 +11,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/peer_sum.h"
+#include "kernels/poll.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -110,8 +112,11 @@ constexpr int kPlaces = 4;
 constexpr std::size_t kLeastBegun = std::size_t{1} << 20;  // below it NCCL is as fast (guessed)
 constexpr std::size_t kLine = 128;
 constexpr std::uint32_t kNumbers = 1024;  // calls until a number comes again
-constexpr int kLargeCtas = 2 * 132;
+constexpr int kLargeCtasOfSm = 2;
 constexpr int kLargeThreads = 512;
+constexpr PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
+                                .pause = std::chrono::milliseconds(1),
+                                .deadline = std::chrono::seconds(2)};
 
 std::size_t round_up(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 
@@ -212,8 +217,6 @@ class CudaPeerSum final : public PeerSum {
     FT_CUDA(cudaDeviceSynchronize());  // the zeros are there before anyone is told the address
   }
   ~CudaPeerSum() override {
-    *stop_ = 1;
-    cudaStreamSynchronize(sender_);
     disconnect();
     cudaStreamDestroy(sender_);
     cudaEventDestroy(made_);
@@ -247,6 +250,9 @@ class CudaPeerSum final : public PeerSum {
     }
   }
   void disconnect() override {
+    *stop_ = 1;
+    // What is on its way to another's memory ends first; a link that hangs does not hold us.
+    poll_until([this] { return cudaStreamQuery(sender_) != cudaErrorNotReady; }, kEndLimits, [] {});
     for (void* memory : opened_) cudaIpcCloseMemHandle(memory);
     opened_.clear();
   }
@@ -305,7 +311,7 @@ class CudaPeerSum final : public PeerSum {
                              params_.stop};
     with_half_type(type_, [&](auto tag) {
       large_sum_kernel<typename decltype(tag)::type>
-          <<<kLargeCtas, kLargeThreads, 0, handle>>>(params);
+          <<<kLargeCtasOfSm * num_sms(), kLargeThreads, 0, handle>>>(params);
     });
     FT_CUDA(cudaGetLastError());
   }

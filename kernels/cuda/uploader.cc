@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <utility>
 
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/waiter.h"
@@ -116,16 +115,14 @@ void Uploader::push(const Chunk& chunk) {
 }
 
 void Uploader::finish() {
-  std::exception_ptr failure;
   {
     std::unique_lock lock(mutex_);
     progress_.wait(lock, [this] { return waiting_.empty() && num_begun_ == 0; });
-    std::swap(failure, failure_);
+    if (failure_) std::rethrow_exception(failure_);
   }
   for (const auto& lane : lanes_) {
     if (lane) lane->finish();
   }
-  if (failure) std::rethrow_exception(failure);
 }
 
 // Each in pieces that are rows again.

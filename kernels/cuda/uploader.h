@@ -30,7 +30,7 @@ class Uploader {
   // As Device::upload and finish_uploads. upload() waits while much is under way, so that what it
   // was called for tells how far the whole is.
   void upload(void* device, const HostRows& rows);
-  void finish();  // throws what one of them met
+  void finish();  // throws what the first that failed met, and so does every later call
 
  private:
   class Lane;  // what a thread copies through

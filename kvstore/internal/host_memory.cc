@@ -1,6 +1,7 @@
 #include "kvstore/internal/host_memory.h"
 
 #include <fcntl.h>
+#include <numa.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -11,7 +12,10 @@
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <mutex>
 #include <string>
+
+#include "common/log.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -73,6 +77,10 @@ std::uint64_t left_in_control_groups() {
   return left;
 }
 
+std::size_t num_numa_nodes() {
+  return numa_available() < 0 ? 1 : static_cast<std::size_t>(numa_max_node()) + 1;
+}
+
 std::size_t up_to_pages(std::size_t bytes) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   return (bytes + page - 1) / page * page;
@@ -86,12 +94,25 @@ void take_huge_pages(std::byte* begin, std::size_t bytes) {
   if (bytes < before + kHugePageBytes) return;
   begin += before;
   bytes = (bytes - before) / kHugePageBytes * kHugePageBytes;
-  // It makes them of small pages: there must be one.
+  // It makes one of the small pages that are there, on their node. Where pages go to the nodes in
+  // turn, by their number, one in each huge page does so too, if it is the right one.
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  const std::size_t nodes = num_numa_nodes();
   for (std::size_t at = 0; at < bytes; at += kHugePageBytes) {
-    if (madvise(begin + at, page, MADV_POPULATE_WRITE) != 0) return;
+    const std::size_t index = reinterpret_cast<std::uintptr_t>(begin + at) / kHugePageBytes;
+    const std::size_t shift = (kHugePageBytes / page - 1) * (index % nodes) % nodes;
+    const std::size_t small = (nodes - shift) % nodes;
+    if (madvise(begin + at + small * page, page, MADV_POPULATE_WRITE) != 0) return;
   }
-  madvise(begin, bytes, kCollapse);
+  if (madvise(begin, bytes, kCollapse) == 0) return;
+  static std::once_flag said;
+  std::call_once(said, [reason = errno] {
+    log().warn(
+        "the kernel gives (some) memory in small pages, which take longer to be there and to "
+        "be pinned: {}; it has huge ones for us since Linux 6.1, unless "
+        "/sys/kernel/mm/transparent_hugepage/shmem_enabled is \"deny\"",
+        std::strerror(reason));
+  });
 }
 
 }  // namespace

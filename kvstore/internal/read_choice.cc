@@ -21,13 +21,13 @@ std::optional<Pace::Seconds> Pace::time_for(double tokens) const {
 bool ReadChoice::reads(const PrefixKey& prefix, Way way, const Tokens& tokens, TimePoint now) {
   if (mode_ == Mode::kAlways || tokens.read <= 0) return true;
   std::erase_if(decisions_, [&](const auto& entry) { return now >= entry.second.until; });
-  const auto [place, is_new] = decisions_.try_emplace(prefix);
+  const auto [place, is_new] = decisions_.try_emplace({way, prefix});
   if (is_new) place->second = {decide(way, tokens), now + kSame};
   return place->second.reads;
 }
 
-bool ReadChoice::is_passed_over(const PrefixKey& prefix, TimePoint now) const {
-  const auto found = decisions_.find(prefix);
+bool ReadChoice::is_passed_over(const PrefixKey& prefix, Way way, TimePoint now) const {
+  const auto found = decisions_.find({way, prefix});
   return found != decisions_.end() && now < found->second.until && !found->second.reads;
 }
 

@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <map>
 #include <optional>
+#include <utility>
 
 #include "common/prefix_key.h"
 #include "kvstore/internal/nvme_health.h"
@@ -60,7 +61,7 @@ class ReadChoice {
   };
   bool reads(const PrefixKey& prefix, Way way, const Tokens& tokens, TimePoint now);
   // It was decided that the prefix is computed anew, and the decision holds.
-  bool is_passed_over(const PrefixKey& prefix, TimePoint now) const;
+  bool is_passed_over(const PrefixKey& prefix, Way way, TimePoint now) const;
 
  private:
   struct Reading {
@@ -79,7 +80,7 @@ class ReadChoice {
   const Mode mode_;
   Pace computing_;
   std::array<Reading, 2> readings_;  // by Way
-  std::map<PrefixKey, Decision> decisions_;
+  std::map<std::pair<Way, PrefixKey>, Decision> decisions_;
 };
 
 }  // namespace foretoken::kvstore

@@ -282,7 +282,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
     return reply(peer, Error{ErrorCode::kPending, "its prefix is on its way from NVMe"});
   }
   auto grant = book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
-  if (grant && promotions_) count_passed_over(peer, request.keys, grant->head_hits);
+  if (grant && promotions_) {
+    count_passed_over(peer, ReadChoice::Way::kPromoted, request.keys, grant->head_hits);
+  }
   return reply_grant(peer, std::move(grant));
 }
 

@@ -145,7 +145,7 @@ class Server {
   void open_tier();
   bool is_coming(const Peer& peer, const Reserve& request);
   bool reads_outsized(const Reserve& request, int hits);
-  void count_passed_over(const Peer& peer, std::span<const PrefixKey> keys,
+  void count_passed_over(const Peer& peer, ReadChoice::Way way, std::span<const PrefixKey> keys,
                          std::span<const int> head_hits);
   void note_prefill(const PrefillTimes& times);
   void advance_tier();

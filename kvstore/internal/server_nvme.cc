@@ -74,16 +74,16 @@ bool Server::reads_outsized(const Reserve& request, int hits) {
                        std::chrono::steady_clock::now());
 }
 
-// What a reservation was granted without, although the tier has it: of a group, by its first rank.
-void Server::count_passed_over(const Peer& peer, std::span<const PrefixKey> keys,
-                               std::span<const int> head_hits) {
+// What a reservation was granted without, although its file has it: of a group, by its first rank.
+void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
+                               std::span<const PrefixKey> keys, std::span<const int> head_hits) {
   const TimePoint now = std::chrono::steady_clock::now();
-  if (peer.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), now)) return;
+  if (peer.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), way, now)) return;
   const auto rest = keys.subspan(static_cast<std::size_t>(std::ranges::min(head_hits)));
   const auto is_there = [&](const PrefixKey& key) {
     for (int i = 0; i < peer.num_heads; ++i) {
-      const auto place = mover_->place_of({peer.first_head + i, key}, now);
-      if (place == TierMover::Place::kNeither) return false;
+      const SlabName name{peer.first_head + i, key};
+      if (mover_->place_of(name, now) != TierMover::Place::kFile) return false;
     }
     return true;
   };

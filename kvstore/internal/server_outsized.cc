@@ -113,7 +113,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   book_->count(std::int64_t{peer.num_heads} * hits,
                std::int64_t{peer.num_heads} * (std::ssize(request.keys) - hits));
   Grant grant = grant_of(lent);
-  count_passed_over(peer, request.keys, grant.head_hits);
+  count_passed_over(peer, ReadChoice::Way::kInPrefill, request.keys, grant.head_hits);
   grant.slabs =
       book_->reserve(*peer.lease, request.sequence, {}, static_cast<int>(num_slabs), SlabsOf::kRank)
           .value()

@@ -24,7 +24,7 @@ CLEAR = 0.1
 MAX_KL = 1e-3
 TOKENS = 32
 PROMPTS = (17, 300, 2000)
-DENSE = ("--kv-policy", "full", "--max-tokens", str(TOKENS), "--logprobs", "20")
+DENSE = ("--kv-policy", "full", "--max-tokens", str(TOKENS), "--logprobs", "20", "--max-batched-tokens", "8192")
 
 
 def shapes():

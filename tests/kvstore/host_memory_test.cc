@@ -5,9 +5,12 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <limits>
+#include <sstream>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -90,6 +93,31 @@ TEST(Populate, LeavesWhatItBacksAsItWas) {
   EXPECT_TRUE(is_filled_with(mapping, 'a'));
   const auto other = SharedMapping::map(memory.get(), kHuge, 2 * kHuge).value_or_throw();
   EXPECT_TRUE(is_filled_with(other, 'a'));
+}
+
+std::size_t huge_bytes(const SharedMapping& mapping) {
+  std::ifstream smaps("/proc/self/smaps");
+  std::ostringstream begin;
+  begin << std::hex << reinterpret_cast<std::uintptr_t>(mapping.base()) << '-';
+  bool ours = false;
+  for (std::string line; std::getline(smaps, line);) {
+    if (line.find('-') < line.find(' ')) ours = line.starts_with(begin.str());
+    constexpr std::string_view kField = "ShmemPmdMapped:";
+    if (ours && line.starts_with(kField)) return 1024 * std::stoul(line.substr(kField.size()));
+  }
+  return 0;
+}
+
+TEST(Populate, GetsHugePagesWhereTheKernelHasThem) {
+  const FileDescriptor memory = make_shared_memory("test", 6 * kHuge).value_or_throw();
+  const auto mapping = SharedMapping::map(memory.get(), 0, 6 * kHuge).value_or_throw();
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE
+  ASSERT_TRUE(populate(mapping.base(), 4096));
+  if (madvise(mapping.base(), kHuge, kCollapse) != 0) {
+    GTEST_SKIP() << "this kernel makes none: " << std::strerror(errno);
+  }
+  ASSERT_TRUE(populate(mapping.base() + kHuge - 4096, 3 * kHuge + 8192));
+  EXPECT_EQ(huge_bytes(mapping), 4 * kHuge);
 }
 
 TEST(Populate, BacksAllPages) {

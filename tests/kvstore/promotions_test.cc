@@ -147,7 +147,7 @@ TEST_F(PromotionsTest, WhatIsComputedSoonerIsNotRead) {
   choice.on_read(ReadChoice::Way::kPromoted, 1'000, seconds(2));
   EXPECT_FALSE(is_coming(0, 1));
   EXPECT_FALSE(is_coming(1, 1)) << "the same for all ranks";
-  EXPECT_TRUE(choice.is_passed_over(keys.back(), disk.now));
+  EXPECT_TRUE(choice.is_passed_over(keys.back(), ReadChoice::Way::kPromoted, disk.now));
   EXPECT_EQ(promotions.num_prefixes(), 0U);
   advance();
   EXPECT_EQ(disk.tier->stat().slabs_read, 0);

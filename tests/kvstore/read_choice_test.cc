@@ -81,11 +81,11 @@ TEST_F(ReadChoiceTest, AllRanksAreToldTheSame) {
   EXPECT_TRUE(choice.reads(key, Way::kInPrefill, tokens, now));
   now += milliseconds(1);
   EXPECT_FALSE(choice.reads(key, Way::kInPrefill, tokens, now));
-  EXPECT_TRUE(choice.is_passed_over(key, now));
+  EXPECT_TRUE(choice.is_passed_over(key, Way::kInPrefill, now));
   choice.on_read(Way::kInPrefill, 10 * kTokens, seconds(1));
   EXPECT_FALSE(choice.reads(key, Way::kInPrefill, tokens, now));
   now += ReadChoice::kSame;
-  EXPECT_FALSE(choice.is_passed_over(key, now));
+  EXPECT_FALSE(choice.is_passed_over(key, Way::kInPrefill, now));
   EXPECT_TRUE(choice.reads(key, Way::kInPrefill, tokens, now));
 }
 
@@ -113,7 +113,7 @@ TEST_F(ReadChoiceTest, AlwaysIsAlways) {
   always.on_computed(kTokens, seconds(1));
   always.on_read(Way::kPromoted, kTokens, seconds(2));
   EXPECT_TRUE(always.reads(PrefixKey{}, Way::kPromoted, {kTokens, kTokens}, now));
-  EXPECT_FALSE(always.is_passed_over(PrefixKey{}, now));
+  EXPECT_FALSE(always.is_passed_over(PrefixKey{}, Way::kPromoted, now));
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <random>
 #include <thread>
+#include <utility>
 
 #include "common/check.h"
 
@@ -96,8 +97,9 @@ void StoreProcess::damage(std::size_t offset, std::byte flipped) const {
 }
 
 LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
-                       const StoreProcess& store, kernels::HistoryType history)
-    : model_config_(model), device_(device_for(config)), collective_(make_single_collective()) {
+                       const StoreProcess& store, kernels::HistoryType history,
+                       std::unique_ptr<Collective> collective)
+    : model_config_(model), device_(device_for(config)), collective_(std::move(collective)) {
   const Partition part = make_partition(model, 0, 1).value_or_throw();
   const auto weights = make_dummy_source(model);
   LoadProgress progress(LoadProgress::Style::kNone);

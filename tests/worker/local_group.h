@@ -41,7 +41,8 @@ class LocalGroup {
  public:
   // A model of the config's shape with random weights.
   LocalGroup(const ServiceConfig& config, const ModelConfig& model, const StoreProcess& store,
-             kernels::HistoryType history = kernels::HistoryType::kBf16);
+             kernels::HistoryType history = kernels::HistoryType::kBf16,
+             std::unique_ptr<Collective> collective = make_single_collective());
   ~LocalGroup();
 
   struct Options {

@@ -8,6 +8,8 @@
 namespace foretoken::worker {
 namespace {
 
+constexpr int kLeastRows = 512;  // of a part: below it products lose more than sums win (guessed)
+
 kernels::DeviceBuffer rows_of(kernels::Device& device, int rows, std::int64_t columns) {
   const std::size_t element = kernels::bytes_of(device.activation_type());
   return {device, element * static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns),
@@ -121,17 +123,18 @@ void Model::project_qkv(int layer, int rows, Activations& act, const void* hidde
 
 Model::Rows Model::first_half(int rows) {
   constexpr int kTile = 256;  // rows that a product's thread blocks have together
-  return {0, std::min(rows, (rows / 2 + kTile - 1) / kTile * kTile)};
+  return {0, std::min(rows, ((rows + 1) / 2 + kTile - 1) / kTile * kTile)};
 }
 
 std::size_t Model::most_begun_bytes(const ModelConfig& config, int max_rows) {
   constexpr std::size_t kActivation = 2;  // of a CUDA device
-  return kActivation * static_cast<std::size_t>(first_half(max_rows).count) *
+  const int rows = first_half(max_rows).count;
+  if (max_rows - rows < kLeastRows) return 0;
+  return kActivation * static_cast<std::size_t>(rows) *
          static_cast<std::size_t>(config.hidden_size);
 }
 
 std::vector<Model::Rows> Model::parts(int rows) const {
-  constexpr int kLeastRows = 512;  // of a part: below it products lose more than sums win (guessed)
   const Rows first = first_half(rows);
   const Rows second{first.count, rows - first.count};
   const auto begins = [&](const Rows& part) {

@@ -1,6 +1,6 @@
 // The collectives of GPU ranks, enqueued on the step's stream and so recorded with it: NCCL, and
-// PeerSum for small sums (docs/decisions/003-small-sums.md). MPI only tells the ranks where to
-// meet.
+// PeerSum for small sums, and for large ones of two ranks (docs/decisions/003-small-sums.md). MPI
+// only tells the ranks where to meet.
 #include <cuda_runtime_api.h>
 #include <mpi.h>
 #include <nccl.h>

@@ -15,7 +15,7 @@
 namespace foretoken::worker {
 namespace {
 
-constexpr auto kConnecting = "connecting the ranks for small sums";
+constexpr auto kConnecting = "connecting the ranks for sums";
 constexpr kernels::PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
                                          .pause = std::chrono::milliseconds(1),
                                          .deadline = std::chrono::seconds(2)};
@@ -66,7 +66,7 @@ PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size
     do_with_ranks(kConnecting, [](MPI_Request* request) { MPI_Ibarrier(MPI_COMM_WORLD, request); });
     sum_.reset();
   }
-  if (!why_not.empty()) log().warn("small sums go over NCCL, which is slower: {}", why_not);
+  if (!why_not.empty()) log().warn("all sums go over NCCL, which is slower: {}", why_not);
 }
 
 // An inbox may go once nobody has it open. A rank that failed does not wait for the others, nor

@@ -184,8 +184,10 @@ std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const M
   if (place.world_size == 1) return make_single_collective();
   if (!wants_cuda(config)) return make_mpi_collective();
   if (place.node.count() == place.world_size) {
-    const std::size_t most_begun =
-        Model::most_begun_bytes(model, static_cast<int>(config.max_batched_tokens));
+    const std::int64_t longest =
+        config.max_model_len > 0 ? config.max_model_len : model.max_position;
+    const std::size_t most_begun = Model::most_begun_bytes(
+        model, static_cast<int>(std::min<std::int64_t>(config.max_batched_tokens, longest)));
     return make_nccl_collective(device, Sums::kByPeers, most_begun);
   }
   if (place.rank == 0) {

@@ -142,6 +142,20 @@ TEST_F(CudaTest, PeerSumGivesUpAtItsEnd) {
   stream->synchronize();
 }
 
+TEST_F(CudaTest, PeerSumInTwoStepsGivesUpAtItsEnd) {
+  constexpr std::size_t kBytes = std::size_t{1} << 20;
+  const auto device = make_cuda_device({});
+  const auto stream = device->make_stream(StreamKind::kCompute);
+  const DeviceBuffer data(*device, kBytes, MemoryUse::kActivations);
+  auto own = make_peer_sum(*device, 0, 2, kBytes);
+  const auto other = make_peer_sum(*device, 1, 2, kBytes);
+  own->connect(std::vector{own->address(), other->address()});
+  own->begin(data.data(), kBytes / 2, *stream);
+  own->end(*stream);
+  own.reset();
+  stream->synchronize();
+}
+
 INSTANTIATE_TEST_SUITE_P(Ranks, CudaPeerSum, testing::Values(1, 2, 3, 4, 8));
 
 }  // namespace

@@ -547,6 +547,29 @@ TEST_P(CudaPredictTypes, DistrustsAWindowWithAValueThatIsNone) {
   }
 }
 
+// Wherever it lies: at the edges of spans and of pairs of them, in whole pairs and in the last one.
+TEST_P(CudaPredictTypes, DistrustsItInEverySpan) {
+  Pair pair;
+  constexpr int kColumns = 400;
+  constexpr int kLast = kColumns - (kSinkTokens + kLocalTokens) / kBlockTokens - 1;
+  const HistoryShape shape{
+      .max_columns = kColumns, .top_k = 5, .max_per_head = 7, .type = GetParam()};
+  for (const int candidate : {0, 1, 63, 64, 127, 128, 130, 250, 300, kLast}) {
+    Batch batch(pair.cuda, {shape});
+    std::mt19937 random(kSeed);
+    for (int r = 0; r < 64; ++r) {
+      batch.append(0, random_values(shape, kColumns, random), kColumns);
+    }
+    batch.predict();
+    ASSERT_EQ(batch.history(0).fallbacks(), 0U);
+    std::vector<float> row = random_values(shape, kColumns, random);
+    row[static_cast<std::size_t>(kSinkTokens / kBlockTokens + candidate)] = 3.0F;
+    batch.append(0, row, kColumns);
+    batch.predict();
+    EXPECT_EQ(batch.history(0).fallbacks(), 1U) << "candidate " << candidate;
+  }
+}
+
 TEST_F(CudaPredict, RunsFromARecordedGraph) {
   Pair pair;
   const HistoryShape shape{.num_kv_heads = 2, .max_columns = 120, .top_k = 9, .max_per_head = 9};
