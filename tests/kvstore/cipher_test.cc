@@ -94,6 +94,49 @@ TEST_P(CipherTest, NoTwoSealsAreAlike) {
   EXPECT_EQ(texts.size(), 1000U) << "the same text never gives the same bytes";
 }
 
+TEST_P(CipherTest, AKeyIsHandedOverOnce) {
+  const FileDescriptor pipe = cipher->hand_over().value_or_throw();
+  const auto rank = KvCipher::from_pipe(pipe.get(), GetParam()).value_or_throw();
+  const std::vector<std::byte> text(100, std::byte{3});
+  for (const auto& [from, to] : {std::pair(cipher, rank), std::pair(rank, cipher)}) {
+    auto copy = text;
+    const Seal seal = from->seal(copy, {});
+    EXPECT_TRUE(to->open(copy, {}, seal));
+    EXPECT_EQ(copy, text);
+  }
+  for (const int gone : {pipe.get(), -1}) {
+    const auto again = KvCipher::from_pipe(gone, GetParam());
+    ASSERT_FALSE(again);
+    EXPECT_EQ(again.error().code, ErrorCode::kUnavailable);
+  }
+}
+
+// The rule that a key in many hands rests on: 24 bytes, all of them random, whoever seals. (Of as
+// many nonces of 12 bytes two would be alike after 2^48.)
+TEST_P(CipherTest, HoldersOfOneKeySealUnderNoncesOfTheirOwn) {
+  std::vector holders{cipher};
+  for (int i = 0; i < 3; ++i) {
+    const FileDescriptor pipe = cipher->hand_over().value_or_throw();
+    holders.push_back(KvCipher::from_pipe(pipe.get(), GetParam()).value_or_throw());
+  }
+  constexpr int kSeals = 2000;
+  std::set<std::array<std::uint8_t, 24>> nonces;
+  std::set<std::array<std::byte, 32>> texts;
+  std::array<std::set<std::uint8_t>, 24> values;
+  for (int i = 0; i < kSeals; ++i) {
+    for (const auto& holder : holders) {
+      std::array<std::byte, 32> text{};
+      const Seal seal = holder->seal(text, {});
+      nonces.insert(seal.nonce);
+      texts.insert(text);
+      for (std::size_t at = 0; at < values.size(); ++at) values[at].insert(seal.nonce[at]);
+    }
+  }
+  EXPECT_EQ(nonces.size(), kSeals * holders.size());
+  EXPECT_EQ(texts.size(), kSeals * holders.size());
+  for (const auto& of_a_byte : values) EXPECT_EQ(of_a_byte.size(), 256U);
+}
+
 // Of an encrypted file, no 16 bytes of what went in can be found: KV, checksums, prefix keys.
 TEST_P(CipherTest, NothingOnTheDiskCanBeRead) {
   const auto pieces_found = [this](const std::shared_ptr<const KvCipher>& with) {
