@@ -283,6 +283,33 @@ TEST_P(CipherTest, AFileOfVersion2StartsAfreshWithItsKey) {
   EXPECT_TRUE(disk.load(test_name(0, 1)));
 }
 
+TEST_P(CipherTest, TheToolsRefuseAFileOfVersion2) {
+  const TestFolder folder;
+  const std::filesystem::path path = folder.path() / "kv";
+  { const NvmeFile made(path); }
+  const NvmeGeometry old{kTestModel.slab_bytes(), 4};
+  std::array<std::byte, kSectorBytes> sector{};
+  encode(Superblock{3, 7, kTestModel, old, GetParam(), /*is_old=*/true}, sector, cipher.get());
+  {
+    std::ofstream out(path / "kv-slabs", std::ios::binary);
+    for (const int copy [[maybe_unused]] : {0, 1}) {
+      out.write(reinterpret_cast<const char*>(sector.data()), kSectorBytes);
+    }
+  }
+  std::filesystem::resize_file(path / "kv-slabs", old.file_bytes());
+  ToolTarget target;
+  target.folder = path;
+  target.cipher = cipher;
+  try {
+    stat_file(target);
+    ADD_FAILURE() << "it is read";
+  } catch (const Exception& refusal) {
+    EXPECT_EQ(refusal.error().code, ErrorCode::kConfig);
+    EXPECT_NE(std::string(refusal.what()).find("as of version 2"), std::string::npos)
+        << refusal.what();
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(, CipherTest, testing::ValuesIn(kKinds));
 
 // ---- the key's file -----------------------------------------------------------------------------
