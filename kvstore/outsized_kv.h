@@ -71,7 +71,7 @@ class OutsizedKv {
     int num_segments = 0;
     std::vector<Frame> frames;
     std::vector<std::uint64_t> slots;  // [num_kv_heads, num_segments] offsets in the NVMe file
-    bool publishes = true;             // else publish() does nothing
+    bool is_sealed = false;            // the file is encrypted
   };
   // `guard` may be null. REQUIRES: parts.frames has least_frames() or more.
   OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Parts parts);
@@ -104,6 +104,7 @@ class OutsizedKv {
     int segment = 0;
     PrefixKey key;
     std::vector<std::uint64_t> digests;  // [num_kv_heads] of the slots' checksums
+    std::vector<Seal> seals;             // [num_kv_heads] of the slots' tables; where is_sealed
   };
   // Those whose slots are whole, but for the headers, since the last call.
   std::vector<Published> take_published();
@@ -195,7 +196,7 @@ class OutsizedKv {
   bool is_table(RunIndex run) const { return static_cast<std::size_t>(run) >= runs_state_.size(); }
   void start_tables();
   void write_table(int head);
-  void on_table_written(bool ok);
+  void on_table_written(RunIndex index, const Result<Seal>& written);
 
   kernels::Device& device_;
   RunIo& io_;

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "common/result.h"
+#include "kernels/kv_layout.h"
 #include "kvstore/internal/kv_cipher.h"
 
 namespace foretoken::kvstore {
@@ -39,12 +40,13 @@ class IoMemory {
   std::size_t count_;
 };
 
-// What is sealed as one where the file is encrypted (sealing_device.h): a slab, a run. Bytes that
-// were sealed once are written as they are from then on.
+// What is sealed at a time where the file is encrypted (sealing_device.h): a run, the table behind
+// runs, a slab. Bytes that were sealed once are written as they are from then on.
 struct SealedUnit {
   std::span<std::byte> bytes;
   Seal seal;  // that a read opens, that a write has made
   bool is_sealed = false;
+  const kernels::KvShape* slab = nullptr;  // of a slab: it is sealed run by run (sealed_slab.h)
 };
 
 enum class IoDirection { kRead, kWrite };

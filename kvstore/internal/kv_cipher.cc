@@ -11,7 +11,6 @@
 
 #include "common/check.h"
 #include "common/result.h"
-#include "kvstore/internal/file_descriptor.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -140,6 +139,31 @@ std::shared_ptr<const KvCipher> KvCipher::from_file(const std::filesystem::path&
   sodium_memzero(text.data(), text.size());
   if (!is_key || !ends) refuse(path, "is not 64 hexadecimal digits: openssl rand -hex 32");
   return std::shared_ptr<const KvCipher>(new KvCipher(std::move(key), kind));
+}
+
+Result<std::shared_ptr<const KvCipher>> KvCipher::from_pipe(int pipe, CipherKind kind) {
+  try {
+    Key key = make_key();
+    if (read(pipe, key.get(), kKeyBytes) != static_cast<ssize_t>(kKeyBytes)) {
+      return Error{ErrorCode::kUnavailable, "the KV's key was not handed over"};
+    }
+    return std::shared_ptr<const KvCipher>(new KvCipher(std::move(key), kind));
+  } catch (const Exception& failure) {
+    return failure.error();
+  }
+}
+
+Result<FileDescriptor> KvCipher::hand_over() const {
+  std::array<int, 2> ends{};
+  if (pipe2(ends.data(), O_CLOEXEC | O_NONBLOCK) != 0) {
+    return Error{ErrorCode::kIo, "no pipe for the KV's key"};
+  }
+  FileDescriptor out(ends[0]);
+  const FileDescriptor in(ends[1]);
+  if (write(in.get(), key_.get(), kKeyBytes) != static_cast<ssize_t>(kKeyBytes)) {
+    return Error{ErrorCode::kIo, "the KV's key can't be handed over"};
+  }
+  return out;
 }
 
 Seal KvCipher::seal(std::span<std::byte> bytes, std::span<const std::byte> place) const {

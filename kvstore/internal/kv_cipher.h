@@ -8,8 +8,8 @@
 //   AES-256-GCM          where the CPU has AES: with a key of its own for each nonce,
 //                        BLAKE2b-256(nonce; key), and GCM's own nonce zero
 //   XChaCha20-Poly1305   elsewhere: its nonces are so long that random ones may be used
-// So nothing must be remembered from one seal, process or restart to the next, and two processes
-// may have one key.
+// So nothing must be remembered from one seal, process or restart to the next, and any number of
+// processes may have one key: n seals share a nonce with probability n^2 / 2^193.
 //
 // Owns the key: in memory of libsodium's, which is locked where the limits allow, between guard
 // pages, in no core dump, and zeroed at the end. Thread-safe. Example: tests/kvstore/cipher_test.cc
@@ -22,6 +22,9 @@
 #include <memory>
 #include <span>
 #include <string_view>
+
+#include "common/result.h"
+#include "kvstore/internal/file_descriptor.h"
 
 namespace foretoken::kvstore {
 
@@ -44,6 +47,13 @@ class KvCipher {
   // A file of 64 hexadecimal digits, mode 0600. Throws Exception(kConfig).
   static std::shared_ptr<const KvCipher> from_file(const std::filesystem::path& path,
                                                    CipherKind kind = best_kind());
+  // The key that hand_over() put into the pipe, once. Error: kUnavailable where it is not there,
+  // kIo.
+  static Result<std::shared_ptr<const KvCipher>> from_pipe(int pipe, CipherKind kind);
+
+  // A pipe's end to read the key from, for another process of this user: the key then stands in no
+  // message, and in no memory that is swapped. Error: kIo.
+  Result<FileDescriptor> hand_over() const;
 
   CipherKind kind() const { return kind_; }
 

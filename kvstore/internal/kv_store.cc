@@ -43,8 +43,9 @@ struct KvStore::Impl {
   Connection connection;
   std::optional<StripeMapping> mapping;
   std::optional<ArenaGuard> guard;
-  FileDescriptor nvme_file;                // the store's, once a sequence was outsized
-  std::shared_ptr<const KvCipher> cipher;  // of this rank's runs there; null: not encrypted
+  FileDescriptor nvme_file;  // the store's, once a sequence was outsized
+  bool encrypts_nvme = false;
+  std::shared_ptr<const KvCipher> cipher;  // the file's, likewise; null: not encrypted
   std::optional<RunIo> io;                 // on it
   std::vector<std::unique_ptr<kernels::Event>> fetched;  // by the layer that a fetch began with
   std::vector<std::optional<int>> fetched_with;  // the layer that a layer's last fetch began with
@@ -53,6 +54,7 @@ struct KvStore::Impl {
       : config(client), device(on), connection(std::move(socket)) {}
 
   Status greet();
+  Status ask_for_key();
   Status tell_faults();
   void prepare_device();
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
@@ -61,6 +63,9 @@ struct KvStore::Impl {
   std::vector<std::uint64_t> offsets_of(const Grant& grant) const;
   Status read_prefix(Reservation& kv, const Grant& grant, std::span<const PrefixKey> keys);
 
+  SlotFile file_of(const Grant& grant) const {
+    return {config.shape, grant.slots_offset, grant.file_id, cipher.get()};
+  }
   bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
 
   // Runs an op that touches the arena. Under the guard the arena is open until the op is through.
@@ -80,7 +85,7 @@ Status KvStore::Impl::greet() {
   if (welcome->slab_bytes != config.shape.slab_bytes()) {
     return Error{ErrorCode::kInvalidArgument, "the KV store lays slabs out otherwise"};
   }
-  if (welcome->encrypts_nvme) cipher = KvCipher::random();  // nobody else reads what it writes
+  encrypts_nvme = welcome->encrypts_nvme;
   const ArenaLayout layout{config.total_kv_heads, welcome->slab_bytes, welcome->slabs_per_head};
   try {
     mapping.emplace(answer.passed.get(), layout, config.first_head, config.shape.num_kv_heads,
@@ -89,6 +94,13 @@ Status KvStore::Impl::greet() {
     return failure.error();
   }
   if (config.guard_arena) guard.emplace(mapping->begin(), mapping->bytes());
+  return Ok{};
+}
+
+Status KvStore::Impl::ask_for_key() {
+  FileDescriptor pipe;
+  FT_ASSIGN_OR_RETURN(const FileKey key, connection.ask_for<FileKey>(FindKey{}, &pipe));
+  FT_ASSIGN_OR_RETURN(cipher, KvCipher::from_pipe(pipe.get(), key.cipher));
   return Ok{};
 }
 
@@ -147,13 +159,14 @@ Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const
   }
   if (!io) {
     nvme_file = std::move(file);
-    const std::size_t buffer = std::max({shape.run_bytes(), SlotTable::bytes(shape), kSectorBytes});
+    const std::size_t buffer =
+        std::max({shape.run_bytes(), SlotTable::bytes(shape, cipher != nullptr), kSectorBytes});
     IoMemory memory(buffer * RunIo::kDepth);
     auto disk =
         make_sealing_device(make_block_device(nvme_file.get(), memory, RunIo::kDepth), cipher);
     io.emplace(std::move(memory), std::move(disk), buffer);
   }
-  OutsizedKv::Parts parts{shape, num_segments, {}, offsets_of(grant), cipher == nullptr};
+  OutsizedKv::Parts parts{shape, num_segments, {}, offsets_of(grant), cipher != nullptr};
   for (std::size_t i = 0; i < grant.slabs.size(); ++i) {
     const int head = static_cast<int>(i / slabs_a_head);
     for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -174,7 +187,7 @@ Result<Reservation> KvStore::Impl::translate_outsized(SequenceId sequence, const
 std::vector<std::uint64_t> KvStore::Impl::offsets_of(const Grant& grant) const {
   std::vector<std::uint64_t> offsets;
   for (const SlotIndex slot : grant.slots) {
-    offsets.push_back(grant.slots_offset + config.shape.slab_bytes() * raw(slot));
+    offsets.push_back(file_of(grant).slab_offset(slot));
   }
   return offsets;
 }
@@ -192,7 +205,7 @@ Status KvStore::Impl::read_prefix(Reservation& kv, const Grant& grant,
                        {config.first_head + head, keys[static_cast<std::size_t>(segment)]}});
     }
   }
-  const auto tables = read_tables(*io, {config.shape, grant.slots_offset, grant.file_id}, slots);
+  const auto tables = read_tables(*io, file_of(grant), slots);
   const auto bad = std::ranges::find_if(tables, [](const auto& table) { return !table; });
   const auto at = [heads](auto place) {
     return HeadSegment{static_cast<int>(place) % heads, static_cast<int>(place) / heads};
@@ -238,6 +251,10 @@ KvStore::~KvStore() {
 
 Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                                      int num_segments) {
+  // What is larger than the arena runs from NVMe, if at all.
+  if (impl_->encrypts_nvme && !impl_->cipher && num_segments > slabs_per_head()) {
+    FT_RETURN_IF_ERROR(impl_->ask_for_key());
+  }
   FileDescriptor file;
   FT_ASSIGN_OR_RETURN(const Grant grant,
                       impl_->connection.ask_for<Grant>(
@@ -267,9 +284,9 @@ Status KvStore::use(Reservation& kv, int hit_segments) {
 }
 
 Status KvStore::publish_written(Reservation& kv) {
-  for (auto& [segment, key, digests] : kv.outsized->take_published()) {
-    FT_RETURN_IF_ERROR(
-        impl_->connection.tell(Publish{kv.sequence, segment, key, std::move(digests)}));
+  for (auto& [segment, key, digests, seals] : kv.outsized->take_published()) {
+    FT_RETURN_IF_ERROR(impl_->connection.tell(
+        Publish{kv.sequence, segment, key, std::move(digests), std::move(seals)}));
   }
   for (const auto& [head, segment] : kv.outsized->take_refuted()) {
     FT_RETURN_IF_ERROR(impl_->connection.tell(Refute{kv.sequence, head, segment}));

@@ -113,14 +113,18 @@ std::optional<CipherKind> cipher_of(const NvmeOpening& opening) {
   return opening.cipher->kind();
 }
 
+std::size_t slot_bytes_of(const NvmeOpening& opening) {
+  return slot_bytes(opening.model.slab_shape(), opening.cipher != nullptr);
+}
+
 Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memory,
                                   const NvmeOpening& opening) {
   const std::uint64_t capacity = opening.capacity_bytes.value_or(opening.default_bytes);
-  const auto geometry = NvmeGeometry::fit(capacity, opening.model.slab_bytes());
+  const auto geometry = NvmeGeometry::fit(capacity, slot_bytes_of(opening));
   if (geometry.num_slots == 0) {
     return Error{ErrorCode::kConfig, "an NVMe tier of " + std::to_string(capacity) +
                                          " bytes has no room for a slab of " +
-                                         std::to_string(geometry.slab_bytes) +
+                                         std::to_string(geometry.slot_bytes) +
                                          " bytes; give it more (--kv-nvme-gib)"};
   }
   NvmeContents contents;
@@ -135,9 +139,10 @@ Result<NvmeContents> start_afresh(BlockDevice& device, std::span<std::byte> memo
 // Why the file's slabs can't be kept; empty: they can.
 std::string misfit(const Superblock& found, const NvmeOpening& opening) {
   if (found.cipher != cipher_of(opening)) return "it is not encrypted";
+  if (found.is_old) return "its slabs are sealed as a whole, as of version 2";
   if (found.model != opening.model) return "it holds another model's KV";
   if (!opening.capacity_bytes) return "";
-  const auto asked = NvmeGeometry::fit(*opening.capacity_bytes, opening.model.slab_bytes());
+  const auto asked = NvmeGeometry::fit(*opening.capacity_bytes, slot_bytes_of(opening));
   return asked == found.geometry ? "" : "it is of another size";
 }
 

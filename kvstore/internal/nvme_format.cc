@@ -131,12 +131,18 @@ bool is_kv_type(std::uint32_t value) {
 
 }  // namespace
 
-NvmeGeometry NvmeGeometry::fit(std::uint64_t capacity_bytes, std::size_t slab_bytes) {
-  FT_CHECK(slab_bytes > 0 && slab_bytes % kSectorBytes == 0, slab_bytes);
+std::size_t slot_bytes(const kernels::KvShape& slab, bool is_sealed) {
+  const std::size_t seals =
+      is_sealed ? static_cast<std::size_t>(slab.num_layers) * sizeof(Seal) : 0;
+  return slab.slab_bytes() + (seals + kSectorBytes - 1) / kSectorBytes * kSectorBytes;
+}
+
+NvmeGeometry NvmeGeometry::fit(std::uint64_t capacity_bytes, std::size_t slot_bytes) {
+  FT_CHECK(slot_bytes > 0 && slot_bytes % kSectorBytes == 0, slot_bytes);
   const std::uint64_t superblocks = 2 * kSectorBytes;
-  if (capacity_bytes < superblocks) return {slab_bytes, 0};
-  const std::uint64_t slots = (capacity_bytes - superblocks) / (slab_bytes + kSectorBytes);
-  return {slab_bytes, static_cast<std::uint32_t>(std::min<std::uint64_t>(slots, UINT32_MAX - 1))};
+  if (capacity_bytes < superblocks) return {slot_bytes, 0};
+  const std::uint64_t slots = (capacity_bytes - superblocks) / (slot_bytes + kSectorBytes);
+  return {slot_bytes, static_cast<std::uint32_t>(std::min<std::uint64_t>(slots, UINT32_MAX - 1))};
 }
 
 void encode(const Superblock& superblock, Sector sector, const KvCipher* cipher) {
@@ -148,12 +154,14 @@ void encode(const Superblock& superblock, Sector sector, const KvCipher* cipher)
   disk.num_layers = static_cast<std::uint32_t>(model.num_layers);
   disk.head_dim = static_cast<std::uint32_t>(model.head_dim);
   disk.kv_type = static_cast<std::uint32_t>(model.kv_type);
-  disk.slab_bytes = superblock.geometry.slab_bytes;
+  disk.slab_bytes = model.slab_bytes();
   disk.generation = superblock.generation;
   disk.file_id = superblock.file_id;
   disk.model_hash_bytes = model.model_hash.size();
   std::ranges::copy(model.model_hash, disk.model_hash.begin());
-  if (cipher != nullptr) disk.version = kSealedNvmeVersion;
+  if (cipher != nullptr) {
+    disk.version = superblock.is_old ? kOldSealedNvmeVersion : kSealedNvmeVersion;
+  }
   disk.checksum = checksum_of(disk);
   FT_CHECK(superblock.cipher.has_value() == (cipher != nullptr));
   if (cipher == nullptr) return write_sector(disk, sector);
@@ -187,10 +195,12 @@ Result<CipherKind> prove(const DiskSealedSuperblock& sealed, const KvCipher* cip
 
 Result<Superblock> decode_superblock(ConstSector sector, const KvCipher* cipher) {
   constexpr auto kName = "superblock";
-  const bool is_sealed = from_sector<DiskSuperblock>(sector).version == kSealedNvmeVersion;
+  const std::uint32_t version = from_sector<DiskSuperblock>(sector).version;
+  const bool is_old = version == kOldSealedNvmeVersion;
+  const bool is_sealed = is_old || version == kSealedNvmeVersion;
   FT_ASSIGN_OR_RETURN(
       const DiskSuperblock disk,
-      read_sector<DiskSuperblock>(sector, is_sealed ? kSealedNvmeVersion : kNvmeVersion, kName));
+      read_sector<DiskSuperblock>(sector, is_sealed ? version : kNvmeVersion, kName));
   if (!is_count(disk.total_kv_heads) || !is_count(disk.num_layers) || !is_count(disk.head_dim)) {
     return corrupt(kName, "has a shape out of range");
   }
@@ -203,7 +213,9 @@ Result<Superblock> decode_superblock(ConstSector sector, const KvCipher* cipher)
                       static_cast<int>(disk.total_kv_heads), static_cast<int>(disk.num_layers),
                       static_cast<int>(disk.head_dim),
                       static_cast<kernels::DataType>(disk.kv_type)};
-  superblock.geometry = {disk.slab_bytes, disk.num_slots};
+  superblock.geometry = {slot_bytes(superblock.model.slab_shape(), is_sealed && !is_old),
+                         disk.num_slots};
+  superblock.is_old = is_old;
   if (disk.slab_bytes != superblock.model.slab_bytes()) {
     return corrupt(kName, "lays slabs out otherwise");
   }

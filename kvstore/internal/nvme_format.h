@@ -3,7 +3,8 @@
 //
 //   sector 0, 1     the superblock, twice: the valid one of the higher generation counts
 //   sector 2 + i    header of slot i, so that all headers are one stretch of the file
-//   then            slabs, slot by slot, as they lie in the arena
+//   then            slabs, slot by slot, as they lie in the arena; in an encrypted file behind each
+//                   the seals of its runs (sealed_slab.h)
 //
 // A sector proves itself: magic, version, the slot it was written for, and XXH3-64 over all that.
 // In an encrypted file the key proves them, and what a header says of its slab is sealed.
@@ -30,7 +31,8 @@ namespace foretoken::kvstore {
 
 inline constexpr std::size_t kSectorBytes = 4096;  // what O_DIRECT reads and writes at least
 inline constexpr std::uint32_t kNvmeVersion = 1;
-inline constexpr std::uint32_t kSealedNvmeVersion = 2;  // of an encrypted file
+inline constexpr std::uint32_t kSealedNvmeVersion = 3;     // of an encrypted file
+inline constexpr std::uint32_t kOldSealedNvmeVersion = 2;  // whose slabs were sealed as a whole
 
 enum class SlotIndex : std::uint32_t {};
 
@@ -41,13 +43,16 @@ struct SlabName {
   auto operator<=>(const SlabName&) const = default;
 };
 
+// What a slab takes in the file: a multiple of kSectorBytes.
+std::size_t slot_bytes(const kernels::KvShape& slab, bool is_sealed);
+
 struct NvmeGeometry {
-  std::size_t slab_bytes = 0;  // a multiple of kSectorBytes
+  std::size_t slot_bytes = 0;
   std::uint32_t num_slots = 0;
   bool operator==(const NvmeGeometry&) const = default;
 
   // As many slots as a file of capacity_bytes has room for; none if not even one.
-  static NvmeGeometry fit(std::uint64_t capacity_bytes, std::size_t slab_bytes);
+  static NvmeGeometry fit(std::uint64_t capacity_bytes, std::size_t slot_bytes);
 
   static constexpr std::uint64_t superblock_offset(int copy) {
     return kSectorBytes * static_cast<std::uint64_t>(copy);
@@ -57,7 +62,7 @@ struct NvmeGeometry {
   }
   std::uint64_t slab_offset(SlotIndex slot) const {
     return kSectorBytes * (2 + std::uint64_t{num_slots}) +
-           slab_bytes * static_cast<std::uint64_t>(slot);
+           slot_bytes * static_cast<std::uint64_t>(slot);
   }
   std::uint64_t file_bytes() const { return slab_offset(SlotIndex{num_slots}); }
 };
@@ -68,6 +73,7 @@ struct Superblock {
   ModelIdentity model;
   NvmeGeometry geometry;
   std::optional<CipherKind> cipher;  // of an encrypted file
+  bool is_old = false;  // of kOldSealedNvmeVersion: its key is proven, its slots are not read
   bool operator==(const Superblock&) const = default;
 };
 
@@ -78,7 +84,7 @@ struct SlotHeader {
   std::uint64_t number = 0;      // rises with each slab that is written to the file
   std::uint64_t digest = 0;      // of the slab's checksums
   SlabName name;
-  Seal seal;  // of the slab, in an encrypted file
+  Seal seal;  // of what stands behind the slab's runs, in an encrypted file
   bool operator==(const SlotHeader&) const = default;
 };
 

@@ -22,10 +22,13 @@ constexpr std::chrono::seconds kStallLimit{1};  // without any end, of what is u
 // core.
 constexpr std::chrono::milliseconds kScrubPause{250};
 
-std::size_t buffer_stride(std::size_t slab_bytes) { return slab_bytes + kSectorBytes; }
+// A slot of either kind of file, and a header.
+std::size_t buffer_stride(const kernels::KvShape& slab) {
+  return slot_bytes(slab, /*is_sealed=*/true) + kSectorBytes;
+}
 
-std::size_t num_buffers(std::size_t slab_bytes) {
-  return std::clamp(kBufferBytes / buffer_stride(slab_bytes), kMinBuffers, kMaxBuffers);
+std::size_t num_buffers(const kernels::KvShape& slab) {
+  return std::clamp(kBufferBytes / buffer_stride(slab), kMinBuffers, kMaxBuffers);
 }
 
 std::size_t checksum_bytes(const kernels::KvShape& shape) {
@@ -54,12 +57,12 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const Nvm
 }
 
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) {
-  const std::size_t slab_bytes = model.slab_bytes();
-  return IoMemory(num_buffers(slab_bytes) * buffer_stride(slab_bytes));
+  const kernels::KvShape slab = model.slab_shape();
+  return IoMemory(num_buffers(slab) * buffer_stride(slab));
 }
 
 int NvmeTier::depth(const ModelIdentity& model) {
-  return static_cast<int>(num_buffers(model.slab_bytes()));
+  return static_cast<int>(num_buffers(model.slab_shape()));
 }
 
 NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
@@ -67,11 +70,11 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
     : superblock_(contents.superblock),
       shape_(superblock_.model.slab_shape()),
       memory_(std::move(memory)),
-      transfers_(num_buffers(superblock_.geometry.slab_bytes)),
+      transfers_(num_buffers(shape_)),
       device_(std::move(device)),
       cipher_(std::move(cipher)),
       index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable) {
-  FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_.slab_bytes()));
+  FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
   stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
   if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
@@ -113,7 +116,7 @@ std::optional<TimePoint> NvmeTier::stalled_at() const {
 // ---- buffers ----------------------------------------------------------------------------------
 
 std::span<std::byte> NvmeTier::buffer(std::size_t index) const {
-  const std::size_t stride = buffer_stride(shape_.slab_bytes());
+  const std::size_t stride = buffer_stride(shape_);
   return memory_.bytes().subspan(index * stride, stride);
 }
 
@@ -127,7 +130,8 @@ std::optional<std::size_t> NvmeTier::free_buffer() const {
 void NvmeTier::occupy(std::size_t index, const Transfer& transfer, TimePoint now) {
   if (num_in_flight_++ == num_given_up_) last_progress_ = now;
   transfers_[index] = transfer;
-  transfers_[index]->slab.bytes = buffer(index).first(shape_.slab_bytes());
+  transfers_[index]->slab.bytes = buffer(index).first(slot_size());
+  transfers_[index]->slab.slab = &shape_;
 }
 
 void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now) {
@@ -142,7 +146,7 @@ void NvmeTier::submit(std::size_t index) {
   const NvmeGeometry& geometry = superblock_.geometry;
   const std::uint64_t offset =
       is_header ? geometry.header_offset(transfer.slot) : geometry.slab_offset(transfer.slot);
-  const std::size_t begin = (is_header ? shape_.slab_bytes() : 0) + transfer.moved;
+  const std::size_t begin = (is_header ? slot_size() : 0) + transfer.moved;
   device_->submit({reads(transfer.kind) ? IoDirection::kRead : IoDirection::kWrite,
                    offset + transfer.moved, buffer(index).data() + begin,
                    bytes_of(transfer) - transfer.moved, index,
@@ -150,7 +154,7 @@ void NvmeTier::submit(std::size_t index) {
 }
 
 std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
-  return is_header(transfer.kind) ? kSectorBytes : shape_.slab_bytes();
+  return is_header(transfer.kind) ? kSectorBytes : slot_size();
 }
 
 void NvmeTier::end(std::size_t index) {
@@ -210,7 +214,7 @@ void NvmeTier::write_header(std::size_t index) {
   transfer.moved = 0;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
                     transfer.digest, transfer.name, transfer.slab.seal},
-         buffer(index).subspan(shape_.slab_bytes()).first<kSectorBytes>(), cipher_.get());
+         buffer(index).subspan(slot_size()).first<kSectorBytes>(), cipher_.get());
   submit(index);
 }
 
@@ -275,6 +279,7 @@ void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now
                          .name = name,
                          .slot = filled.slot,
                          .digest = filled.digest,
+                         .slab = {{}, filled.seal},
                          .is_lent = true});
   start_publishing(now);
 }

@@ -83,6 +83,7 @@ class NvmeTier {
   struct Filled {
     SlotIndex slot{};
     std::uint64_t digest = 0;  // of the slab's checksums
+    Seal seal;                 // of its table, in an encrypted file
   };
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
@@ -129,7 +130,8 @@ class NvmeTier {
 
   static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
   static bool is_header(Kind kind) { return kind == Kind::kStoreHeader || kind == Kind::kPublish; }
-  std::span<std::byte> buffer(std::size_t index) const;  // of a slab and a header
+  std::span<std::byte> buffer(std::size_t index) const;  // of a slot and a header
+  std::size_t slot_size() const { return superblock_.geometry.slot_bytes; }
   std::optional<std::size_t> free_buffer() const;
   std::size_t bytes_of(const Transfer& transfer) const;
   void occupy(std::size_t index, const Transfer& transfer, TimePoint now);

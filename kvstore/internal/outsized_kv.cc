@@ -189,6 +189,7 @@ void OutsizedKv::reuse(HeadSegment run, const SlotTable& table) {
     this->at(at).place = Place::kStored;
     const auto place = static_cast<std::size_t>(at);
     std::ranges::copy(table.checksums_of(layer), checksums_ + place * kSegmentBlocks);
+    if (parts_.is_sealed) seals_[place] = table.seals[static_cast<std::size_t>(layer)];
   }
 }
 
@@ -205,9 +206,10 @@ void OutsizedKv::use(int hit_segments, std::vector<std::uint64_t> slots) {
 }
 
 void OutsizedKv::publish(int segment, const PrefixKey& key) {
-  if (segment < num_reused_ || !parts_.publishes) return;
+  if (segment < num_reused_) return;
   const auto heads = static_cast<std::size_t>(parts_.shape.num_kv_heads);
-  to_publish_.push_back({segment, key, std::vector<std::uint64_t>(heads)});
+  to_publish_.push_back({segment, key, std::vector<std::uint64_t>(heads),
+                         std::vector<Seal>(parts_.is_sealed ? heads : 0)});
   advance(0);
 }
 
@@ -238,22 +240,29 @@ void OutsizedKv::start_tables() {
 
 void OutsizedKv::write_table(int head) {
   Published& published = to_publish_.front();
-  SlotTable table(parts_.shape);
+  SlotTable table(parts_.shape, parts_.is_sealed);
   for (int layer = 0; layer < parts_.shape.num_layers; ++layer) {
     const auto run = static_cast<std::size_t>(index(layer, {head, published.segment}));
     std::ranges::copy(std::span(checksums_ + run * kSegmentBlocks, kSegmentBlocks),
                       table.checksums_of(layer).begin());
+    if (parts_.is_sealed) table.seals[static_cast<std::size_t>(layer)] = seals_[run];
   }
   published.digests[static_cast<std::size_t>(head)] = table.digest();
-  table.encode(io_.next_buffer());
-  io_.write(*listener_, table_index(head, published.segment),
-            {offset(index(0, {head, published.segment})) + parts_.shape.slab_payload_bytes(),
-             SlotTable::bytes(parts_.shape)});
+  const std::size_t bytes = SlotTable::bytes(parts_.shape, parts_.is_sealed);
+  table.encode(io_.next_buffer().first(bytes));
+  io_.write(
+      *listener_, table_index(head, published.segment),
+      {offset(index(0, {head, published.segment})) + parts_.shape.slab_payload_bytes(), bytes});
 }
 
 // What could not be written is not published.
-void OutsizedKv::on_table_written(bool ok) {
-  if (!ok) table_failed_ = true;
+void OutsizedKv::on_table_written(RunIndex index, const Result<Seal>& written) {
+  const auto slot = static_cast<std::size_t>(index) - runs_state_.size();
+  if (!written) {
+    table_failed_ = true;
+  } else if (parts_.is_sealed) {
+    to_publish_.front().seals[slot / static_cast<std::size_t>(parts_.num_segments)] = *written;
+  }
   if (++tables_written_ < parts_.shape.num_kv_heads) return;
   if (!table_failed_) published_.push_back(std::move(to_publish_.front()));
   to_publish_.pop_front();
@@ -468,7 +477,7 @@ void OutsizedKv::on_read(RunIndex index, const Result<std::span<const std::byte>
 void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
   ++num_ended_;
   if (!status_) return;
-  if (is_table(index)) return on_table_written(static_cast<bool>(written));
+  if (is_table(index)) return on_table_written(index, written);
   Run& run = at(index);
   run.place = written ? Place::kHere : Place::kDirty;
   if (written) {

@@ -25,11 +25,13 @@ enum Kind : int {
   kPublish = 13,
   kRefute = 14,
   kPrefillTimes = 15,
+  kFindKey = 16,
   kError = 64,
   kWelcome = 65,
   kGrant = 66,
   kStatReply = 67,
   kWeightMemory = 68,
+  kFileKey = 69,
 };
 
 constexpr auto kInt64Max = std::numeric_limits<std::int64_t>::max();
@@ -109,6 +111,7 @@ struct RequestWriter {
     return Writer(kRelease, 1).id(raw(release.sequence)).finish();
   }
   std::string operator()(const StatRequest&) const { return Writer(kStat, 0).finish(); }
+  std::string operator()(const FindKey&) const { return Writer(kFindKey, 0).finish(); }
   std::string operator()(const Distrust& distrust) const {
     return Writer(kDistrust, 1).id(raw(distrust.sequence)).finish();
   }
@@ -139,11 +142,12 @@ struct RequestWriter {
   }
   std::string operator()(const WeightsFilled&) const { return Writer(kWeightsFilled, 0).finish(); }
   std::string operator()(const Publish& publish) const {
-    return Writer(kPublish, 4)
+    return Writer(kPublish, 5)
         .id(raw(publish.sequence))
         .integer(publish.segment)
         .binary(&publish.key, 1)
         .binary(publish.digests.data(), publish.digests.size())
+        .binary(publish.seals.data(), publish.seals.size())
         .finish();
   }
   std::string operator()(const Refute& refute) const {
@@ -205,6 +209,9 @@ struct ReplyWriter {
   }
   std::string operator()(const WeightMemory& memory) const {
     return Writer(kWeightMemory, 1).id(memory.bytes).finish();
+  }
+  std::string operator()(const FileKey& key) const {
+    return Writer(kFileKey, 1).integer(static_cast<int>(key.cipher)).finish();
   }
 };
 
@@ -360,6 +367,7 @@ Publish read_publish(Reader& reader) {
   publish.segment = reader.small("segment", 0, kMaxSegments - 1);
   publish.key = read_key(reader);
   publish.digests = reader.binary<std::uint64_t>("digests", 1, kMaxHeads);
+  publish.seals = reader.binary<Seal>("seals", 0, kMaxHeads);
   return publish;
 }
 
@@ -480,6 +488,8 @@ Result<Request> decode_request(std::string_view bytes) {
       return reader.finish<Request>(Release{SequenceId{reader.id("sequence")}});
     case kStat:
       return reader.finish<Request>(StatRequest{});
+    case kFindKey:
+      return reader.finish<Request>(FindKey{});
     case kDistrust:
       return reader.finish<Request>(Distrust{SequenceId{reader.id("sequence")}});
     case kNvmeFaults:
@@ -521,6 +531,10 @@ Result<Reply> decode_reply(std::string_view bytes) {
       return reader.finish<Reply>(read_stat(reader));
     case kWeightMemory:
       return reader.finish<Reply>(WeightMemory{reader.id("bytes")});
+    case kFileKey:
+      return reader.finish<Reply>(FileKey{
+          static_cast<CipherKind>(reader.small("cipher", static_cast<int>(CipherKind::kAes256Gcm),
+                                               static_cast<int>(CipherKind::kXChaCha20Poly1305)))});
     default:
       return reader.unknown_kind<Reply>();
   }

@@ -43,12 +43,14 @@ bool RunIo::can_write() const {
   return health_.may_write(now()) && num_writes_ < kDepth / 2 && free_buffer().has_value();
 }
 
-void RunIo::read(Owner& owner, RunIndex run, const Extent& extent, const Seal& seal) {
+void RunIo::read(Owner& owner, RunIndex run, const Extent& extent,
+                 const std::optional<Seal>& seal) {
   start({.direction = IoDirection::kRead,
          .owner = &owner,
          .run = run,
          .extent = extent,
-         .bytes = {{}, seal}});
+         .bytes = {{}, seal.value_or(Seal{})},
+         .is_unit = seal.has_value()});
 }
 
 std::span<std::byte> RunIo::next_buffer() const {
@@ -75,7 +77,7 @@ void RunIo::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
   device_->submit({transfer.direction, transfer.extent.offset + transfer.moved,
                    buffer(index).data() + transfer.moved, transfer.extent.bytes - transfer.moved,
-                   index, &transfer.bytes});
+                   index, transfer.is_unit ? &transfer.bytes : nullptr});
 }
 
 // ---- ending -----------------------------------------------------------------------------------

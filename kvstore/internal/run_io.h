@@ -59,8 +59,9 @@ class RunIo {
   bool can_write() const;  // leaves half of the buffers to reads
   // Something will end, for whichever owner: its buffer may then be another one's.
   bool is_busy() const { return num_waited_for_ > 0; }
-  // `run` is the owner's name for it. REQUIRES: can_read(); seal: what on_written() gave.
-  void read(Owner& owner, RunIndex run, const Extent& extent, const Seal& seal);
+  // `run` is the owner's name for it; seal: what on_written() gave, nullopt: the bytes come as they
+  // lie on the disk. REQUIRES: can_read().
+  void read(Owner& owner, RunIndex run, const Extent& extent, const std::optional<Seal>& seal);
   // What write() will write. REQUIRES: can_write().
   std::span<std::byte> next_buffer() const;
   void write(Owner& owner, RunIndex run, const Extent& extent);
@@ -84,7 +85,8 @@ class RunIo {
     Extent extent;
     std::size_t moved = 0;
     int tries = 0;
-    SealedUnit bytes{};  // in its buffer
+    SealedUnit bytes{};   // in its buffer
+    bool is_unit = true;  // else the device neither seals nor opens them
   };
 
   std::span<std::byte> buffer(std::size_t index) const;

@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "kvstore/internal/file_descriptor.h"
+#include "kvstore/internal/sealed_slab.h"
 
 namespace foretoken::kvstore {
 namespace {
@@ -120,14 +121,19 @@ class SealingDevice : public BlockDevice {
     SealedUnit& unit = *job.operation.unit;
     const auto moved = static_cast<std::uint64_t>(job.operation.data - unit.bytes.data());
     const std::uint64_t offset = job.operation.offset - moved;
-    const auto place = std::as_bytes(std::span(&offset, 1));
     if (job.operation.direction == IoDirection::kWrite) {
-      unit.seal = cipher_->seal(unit.bytes, place);
+      unit.seal = unit.slab != nullptr ? seal_slab(*cipher_, *unit.slab, unit.bytes, offset)
+                                       : cipher_->seal(unit.bytes, place_at(offset));
       unit.is_sealed = true;
-    } else if (!cipher_->open(unit.bytes, place, unit.seal)) {
+    } else if (!opens(unit, offset)) {
       job.bytes =
           Error{ErrorCode::kCorrupt, "KV on NVMe does not open: it was changed, or is another"};
     }
+  }
+
+  bool opens(const SealedUnit& unit, std::uint64_t offset) const {
+    if (unit.slab != nullptr) return open_slab(*cipher_, *unit.slab, unit.bytes, offset, unit.seal);
+    return cipher_->open(unit.bytes, place_at(offset), unit.seal);
   }
 
   std::unique_ptr<BlockDevice> below_;

@@ -1,5 +1,5 @@
-// A BlockDevice whose units (a slab, a run) lie sealed on the device below: encrypted on the way
-// there, opened and proven on the way back. What has no unit passes as it is.
+// A BlockDevice whose units (a slab, a run, a table) lie sealed on the device below: encrypted on
+// the way there, opened and proven on the way back. What has no unit passes as it is.
 //
 // Sealing is done by threads of its own, so that the caller's loop waits for none of it. A unit is
 // bound to its offset in the file. A read that does not open ends with kCorrupt.

@@ -238,6 +238,7 @@ bool Server::handle(PeerId id, Peer& peer, const Request& request) {
     }
     return reply_grant(peer, book_->use(*peer.lease, use->sequence, use->hit_segments));
   }
+  if (std::holds_alternative<FindKey>(request)) return hand_over_key(peer);
   if (const auto* commit = std::get_if<Commit>(&request)) {
     note(peer, this->commit(peer, *commit));
   } else if (const auto* publish = std::get_if<Publish>(&request)) {

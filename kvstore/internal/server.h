@@ -108,6 +108,7 @@ class Server {
   bool reserve(const Peer& peer, const Reserve& request);
   Status commit(const Peer& peer, const Commit& request);
   void note(const Peer& peer, const Status& status);
+  bool hand_over_key(const Peer& peer) const;
   StoreStat stat() const;
 
   // The copy of the weights (server_weights.cc). nullopt: another kind of request.

@@ -28,15 +28,22 @@ void Server::open_tier() {
                                            config_.nvme->reuse, config_.nvme->cipher});
   if (!tier) return log().error("no NVMe tier: {}", tier.error().message);
   tier_ = *std::move(tier);
-  if (config_.nvme->cipher) {
-    log().info("sequences larger than the arena reuse and publish no prefixes: NVMe is encrypted");
-  }
   const ArenaLayout& layout = arena_->layout();
   mover_ = std::make_unique<TierMover>(
       *book_, *tier_, [this](int head, SlabIndex slab) { return arena_->slab(head, raw(slab)); },
       std::size_t{layout.slabs_per_head} * static_cast<std::size_t>(layout.num_kv_heads));
   promotions_ = std::make_unique<Promotions>(*book_, *mover_, choice_, layout.num_kv_heads);
   watch(mover_->completion_fd(), kNvme);
+}
+
+// To a rank of ours, which has the arena's memory already.
+bool Server::hand_over_key(const Peer& peer) const {
+  if (!config_.nvme || !config_.nvme->cipher) {
+    return reply(peer, Error{ErrorCode::kInvalidArgument, "NVMe is not encrypted"});
+  }
+  const auto pipe = config_.nvme->cipher->hand_over();
+  if (!pipe) return reply(peer, pipe.error());
+  return reply(peer, FileKey{config_.nvme->cipher->kind()}, pipe->get());
 }
 
 // What is to be kept and waits to be written is written now, as far as the time goes.

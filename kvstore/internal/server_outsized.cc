@@ -136,7 +136,6 @@ Grant Server::grant_of(const Lent& lent) const {
 // Leading segments that the file has on all of the rank's heads. What only the arena has is
 // written behind, and counts from then on.
 int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoint now) const {
-  if (config_.nvme->cipher) return 0;  // runs are sealed with the rank's key, slabs with ours
   const auto is_there = [&](const PrefixKey& key) {
     for (int i = 0; i < peer.num_heads; ++i) {
       if (!tier_->has({peer.first_head + i, key}, now)) return false;
@@ -174,14 +173,16 @@ Status Server::publish(const Peer& peer, const Publish& request) {
   FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
   const auto heads = static_cast<std::size_t>(lent->num_heads);
   if (request.segment < lent->hit_segments || request.segment >= lent->num_segments ||
-      request.digests.size() != heads) {
+      request.digests.size() != heads ||
+      request.seals.size() != (config_.nvme->cipher ? heads : 0)) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " publishes what it was not lent");
   }
   for (std::size_t i = 0; i < heads; ++i) {
     const int head = static_cast<int>(i);
     tier_->publish({lent->first_head + head, request.key},
-                   {lent->slot(head, request.segment), request.digests[i]},
+                   {lent->slot(head, request.segment), request.digests[i],
+                    request.seals.empty() ? Seal{} : request.seals[i]},
                    std::chrono::steady_clock::now());
   }
   return Ok{};

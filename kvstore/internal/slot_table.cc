@@ -9,8 +9,10 @@
 
 namespace foretoken::kvstore {
 
-SlotTable::SlotTable(const kernels::KvShape& shape)
-    : checksums(static_cast<std::size_t>(shape.num_layers) * kSegmentBlocks) {}
+SlotTable::SlotTable(const kernels::KvShape& shape, bool is_sealed)
+    : checksums(static_cast<std::size_t>(shape.num_layers) * kSegmentBlocks),
+      seals(is_sealed ? static_cast<std::size_t>(shape.num_layers) : 0),
+      seals_at(shape.slab_bytes() - shape.slab_payload_bytes()) {}
 
 std::span<std::uint64_t> SlotTable::checksums_of(int layer) {
   return std::span(checksums).subspan(static_cast<std::size_t>(layer) * kSegmentBlocks,
@@ -23,22 +25,24 @@ std::span<const std::uint64_t> SlotTable::checksums_of(int layer) const {
 
 std::uint64_t SlotTable::digest() const { return slab_digest(std::as_bytes(std::span(checksums))); }
 
-std::size_t SlotTable::bytes(const kernels::KvShape& shape) {
-  return shape.slab_bytes() - shape.slab_payload_bytes();
+std::size_t SlotTable::bytes(const kernels::KvShape& shape, bool is_sealed) {
+  return slot_bytes(shape, is_sealed) - shape.slab_payload_bytes();
 }
 
 void SlotTable::encode(std::span<std::byte> to) const {
-  const auto bytes = std::as_bytes(std::span(checksums));
   std::ranges::fill(to, std::byte{0});
-  std::ranges::copy(bytes, to.begin());
+  std::ranges::copy(std::as_bytes(std::span(checksums)), to.begin());
+  std::ranges::copy(std::as_bytes(std::span(seals)), to.subspan(seals_at).begin());
 }
 
 void SlotTable::decode(std::span<const std::byte> from) {
   std::memcpy(checksums.data(), from.data(), checksums.size() * sizeof(std::uint64_t));
+  const auto sealed = std::as_writable_bytes(std::span(seals));
+  std::ranges::copy(from.subspan(seals_at, sealed.size()), sealed.begin());
 }
 
 std::uint64_t SlotFile::slab_offset(SlotIndex slot) const {
-  return slots_offset + shape.slab_bytes() * std::uint64_t{raw(slot)};
+  return slots_offset + slot_bytes(shape, cipher != nullptr) * std::uint64_t{raw(slot)};
 }
 
 namespace {
@@ -84,28 +88,29 @@ class TableReader final : public RunIo::Owner {
     const RunIndex name{static_cast<std::uint32_t>(i)};
     const SlotIndex slot = slots_[i].slot;
     if (!headers_[i]) {
-      const std::uint64_t offset = NvmeGeometry{file_.shape.slab_bytes(), 0}.header_offset(slot);
-      return io_.read(*this, name, {offset, kSectorBytes}, {});
+      return io_.read(*this, name, {NvmeGeometry{}.header_offset(slot), kSectorBytes}, {});
     }
-    io_.read(
-        *this, name,
-        {file_.slab_offset(slot) + file_.shape.slab_payload_bytes(), SlotTable::bytes(file_.shape)},
-        {});
+    io_.read(*this, name,
+             {file_.slab_offset(slot) + file_.shape.slab_payload_bytes(),
+              SlotTable::bytes(file_.shape, is_sealed())},
+             headers_[i]->seal);
   }
 
   std::optional<SlotHeader> header_of(const NamedSlot& named,
                                       std::span<const std::byte> bytes) const {
     const auto header =
-        decode_slot_header(bytes.first<kSectorBytes>(), named.slot, file_.file_id, nullptr);
+        decode_slot_header(bytes.first<kSectorBytes>(), named.slot, file_.file_id, file_.cipher);
     if (!header || !*header || (*header)->name != named.name) return std::nullopt;
     return **header;
   }
 
   void take_table(std::size_t i, std::span<const std::byte> bytes) {
-    SlotTable table(file_.shape);
+    SlotTable table(file_.shape, is_sealed());
     table.decode(bytes);
     if (table.digest() == headers_[i]->digest) tables_[i] = std::move(table);
   }
+
+  bool is_sealed() const { return file_.cipher != nullptr; }
 
   RunIo& io_;
   const SlotFile& file_;

@@ -1,5 +1,6 @@
 // SlotTable: what stands behind the runs of a slab in its slot of the NVMe file: the checksums of
-// its blocks. Who reads runs alone (kvstore/outsized_kv.h) needs it first.
+// its blocks, and where the file is encrypted the seals of its runs. Who reads runs alone
+// (kvstore/outsized_kv.h) needs it first.
 //
 // Example: tests/kvstore/nvme_store_test.cc
 #pragma once
@@ -17,16 +18,19 @@
 namespace foretoken::kvstore {
 
 struct SlotTable {
-  explicit SlotTable(const kernels::KvShape& shape);
+  SlotTable(const kernels::KvShape& shape, bool is_sealed);
 
   std::vector<std::uint64_t> checksums;  // [num_layers, 16]
+  std::vector<Seal> seals;               // [num_layers], or none
+  std::size_t seals_at;                  // in its bytes on disk
 
   std::span<std::uint64_t> checksums_of(int layer);
   std::span<const std::uint64_t> checksums_of(int layer) const;
   std::uint64_t digest() const;  // what the slot's header binds
 
   // On disk: whole sectors.
-  static std::size_t bytes(const kernels::KvShape& shape);
+  static std::size_t bytes(const kernels::KvShape& shape, bool is_sealed);
+  // REQUIRES: as many bytes.
   void encode(std::span<std::byte> to) const;
   void decode(std::span<const std::byte> from);
 };
@@ -36,10 +40,11 @@ struct NamedSlot {
   SlotIndex slot{};
   SlabName name;
 };
-struct SlotFile {  // not an encrypted one
+struct SlotFile {
   kernels::KvShape shape;
   std::uint64_t slots_offset = 0;  // of slot 0's slab
   std::uint64_t file_id = 0;
+  const KvCipher* cipher = nullptr;  // RunIo's device's too; null: the file is not encrypted
 
   std::uint64_t slab_offset(SlotIndex slot) const;
 };

@@ -131,7 +131,8 @@ class StoreBench {
     const auto total = static_cast<double>(slab_bytes() * geometry_.num_slots);
     const auto cipher = KvCipher::random();
     json["cipher"] = cipher_name(cipher->kind());
-    open(NvmeReuse::kStartAfresh, geometry_, cipher);
+    open(NvmeReuse::kStartAfresh, {slot_bytes(shape_, /*is_sealed=*/true), geometry_.num_slots},
+         cipher);
     json["encrypted_write_behind_gb_per_s"] =
         gb_per_s(total, seconds_of([&] { store_all(geometry_.num_slots); }));
     json["encrypted_write_behind_full_gb_per_s"] =

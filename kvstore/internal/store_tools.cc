@@ -25,6 +25,11 @@ class Inspection {
     const auto device = target_.make_device(file_.fd(), memory, /*depth=*/1);
     contents_.superblock =
         read_superblock(*device, memory.bytes(), target_.cipher.get()).value_or_throw();
+    if (contents_.superblock.is_old) {
+      throw Exception(
+          ErrorCode::kConfig,
+          "the NVMe file is encrypted as of version 2: the next start lays it out anew");
+    }
     contents_ = scan_headers(*device, memory.bytes(), contents_.superblock, cipher().get())
                     .value_or_throw();
     for (const SlotHeader& header : contents_.slabs) held_.insert(header.slot);
@@ -38,7 +43,7 @@ class Inspection {
             {"head_dim", superblock.model.head_dim},
             {"encrypted", superblock.cipher.has_value()},
             {"generation", superblock.generation},
-            {"slab_bytes", superblock.geometry.slab_bytes},
+            {"slab_bytes", superblock.model.slab_bytes()},
             {"slabs_total", superblock.geometry.num_slots},
             {"slabs_held", held_.size()},
             {"bad_headers", contents_.bad_headers},
@@ -74,7 +79,7 @@ class Inspection {
       const SlotIndex slot{i};
       if (held_.contains(slot)) continue;
       punch(geometry.header_offset(slot), kSectorBytes);
-      punch(geometry.slab_offset(slot), geometry.slab_bytes);
+      punch(geometry.slab_offset(slot), geometry.slot_bytes);
     }
   }
   std::uint64_t allocated_bytes() const { return file_.allocated_bytes(); }

@@ -14,6 +14,8 @@
 
 #include "kvstore/internal/kv_cipher.h"
 #include "kvstore/internal/nvme_tier.h"
+#include "kvstore/internal/sealed_slab.h"
+#include "kvstore/internal/slot_table.h"
 #include "kvstore/internal/store_tools.h"
 #include "tests/kvstore/memory_device.h"
 #include "tests/kvstore/running_server.h"
@@ -21,6 +23,8 @@
 
 namespace foretoken::kvstore {
 namespace {
+
+const NvmeGeometry kSealed{slot_bytes(kTestModel.slab_shape(), true), 4};
 
 constexpr CipherKind kKinds[] = {CipherKind::kAes256Gcm, CipherKind::kXChaCha20Poly1305};
 
@@ -94,6 +98,49 @@ TEST_P(CipherTest, NoTwoSealsAreAlike) {
   EXPECT_EQ(texts.size(), 1000U) << "the same text never gives the same bytes";
 }
 
+TEST_P(CipherTest, AKeyIsHandedOverOnce) {
+  const FileDescriptor pipe = cipher->hand_over().value_or_throw();
+  const auto rank = KvCipher::from_pipe(pipe.get(), GetParam()).value_or_throw();
+  const std::vector<std::byte> text(100, std::byte{3});
+  for (const auto& [from, to] : {std::pair(cipher, rank), std::pair(rank, cipher)}) {
+    auto copy = text;
+    const Seal seal = from->seal(copy, {});
+    EXPECT_TRUE(to->open(copy, {}, seal));
+    EXPECT_EQ(copy, text);
+  }
+  for (const int gone : {pipe.get(), -1}) {
+    const auto again = KvCipher::from_pipe(gone, GetParam());
+    ASSERT_FALSE(again);
+    EXPECT_EQ(again.error().code, ErrorCode::kUnavailable);
+  }
+}
+
+// The rule that a key in many hands rests on: 24 bytes, all of them random, whoever seals. (Of as
+// many nonces of 12 bytes two would be alike after 2^48.)
+TEST_P(CipherTest, HoldersOfOneKeySealUnderNoncesOfTheirOwn) {
+  std::vector holders{cipher};
+  for (int i = 0; i < 3; ++i) {
+    const FileDescriptor pipe = cipher->hand_over().value_or_throw();
+    holders.push_back(KvCipher::from_pipe(pipe.get(), GetParam()).value_or_throw());
+  }
+  constexpr int kSeals = 2000;
+  std::set<std::array<std::uint8_t, 24>> nonces;
+  std::set<std::array<std::byte, 32>> texts;
+  std::array<std::set<std::uint8_t>, 24> values;
+  for (int i = 0; i < kSeals; ++i) {
+    for (const auto& holder : holders) {
+      std::array<std::byte, 32> text{};
+      const Seal seal = holder->seal(text, {});
+      nonces.insert(seal.nonce);
+      texts.insert(text);
+      for (std::size_t at = 0; at < values.size(); ++at) values[at].insert(seal.nonce[at]);
+    }
+  }
+  EXPECT_EQ(nonces.size(), kSeals * holders.size());
+  EXPECT_EQ(texts.size(), kSeals * holders.size());
+  for (const auto& of_a_byte : values) EXPECT_EQ(of_a_byte.size(), 256U);
+}
+
 // Of an encrypted file, no 16 bytes of what went in can be found: KV, checksums, prefix keys.
 TEST_P(CipherTest, NothingOnTheDiskCanBeRead) {
   const auto pieces_found = [this](const std::shared_ptr<const KvCipher>& with) {
@@ -152,11 +199,11 @@ TEST_P(CipherTest, AFileThatIsNotEncryptedStartsAfresh) {
 // A slab that was there before, in its own place and under its own header's eyes, and one from
 // another slot.
 TEST_P(CipherTest, AStaleOrSwappedSlabDoesNotOpen) {
-  const NvmeGeometry geometry{kTestModel.slab_bytes(), 4};
+  const NvmeGeometry geometry = kSealed;
   const auto at = [&](std::uint32_t slot) {
     return file.begin() + static_cast<std::ptrdiff_t>(geometry.slab_offset(SlotIndex{slot}));
   };
-  const auto size = static_cast<std::ptrdiff_t>(kTestModel.slab_bytes());
+  const auto size = static_cast<std::ptrdiff_t>(geometry.slot_bytes);
   TierOnFile disk = open(NvmeReuse::kStartAfresh);
   for (std::uint32_t i = 0; i < 4; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
   const FileBytes before(at(0), at(0) + size);
@@ -170,6 +217,97 @@ TEST_P(CipherTest, AStaleOrSwappedSlabDoesNotOpen) {
   EXPECT_EQ(disk.tier->stat().checksum_failures, 3);
   EXPECT_EQ(disk.tier->stat().io_errors, 0);
   EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+}
+
+// Runs, checksums, seals, and the zeros between them.
+TEST_P(CipherTest, AnyFlippedBitOfASlotIsAMiss) {
+  for (std::size_t at = 0; at < kSealed.slot_bytes; at += 193) {
+    TierOnFile disk = open(NvmeReuse::kStartAfresh);
+    ASSERT_TRUE(disk.store(test_name(0, 1)));
+    file[kSealed.slab_offset(SlotIndex{0}) + at] ^= std::byte{1} << (at % 8);
+    EXPECT_FALSE(disk.load(test_name(0, 1))) << at;
+    EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+  }
+}
+
+// As a rank reads them, and no run opens in another one's place, nor in its own once it is stale.
+TEST_P(CipherTest, ARunOpensAloneAndInItsPlace) {
+  TierOnFile disk = open(NvmeReuse::kStartAfresh);
+  ASSERT_TRUE(disk.store(test_name(0, 1)));
+  const kernels::KvShape shape = kTestModel.slab_shape();
+  const std::uint64_t slot = kSealed.slab_offset(SlotIndex{0});
+  const auto run_at = [&](std::uint64_t layer) { return slot + layer * shape.run_bytes(); };
+  const auto bytes_at = [&](std::uint64_t at, std::size_t count) {
+    return std::vector(file.begin() + static_cast<std::ptrdiff_t>(at),
+                       file.begin() + static_cast<std::ptrdiff_t>(at + count));
+  };
+  const auto sector = bytes_at(kSealed.header_offset(SlotIndex{0}), kSectorBytes);
+  const auto header = decode_slot_header(ConstSector(sector.data(), kSectorBytes), SlotIndex{0},
+                                         disk.contents.superblock.file_id, cipher.get())
+                          .value_or_throw();
+  ASSERT_TRUE(header);
+  auto bytes = bytes_at(slot + shape.slab_payload_bytes(), SlotTable::bytes(shape, true));
+  ASSERT_TRUE(cipher->open(bytes, place_at(slot + shape.slab_payload_bytes()), header->seal));
+  SlotTable table(shape, true);
+  table.decode(bytes);
+  EXPECT_EQ(table.digest(), header->digest);
+  const auto slab = test_slab(test_name(0, 1));
+  for (const std::uint64_t layer : {0, 1}) {
+    auto run = bytes_at(run_at(layer), shape.run_bytes());
+    ASSERT_TRUE(cipher->open(run, place_at(run_at(layer)), table.seals[layer]));
+    EXPECT_TRUE(std::ranges::equal(run, std::span(slab).subspan(layer * run.size(), run.size())));
+    run = bytes_at(run_at(layer), shape.run_bytes());
+    EXPECT_FALSE(cipher->open(run, place_at(run_at(1 - layer)), table.seals[layer]));
+  }
+
+  const auto stale = bytes_at(run_at(1), shape.run_bytes());
+  for (std::uint32_t i = 2; i <= 5; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));  // 5 over 1
+  std::ranges::copy(stale, file.begin() + static_cast<std::ptrdiff_t>(run_at(1)));
+  EXPECT_FALSE(disk.load(test_name(0, 5)));
+}
+
+// Slabs that were sealed as a whole are given up, but for the key's owner alone.
+TEST_P(CipherTest, AFileOfVersion2StartsAfreshWithItsKey) {
+  const NvmeGeometry old{kTestModel.slab_bytes(), 4};
+  file.assign(old.file_bytes(), std::byte{0});
+  const Superblock superblock{3, 7, kTestModel, old, GetParam(), /*is_old=*/true};
+  for (const int copy : {0, 1}) {
+    encode(superblock, Sector(file.data() + NvmeGeometry::superblock_offset(copy), kSectorBytes),
+           cipher.get());
+  }
+  EXPECT_NE(why_not(KvCipher::random(GetParam())).find("another key"), std::string::npos);
+  EXPECT_NE(why_not(nullptr).find("--kv-key-file"), std::string::npos);
+  ASSERT_TRUE(open().store(test_name(0, 1)));
+  TierOnFile disk = open();
+  EXPECT_FALSE(disk.contents.superblock.is_old);
+  EXPECT_TRUE(disk.load(test_name(0, 1)));
+}
+
+TEST_P(CipherTest, TheToolsRefuseAFileOfVersion2) {
+  const TestFolder folder;
+  const std::filesystem::path path = folder.path() / "kv";
+  { const NvmeFile made(path); }
+  const NvmeGeometry old{kTestModel.slab_bytes(), 4};
+  std::array<std::byte, kSectorBytes> sector{};
+  encode(Superblock{3, 7, kTestModel, old, GetParam(), /*is_old=*/true}, sector, cipher.get());
+  {
+    std::ofstream out(path / "kv-slabs", std::ios::binary);
+    for (const int copy [[maybe_unused]] : {0, 1}) {
+      out.write(reinterpret_cast<const char*>(sector.data()), kSectorBytes);
+    }
+  }
+  std::filesystem::resize_file(path / "kv-slabs", old.file_bytes());
+  ToolTarget target;
+  target.folder = path;
+  target.cipher = cipher;
+  try {
+    stat_file(target);
+    ADD_FAILURE() << "it is read";
+  } catch (const Exception& refusal) {
+    EXPECT_EQ(refusal.error().code, ErrorCode::kConfig);
+    EXPECT_NE(std::string(refusal.what()).find("as of version 2"), std::string::npos)
+        << refusal.what();
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(, CipherTest, testing::ValuesIn(kKinds));

@@ -42,7 +42,7 @@ Place header_of(std::uint64_t slot) {
 }
 Place slab_of(std::uint64_t slot) {
   return {geometry().slab_offset(SlotIndex{static_cast<std::uint32_t>(slot)}),
-          geometry().slab_bytes};
+          geometry().slot_bytes};
 }
 Place any_place(Random& random) {
   return random() % 4 == 0 ? header_of(random() % kSlots) : slab_of(random() % kSlots);
@@ -202,7 +202,7 @@ TEST(NvmeFaults, EachBitOfAHeaderAndEachWordOfASlabCounts) {
   FileBytes file;
   const SlabName name = test_name(1, 7);
   { ASSERT_TRUE(TierOnFile(file, 1).store(name)); }
-  const std::size_t header = NvmeGeometry{geometry().slab_bytes, 1}.header_offset(SlotIndex{0});
+  const std::size_t header = NvmeGeometry{geometry().slot_bytes, 1}.header_offset(SlotIndex{0});
   for (std::size_t bit = 0; bit < 96 * 8; ++bit) {
     FileBytes damaged = file;
     damaged[header + bit / 8] ^= std::byte{1} << (bit % 8);
@@ -210,7 +210,7 @@ TEST(NvmeFaults, EachBitOfAHeaderAndEachWordOfASlabCounts) {
     EXPECT_FALSE(disk.load(name)) << "bit " << bit;
     EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
   }
-  const std::size_t slab = NvmeGeometry{geometry().slab_bytes, 1}.slab_offset(SlotIndex{0});
+  const std::size_t slab = NvmeGeometry{geometry().slot_bytes, 1}.slab_offset(SlotIndex{0});
   const kernels::KvShape shape = kTestModel.slab_shape();
   const std::size_t used = kernels::slab_checksum_offset(shape, shape.num_layers, 0);
   for (std::size_t at = 0; at < used; at += 8 * 13) {

@@ -121,7 +121,7 @@ class NvmeKill : public testing::TestWithParam<bool> {  // whether the file is e
   void expect_that_all_is_there() const {
     const NvmeFile file(tier_folder());
     const auto tier = NvmeTier::open(file, kill_test_opening(cipher_)).value_or_throw();
-    const std::size_t slots = kill_test_geometry().num_slots;
+    const std::size_t slots = kill_test_geometry(GetParam()).num_slots;
     int lost = 0;
     for (std::size_t at = written_.size() - std::min(written_.size(), slots); at < written_.size();
          ++at) {
@@ -131,7 +131,7 @@ class NvmeKill : public testing::TestWithParam<bool> {  // whether the file is e
     EXPECT_LE(tier->stat().checksum_failures, 1) << "the one that was being written";
   }
   // So many that the oldest have had to give way.
-  bool is_full() const { return written_.size() > 2 * kill_test_geometry().num_slots; }
+  bool is_full() const { return written_.size() > 2 * kill_test_geometry(GetParam()).num_slots; }
 
  private:
   std::string tier_folder() const { return folder_.path() / "kv"; }

@@ -9,6 +9,7 @@
 #include <memory>
 #include <thread>
 
+#include "kvstore/internal/connection.h"
 #include "tests/kvstore/running_server.h"
 #include "tests/kvstore/test_slab.h"
 
@@ -282,6 +283,104 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
     ASSERT_TRUE(store->release(id));
     EXPECT_GT(store->stat()->nvme.checksum_failures, 0);
     store.reset();
+    server.reset();
+  }
+}
+
+// The rank opens what the store has sealed, and the store what the rank has.
+TEST_F(NvmeStoreTest, WhatRunsFromAnEncryptedNvmePublishesAndReuses) {
+  const auto cipher = KvCipher::random();
+  std::unique_ptr<KvStore> store;
+  const auto end = [&] {
+    store.reset();
+    server.reset();
+  };
+  const auto begin = [&](const std::shared_ptr<const KvCipher>& key) {
+    end();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kKeepSlabs, key});
+    store = connect();
+  };
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  const Slabs slabs(keys);
+  const auto all_hold = [&](Reservation& kv) {
+    for (int layer = 0; layer < kModel.num_layers; ++layer) {
+      EXPECT_TRUE(holds(kv, slabs, layer)) << layer;
+    }
+  };
+  begin(cipher);
+  write(*store, 1);
+  ASSERT_TRUE(written(*store, 2));
+  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+  EXPECT_EQ(first.hit_segments, 1);
+  fill(first, slabs);
+  publish(*store, first, keys);
+  ASSERT_TRUE(written(*store, 6));
+  all_hold(first);
+  EXPECT_TRUE(finds(*store, 2) && finds(*store, 3));  // by sequences that the arena holds
+  EXPECT_EQ(store->stat()->nvme.slabs_read, 4);
+  first.outsized.reset();
+  ASSERT_TRUE(store->release(SequenceId{100}));
+
+  begin(cipher);  // a restart
+  auto second = store->reserve(SequenceId{101}, keys, kSomeSegments).value();
+  EXPECT_EQ(second.hit_segments, 3);
+  all_hold(second);
+  second.outsized.reset();
+  EXPECT_EQ(store->stat()->bad_requests + store->stat()->nvme.checksum_failures, 0);
+
+  begin(KvCipher::random());
+  EXPECT_FALSE(store->reserve(SequenceId{102}, keys, kSomeSegments)) << "there is no tier";
+  EXPECT_FALSE(finds(*store, 1));
+
+  // A bit of each slab's second run is seen when it comes, one of its seals before that.
+  const NvmeGeometry geometry{
+      slot_bytes(kModel.slab_shape(), true),
+      NvmeGeometry::fit(16 << 20, slot_bytes(kModel.slab_shape(), true)).num_slots};
+  const auto flip = [&](std::size_t place) {
+    std::fstream file(nvme_folder() + "/kv-slabs", std::ios::in | std::ios::out | std::ios::binary);
+    for (std::uint32_t slot = 0; slot < geometry.num_slots; ++slot) {
+      const auto at = static_cast<std::streamoff>(geometry.slab_offset(SlotIndex{slot}) + place);
+      const auto byte = static_cast<char>(file.seekg(at).get() ^ 1);
+      file.seekp(at).put(byte);
+    }
+  };
+  const std::size_t run = kModel.slab_shape().run_bytes();
+  for (const std::size_t place : {run + 5, kModel.slab_bytes() + 41}) {
+    end();
+    flip(place);
+    begin(cipher);
+    const bool is_run = place == run + 5;
+    auto third = store->reserve(SequenceId{103}, keys, kSomeSegments).value();
+    EXPECT_LE(third.hit_segments, is_run ? 3 : 0);  // the idle tier may have looked before
+    EXPECT_EQ(third.outsized->wait(1, Segments{0, third.hit_segments}).has_value(),
+              third.hit_segments == 0);
+    ASSERT_TRUE(store->publish_written(third));
+    third.outsized.reset();
+    ASSERT_TRUE(store->release(SequenceId{103}));
+    EXPECT_GT(store->stat()->nvme.checksum_failures, 0);
+    EXPECT_LT(store->reserve(SequenceId{104}, keys, kSomeSegments).value().hit_segments, 3);
+    end();
+    flip(place);  // back again
+  }
+}
+
+TEST_F(NvmeStoreTest, TheKeyIsOfAnEncryptedFileAndForRanks) {
+  for (const bool is_sealed : {false, true}) {
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), 16 << 20, NvmeReuse::kStartAfresh,
+                                is_sealed ? KvCipher::random() : nullptr});
+    Hello hello;
+    hello.owner = {0, 0, Epoch{1}, 0, 2};
+    hello.model = kModel;
+    Connection stranger(connect_to(server->socket(), std::chrono::seconds(20)).value_or_throw());
+    EXPECT_FALSE(stranger.ask(FindKey{})) << "it has not said hello";
+    Connection rank(connect_to(server->socket(), std::chrono::seconds(20)).value_or_throw());
+    ASSERT_TRUE(rank.ask(hello));
+    FileDescriptor pipe;
+    const auto key = rank.ask_for<FileKey>(FindKey{}, &pipe);
+    EXPECT_EQ(key.has_value(), is_sealed);
+    EXPECT_EQ(KvCipher::from_pipe(pipe.get(), CipherKind::kAes256Gcm).has_value(), is_sealed);
     server.reset();
   }
 }

@@ -362,8 +362,8 @@ TEST_F(NvmeTierTest, MoreLoadsThanBuffersAllEnd) {
 
 TEST_F(NvmeTierTest, AFileOfFewSlotsIsRefused) {
   const NvmeGeometry small{kTestModel.slab_bytes(), 0};
-  EXPECT_EQ(NvmeGeometry::fit(small.file_bytes(), small.slab_bytes).num_slots, 0U);
-  EXPECT_EQ(NvmeGeometry::fit(0, small.slab_bytes).num_slots, 0U);
+  EXPECT_EQ(NvmeGeometry::fit(small.file_bytes(), small.slot_bytes).num_slots, 0U);
+  EXPECT_EQ(NvmeGeometry::fit(0, small.slot_bytes).num_slots, 0U);
   EXPECT_THROW(TierOnFile(file, 0), Exception);
   EXPECT_NO_THROW(TierOnFile(file, 1).store(test_name(0, 1)));
 }

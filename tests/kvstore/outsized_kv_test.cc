@@ -14,6 +14,7 @@
 
 #include "kernels/checksum.h"
 #include "kvstore/internal/run_io.h"
+#include "kvstore/internal/sealed_slab.h"
 #include "kvstore/internal/sealing_device.h"
 #include "tests/kvstore/memory_device.h"
 
@@ -35,24 +36,24 @@ class OutsizedKvTest : public ::testing::Test {
   }
 
   // Begins anew, on a disk that is encrypted; null: it is not.
-  void seal_with(std::shared_ptr<const KvCipher> cipher) {
+  void seal_with(const std::shared_ptr<const KvCipher>& cipher) {
     kv_.reset();
     auto disk = std::make_unique<MemoryDevice>(file_);
     disk_ = disk.get();
     io_ = std::make_unique<RunIo>(IoMemory(RunIo::kDepth * kShape.run_bytes()),
-                                  make_sealing_device(std::move(disk), std::move(cipher)),
-                                  kShape.run_bytes());
+                                  make_sealing_device(std::move(disk), cipher), kShape.run_bytes());
+    is_sealed_ = cipher != nullptr;
     kv_ = std::make_unique<OutsizedKv>(*device_, *io_, nullptr, parts());
   }
 
   OutsizedKv::Parts parts() {
-    OutsizedKv::Parts parts{kShape, kSegments, {}, {}};
+    OutsizedKv::Parts parts{kShape, kSegments, {}, {}, is_sealed_};
     for (std::size_t i = 0; i < num_frames_; ++i) {
       std::byte* frame = memory_.data() + i * kShape.run_bytes();
       parts.frames.push_back({frame, frame});
     }
     for (std::uint64_t i = kShape.num_kv_heads * kSegments; i > 0; --i) {  // in any order
-      parts.slots.push_back(4096 + i * kShape.slab_bytes());
+      parts.slots.push_back(4096 + i * slot_bytes(kShape, is_sealed_));
     }
     return parts;
   }
@@ -112,6 +113,7 @@ class OutsizedKvTest : public ::testing::Test {
   std::size_t num_frames_;
   std::vector<std::byte> memory_;
   MemoryDevice* disk_ = nullptr;
+  bool is_sealed_ = false;
   std::unique_ptr<RunIo> io_;
   std::unique_ptr<OutsizedKv> kv_;
   std::map<std::size_t, std::vector<std::byte>> truth_;
@@ -292,6 +294,35 @@ TEST_F(OutsizedKvTest, AnEncryptedDiskGivesItBackAndHoldsNothingThatCanBeRead) {
   for (const auto& [run, bytes] : truth_) {
     const std::string_view text(reinterpret_cast<const char*>(bytes.data()), 16);
     EXPECT_EQ(disk.find(text), std::string_view::npos) << run;
+  }
+}
+
+// What is published is a slab as the store seals it, once its runs and tables were written in any
+// order, some of them twice.
+TEST_F(OutsizedKvTest, OfAnEncryptedDiskItPublishesSlabsThatOpen) {
+  const auto cipher = KvCipher::random();
+  seal_with(cipher);
+  disk_->fault = [count = 0](const IoOperation&) mutable {
+    return ++count % 5 == 0 ? IoFault::kError : IoFault::kNone;
+  };
+  fill_all();
+  for (int segment = 0; segment < kSegments; ++segment) kv_->publish(segment, PrefixKey{});
+  kv_->finish_publishing(std::chrono::seconds(10));
+  const auto published = kv_->take_published();
+  ASSERT_EQ(published.size(), static_cast<std::size_t>(kSegments));
+  const auto slots = parts().slots;
+  for (const auto& [segment, key, digests, seals] : published) {
+    ASSERT_EQ(seals.size(), 2U);
+    for (int head = 0; head < 2; ++head) {
+      const std::uint64_t at = slots[static_cast<std::size_t>(head * kSegments + segment)];
+      const std::span slab(file_.data() + at, slot_bytes(kShape, true));
+      ASSERT_TRUE(open_slab(*cipher, kShape, slab, at, seals[static_cast<std::size_t>(head)]));
+      for (int layer = 0; layer < kShape.num_layers; ++layer) {
+        const auto run =
+            slab.subspan(static_cast<std::size_t>(layer) * kShape.run_bytes(), kShape.run_bytes());
+        EXPECT_TRUE(std::ranges::equal(run, truth_.at(index(layer, {head, segment}))));
+      }
+    }
   }
 }
 

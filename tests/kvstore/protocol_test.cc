@@ -57,7 +57,9 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(commit.key, some_key(9));
   EXPECT_EQ(request_there_and_back(Release{sequence}).sequence, sequence);
   EXPECT_EQ(request_there_and_back(Distrust{sequence}).sequence, sequence);
-  const Publish publish = request_there_and_back(Publish{sequence, 5, some_key(9), {3, 4}});
+  const std::vector<Seal> seals{{{1, 2}, {3}}, {{4}, {5, 6}}};
+  const Publish publish = request_there_and_back(Publish{sequence, 5, some_key(9), {3, 4}, seals});
+  EXPECT_EQ(publish.seals, seals);
   EXPECT_EQ(publish.sequence, sequence);
   EXPECT_EQ(publish.segment, 5);
   EXPECT_EQ(publish.key, some_key(9));
@@ -80,6 +82,7 @@ TEST(StoreProtocol, CarriesEveryRequest) {
   EXPECT_EQ(keep.bytes, 16'060'522'496U);
   request_there_and_back(WeightsFilled{});
   request_there_and_back(StatRequest{});
+  request_there_and_back(FindKey{});
   request_there_and_back(Goodbye{});
 }
 
@@ -91,6 +94,9 @@ TEST(StoreProtocol, CarriesEveryReply) {
   EXPECT_EQ(welcome.slab_bytes, std::uint64_t{1} << 40);
   EXPECT_EQ(welcome.slabs_per_head, 12U);
   EXPECT_TRUE(welcome.encrypts_nvme);
+  EXPECT_EQ(reply_there_and_back(FileKey{CipherKind::kXChaCha20Poly1305}).cipher,
+            CipherKind::kXChaCha20Poly1305);
+  EXPECT_FALSE(decode_reply(encode(Reply{FileKey{CipherKind{3}}})));
   const Grant grant = reply_there_and_back(Grant{{1, 2}, {SlabIndex{7}, SlabIndex{4'000'000'000}}});
   EXPECT_EQ(grant.head_hits, (std::vector<int>{1, 2}));
   EXPECT_EQ(grant.slabs, (std::vector<SlabIndex>{SlabIndex{7}, SlabIndex{4'000'000'000}}));

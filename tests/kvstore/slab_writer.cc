@@ -41,8 +41,8 @@ std::unique_ptr<NvmeTier> open(const NvmeFile& file, std::span<char* const> deat
   IoMemory memory = NvmeTier::make_memory(kTestModel);
   auto disk = make_block_device(file.fd(), memory, NvmeTier::depth(kTestModel));
   if (!death.empty()) {
-    disk = std::make_unique<DyingDevice>(std::move(disk), kill_test_geometry(), point_of(death[0]),
-                                         std::atoi(death[1]));
+    disk = std::make_unique<DyingDevice>(std::move(disk), kill_test_geometry(cipher != nullptr),
+                                         point_of(death[0]), std::atoi(death[1]));
   }
   auto device = make_sealing_device(std::move(disk), cipher);
   const auto contents =

@@ -16,10 +16,12 @@ namespace foretoken::kvstore {
 inline const ModelIdentity kTestModel{"test-model", 3, 2, 32, kernels::DataType::kFp16};
 
 // Of the file that slab_writer writes to and nvme_kill_test reads.
-inline NvmeGeometry kill_test_geometry() { return {kTestModel.slab_bytes(), 64}; }
-inline NvmeOpening kill_test_opening(std::shared_ptr<const KvCipher> cipher) {
-  return {kTestModel, kill_test_geometry().file_bytes(), 0, NvmeReuse::kKeepSlabs,
-          std::move(cipher)};
+inline NvmeGeometry kill_test_geometry(bool is_sealed) {
+  return {slot_bytes(kTestModel.slab_shape(), is_sealed), 64};
+}
+inline NvmeOpening kill_test_opening(const std::shared_ptr<const KvCipher>& cipher) {
+  return {kTestModel, kill_test_geometry(cipher != nullptr).file_bytes(), 0, NvmeReuse::kKeepSlabs,
+          cipher};
 }
 
 inline SlabName test_name(int head, std::uint32_t number) {

@@ -30,7 +30,7 @@ class TierOnFile {
     auto owned = std::make_unique<MemoryDevice>(file);
     device = owned.get();
     device->fault = std::move(fault);
-    const NvmeGeometry geometry{model.slab_bytes(), num_slots};
+    const NvmeGeometry geometry{slot_bytes(model.slab_shape(), cipher != nullptr), num_slots};
     contents = open_contents(*device, memory.bytes(),
                              {model, geometry.file_bytes(), /*default_bytes=*/0, reuse, cipher})
                    .value_or_throw();

@@ -121,7 +121,9 @@ def settled(service):
         before = now
 
 
-@pytest.mark.parametrize("more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",)])
+@pytest.mark.parametrize(
+    "more", [(), ("--tensor-parallel-size=2",), ("--guard-arena",), ("--kv-encrypt",)]
+)
 def test_its_prefix_is_reused(model, in_memory, tmp_path, more):
     flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
@@ -135,12 +137,13 @@ def test_its_prefix_is_reused(model, in_memory, tmp_path, more):
         short = ask(service, prompt()[:700])  # one that the arena has room for
         assert short.usage["cached_tokens"] == 2 * 256
         assert tier(service)["checksum_failures"] == 0
-    if not more:
+    if not more or more == ("--kv-encrypt",):
         assert first.ids == in_memory.ids
 
 
-def test_it_reuses_what_was_in_memory(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+@pytest.mark.parametrize("more", [(), ("--kv-encrypt",)], ids=["plain", "encrypted"])
+def test_it_reuses_what_was_in_memory(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
         ask(service, prompt()[:600], max_tokens=2)
         settled(service)
@@ -159,6 +162,28 @@ def test_its_prefix_outlives_a_restart(model, in_memory, tmp_path):
         assert found.ids == in_memory.ids
 
 
+def make_key(path, digit):
+    path.write_text(digit * 64 + "\n")
+    path.chmod(0o600)
+    return "--kv-encrypt", f"--kv-key-file={path}"
+
+
+def test_its_encrypted_prefix_outlives_a_restart_for_its_key(model, in_memory, tmp_path):
+    ours, other = make_key(tmp_path / "ours", "7"), make_key(tmp_path / "other", "8")
+    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv", "--kv-persist"))
+    for cached in (0, CACHED):
+        with Service(model, *flags, *ours, size=QUARTER, folder=tmp_path) as service:
+            found = ask(service, prompt())
+            assert tier(service)["checksum_failures"] == 0
+        assert found.usage["cached_tokens"] == cached
+        assert found.ids == in_memory.ids
+        with Service(model, *flags, *other, size=QUARTER, folder=tmp_path) as service:
+            assert ask(service, prompt()[:700], max_tokens=2).usage["cached_tokens"] == 0
+            assert tier(service)["state"] == "offline"
+            with pytest.raises(ServiceError, match="can never fit"):
+                ask(service, prompt())
+
+
 def test_a_prefix_that_takes_longer_to_read_is_computed_anew(model, in_memory, tmp_path):
     told = tmp_path / "faults"
     told.write_text("")
@@ -174,8 +199,9 @@ def test_a_prefix_that_takes_longer_to_read_is_computed_anew(model, in_memory, t
         assert tier(service)["tokens_passed_over"] == CACHED
 
 
-def test_a_flipped_bit_of_its_prefix_is_computed_anew(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+@pytest.mark.parametrize("more", [(), ("--kv-encrypt",)], ids=["plain", "encrypted"])
+def test_a_flipped_bit_of_its_prefix_is_computed_anew(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
         ask(service, prompt(), max_tokens=2)
         settled(service)
@@ -191,11 +217,14 @@ def damage_one_run(file):
         superblock = data.read(64)
         num_slots = int.from_bytes(superblock[12:16], "little")
         slab_bytes = int.from_bytes(superblock[32:40], "little")
+        is_sealed = superblock[8] == 3
+        num_layers = int.from_bytes(superblock[20:24], "little")
+        slot_bytes = slab_bytes + (-(-40 * num_layers // 4096) * 4096 if is_sealed else 0)
         for slot in range(num_slots):
             data.seek(4096 * (2 + slot))
             if data.read(8) != b"FTKVSLAB":
                 continue
-            at = 4096 * (2 + num_slots) + slot * slab_bytes + slab_bytes // 2
+            at = 4096 * (2 + num_slots) + slot * slot_bytes + slab_bytes // 2
             data.seek(at)
             byte = data.read(1)
             data.seek(at)
@@ -204,8 +233,9 @@ def damage_one_run(file):
     raise AssertionError("no slot has a header")
 
 
-def test_a_flipped_bit_of_one_run_is_computed_anew_once(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", *nvme(tmp_path / "kv"))
+@pytest.mark.parametrize("more", [(), ("--kv-encrypt",)], ids=["plain", "encrypted"])
+def test_a_flipped_bit_of_one_run_is_computed_anew_once(model, in_memory, tmp_path, more):
+    flags = (*PREDICTED, "--calibrate-with=none", *more, *nvme(tmp_path / "kv"))
     with Service(model, *flags, size=QUARTER) as service:
         ask(service, prompt(), max_tokens=2)
         settled(service)
@@ -215,16 +245,6 @@ def test_a_flipped_bit_of_one_run_is_computed_anew_once(model, in_memory, tmp_pa
         assert service.log.read_text().count("computed anew") <= 1  # a check of the idle disk may see it first
         assert tier(service)["checksum_failures"] > 0
         assert ask(service, prompt()).usage["cached_tokens"] == CACHED
-
-
-def test_without_prefixes_where_it_is_encrypted(model, in_memory, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", "--kv-encrypt", *nvme(tmp_path / "kv"))
-    with Service(model, *flags, size=QUARTER) as service:
-        for _ in range(2):
-            found = ask(service, prompt())
-            assert found.usage["cached_tokens"] == 0
-            assert found.ids == in_memory.ids
-        assert "publish no prefixes" in service.log.read_text()
 
 
 def test_without_nvme_it_is_refused(model):
@@ -318,8 +338,10 @@ def test_more_ranks_than_heads(tmp_path, ranks):
     assert outsized.kv["bytes_nvme"] > 0
 
 
-def test_ranks_that_share_a_head_reuse_its_prefix(one_head, tmp_path):
-    flags = (*PREDICTED, "--calibrate-with=none", *SHARED, *nvme(tmp_path / "kv", "--kv-persist"))
+@pytest.mark.parametrize("is_encrypted", [False, True], ids=["plain", "encrypted"])
+def test_ranks_that_share_a_head_reuse_its_prefix(one_head, tmp_path, is_encrypted):
+    key = make_key(tmp_path / "key", "7") if is_encrypted else ()
+    flags = (*PREDICTED, "--calibrate-with=none", *SHARED, *nvme(tmp_path / "kv", "--kv-persist"), *key)
     with Service(one_head, *flags, size=QUARTER, folder=tmp_path) as service:
         first = ask(service, prompt(), max_tokens=40)
         second = ask(service, prompt(), max_tokens=40)
