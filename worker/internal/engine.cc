@@ -320,8 +320,10 @@ void Engine::time_prefill(const Sequence& sequence, const PrefillItem& item,
 void Engine::tell_times(Pending& pending) {
   kvstore::PrefillTimes& times = pending.prefilled;
   if (pending.times_step) {
-    // All that ran in the step: decodes beside it too, which make computing look slower.
-    times.computing = std::chrono::microseconds(pending.result.step_us) - times.reading;
+    // All that ran in the step: decodes beside it too, which make computing look slower. What an
+    // outsized sequence waited for is not in the time of a step that was launched behind another.
+    times.computing = std::max(times.computing,
+                               std::chrono::microseconds(pending.result.step_us) - times.reading);
   }
   if (times.computed + times.read == 0) return;
   if (const Status status = store_.note_prefill(times); !status) throw Exception(status.error());
