@@ -54,8 +54,7 @@ Arena::~Arena() {
 // Before anything is touched: a page lies where the policy says at its first touch. A node that
 // has no room lends from another, since the policy prefers and does not insist.
 void Arena::bind_stripes() const {
-  if (numa_available() < 0) return;
-  const int num_nodes = numa_max_node() + 1;
+  const int num_nodes = num_numa_nodes();
   if (num_nodes < 2) return;
   for (int head = 0; head < layout_.num_kv_heads; ++head) {
     const int node = head * num_nodes / layout_.num_kv_heads;

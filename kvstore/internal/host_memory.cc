@@ -77,10 +77,6 @@ std::uint64_t left_in_control_groups() {
   return left;
 }
 
-std::size_t num_numa_nodes() {
-  return numa_available() < 0 ? 1 : static_cast<std::size_t>(numa_max_node()) + 1;
-}
-
 std::size_t up_to_pages(std::size_t bytes) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   return (bytes + page - 1) / page * page;
@@ -97,7 +93,7 @@ void take_huge_pages(std::byte* begin, std::size_t bytes) {
   // It makes one of the small pages that are there, on their node. Where pages go to the nodes in
   // turn, by their number, one in each huge page does so too, if it is the right one.
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  const std::size_t nodes = num_numa_nodes();
+  const auto nodes = static_cast<std::size_t>(num_numa_nodes());
   for (std::size_t at = 0; at < bytes; at += kHugePageBytes) {
     const std::size_t index = reinterpret_cast<std::uintptr_t>(begin + at) / kHugePageBytes;
     const std::size_t shift = (kHugePageBytes / page - 1) * (index % nodes) % nodes;
@@ -120,6 +116,8 @@ void take_huge_pages(std::byte* begin, std::size_t bytes) {
 std::uint64_t available_host_memory() {
   return std::min(mem_available(), left_in_control_groups());
 }
+
+int num_numa_nodes() { return numa_available() < 0 ? 1 : numa_max_node() + 1; }
 
 std::uint64_t left_in_control_group(const std::string& folder) {
   const std::uint64_t limit =

@@ -17,6 +17,9 @@ namespace foretoken::kvstore {
 // killed when it fills.
 std::uint64_t available_host_memory();
 
+// 1 where the machine does not tell.
+int num_numa_nodes();
+
 // The limit of the control group in this folder (of either version), less what it holds but for
 // files' pages, which give way.
 std::uint64_t left_in_control_group(const std::string& folder);

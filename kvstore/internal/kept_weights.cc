@@ -117,7 +117,7 @@ Status KeptWeights::keep(std::span<const std::span<const std::byte>> pieces,
     FT_ASSIGN_OR_RETURN(const SharedMapping mapped,
                         SharedMapping::map(passed.get(), 0, memory.bytes));
     // Ranks of all NUMA nodes read it.
-    if (numa_available() >= 0 && numa_max_node() > 0) {
+    if (num_numa_nodes() > 1) {
       numa_interleave_memory(mapped.base(), mapped.bytes(), numa_all_nodes_ptr);
     }
     FT_RETURN_IF_ERROR(copy_all(plan_copies(mapped.base(), pieces), stop));

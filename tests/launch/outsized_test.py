@@ -22,18 +22,22 @@ QUARTER = (*DEVICE, "--kv-host-gib=0.0079")  # five slabs a head, of 21
 HALF = (*DEVICE, "--kv-host-gib=0.0157")  # ten; a sequence must have five
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Twelve layers, so that a layer is a small part of the KV."""
+def make_deep_model(folder, heads, kv_heads):
+    """Twelve layers, so that a layer is a small part of the KV; heads of 32."""
     return make_model(
-        tmp_path_factory.mktemp("models") / "deep",
-        hidden_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=2,
+        folder,
+        hidden_size=32 * heads,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         intermediate_size=96,
         num_hidden_layers=12,
         max_position=8192,
     )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_deep_model(tmp_path_factory.mktemp("models") / "deep", heads=2, kv_heads=2)
 
 
 def prompt(number=0):
@@ -287,15 +291,7 @@ ROOM_FOR_ONE_MORE = (*DEVICE, "--kv-host-gib=0.0118")  # 15 slabs of one head: e
 @pytest.fixture(scope="module")
 def one_head(tmp_path_factory):
     """One KV head: a quarter of host memory is ten slabs, of which each of two ranks must have five."""
-    return make_model(
-        tmp_path_factory.mktemp("models") / "one-head",
-        hidden_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=96,
-        num_hidden_layers=12,
-        max_position=8192,
-    )
+    return make_deep_model(tmp_path_factory.mktemp("models") / "one-head", heads=2, kv_heads=1)
 
 
 def released(service):
@@ -320,15 +316,7 @@ def test_each_of_the_ranks_that_share_a_head_keeps_it(one_head, tmp_path, policy
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_more_ranks_than_heads(tmp_path, ranks):
     """Two heads: of three ranks one has its head alone."""
-    model = make_model(
-        tmp_path / "two-heads",
-        hidden_size=128,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=96,
-        num_hidden_layers=12,
-        max_position=8192,
-    )
+    model = make_deep_model(tmp_path / "two-heads", heads=4, kv_heads=2)
     flags = (*PREDICTED, "--calibrate-with=none", f"--tensor-parallel-size={ranks}")
     kept = answer(model, *flags, size=ROOMY)
     with Service(model, *flags, *nvme(tmp_path / "kv"), size=HALF) as service:
