@@ -204,6 +204,7 @@ struct Ready {
   std::string model_hash;
   std::string device;
   std::int64_t max_model_len = 0;
+  int max_batched_tokens = 0;  // of prefill, a step: only ranks know what suits their device
   std::int64_t device_bytes_total = 0;
   std::int64_t device_bytes_weights = 0;
   std::int64_t device_bytes_free = 0;

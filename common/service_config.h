@@ -58,7 +58,7 @@ struct ServiceConfig {
 
   // Scheduling and limits.
   int max_num_seqs = 8;          // sequences that decode in one step
-  int max_batched_tokens = 512;  // of prefill, a step
+  int max_batched_tokens = 0;    // of prefill, a step; 0: as batched_tokens() says
   int max_inter_token_ms = 200;  // of a step that decodes, prefill beside it included; 0: no bound
   int max_waiting = 1024;        // requests; more are turned away
   int max_requests_per_client = 64;
@@ -74,6 +74,13 @@ struct ServiceConfig {
 
   bool operator==(const ServiceConfig&) const = default;
 };
+
+// What computes: --device, with its auto decided.
+enum class DeviceKind { kCpu, kGpu };
+
+// Prefill tokens of a step: --max-batched-tokens, or what suits the device where that is 0. All
+// ranks of a group must have the same, so it depends on nothing else.
+int batched_tokens(const ServiceConfig& config, DeviceKind device);
 
 // The P of a --trace churn=P, as a share; nullopt for any other text.
 std::optional<float> trace_churn(std::string_view trace);

@@ -38,7 +38,7 @@ struct SchedulerConfig {
   Epoch epoch{};
   int num_layers = 1;
   int max_num_seqs = 8;
-  int max_batched_tokens = 512;
+  int max_batched_tokens = 1;
   std::optional<std::chrono::milliseconds> max_inter_token = {};  // of a step that decodes
   double attention_tokens = 4096;                                 // see StepTimes
   bool spills = false;                                            // policy auto

@@ -32,7 +32,7 @@ class Engine {
     predictor::Policy& policy;
     Model& model;
   };
-  // max_model_len: tokens; resolved, not 0.
+  // max_model_len: tokens; resolved, not 0, as is config.max_batched_tokens.
   Engine(const ServiceConfig& config, int max_model_len, const Parts& parts);
   ~Engine();
 
@@ -81,6 +81,8 @@ class Engine {
   std::int64_t device_bytes_free() const;
 
   const int max_model_len_;
+  const int max_batched_tokens_;
+  const std::string how_to_make_room_;
   const int rank_;
   kernels::Device& device_;
   kvstore::KvStore& store_;

@@ -118,7 +118,7 @@ constexpr std::array kIntRanges = {
     Range<int>{"audit_every", &ServiceConfig::audit_every, 0, 1 << 20},
     Range<int>{"max_dense_heads", &ServiceConfig::max_dense_heads, 0, 1 << 20},
     Range<int>{"max_num_seqs", &ServiceConfig::max_num_seqs, 1, 4096},
-    Range<int>{"max_batched_tokens", &ServiceConfig::max_batched_tokens, 1, 1 << 20},
+    Range<int>{"max_batched_tokens", &ServiceConfig::max_batched_tokens, 0, 1 << 20},
     Range<int>{"max_inter_token_ms", &ServiceConfig::max_inter_token_ms, 0, 1 << 20},
     Range<int>{"max_waiting", &ServiceConfig::max_waiting, 1, 1 << 20},
     Range<int>{"max_requests_per_client", &ServiceConfig::max_requests_per_client, 1, 1 << 20},
@@ -267,6 +267,14 @@ Status validate(const ServiceConfig& config) {
   FT_RETURN_IF_ERROR(check_min_recall(config));
   FT_RETURN_IF_ERROR(check_nvme(config));
   return check_budget(config);
+}
+
+int batched_tokens(const ServiceConfig& config, DeviceKind device) {
+  if (config.max_batched_tokens > 0) return config.max_batched_tokens;
+  // Products of fewer rows leave a GPU idle (docs/measurements.md#gpu).
+  constexpr int kOfGpu = 8192;
+  constexpr int kOfCpu = 512;
+  return device == DeviceKind::kGpu ? kOfGpu : kOfCpu;
 }
 
 std::optional<float> trace_churn(std::string_view trace) {

@@ -248,6 +248,7 @@ void visit_fields(F&& f, Is<Ready> auto& m) {
   f("model_hash", m.model_hash);
   f("device", m.device);
   f("max_model_len", m.max_model_len);
+  f("max_batched_tokens", m.max_batched_tokens);
   f("device_bytes_total", m.device_bytes_total);
   f("device_bytes_weights", m.device_bytes_weights);
   f("device_bytes_free", m.device_bytes_free);

@@ -102,17 +102,19 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   group.was_ready = true;
   group.last_death.clear();
   group.full_until.reset();
-  group.scheduler = std::make_unique<Scheduler>(
-      SchedulerConfig{.epoch = group.ranks.epoch(),
-                      .num_layers = parts_.model.num_layers,
-                      .max_num_seqs = parts_.config.max_num_seqs,
-                      .max_batched_tokens = parts_.config.max_batched_tokens,
-                      .max_inter_token = max_inter_token(parts_.config),
-                      .attention_tokens = parts_.model.attention_tokens,
-                      .spills = parts_.config.kv_policy == "auto"});
   const auto& ready = group.ranks.capacity();
-  log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
-             raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);
+  group.scheduler =
+      std::make_unique<Scheduler>(SchedulerConfig{.epoch = group.ranks.epoch(),
+                                                  .num_layers = parts_.model.num_layers,
+                                                  .max_num_seqs = parts_.config.max_num_seqs,
+                                                  .max_batched_tokens = ready.max_batched_tokens,
+                                                  .max_inter_token = max_inter_token(parts_.config),
+                                                  .attention_tokens = parts_.model.attention_tokens,
+                                                  .spills = parts_.config.kv_policy == "auto"});
+  log().info(
+      "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
+      group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
+      ready.max_batched_tokens, ready.kv_slabs_total);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {

@@ -96,7 +96,8 @@ constexpr std::array kFlags = {
                 "Test aid: the store's memory is unmapped but while blocks are copied"},
 
     ServiceFlag{"max_num_seqs", kLimits, "N", "Sequences that decode in one step"},
-    ServiceFlag{"max_batched_tokens", kLimits, "N", "Prefill tokens of one step"},
+    ServiceFlag{"max_batched_tokens", kLimits, "N",
+                "Prefill tokens of one step (0: 512 on a CPU, 8192 on a GPU)"},
     ServiceFlag{"max_inter_token_ms", kLimits, "N",
                 "Beside decoding sequences prefill is cut so that a step takes N ms at most (0: it "
                 "isn't cut)"},

@@ -66,6 +66,17 @@ TEST(ServiceConfig, ATraceNamesItsChurn) {
   ASSERT_FALSE(validate(config));
 }
 
+TEST(ServiceConfig, PrefillTokensOfAStepSuitTheDeviceUnlessTheyAreGiven) {
+  auto config = valid();
+  EXPECT_EQ(batched_tokens(config, DeviceKind::kCpu), 512);
+  EXPECT_EQ(batched_tokens(config, DeviceKind::kGpu), 8192);
+  config.max_batched_tokens = 2048;
+  EXPECT_TRUE(validate(config));
+  EXPECT_EQ(batched_tokens(config, DeviceKind::kCpu), 2048);
+  EXPECT_EQ(batched_tokens(config, DeviceKind::kGpu), 2048);
+  EXPECT_THAT(why(&ServiceConfig::max_batched_tokens, -1), HasSubstr("--max-batched-tokens"));
+}
+
 TEST(ServiceConfig, TheNvmeTierNeedsItsFolder) {
   auto config = valid();
   config.kv_persist = true;

@@ -64,6 +64,7 @@ Ready FakeRank::ready(Epoch epoch) const {
   ready.model_hash = "fake";
   ready.device = "fake";
   ready.max_model_len = config_.max_model_len;
+  ready.max_batched_tokens = config_.max_batched_tokens;
   ready.kv_slabs_total = store_->slabs;
   return ready;
 }
@@ -107,7 +108,8 @@ StepResult FakeRank::run(const StepPlan& plan) {
     cost += (item.layer_end - item.layer_begin) * (item.token_end - item.token_begin);
     prefill(item, result);
   }
-  require(cost <= config_.max_batched_token_layers, "prefill keeps to its budget");
+  require(cost <= std::int64_t{config_.max_batched_tokens} * config_.num_layers,
+          "prefill keeps to its budget");
   require(plan.decodes.size() <= static_cast<std::size_t>(config_.max_num_seqs),
           "at most max_num_seqs decode");
   require(sequences_.size() <= static_cast<std::size_t>(config_.max_num_seqs),

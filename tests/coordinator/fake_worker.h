@@ -35,7 +35,7 @@ struct FakeRankConfig {
   int world_size = 1;
   int num_layers = 2;
   int max_num_seqs = 8;
-  std::int64_t max_batched_token_layers = 1024;
+  int max_batched_tokens = 512;
   std::int64_t max_model_len = 4096;
   int vocab = 257;
   int eos = 256;

@@ -538,7 +538,9 @@ TEST_F(SchedulerTest, RanksThatContradictBreakTheGroup) {
 // Policy auto. Rank 1 has room for so many tokens of dense sequences' greatest lengths.
 class SpillingSchedulerTest : public SchedulerTest {
  protected:
-  SpillingSchedulerTest() : SchedulerTest({.epoch = Epoch{1}, .num_layers = 4, .spills = true}) {}
+  SpillingSchedulerTest()
+      : SchedulerTest(
+            {.epoch = Epoch{1}, .num_layers = 4, .max_batched_tokens = 512, .spills = true}) {}
 
   std::vector<StepEvent> refused(const StepPlan& to) {
     auto results = answers(to);

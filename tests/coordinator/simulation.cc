@@ -20,7 +20,7 @@ FakeRankConfig fake_rank_config(const SimulationConfig& config) {
   FakeRankConfig fake;
   fake.world_size = config.world_size;
   fake.max_num_seqs = 4;
-  fake.max_batched_token_layers = 128 * fake.num_layers;
+  fake.max_batched_tokens = 128;
   fake.device_tokens = config.device_tokens;
   return fake;
 }
@@ -74,7 +74,6 @@ Simulation::Simulation(const SimulationConfig& config)
   service.num_groups = config.num_groups;
   service.tensor_parallel_size = config.world_size;
   service.max_num_seqs = rank_config_.max_num_seqs;
-  service.max_batched_tokens = 128;
   service.max_inter_token_ms = config.max_inter_token_ms;
   service.max_requests_per_client = 1000;
   service.request_timeout_s = 100000;

@@ -99,6 +99,10 @@ def test_the_command_connects_to_a_running_service(service, client):
     assert json.loads(done.stdout)["token_ids"] == answer.ids
 
 
+def test_prefill_takes_as_many_tokens_a_step_as_suit_a_cpu(service):
+    assert "context 512, 512 prefill tokens a step" in service.log.read_text()
+
+
 def test_status_and_models(service, client, model):
     assert client.status()["state"] == "ready"
     assert client.status()["tensor_parallel_size"] == 2
@@ -251,6 +255,7 @@ def test_too_little_device_memory_exits_with_5_and_says_what_to_do(model):
     assert "rank 0 (pid" in last_line(done.stderr)
     assert "wanted for weights" in last_line(done.stderr)
     assert "raise --device-memory-gib" in last_line(done.stderr)
+    assert "--max-batched-tokens (now 512)" in last_line(done.stderr)
 
 
 def test_a_client_without_the_key_gets_nothing(service):

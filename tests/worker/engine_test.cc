@@ -2,6 +2,7 @@
 // the tokens of dense attention, wherever the two best logits are not all but equal.
 #include "worker/engine.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -405,6 +406,8 @@ TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {
     FAIL() << "it fitted";
   } catch (const Exception& failure) {
     EXPECT_EQ(failure.error().code, ErrorCode::kExhausted) << failure.what();
+    EXPECT_THAT(failure.what(),
+                testing::HasSubstr("lower --max-model-len or --max-batched-tokens"));
   }
   EXPECT_EQ(group.device().memory_in_use(kernels::MemoryUse::kKvSlots), before);
   EXPECT_EQ(group.store_stat().slabs_used, 0);
@@ -440,6 +443,11 @@ TEST_F(EngineTest, AStartWithoutRoomToSwapFailsThatSequenceAlone) {
   goes_on.releases = {SequenceId{102}};
   goes_on.prefills = {{SequenceId{101}, 0, 3, 512, 600}};
   EXPECT_EQ(group.run(goes_on).tokens.at(0).token.id, before.tokens[0]);
+}
+
+TEST_F(EngineTest, SaysHowManyTokensAStepMayPrefill) {
+  LocalGroup group(service("full"), small_model(), store_);
+  EXPECT_EQ(group.engine().capacity().max_batched_tokens, 128);
 }
 
 TEST_F(EngineTest, MemoryPlanNamesEachUseAndTheLongestSequence) {

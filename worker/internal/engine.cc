@@ -7,6 +7,7 @@
 
 #include "common/check.h"
 #include "common/log.h"
+#include "worker/internal/make_device.h"
 
 namespace foretoken::worker {
 namespace {
@@ -87,6 +88,8 @@ KvNvme nvme_of(const kvstore::NvmeStat& stat) {
 
 Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
     : max_model_len_(max_model_len),
+      max_batched_tokens_(config.max_batched_tokens),
+      how_to_make_room_(how_to_make_room(config)),
       rank_(parts.model.partition().rank),
       device_(parts.device),
       store_(parts.store),
@@ -100,6 +103,7 @@ Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& part
               sampler_),
       first_logits_(device_, sizeof(float) * static_cast<std::size_t>(model_.config().vocab_size),
                     kernels::MemoryUse::kActivations) {
+  FT_CHECK(max_batched_tokens_ > 0, max_batched_tokens_);
   for (auto& event : ended_) event = device_.make_event();
 }
 
@@ -259,6 +263,7 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     if (failure.error().code != ErrorCode::kExhausted) throw;
     sequences_.erase(admit.sequence);
     result.error = failure.error();
+    if (sequences_.empty()) result.error->message += "; " + how_to_make_room_;
     result.device_is_full = true;
     if (const Status status = store_.release(admit.sequence); !status) {
       throw Exception(status.error());
@@ -350,6 +355,7 @@ Ready Engine::capacity() const {
   const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens).total();
   ready.device = info.name;
   ready.max_model_len = max_model_len_;
+  ready.max_batched_tokens = max_batched_tokens_;
   ready.device_bytes_total = static_cast<std::int64_t>(info.memory_bytes);
   ready.device_bytes_weights =
       static_cast<std::int64_t>(device_.memory_in_use(kernels::MemoryUse::kWeights));

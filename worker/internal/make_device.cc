@@ -25,6 +25,14 @@ bool wants_cuda(const ServiceConfig& config) {
   return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
 }
 
+std::string how_to_make_room(const ServiceConfig& config) {
+  const std::string raise = wants_cuda(config)
+                                ? "--gpu-memory-utilization or --tensor-parallel-size"
+                                : "--device-memory-gib";
+  return "raise " + raise + ", or lower --max-model-len or --max-batched-tokens (now " +
+         std::to_string(config.max_batched_tokens) + ")";
+}
+
 std::unique_ptr<kernels::Device> make_device(const ServiceConfig& config, const ModelConfig& model,
                                              int gpu) {
   if (wants_cuda(config)) return make_gpu(config, model, gpu);

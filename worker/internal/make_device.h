@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <string>
 
 #include "common/model_config.h"
 #include "common/service_config.h"
@@ -10,6 +11,9 @@
 namespace foretoken::worker {
 
 bool wants_cuda(const ServiceConfig& config);
+
+// For an error: what gives a rank's sequences more of the device's memory.
+std::string how_to_make_room(const ServiceConfig& config);
 
 // gpu: its number, of those that this process sees, where it is to be one. Throws
 // Exception(kDevice).

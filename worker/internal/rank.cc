@@ -205,6 +205,14 @@ LoadProgress::Style progress_style(const RankConfig& config, const Place& place)
   return bar ? LoadProgress::Style::kBar : LoadProgress::Style::kLog;
 }
 
+// The configuration that this rank was given, with what it leaves to the device decided.
+ServiceConfig read_config(const std::string& json) {
+  ServiceConfig config = service_config_from_json(json).value_or_throw();
+  config.max_batched_tokens =
+      batched_tokens(config, wants_cuda(config) ? DeviceKind::kGpu : DeviceKind::kCpu);
+  return config;
+}
+
 // At the start, unlike later, device memory that is full stays full.
 template <typename Make>
 auto at_start(const ServiceConfig& config, const Make& make) {
@@ -212,11 +220,7 @@ auto at_start(const ServiceConfig& config, const Make& make) {
     return make();
   } catch (const Exception& failure) {
     if (failure.error().code != ErrorCode::kExhausted) throw;
-    const std::string more = wants_cuda(config)
-                                 ? "raise --gpu-memory-utilization or --tensor-parallel-size"
-                                 : "raise --device-memory-gib";
-    throw Exception(ErrorCode::kDevice, failure.error().message + "; " + more +
-                                            ", or lower --max-model-len or --max-batched-tokens");
+    throw Exception(ErrorCode::kDevice, failure.error().message + "; " + how_to_make_room(config));
   }
 }
 
@@ -224,7 +228,7 @@ auto at_start(const ServiceConfig& config, const Make& make) {
 class Worker {
  public:
   Worker(const RankConfig& config, const Welcome& welcome, const Place& place)
-      : config_(service_config_from_json(welcome.config_json).value_or_throw()),
+      : config_(read_config(welcome.config_json)),
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
         device_(make_device(config_, model_config_, own_gpu(config_, config.group, place))),
