@@ -411,7 +411,6 @@ struct PredictorWeights {
 class Predictor {
  public:
   virtual ~Predictor() = default;
-  float bias = 0;  // conv3's: it orders nothing, so a device's sums may leave it out
 };
 
 // Scores of the candidates of every map from its history, then the k best a map, sorted by block:

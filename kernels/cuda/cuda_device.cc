@@ -210,9 +210,7 @@ std::unique_ptr<Weight> CudaDevice::make_weight(std::span<const WeightPart> part
   return make_cuda_weight(*this, config_.activation_type, parts);
 }
 std::unique_ptr<Predictor> CudaDevice::make_predictor(const PredictorWeights& weights) {
-  auto predictor = cuda::make_predictor(weights);
-  predictor->bias = weights.conv3_bias;
-  return predictor;
+  return cuda::make_predictor(weights);
 }
 std::size_t CudaDevice::predictor_state_bytes(int max_columns) const {
   return cuda::predictor_state_bytes(max_columns);

@@ -46,6 +46,7 @@ void history_append(const HistoryAppendArgs& args, CudaStream& stream);
 
 // predict.cu
 std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights);
+float bias_of(const Predictor& predictor);  // what predict() leaves out of all scores
 std::size_t predictor_state_bytes(int max_columns);
 void predict(const PredictArgs& args, CudaStream& stream);
 

@@ -32,7 +32,7 @@ constexpr int kLastInner = kHistoryRows - 3;
 
 class CudaPredictor final : public Predictor {
  public:
-  explicit CudaPredictor(const PredictorWeights& weights) {
+  explicit CudaPredictor(const PredictorWeights& weights) : bias_(weights.conv3_bias) {
     const CnnTables tables = make_cnn_tables(weights);
     FT_CUDA(cudaMalloc(reinterpret_cast<void**>(&tables_), sizeof tables));
     FT_CUDA(cudaMemcpy(tables_, &tables, sizeof tables, cudaMemcpyHostToDevice));
@@ -41,8 +41,10 @@ class CudaPredictor final : public Predictor {
   CudaPredictor(const CudaPredictor&) = delete;
   CudaPredictor& operator=(const CudaPredictor&) = delete;
   const CnnTables* tables() const { return tables_; }
+  float bias() const { return bias_; }
 
  private:
+  const float bias_;  // conv3's: it orders nothing, so the sums leave it out
   CnnTables* tables_ = nullptr;
 };
 
@@ -217,6 +219,10 @@ void check_range(const PredictorWeights& weights) {
 std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) {
   check_range(weights);
   return std::make_unique<CudaPredictor>(weights);
+}
+
+float bias_of(const Predictor& predictor) {
+  return static_cast<const CudaPredictor&>(predictor).bias();
 }
 
 std::size_t predictor_state_bytes(int max_columns) {

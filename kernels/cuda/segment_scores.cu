@@ -127,7 +127,7 @@ void score_segments(const PredictArgs& args, CudaStream& stream) {
   static const auto sms = static_cast<unsigned>(num_sms());
   const dim3 grid(sms, static_cast<unsigned>(args.rows));
   score_segments_kernel<<<grid, kThreads, 0, stream.handle()>>>(args.states, args.selections,
-                                                                args.predictor->bias);
+                                                                bias_of(*args.predictor));
   FT_CUDA(cudaGetLastError());
 }
 

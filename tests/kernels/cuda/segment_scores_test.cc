@@ -47,10 +47,12 @@ struct DeviceSelection {
   Selection view;
 };
 
-class Bias final : public Predictor {
- public:
-  explicit Bias(float of_conv3) { bias = of_conv3; }
-};
+// With this bias.
+std::unique_ptr<Predictor> predictor_of(float conv3_bias, Device& device) {
+  auto weights = predictor::read_weights(predictor::published_weights()).value_or_throw();
+  weights.conv3_bias = conv3_bias;
+  return device.make_predictor(weights);
+}
 
 // Sums that nobody has computed, in a history's state on the GPU.
 struct Sums {
@@ -127,7 +129,7 @@ HostSelection expected(const Sums& sums, float bias, int max_segments) {
 }
 
 // The GPU's, of the same choice.
-std::vector<float> scores_on(DeviceUnderTest& cuda, const Sums& sums, float of_conv3,
+std::vector<float> scores_on(DeviceUnderTest& cuda, const Sums& sums, float conv3_bias,
                              const HostSelection& choice) {
   const auto layers = static_cast<std::size_t>(sums.shape.num_layers);
   const HistoryOnDevice history(cuda, sums.shape);
@@ -143,8 +145,8 @@ std::vector<float> scores_on(DeviceUnderTest& cuda, const Sums& sums, float of_c
   none.segment_scores = nullptr;
   const DeviceArray<HistoryState> states(cuda, {state, state});
   const DeviceArray<Selection> selections(cuda, {none, selection.view});
-  const Bias bias(of_conv3);
-  cuda::score_segments({&bias, states.data(), selections.data(), 2, true},
+  const auto predictor = predictor_of(conv3_bias, *cuda.device);
+  cuda::score_segments({predictor.get(), states.data(), selections.data(), 2, true},
                        cuda::as_cuda(*cuda.stream));
   cuda.stream->synchronize();
   return selection.scores.get();
