@@ -34,6 +34,8 @@ std::string_view name_of(MemoryUse use) {
       return "activations";
     case MemoryUse::kPrefill:
       return "prefill scratch";
+    case MemoryUse::kSums:
+      return "sums over ranks";
     case MemoryUse::kCount:
       break;
   }

@@ -48,6 +48,7 @@ enum class MemoryUse {
   kSketches,
   kActivations,
   kPrefill,
+  kSums,
   kCount
 };
 std::string_view name_of(MemoryUse use);

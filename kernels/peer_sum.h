@@ -61,7 +61,8 @@ class PeerSum {
 };
 
 // most_bytes: of a sum in two steps; 0: there are none. REQUIRES: a CUDA device; it outlives the
-// sum. Throws Exception(kDevice).
+// sum. Throws Exception(kExhausted) where the device's memory, in which it has MemoryUse::kSums, is
+// full, and Exception(kDevice).
 std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size,
                                        std::size_t most_bytes = 0);
 

@@ -112,25 +112,42 @@ void CudaDevice::set_wait_check(std::function<void()> check) {
   waiter_.set_check(std::move(check));
 }
 
-void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
+std::size_t CudaDevice::memory_free() const {
   std::size_t total = 0;
   for (const auto& in_use : in_use_) total += in_use;
-  void* data = nullptr;
-  const bool fits = total + bytes <= info_.memory_bytes;
-  if (fits && bytes > 0 &&
-      cudaMallocFromPoolAsync(&data, bytes, pool_, memory_stream_) == cudaSuccess) {
-    waiter_.wait_for(memory_stream_);  // usable on every stream from here on
-  }
+  return info_.memory_bytes - std::min(total, info_.memory_bytes);
+}
+
+void* CudaDevice::count(void* data, std::size_t bytes, MemoryUse use) {
   if (data == nullptr && bytes > 0) {
     cudaGetLastError();
-    throw Exception(ErrorCode::kExhausted,
-                    "device memory is full: " + std::to_string(bytes) + " bytes wanted for " +
-                        std::string(name_of(use)) + ", " +
-                        std::to_string(info_.memory_bytes - std::min(total, info_.memory_bytes)) +
-                        " of " + std::to_string(info_.memory_bytes) + " free");
+    throw Exception(ErrorCode::kExhausted, "device memory is full: " + std::to_string(bytes) +
+                                               " bytes wanted for " + std::string(name_of(use)) +
+                                               ", " + std::to_string(memory_free()) + " of " +
+                                               std::to_string(info_.memory_bytes) + " free");
   }
   in_use_[static_cast<std::size_t>(use)] += bytes;
   return data;
+}
+
+void* CudaDevice::allocate(std::size_t bytes, MemoryUse use) {
+  void* data = nullptr;
+  if (bytes > 0 && bytes <= memory_free() &&
+      cudaMallocFromPoolAsync(&data, bytes, pool_, memory_stream_) == cudaSuccess) {
+    waiter_.wait_for(memory_stream_);  // usable on every stream from here on
+  }
+  return count(data, bytes, use);
+}
+
+void* CudaDevice::allocate_for_peers(std::size_t bytes, MemoryUse use) {
+  void* data = nullptr;
+  if (bytes <= memory_free() && cudaMalloc(&data, bytes) != cudaSuccess) data = nullptr;
+  return count(data, bytes, use);
+}
+
+void CudaDevice::release_for_peers(void* data, std::size_t bytes, MemoryUse use) {
+  cudaFree(data);
+  in_use_[static_cast<std::size_t>(use)] -= bytes;
 }
 
 void CudaDevice::release(void* data, std::size_t bytes, MemoryUse use) {

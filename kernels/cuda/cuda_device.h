@@ -28,6 +28,9 @@ class CudaDevice final : public Device {
   void* allocate(std::size_t bytes, MemoryUse use) override;
   void release(void* data, std::size_t bytes, MemoryUse use) override;
   std::size_t memory_in_use(MemoryUse use) const override;
+  // Memory that other processes can open, which they can't a pool's; counted as allocate() does.
+  void* allocate_for_peers(std::size_t bytes, MemoryUse use);
+  void release_for_peers(void* data, std::size_t bytes, MemoryUse use);
   std::unique_ptr<Stream> make_stream(StreamKind kind) override;
   std::unique_ptr<Event> make_event() override;
   std::unique_ptr<Graph> record(Stream& stream, const std::function<void()>& ops) override;
@@ -73,6 +76,10 @@ class CudaDevice final : public Device {
   void sample(const SampleArgs& args, Stream& stream) override;
 
  private:
+  std::size_t memory_free() const;
+  // Counts an allocation; throws where it came to nothing.
+  void* count(void* data, std::size_t bytes, MemoryUse use);
+
   CudaDeviceConfig config_;
   Waiter waiter_;
   DeviceInfo info_;

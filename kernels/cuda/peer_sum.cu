@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/types.cuh"
@@ -191,12 +192,14 @@ static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
 class CudaPeerSum final : public PeerSum {
  public:
   CudaPeerSum(Device& device, int rank, int world_size, std::size_t most_bytes)
-      : type_(device.activation_type()), layout_{world_size == 2 ? most_bytes : 0} {
+      : device_(static_cast<CudaDevice&>(device)),
+        type_(device.activation_type()),
+        layout_{world_size == 2 ? most_bytes : 0} {
     FT_CHECK(world_size <= kMaxRanks, world_size);
     params_.rank = rank;
     params_.world_size = world_size;
-    // Not of the device's pool: other processes can't open that.
-    FT_CUDA(cudaMalloc(&memory_, layout_.bytes()));
+    memory_ =
+        static_cast<std::byte*>(device_.allocate_for_peers(layout_.bytes(), MemoryUse::kSums));
     FT_CUDA(cudaMemset(memory_, 0, layout_.bytes()));
     params_.inboxes[rank] = reinterpret_cast<uint4*>(memory_);
     params_.calls = reinterpret_cast<std::uint32_t*>(memory_ + Layout::calls());
@@ -221,7 +224,8 @@ class CudaPeerSum final : public PeerSum {
     cudaStreamDestroy(sender_);
     cudaEventDestroy(made_);
     for (const Begun& slot : slots_) cudaEventDestroy(slot.sent);
-    cudaFree(memory_);  // after what still runs on the device
+    // After what still runs on the device.
+    device_.release_for_peers(memory_, layout_.bytes(), MemoryUse::kSums);
     cudaFreeHost(stop_);
   }
   CudaPeerSum(const CudaPeerSum&) = delete;
@@ -324,6 +328,7 @@ class CudaPeerSum final : public PeerSum {
   };
   static std::uint32_t number(std::uint32_t call) { return 1 + call % kNumbers; }
 
+  CudaDevice& device_;
   DataType type_;
   Layout layout_;
   cudaStream_t sender_ = nullptr;

@@ -454,7 +454,7 @@ TEST_F(EngineTest, MemoryPlanNamesEachUseAndTheLongestSequence) {
   LocalGroup group(service("attention-predictor"), small_model(), store_);
   const std::string plan = group.engine().memory_plan();
   for (const char* row :
-       {"\n  weights ", "\n  prefill scratch ", "\n  free, for sequences ",
+       {"\n  weights ", "\n  prefill scratch ", "\n  sums over ranks ", "\n  free, for sequences ",
         "\n  a sequence of 2048 tokens ", "\n    KV slots ", "\n    key sketches "}) {
     EXPECT_NE(plan.find(row), std::string::npos) << row << "in\n" << plan;
   }

@@ -232,7 +232,8 @@ class Worker {
         model_config_(read_model_config(config_.model).value_or_throw()),
         model_hash_(identity_of(config_)),
         device_(make_device(config_, model_config_, own_gpu(config_, config.group, place))),
-        collective_(make_collective(config_, model_config_, place, *device_)) {
+        collective_(at_start(
+            config_, [&] { return make_collective(config_, model_config_, place, *device_); })) {
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =

@@ -1,6 +1,7 @@
 // PeerSum with all ranks in one process, on one GPU, each with its own stream.
 #include "kernels/peer_sum.h"
 
+#include "common/result.h"
 #include "tests/kernels/cuda/cuda_test.h"
 
 namespace foretoken::kernels {
@@ -16,6 +17,21 @@ struct Rank {
 
 float value_of(int rank, std::size_t i, int call) {
   return static_cast<float>(static_cast<int>((i * 7 + 13 * rank + 5 * call) % 31) - 15) / 8;
+}
+
+TEST_F(CudaTest, ASumsMemoryIsCounted) {
+  constexpr std::size_t kMost = std::size_t{4} << 20;
+  const auto device = make_cuda_device({.memory_bytes = std::size_t{64} << 20});
+  const auto in_use = [&] { return device->memory_in_use(MemoryUse::kSums); };
+  {
+    const auto small = make_peer_sum(*device, 0, 2);
+    const std::size_t least = in_use();
+    EXPECT_GT(least, PeerSum::kMaxBytes);
+    const auto large = make_peer_sum(*device, 0, 2, kMost);
+    EXPECT_EQ(in_use(), 2 * least + 4 * kMost);
+    EXPECT_THROW(make_peer_sum(*device, 0, 2, 4 * kMost), Exception);
+  }
+  EXPECT_EQ(in_use(), 0U);
 }
 
 TEST_P(CudaPeerSum, EqualsThePlainSum) {
