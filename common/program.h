@@ -21,4 +21,8 @@ namespace foretoken {
 int run_program(CLI::App& app, int argc, char** argv, const std::string& log_name,
                 const std::function<void()>& work);
 
+// For a process that holds what --kv-encrypt hides (the key, KV, prompts): from here on no crash
+// leaves its memory on a disk. It can't be undone.
+void forbid_core_dumps();
+
 }  // namespace foretoken

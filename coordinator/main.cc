@@ -43,6 +43,7 @@ void block_signals() {
 
 void serve(ServerConfig config, const std::string& config_path) {
   config.service = read_config(config_path);
+  if (config.service.kv_encrypt) foretoken::forbid_core_dumps();
   const bool has_gpu = std::filesystem::exists("/dev/nvidiactl");
   if (config.service.device == "cpu" || (config.service.device == "auto" && !has_gpu)) {
     setpriority(PRIO_PROCESS, 0, kNice);

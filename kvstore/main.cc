@@ -132,6 +132,7 @@ int main(int argc, char** argv) {
   ToolFlags tools;
   tools.add_to(app);
   return foretoken::run_program(app, argc, argv, "kvstore", [&] {
+    if (options.encrypts || !options.key_file.empty()) foretoken::forbid_core_dumps();
     tools.is_wanted() ? tools.run(options.key_file) : serve(options);
   });
 }

@@ -1,5 +1,7 @@
 #include "common/program.h"
 
+#include <sys/resource.h>
+
 #include <CLI/CLI.hpp>
 
 #include "common/log.h"
@@ -25,6 +27,17 @@ int run_program(CLI::App& app, int argc, char** argv, const std::string& log_nam
     log().error("{}", failure.what());
     return exit_code(ErrorCode::kInternal);
   }
+}
+
+// Less than a page, so that there is no file; and the one limit at which the kernel doesn't start
+// the program of core_pattern either, for which 0 is none (fs/coredump.c). Not PR_SET_DUMPABLE:
+// that also takes ranks' way into each other's memory, by which MPI copies.
+void forbid_core_dumps() {
+  constexpr rlimit kNone{.rlim_cur = 1, .rlim_max = 1};
+  if (setrlimit(RLIMIT_CORE, &kNone) == 0) return;
+  log().warn(
+      "the limit of core dumps is 0 and can't be 1: there is no core file, but a program in "
+      "kernel.core_pattern may get this process's memory");
 }
 
 }  // namespace foretoken

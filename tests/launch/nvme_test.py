@@ -3,6 +3,8 @@ lost, come back from the disk, and the tokens are those of a service that never 
 
 import json
 import os
+import pathlib
+import resource
 import signal
 
 import pytest
@@ -248,6 +250,25 @@ def make_key(path, digit="7"):
     path.write_text(digit * 64 + "\n")
     path.chmod(0o600)
     return path
+
+
+def core_limits(service):
+    """Soft and hard limit of core dumps, of each of the service's programs that see KV or prompts."""
+    limits = {}
+    for program in ("foretoken-kvstore", "foretoken-coordinator", "foretoken-worker"):
+        for pid in service.pids(program):
+            rows = pathlib.Path(f"/proc/{pid}/limits").read_text().splitlines()
+            row = next(row for row in rows if row.startswith("Max core file size"))
+            limits[program] = row.split()[4:6]
+    return limits
+
+
+@pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_CORE)[1] == 0, reason="it is 0 here, for good")
+def test_processes_of_an_encrypted_tier_dump_no_core(model, tmp_path):
+    flags = (FULL, f"--kv-nvme-path={tmp_path / 'kv'}", "--kv-nvme-gib=0.05", "--kv-encrypt")
+    with Service(model, *flags, size=TINY_ARENA) as service:
+        limits = core_limits(service)
+        assert len(limits) == 3 and all(both == ["1", "1"] for both in limits.values()), limits
 
 
 def test_an_encrypted_tier_answers_the_same_and_shows_nothing(model, answers, tmp_path):

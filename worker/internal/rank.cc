@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "common/log.h"
+#include "common/program.h"
 #include "common/socket.h"
 #include "common/wire.h"
 #include "worker/engine.h"
@@ -234,6 +235,7 @@ class Worker {
         device_(make_device(config_, model_config_, own_gpu(config_, config.group, place))),
         collective_(at_start(
             config_, [&] { return make_collective(config_, model_config_, place, *device_); })) {
+    if (config_.kv_encrypt) forbid_core_dumps();
     const int max_model_len = static_cast<int>(
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
