@@ -262,7 +262,8 @@ struct PrefillBlockMaxArgs {
 };
 
 // Attention of one query a sequence over its resident blocks: every slot that holds a block, the
-// open block included (length + 1 tokens are visible). One pass gives output, LSE and block maxima.
+// open block included (length + 1 tokens are visible). One pass gives output, LSE and block maxima:
+// the logits' maxima, -inf for an empty slot, which are noted in SequenceKv::block_max.
 struct DecodeAttentionArgs {
   const void* q;                // [rows, num_heads, head_dim] activation
   const SequenceKv* sequences;  // [rows]
@@ -272,11 +273,12 @@ struct DecodeAttentionArgs {
   int num_kv_heads;
   int head_dim;
   float scale;
-  void* out;         // [rows, num_heads, head_dim] activation
-  float* lse;        // [rows, num_heads]
-  float* block_max;  // [rows, num_heads, pitch] by slot: logits' maximum, -inf for an empty slot,
-                     // nothing is written past num_slots; null: not wanted
-  int pitch;         // >= every num_slots
+  void* out;   // [rows, num_heads, head_dim] activation
+  float* lse;  // [rows, num_heads]
+  // Of ops over all blocks alone, which have no slot for each: [rows, num_heads, pitch] by block,
+  // -inf past the last one; null: not wanted.
+  float* block_max = nullptr;
+  int pitch = 0;  // >= every row's blocks
 };
 
 // ---- the KV cache ----------------------------------------------------------------------------
@@ -384,14 +386,14 @@ struct GatherArgs {
 struct HistoryAppendArgs {
   const HistoryState* states;  // [num_sequences]
   int num_sequences;
-  int layer;               // the first of num_layers
-  const float* block_max;  // [num_layers, num_sequences, num_heads, rows, pitch] logits
-  const float* lse;        // [num_layers, num_sequences, num_heads, rows]
-  int rows;                // 1 in a decode step, up to 64 after prefill (oldest first)
+  int layer;  // the first of num_layers
+  // Logits by block: [num_layers, num_sequences, num_heads, rows, pitch]. Null: by slot, the one
+  // row that decode_attention has noted in each sequence.
+  const float* block_max;
+  const float* lse;  // [num_layers, num_sequences, num_heads, rows]
+  int rows;          // 1 in a decode step, up to 64 after prefill (oldest first)
   int pitch;
-  // By slot: columns are found through this table ([num_kv_heads, num_slots] of the layer, from
-  // SequenceKv); null: block_max is by block already.
-  const SequenceKv* sequences;
+  const SequenceKv* sequences;  // [num_sequences]; not read where block_max is by block
   int num_heads;
   const std::int32_t* num_columns;  // [num_sequences] ceil(tokens attended / 16)
   bool hold;
@@ -568,8 +570,8 @@ class Device {
   virtual void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) = 0;
   virtual void decode_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;
   // decode_attention over all blocks of the sequence: resident ones from their slots, the others
-  // straight from the arena (pinned host memory), without slots. block_max is by block (column),
-  // and -inf past the last one. args.out may be null: LSE and block maxima alone are wanted then.
+  // straight from the arena (pinned host memory), without slots. Block maxima go to
+  // args.block_max. args.out may be null: LSE and block maxima alone are wanted then.
   // A block of the arena is verified as in gather, for which its values are read in any case: with
   // a mismatch it is left out, and counted in *sequence.mismatches.
   virtual void streamed_attention(const DecodeAttentionArgs& args, Stream& stream) = 0;

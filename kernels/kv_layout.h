@@ -5,6 +5,7 @@
 //   slab     [num_layers, 16, block] of one segment and one KV head, then the checksums
 //            [num_layers, 16] uint64, then padding to 4 KiB
 //   slots    [num_layers, num_kv_heads, num_slots, block] device memory of one sequence
+//   maxima   [num_layers, query heads, num_slots] floats beside them: what attention found there
 //   frame    a run's place in the arena, of a sequence that is larger than it (outsized): what is
 //   in no
 //            frame is on NVMe
@@ -66,6 +67,8 @@ struct SequenceKv {
   // none are kept.
   std::byte* sketches = nullptr;
   std::uint32_t* mismatches = nullptr;  // [1] reads of its arena blocks that failed their check
+  // [num_layers, query heads, num_slots] the last step's block maxima; null: nobody observes them.
+  float* block_max = nullptr;
 };
 
 constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int slot) {
@@ -74,6 +77,12 @@ constexpr std::size_t slot_offset(const SequenceKv& kv, int layer, int head, int
               static_cast<std::size_t>(kv.num_slots) +
           static_cast<std::size_t>(slot)) *
          kv.shape.block_bytes();
+}
+// The block maxima of one of num_heads query heads: [num_slots].
+constexpr float* block_max_of(const SequenceKv& kv, int layer, int num_heads, int head) {
+  return kv.block_max + (static_cast<std::size_t>(layer) * static_cast<std::size_t>(num_heads) +
+                         static_cast<std::size_t>(head)) *
+                            static_cast<std::size_t>(kv.num_slots);
 }
 // Offset of a block in its slab, and of its checksum.
 constexpr std::size_t slab_block_offset(const KvShape& shape, int layer, int block) {

@@ -9,6 +9,7 @@
 namespace foretoken::kernels {
 
 // A view whose head 0 is `head`. Its shape stays that of all heads: the layers' strides go by it.
+// Its attention is not observed, as an observed row is of all heads.
 inline SequenceKv one_head(SequenceKv kv, int head) {
   kv.slots += slot_offset(kv, 0, head, 0);
   kv.block_to_slot += static_cast<std::ptrdiff_t>(head) * kv.max_blocks;
@@ -20,6 +21,7 @@ inline SequenceKv one_head(SequenceKv kv, int head) {
     kv.checksums += segments * kSegmentBlocks;
   }
   if (kv.sketches != nullptr) kv.sketches += sketch_offset(kv, 0, head, 0);
+  kv.block_max = nullptr;
   return kv;
 }
 

@@ -79,12 +79,13 @@ struct DecodeBatch {
 
 // What attention left behind, of one layer or of several: logits' block maxima and LSE.
 struct AttentionRows {
-  const float* block_max = nullptr;  // [num_layers, sequences, num_heads, rows, pitch] device
-  const float* lse = nullptr;        // [num_layers, sequences, num_heads, rows] device
+  // [num_layers, sequences, num_heads, rows, pitch] device, by block; null: a decode step's, which
+  // lie by slot in its sequences (SequenceKv::block_max).
+  const float* block_max = nullptr;
+  const float* lse = nullptr;  // [num_layers, sequences, num_heads, rows] device
   int rows = 1;
   int pitch = 0;
   const std::int32_t* num_columns = nullptr;  // [sequences] device: ceil(tokens attended / 16)
-  bool by_slot = false;                       // block_max's columns are slots, not blocks
   int num_layers = 1;
 };
 
@@ -104,6 +105,8 @@ class Policy {
 
   // Whether it wants to see attention rows at all (observe_* are not called otherwise).
   virtual bool observes() const = 0;
+  // Device bytes of SequenceKv::block_max; 0 where it doesn't observe.
+  virtual std::size_t block_max_bytes(int num_slots) const = 0;
   Calibration calibration() const { return observes() ? config().calibration : Calibration::kNone; }
   // The last queries of the prompt, oldest first, up to 64, by block. state: one sequence.
   virtual void observe_prefill(const kernels::HistoryState* state, int layer,

@@ -71,7 +71,6 @@ class Decode {
   // What of a step is not in device memory: steps that share it are the same recorded work.
   struct Kind {
     int rows = 0;
-    int pitch = 0;                 // of block_max_, >= every row's slots
     bool streams_all = false;      // of some row
     bool fetches_blocks = false;   // otherwise every block has a slot, and is there
     bool scores_segments = false;  // for what is on NVMe, of some row
@@ -142,7 +141,6 @@ class Decode {
   kernels::DeviceBuffer hidden_;     // [max_rows, hidden]
   kernels::DeviceBuffer logits_;     // [max_rows, vocab]
   kernels::DeviceBuffer lse_;        // [layers, rows, heads]
-  kernels::DeviceBuffer block_max_;  // [layers, rows, heads, pitch], by slot; where it is wanted
   kernels::DeviceBuffer kept_;       // of a sequence that spills: [layers, KV heads, kLocalBlocks]
   kernels::DeviceBuffer exact_lse_;  // [heads]
   kernels::DeviceBuffer exact_max_;  // [heads, exact_pitch_], by block

@@ -1,6 +1,7 @@
 // Sequence: what a rank keeps of one request: its tokens (on the device), its KV (slots in device
-// memory, slabs in the store's arena), the tables between the two, sketches of its keys where the
-// policy calibrates by them, and its policy's state.
+// memory, slabs in the store's arena), the tables between the two, its slots' block maxima where
+// the policy observes attention, sketches of its keys where it calibrates by them, and the policy's
+// state.
 // Allocated whole at admission, for the greatest length it may reach; freed whole, but for the
 // slots that a dense one gives up when it spills.
 #pragma once
@@ -74,7 +75,7 @@ class Sequence {
   TokenId next_forced() const;
   // With what the device has counted. REQUIRES: nothing of the sequence is in flight.
   KvReport final_report(kernels::Stream& stream);
-  // Device bytes: slots, tables, history, sketches.
+  // Device bytes: slots (with their block maxima), tables, history, sketches.
   std::int64_t device_bytes() const;
 
   const SamplingParams sampling;
@@ -86,6 +87,7 @@ class Sequence {
   std::vector<float> recalls;
 
  private:
+  void allocate_slots(const predictor::Policy& policy, int num_slots);
   void allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream);
   void empty_slot_tables(kernels::Stream& stream);
   void map_to_slots(int first_block, int num_blocks, kernels::Stream& stream);
@@ -107,17 +109,14 @@ class Sequence {
   predictor::DecodeBatch alone_;
   const kernels::FetchList* fetches_alone_ = nullptr;
   kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
-  kernels::DeviceBuffer slots_;
+  kernels::DeviceBuffer slots_;  // and behind them, where they are observed, their block maxima
   kernels::DeviceBuffer tables_;
   kernels::DeviceBuffer sketches_;
 };
 
-// Slots a KV head: sink, local window and the policy's choice, or every block there can be where
-// the policy attends all of them and may keep them.
-int slots_for(const predictor::Policy& policy, int max_blocks);
 // Device bytes that a sequence of max_tokens takes.
 struct SequenceBytes {
-  std::size_t kv_slots = 0;
+  std::size_t kv_slots = 0;  // with their block maxima
   std::size_t tables = 0;
   std::size_t history = 0;
   std::size_t sketches = 0;

@@ -39,7 +39,8 @@ struct FoundBlock {
 };
 
 // The columns of a decode step's attention: slots of the device, or blocks of the sequence. find()
-// may make a block in `room`, of room_bytes().
+// may make a block in `room`, of room_bytes(). block_max() is where a query head's maxima go,
+// [width()]; null: they are not wanted.
 class SlotColumns {
  public:
   explicit SlotColumns(const DecodeAttentionArgs& args) : args_(args) {}
@@ -52,24 +53,40 @@ class SlotColumns {
     if (block == kAbsent) return {};
     return {slot_bytes(kv, args_.layer, head, slot), block};
   }
-  // Columns whose block maxima are written.
-  int width(const SequenceKv& kv) const { return std::min(kv.num_slots, args_.pitch); }
+  static int width(const SequenceKv& kv) { return kv.num_slots; }
+  float* block_max(const SequenceKv& kv, int, int head) const {
+    if (kv.block_max == nullptr) return nullptr;
+    return block_max_of(kv, args_.layer, args_.num_heads, head);
+  }
 
  private:
   const DecodeAttentionArgs& args_;
 };
 
-class BlockColumns {
+// All blocks of the sequence, wherever they are.
+class AllColumns {
  public:
-  explicit BlockColumns(const DecodeAttentionArgs& args) : args_(args) {}
-  int count(const SequenceKv& kv) const { return *kv.length / kBlockTokens + 1; }
+  explicit AllColumns(const DecodeAttentionArgs& args) : args_(args) {}
+  static int count(const SequenceKv& kv) { return *kv.length / kBlockTokens + 1; }
+  int width(const SequenceKv&) const { return args_.pitch; }
+  float* block_max(const SequenceKv&, int row, int head) const {
+    if (args_.block_max == nullptr) return nullptr;
+    return args_.block_max + (std::ptrdiff_t{row} * args_.num_heads + head) * args_.pitch;
+  }
+
+ protected:
+  const DecodeAttentionArgs& args_;
+};
+
+class BlockColumns : public AllColumns {
+ public:
+  using AllColumns::AllColumns;
   static std::size_t room_bytes(const KvShape&) { return 0; }
   FoundBlock find(const SequenceKv& kv, int head, int block, std::byte*) const {
     const int slot = slot_of_block(kv, args_.layer, head, block);
     if (slot != kAbsent) return {slot_bytes(kv, args_.layer, head, slot), block};
     return {from_arena(kv, head, block), block};
   }
-  int width(const SequenceKv&) const { return args_.pitch; }
 
  private:
   const std::byte* from_arena(const SequenceKv& kv, int head, int block) const {
@@ -83,15 +100,12 @@ class BlockColumns {
     std::atomic_ref(*kv.mismatches).fetch_add(1, std::memory_order_relaxed);
     return nullptr;
   }
-
-  const DecodeAttentionArgs& args_;
 };
 
-// Blocks of the sequence, of keys alone: those without a slot as their sketches give them.
-class SketchColumns {
+// ... of keys alone: those without a slot as their sketches give them.
+class SketchColumns : public AllColumns {
  public:
-  explicit SketchColumns(const DecodeAttentionArgs& args) : args_(args) {}
-  int count(const SequenceKv& kv) const { return *kv.length / kBlockTokens + 1; }
+  using AllColumns::AllColumns;
   static std::size_t room_bytes(const KvShape& shape) { return shape.block_bytes() / 2; }
   FoundBlock find(const SequenceKv& kv, int head, int block, std::byte* room) const {
     const int slot = slot_of_block(kv, args_.layer, head, block);
@@ -101,10 +115,6 @@ class SketchColumns {
                        kv.shape.kv_type, room);
     return {room, block};
   }
-  int width(const SequenceKv&) const { return args_.pitch; }
-
- private:
-  const DecodeAttentionArgs& args_;
 };
 
 // A decode step's attention, split into parts of kPartBlocks columns of one row and KV head.
@@ -117,8 +127,8 @@ class DecodeAttention {
       const SequenceKv& kv = args.sequences[row];
       check_shape(args.num_heads, args.num_kv_heads, args.head_dim, kv.shape.kv_type);
       check_open_block(kv);
-      FT_CHECK(args.block_max == nullptr || columns.count(kv) <= args.pitch, columns.count(kv),
-               args.pitch);
+      FT_CHECK(columns.block_max(kv, row, 0) == nullptr || columns.count(kv) <= columns.width(kv),
+               columns.count(kv), columns.width(kv));
       first_part_.push_back(num_parts());
       const int parts = divide_up(columns.count(kv), kPartBlocks);
       for (int part = 0; part < parts * args.num_kv_heads; ++part) {
@@ -136,9 +146,8 @@ class DecodeAttention {
     const SequenceKv& kv = args_.sequences[part.row];
     const int end = std::min(part.column + kPartBlocks, columns_.count(kv));
     const int first_head = part.kv_head * group_;
-    float* block_max = args_.block_max == nullptr
-                           ? nullptr
-                           : args_.block_max + offset(part.row, first_head, args_.pitch);
+    const int pitch = columns_.width(kv);
+    float* block_max = columns_.block_max(kv, part.row, first_head);
     const std::size_t room = Columns::room_bytes(kv.shape);
     std::vector<std::byte> made(room * kPartBlocks);
     std::array<KvBlock, kPartBlocks> blocks;
@@ -150,14 +159,13 @@ class DecodeAttention {
         const int tokens = std::min(kBlockTokens, *kv.length + 1 - found.block * kBlockTokens);
         blocks[num_blocks++] = {found.data, tokens, column};
       } else if (block_max != nullptr) {
-        for (int h = 0; h < group_; ++h) block_max[h * args_.pitch + column] = kMinusInfinity;
+        for (int h = 0; h < group_; ++h) block_max[h * pitch + column] = kMinusInfinity;
       }
     }
     const float* q =
         static_cast<const float*>(args_.q) + offset(part.row, first_head, args_.head_dim);
-    simd::attend_part(
-        {q, group_, args_.head_dim, kv.shape.kv_type, args_.scale, block_max, args_.pitch},
-        {blocks.data(), num_blocks}, result(index));
+    simd::attend_part({q, group_, args_.head_dim, kv.shape.kv_type, args_.scale, block_max, pitch},
+                      {blocks.data(), num_blocks}, result(index));
   }
 
   // Merges the parts of one (row, query head).
@@ -177,9 +185,9 @@ class DecodeAttention {
     parts.sum += head % group_;
     args_.lse[offset(row, head, 1)] = simd::merge_parts(
         parts, static_cast<std::size_t>(group_) * head_floats(), per_head, args_.head_dim, out);
-    if (args_.block_max == nullptr) return;
     const SequenceKv& kv = args_.sequences[row];
-    float* block_max = args_.block_max + offset(row, head, args_.pitch);
+    float* block_max = columns_.block_max(kv, row, head);
+    if (block_max == nullptr) return;
     std::fill(block_max + columns_.count(kv), block_max + columns_.width(kv), kMinusInfinity);
   }
 
@@ -274,6 +282,7 @@ void CpuDevice::prefill_block_max(const PrefillBlockMaxArgs& args, Stream& strea
 }
 
 void CpuDevice::decode_attention(const DecodeAttentionArgs& args, Stream& stream) {
+  FT_CHECK(args.block_max == nullptr);
   enqueue(stream, [this, args] { run_decode_attention(pool_, args, SlotColumns(args)); });
 }
 

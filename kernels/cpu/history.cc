@@ -20,7 +20,7 @@ constexpr float kNoValue = -1.0F;  // a probability never is: marks a block that
 // Where a column of block_max belongs: itself, or the block that lies in that slot.
 class ColumnMap {
  public:
-  // slot_to_block: null where block_max is by block already.
+  // slot_to_block: null where columns are blocks.
   ColumnMap(const std::int32_t* slot_to_block, int count)
       : slot_to_block_(slot_to_block), count_(count) {}
   int count() const { return count_; }
@@ -39,10 +39,18 @@ struct Place {
 };
 
 ColumnMap column_map(const HistoryAppendArgs& args, const Place& place, int kv_head, int columns) {
-  if (args.sequences == nullptr) return {nullptr, columns};
+  if (args.block_max != nullptr) return {nullptr, columns};
   const SequenceKv& kv = args.sequences[place.sequence];
   const std::ptrdiff_t head = (args.layer + place.layer) * kv.shape.num_kv_heads + kv_head;
-  return {kv.slot_to_block + head * kv.num_slots, std::min(kv.num_slots, args.pitch)};
+  return {kv.slot_to_block + head * kv.num_slots, kv.num_slots};
+}
+
+// at: of the head and row, in lse.
+const float* maxima_of(const HistoryAppendArgs& args, const Place& place, int head,
+                       std::ptrdiff_t at) {
+  if (args.block_max != nullptr) return args.block_max + at * args.pitch;
+  return block_max_of(args.sequences[place.sequence], args.layer + place.layer, args.num_heads,
+                      head);
 }
 
 // values[c] = mean over the map's heads of exp(block_max - lse), or kNoValue.
@@ -54,7 +62,7 @@ void row_values(const HistoryAppendArgs& args, const Place& place, int num_heads
       static_cast<std::ptrdiff_t>(place.layer) * args.num_sequences + place.sequence;
   for (int h = place.map * num_heads; h < (place.map + 1) * num_heads; ++h) {
     const std::ptrdiff_t at = (sequence * args.num_heads + h) * args.rows + row;
-    const float* maxima = args.block_max + at * args.pitch;
+    const float* maxima = maxima_of(args, place, h, at);
     const float lse = args.lse[at];
     for (int i = 0; i < map.count(); ++i) {
       const int column = map.column(i);
@@ -94,10 +102,19 @@ void append_map(const HistoryAppendArgs& args, const Place& place) {
   }
 }
 
+std::int64_t num_exponentials(const HistoryAppendArgs& args) {
+  std::int64_t columns = 0;
+  for (int s = 0; s < args.num_sequences; ++s) {
+    columns += args.block_max != nullptr ? args.pitch : args.sequences[s].num_slots;
+  }
+  return columns * args.num_layers * args.num_heads * args.rows;
+}
+
 }  // namespace
 
 void CpuDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
   FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
+  FT_CHECK(args.block_max != nullptr || args.rows == 1, args.rows);
   enqueue(stream, [this, args] {
     if (args.num_sequences == 0) return;
     const int maps = num_maps(args.states[0]);
@@ -113,8 +130,7 @@ void CpuDevice::history_append(const HistoryAppendArgs& args, Stream& stream) {
       const int sequence = task / maps % args.num_sequences;
       append_map(args, {task / maps / args.num_sequences, sequence, task % maps});
     };
-    if (args.num_layers * args.num_sequences * args.num_heads * args.rows * args.pitch <=
-        kSerialValues) {
+    if (num_exponentials(args) <= kSerialValues) {
       for (int task = 0; task < num_tasks; ++task) append(task, 0);
     } else {
       pool_.parallel_for(num_tasks, append);

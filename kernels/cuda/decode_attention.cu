@@ -42,8 +42,6 @@ struct Params {
   float scale_log2;
   T* out;
   float* lse;
-  float* block_max;
-  int pitch;
   float* partial_out;   // [rows, num_heads, shares, head_dim]
   float2* partial_sum;  // [rows, num_heads, shares] (maximum, sum)
   std::uint32_t* counters;
@@ -305,28 +303,35 @@ __device__ void store_result(const Params<T>& p, int row, int head, int head_dim
   if (quad == 0) p.lse[at] = weight > 0 ? (highest + log2f(weight)) / kLog2E : kNothing;
 }
 
-template <typename T, int kHeadDim>
-__device__ void write_block_max(const Params<T>& p, int row, int first_head, int num_heads,
-                                int slot, int q, float2 value) {
-  const std::size_t at =
-      (static_cast<std::size_t>(row) * p.num_heads + first_head) * p.pitch + slot;
-  if (2 * q < num_heads)
-    p.block_max[at + static_cast<std::size_t>(2 * q) * p.pitch] = value.x / kLog2E;
-  if (2 * q + 1 < num_heads) {
-    p.block_max[at + static_cast<std::size_t>(2 * q + 1) * p.pitch] = value.y / kLog2E;
-  }
-}
+// Block maxima of a pass's query heads: [num_heads, num_slots].
+struct SlotMaxima {
+  float* data;  // null: not wanted
+  int num_slots;
+  int num_heads;
 
-// Slots [first, end) hold no block; for those who read all of a row.
-template <typename T>
-__device__ void clear_block_max(const Params<T>& p, int row, int first_head, int num_heads,
-                                int first, int end) {
-  for (int head = first_head; head < first_head + num_heads; ++head) {
-    float* row_max = p.block_max + (static_cast<std::size_t>(row) * p.num_heads + head) * p.pitch;
-    for (int slot = first + threadIdx.x; slot < end; slot += kThreads) {
-      row_max[slot] = kNothing;
+  __device__ float& at(int head, int slot) const {
+    return data[static_cast<std::ptrdiff_t>(head) * num_slots + slot];
+  }
+  // Of heads 2q and 2q + 1.
+  __device__ void write(int slot, int q, float2 value) const {
+    if (2 * q < num_heads) at(2 * q, slot) = value.x / kLog2E;
+    if (2 * q + 1 < num_heads) at(2 * q + 1, slot) = value.y / kLog2E;
+  }
+  // Slots from `first` on hold no block; for those who read all of a row.
+  __device__ void clear(int first) const {
+    for (int head = 0; head < num_heads; ++head) {
+      for (int slot = first + threadIdx.x; slot < num_slots; slot += kThreads) {
+        at(head, slot) = kNothing;
+      }
     }
   }
+};
+
+template <typename T>
+__device__ SlotMaxima maxima_of(const Params<T>& p, const SequenceKv& kv, int first_head,
+                                int num_heads) {
+  if (kv.block_max == nullptr) return {};
+  return {block_max_of(kv, p.layer, p.num_heads, first_head), kv.num_slots, num_heads};
 }
 
 // grid: (shares, KV heads x groups of 8 query heads, rows).
@@ -356,6 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   const auto table = static_cast<std::size_t>(p.layer * p.num_kv_heads + kv_head);
   const std::int32_t* slot_to_block = kv.slot_to_block + table * kv.num_slots;
   const T* slots = reinterpret_cast<const T*>(kv.slots + slot_offset(kv, p.layer, kv_head, 0));
+  const SlotMaxima maxima = maxima_of(p, kv, first_head, num_heads);
   constexpr int kBlockElements = 2 * kBlockTokens * kHeadDim;
 
   wait_for_earlier_kernels();
@@ -374,14 +380,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
       block_max = attend<T, kHeadDim>(tile, query, num_tokens - block * kBlockTokens, p.scale_log2,
                                       g, q, acc);
     }
-    if (p.block_max != nullptr && g == 0) {
-      write_block_max<T, kHeadDim>(p, row, first_head, num_heads, slot, q, block_max);
-    }
+    if (maxima.data != nullptr && g == 0) maxima.write(slot, q, block_max);
   }
 
-  if (p.block_max != nullptr && share == active_shares - 1) {
-    clear_block_max(p, row, first_head, num_heads, num_slots, min(kv.num_slots, p.pitch));
-  }
+  if (maxima.data != nullptr && share == active_shares - 1) maxima.clear(num_slots);
 
   shared.store(acc, warp, g, q);
   __syncthreads();
@@ -452,8 +454,6 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
                          args.scale * kLog2E,
                          static_cast<T*>(args.out),
                          args.lse,
-                         args.block_max,
-                         args.pitch,
                          reinterpret_cast<float*>(scratch),
                          reinterpret_cast<float2*>(scratch + parts * kHeadDim * sizeof(float)),
                          stream.counters()};
@@ -470,6 +470,7 @@ void decode_attention(const DecodeAttentionArgs& args, DataType activation, Cuda
   if (args.rows == 0) return;
   FT_CHECK(args.num_heads % args.num_kv_heads == 0, args.num_heads, args.num_kv_heads);
   FT_CHECK(args.head_dim == 64 || args.head_dim == 128, args.head_dim);
+  FT_CHECK(args.block_max == nullptr);
   with_half_type(activation, [&](auto tag) {
     using T = typename decltype(tag)::type;
     args.head_dim == 64 ? run<T, 64>(args, stream) : run<T, 128>(args, stream);

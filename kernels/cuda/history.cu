@@ -1,7 +1,7 @@
 // Attention rows into the rings of the attention history.
 //
 // A thread makes 8 columns of a map's row, or of all its rows where a row may hold values of the
-// one before. Where block_max is by slot, a CTA first notes the slots of its columns' blocks.
+// one before. Where block maxima are by slot, a CTA first notes the slots of its columns' blocks.
 // A decode step's rows that hold nothing are nearly all zero: a CTA a KV head clears them and then
 // writes what its slots have, which takes few loads in a row, beside products that keep memory
 // busy.
@@ -35,24 +35,30 @@ struct Job {
   int end_row;
 };
 
-// places[i] = where column first + i stands in block_max, or kAbsent.
+// places[i] = where column first + i stands among the block maxima, or kAbsent.
 __device__ void find_columns(const Job& job, int first, std::int32_t* places) {
   const HistoryAppendArgs& args = job.args;
   const int columns = args.num_columns[job.sequence];
   for (int i = static_cast<int>(threadIdx.x); i < kSpanColumns; i += kThreads) {
-    places[i] = args.sequences == nullptr && first + i < columns ? first + i : kAbsent;
+    places[i] = args.block_max != nullptr && first + i < columns ? first + i : kAbsent;
   }
-  if (args.sequences == nullptr) return;
+  if (args.block_max != nullptr) return;
   __syncthreads();
   const SequenceKv& kv = args.sequences[job.sequence];
   const int head =
       (args.layer + job.layer) * kv.shape.num_kv_heads + job.map / job.state.maps_per_kv_head;
   const std::int32_t* blocks = kv.slot_to_block + static_cast<std::ptrdiff_t>(head) * kv.num_slots;
-  const int slots = min(kv.num_slots, args.pitch);
-  for (int slot = static_cast<int>(threadIdx.x); slot < slots; slot += kThreads) {
+  for (int slot = static_cast<int>(threadIdx.x); slot < kv.num_slots; slot += kThreads) {
     const int i = blocks[slot] - first;
     if (i >= 0 && i < kSpanColumns && blocks[slot] < columns) places[i] = slot;
   }
+}
+
+// at: of the head and row, in lse.
+__device__ const float* maxima_of(const Job& job, int head, std::ptrdiff_t at) {
+  const HistoryAppendArgs& args = job.args;
+  if (args.block_max != nullptr) return args.block_max + at * args.pitch;
+  return block_max_of(args.sequences[job.sequence], args.layer + job.layer, args.num_heads, head);
 }
 
 // Mean over the map's heads of exp(block_max - lse), or kNoValue.
@@ -67,7 +73,7 @@ __device__ void row_values(const Job& job, int row, const std::int32_t (&places)
     const auto sequence =
         static_cast<std::ptrdiff_t>(job.layer) * args.num_sequences + job.sequence;
     const auto at = (sequence * args.num_heads + head) * args.rows + row;
-    const float* maxima = args.block_max + at * args.pitch;
+    const float* maxima = maxima_of(job, head, at);
     const float lse = args.lse[at];
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
@@ -162,15 +168,15 @@ __global__ void __launch_bounds__(kThreads)
   count_rows(args, layer, arrived);
 }
 
-// Mean over a map's heads of exp(block_max - lse) at a slot, or kNoValue.
-__device__ float slot_value(const HistoryAppendArgs& args, std::ptrdiff_t first_head, int heads,
-                            int slot) {
+// Mean over a map's heads of exp(block_max - lse) at a slot, or kNoValue. maxima: of the slot and
+// the first head, the next one's num_slots behind.
+__device__ float slot_value(const float* maxima, int num_slots, const float* lse, int heads) {
   float value = kNoValue;
-  for (std::ptrdiff_t head = first_head; head < first_head + heads; ++head) {
-    const float highest = args.block_max[head * args.pitch + slot];
+  for (int head = 0; head < heads; ++head) {
+    const float highest = maxima[static_cast<std::ptrdiff_t>(head) * num_slots];
     if (highest == -INFINITY) continue;
     value = (value == kNoValue ? 0.0F : value) +
-            1.0F / static_cast<float>(heads) * expf(highest - args.lse[head]);
+            1.0F / static_cast<float>(heads) * expf(highest - lse[head]);
   }
   return value;
 }
@@ -194,26 +200,30 @@ __device__ void append_attended(const HistoryAppendArgs& args, int layer, int se
   }
   __syncthreads();
   const int columns = args.num_columns[sequence];
-  const int slots = min(kv.num_slots, args.pitch);
+  const int slots = kv.num_slots;
   const std::int32_t* blocks =
       kv.slot_to_block +
-      static_cast<std::ptrdiff_t>((args.layer + layer) * kv.shape.num_kv_heads + kv_head) *
-          kv.num_slots;
+      static_cast<std::ptrdiff_t>((args.layer + layer) * kv.shape.num_kv_heads + kv_head) * slots;
   const int heads_per_map = args.num_heads / num_maps(state);
-  const std::ptrdiff_t first_head =
-      (static_cast<std::ptrdiff_t>(layer) * args.num_sequences + sequence) * args.num_heads;
+  const int first_head = first_map * heads_per_map;
+  const float* maxima = block_max_of(kv, args.layer + layer, args.num_heads, first_head);
+  const float* lse =
+      args.lse +
+      (static_cast<std::ptrdiff_t>(layer) * args.num_sequences + sequence) * args.num_heads +
+      first_head;
   for (int i = static_cast<int>(threadIdx.x); i < slots * maps; i += kSlotThreads) {
     const int slot = i % slots;
     const int map = i / slots;
     const int block = blocks[slot];
-    const float value =
-        slot_value(args, first_head + (first_map + map) * heads_per_map, heads_per_map, slot);
+    const int head = map * heads_per_map;
+    const float value = slot_value(maxima + static_cast<std::ptrdiff_t>(head) * slots + slot, slots,
+                                   lse + head, heads_per_map);
     if (block == kAbsent || block >= columns || value == kNoValue) continue;
     row_of(map)[block] = from_float<T>(value);
   }
 }
 
-// Grid: [parts of the KV heads, sequences, layers]. REQUIRES: one row, by slot, nothing held.
+// Grid: [parts of the KV heads, sequences, layers]. REQUIRES: by slot, nothing held.
 __global__ void __launch_bounds__(kSlotThreads)
     append_attended_kernel(const HistoryAppendArgs args, std::uint32_t* arrived) {
   const auto sequence = static_cast<int>(blockIdx.y);
@@ -232,9 +242,10 @@ __global__ void __launch_bounds__(kSlotThreads)
 
 void history_append(const HistoryAppendArgs& args, CudaStream& stream) {
   FT_CHECK(args.rows >= 1 && args.rows <= kHistoryRows, args.rows);
+  FT_CHECK(args.block_max != nullptr || args.rows == 1, args.rows);
   if (args.num_sequences == 0 || args.num_layers == 0) return;
   FT_CHECK(args.num_layers <= CudaStream::kNumCounters, args.num_layers);
-  if (args.sequences != nullptr && args.rows == 1 && !args.hold) {
+  if (args.block_max == nullptr && !args.hold) {
     const dim3 grid(static_cast<unsigned>(std::min(kMapCtas, args.num_heads)),
                     static_cast<unsigned>(args.num_sequences),
                     static_cast<unsigned>(args.num_layers));

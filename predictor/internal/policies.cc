@@ -2,6 +2,12 @@
 
 namespace foretoken::predictor {
 
+std::size_t BasePolicy::block_max_bytes(int num_slots) const {
+  if (!observes()) return 0;
+  const int rows = setup().shape.kv.num_layers * setup().shape.num_heads;
+  return sizeof(float) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(num_slots);
+}
+
 void StreamingLlmPolicy::select_ahead(const DecodeBatch& batch, kernels::Stream& stream) {
   kernels::SelectRecentArgs args{};
   args.sequences = batch.sequences;
@@ -13,7 +19,7 @@ void StreamingLlmPolicy::select_ahead(const DecodeBatch& batch, kernels::Stream&
 
 void OraclePolicy::select_at_query(const DecodeBatch& batch, int layer, const AttentionRows& exact,
                                    kernels::Stream& stream) {
-  FT_CHECK(!exact.by_slot && exact.rows == 1, exact.by_slot, exact.rows);
+  FT_CHECK(exact.block_max != nullptr && exact.rows == 1, exact.rows);
   kernels::SelectTopArgs args{};
   args.block_max = exact.block_max;
   args.lse = exact.lse;
@@ -45,7 +51,7 @@ kernels::HistoryAppendArgs AttentionPredictorPolicy::append_args(int layer,
 
 void AttentionPredictorPolicy::observe_prefill(const kernels::HistoryState* state, int layer,
                                                const AttentionRows& rows, kernels::Stream& stream) {
-  FT_CHECK(!rows.by_slot);
+  FT_CHECK(rows.block_max != nullptr);
   kernels::HistoryAppendArgs args = append_args(layer, rows);
   args.states = state;
   args.num_sequences = 1;
@@ -57,7 +63,7 @@ void AttentionPredictorPolicy::observe_decode(const DecodeBatch& batch, int laye
   kernels::HistoryAppendArgs args = append_args(layer, rows);
   args.states = batch.histories;
   args.num_sequences = batch.rows;
-  args.sequences = rows.by_slot ? batch.sequences : nullptr;
+  args.sequences = batch.sequences;
   device().history_append(args, stream);
 }
 

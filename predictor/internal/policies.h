@@ -33,6 +33,7 @@ class BasePolicy : public Policy {
   }
 
   bool observes() const override { return false; }
+  std::size_t block_max_bytes(int num_slots) const override;
   void observe_prefill(const kernels::HistoryState*, int, const AttentionRows&,
                        kernels::Stream&) override {
     FT_CHECK(observes());

@@ -158,11 +158,12 @@ class Bench {
     const std::vector<float> q(kNumHeads * kHeadDim, 0.1F);
     std::vector<float> out(q.size());
     std::vector<float> lse(kNumHeads);
-    std::vector<float> block_max(static_cast<std::size_t>(blocks) * kNumHeads);
+    std::vector<float> block_max(static_cast<std::size_t>(blocks) * kLayers * kNumHeads);
+    kv.block_max = block_max.data();
     const double seconds = best_seconds(10, [&] {
       for (int layer = 0; layer < kLayers; ++layer) {
         device_->decode_attention({q.data(), &kv, 1, layer, kNumHeads, kNumKvHeads, kHeadDim,
-                                   0.125F, out.data(), lse.data(), block_max.data(), blocks},
+                                   0.125F, out.data(), lse.data()},
                                   *stream_);
       }
     });

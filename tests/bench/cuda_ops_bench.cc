@@ -189,9 +189,7 @@ void decode_attention(Bench& bench, int rows, int context) {
                                      .head_dim = kHeadDim,
                                      .scale = 0.088F,
                                      .out = out.data(),
-                                     .lse = lse.as<float>(),
-                                     .block_max = nullptr,
-                                     .pitch = 0},
+                                     .lse = lse.as<float>()},
                                     bench.stream());
   });
   report("decode attention rows " + std::to_string(rows) + " context " + std::to_string(context),

@@ -210,6 +210,8 @@ struct Sequence {
     kv.max_segments = segments;
     kv.shape = shape;
     kv.mismatches = &mismatches;
+    block_max.assign(static_cast<std::size_t>(layers * s.num_kv_heads * s.group * num_slots), NAN);
+    kv.block_max = block_max.data();
     for (int layer = 0; layer < layers; ++layer) {
       for (int head = 0; head < s.num_kv_heads; ++head) {
         for (int block = 0; block < blocks; ++block) sign(layer, head, block);
@@ -279,6 +281,7 @@ struct Sequence {
   std::vector<std::int32_t> slot_to_block;
   std::vector<std::vector<std::byte>> slabs;
   std::vector<std::byte*> slab_pointers;
+  std::vector<float> block_max;  // by slot, of all layers
   SequenceKv kv{};
   std::uint32_t mismatches = 0;
 };
@@ -293,7 +296,7 @@ class Decode : public testing::TestWithParam<Shape> {
   std::vector<float> q;
   std::vector<float> out;
   std::vector<float> lse;
-  std::vector<float> block_max;
+  std::vector<float> block_max;  // by block, of an op over all blocks
   int pitch = 80;
   TestDevice test;
 
@@ -303,7 +306,6 @@ class Decode : public testing::TestWithParam<Shape> {
     q = random_floats(heads * static_cast<std::size_t>(s.head_dim), 11);
     out.assign(q.size(), NAN);
     lse.assign(heads, NAN);
-    block_max.assign(heads * static_cast<std::size_t>(pitch), NAN);
     return {q.data(),
             sequences.data(),
             static_cast<int>(rows),
@@ -313,12 +315,28 @@ class Decode : public testing::TestWithParam<Shape> {
             s.head_dim,
             scale,
             out.data(),
-            lse.data(),
-            block_max.data(),
-            pitch};
+            lse.data()};
   }
-  // columns[c]: the block that column c stands for, or kAbsent, as are columns up to `width`.
-  void check(Sequence& sequence, int row, int head, const std::vector<int>& columns, int width) {
+  DecodeAttentionArgs all_blocks(const std::vector<SequenceKv>& sequences) {
+    DecodeAttentionArgs all = args(sequences);
+    const std::size_t heads = sequences.size() * static_cast<std::size_t>(num_heads);
+    block_max.assign(heads * static_cast<std::size_t>(pitch), NAN);
+    all.block_max = block_max.data();
+    all.pitch = pitch;
+    return all;
+  }
+  std::span<const float> by_block(int row, int head) const {
+    const auto width = static_cast<std::size_t>(pitch);
+    return std::span(block_max).subspan(static_cast<std::size_t>(row * num_heads + head) * width,
+                                        width);
+  }
+  std::span<const float> by_slot(const Sequence& sequence, int head) const {
+    return {block_max_of(sequence.kv, kLayer, num_heads, head),
+            static_cast<std::size_t>(sequence.slots_per_head)};
+  }
+  // columns[c]: the block that column c stands for, or kAbsent, as are further ones of `maxima`.
+  void check(Sequence& sequence, int row, int head, const std::vector<int>& columns,
+             std::span<const float> maxima) {
     const auto at = static_cast<std::size_t>(row * num_heads + head);
     const auto dim = static_cast<std::size_t>(s.head_dim);
     const auto query = std::span(q).subspan(at * dim, dim);
@@ -333,18 +351,15 @@ class Decode : public testing::TestWithParam<Shape> {
     } else {
       ASSERT_NEAR(lse[at], want.lse, kTolerance);
     }
-    for (int column = 0; column < width; ++column) {
-      const float actual =
-          block_max[at * static_cast<std::size_t>(pitch) + static_cast<std::size_t>(column)];
-      const int block = column < static_cast<int>(columns.size())
-                            ? columns[static_cast<std::size_t>(column)]
-                            : kAbsent;
+    for (std::size_t column = 0; column < maxima.size(); ++column) {
+      const int block = column < columns.size() ? columns[column] : kAbsent;
       if (block == kAbsent) {
-        ASSERT_EQ(actual, -kInfinity) << column;
+        ASSERT_EQ(maxima[column], -kInfinity) << column;
         continue;
       }
       const auto one = sequence.expected(query, kLayer, head / s.group, scale, {block});
-      ASSERT_NEAR(actual, *std::max_element(one.logits.begin(), one.logits.end()), kTolerance)
+      ASSERT_NEAR(maxima[column], *std::max_element(one.logits.begin(), one.logits.end()),
+                  kTolerance)
           << column;
     }
   }
@@ -369,9 +384,21 @@ TEST_P(Decode, AttendsEverySlotThatHoldsABlock) {
           all[row].slot_to_block.begin() +
           static_cast<std::ptrdiff_t>(slots) * (kLayer * s.num_kv_heads + head / s.group);
       check(all[row], static_cast<int>(row), head,
-            {first, first + static_cast<std::ptrdiff_t>(slots)}, all[row].slots_per_head);
+            {first, first + static_cast<std::ptrdiff_t>(slots)}, by_slot(all[row], head));
     }
+    EXPECT_TRUE(std::isnan(all[row].block_max.front())) << "another layer's";
   }
+}
+
+TEST_P(Decode, NotesNoBlockMaximaThatNobodyObserves) {
+  Sequence sequence(s, kLayers, 300, 20, 20);
+  sequence.make_all_resident();
+  std::vector<SequenceKv> sequences = {sequence.kv};
+  test.run(&Device::decode_attention, args(sequences));
+  const auto observed = std::pair(out, lse);
+  sequences[0].block_max = nullptr;
+  test.run(&Device::decode_attention, args(sequences));
+  EXPECT_EQ(std::pair(out, lse), observed);
 }
 
 TEST_P(Decode, SkipsEmptySlots) {
@@ -384,7 +411,9 @@ TEST_P(Decode, SkipsEmptySlots) {
   }
   const std::vector<SequenceKv> sequences = {sequence.kv};
   test.run(&Device::decode_attention, args(sequences));
-  for (int head = 0; head < num_heads; ++head) check(sequence, 0, head, columns, 20);
+  for (int head = 0; head < num_heads; ++head) {
+    check(sequence, 0, head, columns, by_slot(sequence, head));
+  }
 }
 
 TEST_P(Decode, IsEqualToTheBitOnAnyNumberOfThreads) {
@@ -412,17 +441,17 @@ TEST_P(Decode, StreamsAbsentBlocksFromTheArena) {
     }
     sequences.push_back(sequence.kv);
   }
-  test.run(&Device::streamed_attention, args(sequences));
+  test.run(&Device::streamed_attention, all_blocks(sequences));
   for (const Sequence& sequence : all) EXPECT_EQ(sequence.mismatches, 0U);
   for (std::size_t row = 0; row < all.size(); ++row) {
     std::vector<int> columns(static_cast<std::size_t>(all[row].length / 16 + 1));
     for (std::size_t i = 0; i < columns.size(); ++i) columns[i] = static_cast<int>(i);
     for (int head = 0; head < num_heads; ++head)
-      check(all[row], static_cast<int>(row), head, columns, pitch);
+      check(all[row], static_cast<int>(row), head, columns, by_block(static_cast<int>(row), head));
   }
   // Without `out` the keys alone are read, with the same result.
   const auto with_values = std::pair(lse, block_max);
-  DecodeAttentionArgs keys_alone = args(sequences);
+  DecodeAttentionArgs keys_alone = all_blocks(sequences);
   keys_alone.out = nullptr;
   test.run(&Device::streamed_attention, keys_alone);
   EXPECT_EQ(lse, with_values.first);
@@ -466,11 +495,11 @@ TEST_P(Decode, LeavesOutACorruptBlockAndCountsIt) {
   sequence.arena(kLayer, 0, 3)[77] ^= std::byte{1};
   const std::vector<SequenceKv> sequences = {sequence.kv};
   sequence.mismatches = 4;
-  test.run(&Device::streamed_attention, args(sequences));
+  test.run(&Device::streamed_attention, all_blocks(sequences));
   EXPECT_EQ(sequence.mismatches, 5U);
   for (int head = 0; head < num_heads; ++head) {
     const bool corrupt = head / s.group == 0;
-    check(sequence, 0, head, {0, 1, 2, corrupt ? kAbsent : 3, 4, 5, 6}, pitch);
+    check(sequence, 0, head, {0, 1, 2, corrupt ? kAbsent : 3, 4, 5, 6}, by_block(0, head));
   }
 }
 
@@ -481,8 +510,8 @@ TEST(DecodeDeathTest, TheOpenBlockMustBeResident) {
   Sequence sequence(shape, 1, 100, 8, 1);
   std::vector<float> buffer(1000);
   TestDevice test(1);
-  const DecodeAttentionArgs args{buffer.data(), &sequence.kv,  1, 0, 1, 1, 64, 1.0F, buffer.data(),
-                                 buffer.data(), buffer.data(), 8};
+  const DecodeAttentionArgs args{buffer.data(), &sequence.kv, 1, 0, 1, 1, 64, 1.0F,
+                                 buffer.data(), buffer.data()};
   EXPECT_DEATH(test.run(&Device::decode_attention, args), "open");
 }
 

@@ -34,20 +34,21 @@ class HistoryAppend : public testing::Test {
 
   // block_max [kHeads, rows, pitch], lse [kHeads, rows].
   void append(const std::vector<float>& block_max, const std::vector<float>& lse, int columns,
-              int rows = 1, bool hold = false, const SequenceKv* by_slot = nullptr) {
-    const std::int32_t num_columns = columns;
+              int rows = 1, bool hold = false) {
     HistoryAppendArgs args{};
-    args.states = &state_;
-    args.num_sequences = 1;
-    args.layer = kLayer;
     args.block_max = block_max.data();
     args.lse = lse.data();
     args.rows = rows;
     args.pitch = static_cast<int>(block_max.size()) / (kHeads * rows);
-    args.sequences = by_slot;
-    args.num_heads = kHeads;
-    args.num_columns = &num_columns;
     args.hold = hold;
+    append(args, columns);
+  }
+  void append(HistoryAppendArgs args, std::int32_t columns) {
+    args.states = &state_;
+    args.num_sequences = 1;
+    args.layer = kLayer;
+    args.num_heads = kHeads;
+    args.num_columns = &columns;
     device_->history_append(args, *stream_);
     stream_->synchronize();
   }
@@ -119,13 +120,23 @@ class HistoryAppendBySlot : public HistoryAppend {
  protected:
   static constexpr int kSlots = 3;
 
-  SequenceKv kv(std::vector<std::int32_t>* slot_to_block) const {
-    SequenceKv out{};
-    out.slot_to_block = slot_to_block->data();
-    out.num_slots = kSlots;
-    out.shape.num_layers = kLayers;
-    out.shape.num_kv_heads = kKvHeads;
-    return out;
+  // block_max: [kHeads, kSlots] of the layer. LSEs are 0.
+  void append_by_slot(const std::vector<float>& block_max, int columns, bool hold) {
+    std::vector<float> maxima(kLayer * block_max.size(), 1.0F);  // other layers'
+    maxima.insert(maxima.end(), block_max.begin(), block_max.end());
+    const std::vector<float> lse(kHeads, 0.0F);
+    SequenceKv kv{};
+    kv.slot_to_block = table_.data();
+    kv.num_slots = kSlots;
+    kv.shape.num_layers = kLayers;
+    kv.shape.num_kv_heads = kKvHeads;
+    kv.block_max = maxima.data();
+    HistoryAppendArgs args{};
+    args.lse = lse.data();
+    args.rows = 1;
+    args.sequences = &kv;
+    args.hold = hold;
+    append(args, columns);
   }
   // Other layers' slots point elsewhere; KV head 0 holds blocks 5, 0; KV head 1 holds 1, 2, 3.
   std::vector<std::int32_t> table_ = {9, 9, 9, 9, 9, 9, 5, kAbsent, 0, 1, 2, 3};
@@ -133,12 +144,11 @@ class HistoryAppendBySlot : public HistoryAppend {
 
 TEST_F(HistoryAppendBySlot, FindsColumnsThroughTheSlotTable) {
   use(HistoryType::kFp32, 1);
-  const SequenceKv sequence = kv(&table_);
   std::vector<float> block_max;
   for (int h = 0; h < kHeads; ++h) {
     for (const float value : {-1.0F, h < 2 ? kNone : -2.0F, -3.0F}) block_max.push_back(value);
   }
-  append(block_max, {0, 0, 0, 0}, 6, 1, false, &sequence);
+  append_by_slot(block_max, 6, false);
   const auto head0 = row(0, 0);
   EXPECT_NEAR(head0[5], std::exp(-1.0), 1e-7);
   EXPECT_NEAR(head0[0], std::exp(-3.0), 1e-7);
@@ -154,8 +164,7 @@ TEST_F(HistoryAppendBySlot, HoldKeepsTheLastValueOfABlockThatWasNotAttended) {
     num_rows_ = {};
     use(HistoryType::kBf16, 1);
     append(std::vector<float>(kHeads * 6, -1.0F), {0, 0, 0, 0}, 6, 1, hold);
-    const SequenceKv sequence = kv(&table_);
-    append(std::vector<float>(kHeads * kSlots, -2.0F), {0, 0, 0, 0}, 7, 1, hold, &sequence);
+    append_by_slot(std::vector<float>(kHeads * kSlots, -2.0F), 7, hold);
     const auto head0 = row(0, 1);
     EXPECT_NEAR(head0[5], std::exp(-2.0), 1e-3);
     EXPECT_EQ(head0[4], hold ? row(0, 0)[4] : 0.0F);

@@ -286,6 +286,31 @@ TEST_F(EngineTest, SketchesAreCountedInTheDevicesMemory) {
   EXPECT_EQ(answer(config, prompt, {.max_tokens = 20}).tokens.size(), 20U);
 }
 
+// 704 tokens are 44 blocks. A slot has, in each of 3 layers, a block of 4096 bytes for each of 2 KV
+// heads, and where attention is observed a block maximum for each of 6 query heads.
+TEST_F(EngineTest, BlockMaximaAreTheSequencesOwn) {
+  const SequenceId id{200};
+  StepPlan admit;
+  admit.admits = {LocalGroup::admission(id, random_prompt(700, 18), {.max_tokens = 4})};
+  StepPlan spill;
+  spill.starts = {{id, 0}};
+  spill.spills = {id};
+  const auto in_use = [&](const char* policy, const std::vector<StepPlan>& plans,
+                          kernels::MemoryUse use) {
+    LocalGroup group(service(policy, 256), small_model(), store_);
+    for (const StepPlan& plan : plans) group.run(plan);
+    return group.device().memory_in_use(use);
+  };
+  constexpr std::size_t kSlot = std::size_t{3} * 2 * 4096;
+  constexpr std::size_t kObservedSlot = kSlot + 3 * 6 * sizeof(float);
+  using enum kernels::MemoryUse;
+  EXPECT_EQ(in_use("auto", {admit}, kKvSlots), 44 * kObservedSlot);
+  EXPECT_EQ(in_use("auto", {admit, spill}, kKvSlots), kBudgetSlots * kObservedSlot);
+  EXPECT_EQ(in_use("streaming-llm", {admit}, kKvSlots), kBudgetSlots * kSlot);
+  EXPECT_EQ(in_use("attention-predictor", {}, kActivations),
+            in_use("streaming-llm", {}, kActivations));
+}
+
 TEST_F(EngineTest, AuditOfDenseAttentionFindsNothingLost) {
   ServiceConfig config = service("full");
   config.audit_every = 3;

@@ -99,12 +99,6 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       exact_pitch_(blocks_for(config.max_model_len)),
       tables_(std::make_unique<Tables>(device, config.max_rows)),
       nvme_reads_(config.on_late) {
-  const int heads = model.partition().heads.count;
-  if (policy.observes()) {
-    const int most_slots = policy.spills() ? exact_pitch_ : slots_for(policy, exact_pitch_);
-    block_max_ =
-        floats(device, std::int64_t{model.num_layers()} * config.max_rows * heads * most_slots);
-  }
   if (policy.spills()) {
     const kernels::KvShape& shape = model.kv_shape();
     kept_ = {device,
@@ -112,7 +106,7 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
                  static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads * kLocalBlocks),
              kernels::MemoryUse::kActivations};
   }
-  exact_max_ = floats(device, std::int64_t{heads} * exact_pitch_);
+  exact_max_ = floats(device, std::int64_t{model.partition().heads.count} * exact_pitch_);
   if (config.audit_every > 0) {
     dense_logits_ = floats(device, config.max_rows * model.config().vocab_size);
   }
@@ -154,8 +148,6 @@ void Decode::drain() { copy_->synchronize(); }
 
 Decode::Kind Decode::kind_of(std::span<Sequence* const> rows) const {
   Kind kind{.rows = static_cast<int>(rows.size())};
-  const bool any_dense = std::ranges::any_of(rows, &Sequence::is_dense);
-  kind.pitch = any_dense ? exact_pitch_ : slots_for(policy_, exact_pitch_);
   kind.streams_all = std::ranges::any_of(rows, &Sequence::streams_all);
   const bool chooses = policy_.selected_per_head().has_value();
   kind.fetches_blocks =
@@ -405,9 +397,7 @@ kernels::DecodeAttentionArgs Decode::attention_args(int layer, const predictor::
           .head_dim = head_dim,
           .scale = model_.attention_scale(),
           .out = act_.attn.as<std::byte>() + q_row * skip,
-          .lse = lse_.as<float>() + row,
-          .block_max = policy_.observes() ? block_max_.as<float>() + row * kind_.pitch : nullptr,
-          .pitch = kind_.pitch};
+          .lse = lse_.as<float>() + row};
 }
 
 // Attention over all blocks of these rows.
@@ -420,12 +410,12 @@ void Decode::stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence
 }
 
 void Decode::attend(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
-  kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
+  const kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
   if (!kind_.streams_all) {
     device_.decode_attention(args, compute);
     return;
   }
-  FT_CHECK(args.block_max == nullptr);  // its pitch is not by block
+  FT_CHECK(!policy_.observes());  // block maxima are by slot
   stream(args, rows_, compute);
 }
 
@@ -451,8 +441,7 @@ predictor::AttentionRows Decode::exact_rows(int row) const {
           .lse = exact_lse_.as<float>(),
           .rows = 1,
           .pitch = exact_pitch_,
-          .num_columns = tables_->device.num_columns + row,
-          .by_slot = false};
+          .num_columns = tables_->device.num_columns + row};
 }
 
 bool Decode::any_calibrates(int layer) const {
@@ -462,12 +451,8 @@ bool Decode::any_calibrates(int layer) const {
 // Of the batch, from `layer` on.
 predictor::AttentionRows Decode::attended_rows(int layer, int num_layers) const {
   const std::ptrdiff_t row = std::ptrdiff_t{layer} * batch_.rows * model_.partition().heads.count;
-  return {.block_max = block_max_.as<float>() + row * kind_.pitch,
-          .lse = lse_.as<float>() + row,
-          .rows = 1,
-          .pitch = kind_.pitch,
+  return {.lse = lse_.as<float>() + row,
           .num_columns = tables_->device.num_columns,
-          .by_slot = true,
           .num_layers = num_layers};
 }
 
@@ -490,7 +475,6 @@ void Decode::observe_calibrated(int layer, kernels::Stream& compute) {
       continue;
     }
     predictor::AttentionRows own = attended_rows(layer, 1);
-    own.block_max += static_cast<std::ptrdiff_t>(row) * heads * kind_.pitch;
     own.lse += static_cast<std::ptrdiff_t>(row) * heads;
     own.num_columns += row;
     policy_.observe_decode(one_of_batch(row), layer, own, compute);

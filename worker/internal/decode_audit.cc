@@ -24,9 +24,7 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
     // Slots in flight are read and written here.
     if (kind_.fetches_blocks) store_.wait(layer, compute);
     rope(layer, batch, compute);
-    kernels::DecodeAttentionArgs args = attention_args(layer, batch, 0);
-    args.block_max = nullptr;
-    stream(args, std::span(&sequence, 1), compute);
+    stream(attention_args(layer, batch, 0), std::span(&sequence, 1), compute);
     model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
   }
   model_.logits(1, act_, hidden_.data(),
@@ -117,7 +115,6 @@ void Decode::attend_densely(int layer, kernels::Stream& compute) {
     args.num_heads = group;
     args.num_kv_heads = 1;
     args.lse = exact_lse_.as<float>();  // not wanted
-    args.block_max = nullptr;
     stream(args, std::span(&sequence, 1), compute);
   }
 }

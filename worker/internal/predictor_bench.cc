@@ -93,8 +93,7 @@ struct DeviceRows {
             .lse = lse.as<float>(),
             .rows = rows,
             .pitch = pitch,
-            .num_columns = num_columns.as<std::int32_t>(),
-            .by_slot = false};
+            .num_columns = num_columns.as<std::int32_t>()};
   }
 
   int pitch;

@@ -298,8 +298,7 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
                            .lse = tail_lse_.as<float>(),
                            .rows = tail,
                            .pitch = columns,
-                           .num_columns = num_columns_.as<std::int32_t>(),
-                           .by_slot = false},
+                           .num_columns = num_columns_.as<std::int32_t>()},
                           stream);
 }
 

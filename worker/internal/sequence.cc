@@ -53,9 +53,24 @@ struct TableLayout {
   std::size_t heads;                                  // ... and of one KV head each
 };
 
-std::size_t slot_bytes(const kernels::KvShape& shape, int num_slots) {
+// Of all layers and KV heads, num_blocks each.
+std::size_t block_bytes(const kernels::KvShape& shape, int num_blocks) {
   return static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads) *
-         static_cast<std::size_t>(num_slots) * shape.block_bytes();
+         static_cast<std::size_t>(num_blocks) * shape.block_bytes();
+}
+
+std::size_t slot_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
+                       int num_slots) {
+  return block_bytes(shape, num_slots) + policy.block_max_bytes(num_slots);
+}
+
+// Slots a KV head: sink, local window and the policy's choice, or every block there can be where
+// the policy attends all of them and may keep them.
+int slots_for(const predictor::Policy& policy, int max_blocks) {
+  const std::optional<int> selected = policy.selected_per_head();
+  const bool is_whole = !selected && policy.config().residency != predictor::Residency::kNever;
+  if (is_whole) return max_blocks;
+  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + selected.value_or(0));
 }
 
 bool keeps_sketches(const predictor::Policy& policy) {
@@ -69,22 +84,15 @@ std::size_t all_sketch_bytes(const kernels::KvShape& shape, int max_blocks) {
 
 }  // namespace
 
-int slots_for(const predictor::Policy& policy, int max_blocks) {
-  const std::optional<int> selected = policy.selected_per_head();
-  const bool is_whole = !selected && policy.config().residency != predictor::Residency::kNever;
-  if (is_whole) return max_blocks;
-  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + selected.value_or(0));
-}
-
 SequenceBytes sequence_bytes(const kernels::KvShape& shape, const predictor::Policy& policy,
                              int max_tokens) {
   const int max_blocks = blocks_for(max_tokens);
   const int num_slots = slots_for(policy, max_blocks);
-  return {.kv_slots = slot_bytes(shape, num_slots),
+  return {.kv_slots = slot_bytes(shape, policy, num_slots),
           .tables = TableLayout(shape, max_blocks, num_slots).layout.bytes(),
           .history = policy.state_bytes(max_tokens),
           .sketches = keeps_sketches(policy) ? all_sketch_bytes(shape, max_blocks) : 0,
-          .all_blocks = slot_bytes(shape, max_blocks)};
+          .all_blocks = slot_bytes(shape, policy, max_blocks)};
 }
 
 Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
@@ -105,24 +113,23 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   kv_.max_blocks = blocks_for(max_tokens);
   kv_.max_segments = reservation_.num_segments;
   is_dense_ = admit.dense && policy.spills();
-  kv_.num_slots = is_dense_ ? kv_.max_blocks : slots_for(policy, kv_.max_blocks);
+  const int num_slots = is_dense_ ? kv_.max_blocks : slots_for(policy, kv_.max_blocks);
   if (const kvstore::OutsizedKv* outsized = reservation_.outsized.get()) {
     kv_.runs = outsized->runs();
     kv_.checksums = outsized->checksums();
   }
-  streams_all_ = !policy.selected_per_head() && kv_.num_slots < kv_.max_blocks;
+  streams_all_ = !policy.selected_per_head() && num_slots < kv_.max_blocks;
   policy_state_ = policy.admit(max_tokens, stream);
   if (const kvstore::OutsizedKv* outsized = reservation_.outsized.get()) {
     policy_state_->selection.segment_scores = outsized->scores();
     policy_state_->selection.max_segments = kv_.max_segments;
   }
   try {
-    slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
+    allocate_slots(policy, num_slots);
   } catch (const Exception&) {
     if (policy.selected_per_head()) throw;
     streams_all_ = true;  // dense attention over a context that doesn't fit the device
-    kv_.num_slots = std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks);
-    slots_ = {device, slot_bytes(shape, kv_.num_slots), kernels::MemoryUse::kKvSlots};
+    allocate_slots(policy, std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks));
   }
   if (worker::keeps_sketches(policy)) {
     sketches_ = {device, all_sketch_bytes(shape, kv_.max_blocks), kernels::MemoryUse::kSketches};
@@ -130,8 +137,18 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     kv_.sketches = sketches_.as<std::byte>();
   }
   allocate_tables(admit.prompt, stream);
-  report.full_kv_bytes = static_cast<std::int64_t>(slot_bytes(shape, kv_.max_blocks));
+  report.full_kv_bytes = static_cast<std::int64_t>(block_bytes(shape, kv_.max_blocks));
   report.device_bytes = device_bytes();
+}
+
+void Sequence::allocate_slots(const predictor::Policy& policy, int num_slots) {
+  slots_ = kernels::DeviceBuffer();  // first: the device may be full
+  slots_ = {device_, slot_bytes(kv_.shape, policy, num_slots), kernels::MemoryUse::kKvSlots};
+  kv_.num_slots = num_slots;
+  kv_.slots = slots_.as<std::byte>();
+  if (policy.observes()) {
+    kv_.block_max = reinterpret_cast<float*>(kv_.slots + block_bytes(kv_.shape, num_slots));
+  }
 }
 
 void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream) {
@@ -168,7 +185,6 @@ void Sequence::empty_slot_tables(kernels::Stream& stream) {
   const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
   const std::vector<std::int32_t> absent(
       maps * static_cast<std::size_t>(std::max(kv_.max_blocks, kv_.num_slots)), kernels::kAbsent);
-  kv_.slots = slots_.as<std::byte>();
   fetches_.max_entries = kv_.num_slots;
   device_.copy_in(kv_.block_to_slot, absent.data(),
                   maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
@@ -235,9 +251,7 @@ void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffe
                  stream);
   }
   stream.synchronize();
-  slots_ = kernels::DeviceBuffer();  // first: the device may be full
-  slots_ = {device_, slot_bytes(kv_.shape, num_slots), kernels::MemoryUse::kKvSlots};
-  kv_.num_slots = num_slots;
+  allocate_slots(policy, num_slots);
   for (int map = 0; map < maps; ++map) {
     device_.copy(at(slots_, map * num_slots), at(scratch, map * num_kept), bytes, stream);
   }

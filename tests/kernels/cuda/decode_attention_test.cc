@@ -41,21 +41,25 @@ void fill(DeviceSequence& sequence, int length, DataType type, std::uint32_t see
 }
 
 struct Result {
-  std::vector<float> out, lse, block_max;
+  std::vector<float> out, lse;
+  std::vector<float> block_max;  // of all rows and layers
 };
 
 Result run(DeviceUnderTest& on, const Case& c, bool with_block_max) {
   const KvShape shape{
       .num_layers = 2, .num_kv_heads = c.num_kv_heads, .head_dim = c.head_dim, .kv_type = c.type};
   std::vector<std::unique_ptr<DeviceSequence>> sequences;
+  std::vector<DeviceArray<float>> block_max;
   std::vector<SequenceKv> views;
-  int pitch = 0;
   for (std::size_t i = 0; i < c.lengths.size(); ++i) {
     const int blocks = c.lengths[i] / kBlockTokens + 1;
-    pitch = std::max(pitch, blocks);
-    sequences.push_back(std::make_unique<DeviceSequence>(on, shape, blocks, blocks));
+    const int slots = blocks + 3;
+    sequences.push_back(std::make_unique<DeviceSequence>(on, shape, slots, slots));
     fill(*sequences.back(), c.lengths[i], c.type, static_cast<std::uint32_t>(i + 10));
     views.push_back(sequences.back()->kv);
+    const int maxima = shape.num_layers * c.num_heads * slots;
+    block_max.emplace_back(on, std::vector<float>(static_cast<std::size_t>(maxima), 9));
+    if (with_block_max) views.back().block_max = block_max.back().data();
   }
   const std::size_t rows = c.lengths.size();
   const std::size_t heads = rows * static_cast<std::size_t>(c.num_heads);
@@ -64,23 +68,24 @@ Result run(DeviceUnderTest& on, const Case& c, bool with_block_max) {
   auto q = activations(on, rounded(random_floats(values, 3), c.type));
   auto out = activations(on, std::vector<float>(values, 9));
   DeviceArray<float> lse(on, std::vector<float>(heads, 9));
-  DeviceArray<float> block_max(on, std::vector<float>(heads * static_cast<std::size_t>(pitch), 9));
   for (int repeat = 0; repeat < 3; ++repeat) {  // counters and scratch are left as they were found
-    on.run(&Device::decode_attention,
-           DecodeAttentionArgs{.q = q.data(),
-                               .sequences = batch.data(),
-                               .rows = static_cast<int>(rows),
-                               .layer = 1,
-                               .num_heads = c.num_heads,
-                               .num_kv_heads = c.num_kv_heads,
-                               .head_dim = c.head_dim,
-                               .scale = 0.125F,
-                               .out = out.data(),
-                               .lse = lse.data(),
-                               .block_max = with_block_max ? block_max.data() : nullptr,
-                               .pitch = pitch});
+    on.run(&Device::decode_attention, DecodeAttentionArgs{.q = q.data(),
+                                                          .sequences = batch.data(),
+                                                          .rows = static_cast<int>(rows),
+                                                          .layer = 1,
+                                                          .num_heads = c.num_heads,
+                                                          .num_kv_heads = c.num_kv_heads,
+                                                          .head_dim = c.head_dim,
+                                                          .scale = 0.125F,
+                                                          .out = out.data(),
+                                                          .lse = lse.data()});
   }
-  return {floats_of(out, on.device->activation_type()), lse.get(), block_max.get()};
+  Result result{floats_of(out, on.device->activation_type()), lse.get(), {}};
+  for (const auto& maxima : block_max) {
+    const std::vector<float> noted = maxima.get();
+    result.block_max.insert(result.block_max.end(), noted.begin(), noted.end());
+  }
+  return result;
 }
 
 class CudaDecodeAttention : public CudaTest, public testing::WithParamInterface<Case> {};

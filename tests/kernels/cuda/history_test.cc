@@ -21,7 +21,8 @@ constexpr int kSlots = 40;
 struct Rows {
   int rows = 1;
   int pitch = 0;
-  std::vector<float> block_max;  // [sequences, heads, rows, pitch]
+  std::vector<float> block_max;  // [sequences, heads, rows, pitch]; by slot:
+                                 // [sequences, layers, heads, slots]
   std::vector<float> lse;        // [sequences, heads, rows]
   std::vector<std::int32_t> columns;
   std::vector<std::vector<std::int32_t>> slot_to_block;  // by sequence; none: by block
@@ -34,9 +35,10 @@ Rows random_rows(const std::vector<std::int32_t>& columns, int rows, bool by_slo
   Rows out;
   out.rows = rows;
   out.columns = columns;
-  out.pitch = by_slot ? kSlots + 3 : *std::max_element(columns.begin(), columns.end()) + 5;
+  out.pitch = by_slot ? kSlots : *std::max_element(columns.begin(), columns.end()) + 5;
   const std::size_t maps = columns.size() * kHeads * static_cast<std::size_t>(rows);
-  for (std::size_t i = 0; i < maps * static_cast<std::size_t>(out.pitch); ++i) {
+  const std::size_t maxima = (by_slot ? kLayers : 1) * maps * static_cast<std::size_t>(out.pitch);
+  for (std::size_t i = 0; i < maxima; ++i) {
     out.block_max.push_back(absent(random) ? kNone : 2 * normal(random) - 6);
   }
   for (std::size_t i = 0; i < maps; ++i) out.lse.push_back(std::abs(normal(random)));
@@ -61,27 +63,28 @@ void append(DeviceUnderTest& on, std::vector<HistoryOnDevice>& histories, const 
   for (const auto& history : histories) states.push_back(history.state());
   std::vector<DeviceArray<std::int32_t>> tables;
   for (const auto& table : rows.slot_to_block) tables.emplace_back(on, table);
+  const DeviceArray<float> block_max(on, rows.block_max);
   std::vector<SequenceKv> sequences(tables.size());
   for (std::size_t s = 0; s < tables.size(); ++s) {
     sequences[s].slot_to_block = tables[s].data();
     sequences[s].num_slots = kSlots;
     sequences[s].shape.num_layers = kLayers;
     sequences[s].shape.num_kv_heads = kKvHeads;
+    sequences[s].block_max = block_max.data() + s * kLayers * kHeads * kSlots;
   }
   const DeviceArray<HistoryState> device_states(on, states);
   const DeviceArray<SequenceKv> device_sequences(on, sequences);
-  const DeviceArray<float> block_max(on, rows.block_max);
   const DeviceArray<float> lse(on, rows.lse);
   const DeviceArray<std::int32_t> columns(on, rows.columns);
   on.run(&Device::history_append,
          HistoryAppendArgs{.states = device_states.data(),
                            .num_sequences = static_cast<int>(histories.size()),
                            .layer = kLayer,
-                           .block_max = block_max.data(),
+                           .block_max = sequences.empty() ? block_max.data() : nullptr,
                            .lse = lse.data(),
                            .rows = rows.rows,
                            .pitch = rows.pitch,
-                           .sequences = sequences.empty() ? nullptr : device_sequences.data(),
+                           .sequences = device_sequences.data(),
                            .num_heads = kHeads,
                            .num_columns = columns.data(),
                            .hold = hold});
@@ -119,7 +122,7 @@ TEST_P(CudaHistory, RingsEqualTheCpus) {
                                    random_rows({1, kMaxColumns - 2}, 1, true, 2),
                                    random_rows({2, kMaxColumns - 1}, 1, true, 3),
                                    random_rows({3, kMaxColumns}, 1, false, 4),
-                                   random_rows({17, 100}, 7, true, 5),
+                                   random_rows({17, 100}, 1, true, 5),
                                    random_rows({18, 101}, 3, false, 6)};
   for (const Rows& rows : calls) {
     append(pair.cpu, cpu, rows, c.hold);
