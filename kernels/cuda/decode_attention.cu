@@ -1,6 +1,7 @@
 // decode_attention: one query a sequence over its resident blocks, bound by reading K and V once.
 //
 // A block of threads takes a share of one (row, KV head)'s slots; its 16 warps take a slot in turn.
+// All shares are about as long, of long contexts and short ones alike, so that they end together.
 // All query heads of the KV head (8 at a time) share the loads. With K as the tensor cores' left
 // operand, a KV block's 16 tokens are the 16 rows and the query heads the 8 columns:
 //   logits^T [16 tokens, 8 heads] = K [16, head_dim] Q^T        head_dim / 16 steps
@@ -18,6 +19,8 @@
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/slot_table.cuh"
 #include "kernels/cuda/types.cuh"
 
 namespace foretoken::kernels::cuda {
@@ -28,6 +31,8 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kHeads = 8;              // query heads that share a pass
 constexpr int kMaxParts = 160;         // that are merged at once: warps or shares
 constexpr int kMinShare = kWarps;      // slots; fewer are not worth another merge
+constexpr int kShareCost = 16;         // what a share takes beside its slots, in slots (guessed)
+constexpr int kMaxWaves = 2;           // of shares that are more than one a (row, KV head)
 constexpr float kLog2E = 1.44269504F;  // exponentials are of base 2 inside
 constexpr float kNothing = -INFINITY;
 
@@ -35,16 +40,19 @@ template <typename T>
 struct Params {
   const T* q;
   const SequenceKv* sequences;
+  int rows;
   int layer;
   int num_heads;
   int num_kv_heads;
   int group;  // query heads a KV head
+  int items;  // of a row: KV heads, once for each 8 of their query heads
+  int sms;
   float scale_log2;
   T* out;
   float* lse;
-  float* partial_out;   // [rows, num_heads, shares, head_dim]
-  float2* partial_sum;  // [rows, num_heads, shares] (maximum, sum)
-  std::uint32_t* counters;
+  float* partial_out;       // [CTAs, kHeads, head_dim]
+  float2* partial_sum;      // [CTAs, kHeads] (maximum, sum)
+  std::uint32_t* counters;  // [CTAs]
 };
 
 // What a warp has attended: lane (g, q) has heads 2q and 2q + 1.
@@ -262,35 +270,119 @@ struct Merger {
   }
 };
 
+// ---- shares ----
+
+// Slots of a row that hold tokens, the step's included.
+__device__ int slots_of(const SequenceKv& kv) {
+  return min(kv.num_slots, (*kv.length + kBlockTokens) / kBlockTokens);
+}
+
+// Shares of a row's item that are to have 1 / inverse slots; a few more do no harm.
+__device__ int shares_of(int slots, float inverse) {
+  return max(1, static_cast<int>(ceilf(static_cast<float>(slots) * inverse - 0.001F)));
+}
+
+// A CTA's: slots [begin, end) of an item, a pass of a row's KV head.
+struct Share {
+  int row;
+  int item;
+  int begin;
+  int end;
+  int num_slots;  // of the row
+  int index;      // among the item's
+  int count;
+
+  __device__ bool is_last() const { return index == count - 1; }
+};
+
+// Each lane tries a number of shares for the longest row, and so a length for all. Returns the
+// inverse of the length with which the device takes least, if all its SMs take a share at a time.
+// By one warp.
+__device__ float best_inverse(const int* slots, int rows, int items, int sms) {
+  const auto lane = static_cast<int>(threadIdx.x);
+  int longest = 0;
+  for (int row = lane; row < rows; row += 32) longest = max(longest, slots[row]);
+  longest = __reduce_max_sync(~0U, longest);
+  const int tried = lane < 16 ? lane + 1 : 8 * (lane - 13);
+  const int most = max(kMinShare, (longest + tried - 1) / tried);
+  const float inverse = 1.0F / static_cast<float>(most);
+  int ctas = 0;
+  for (int row = 0; row < rows; ++row) ctas += shares_of(slots[row], inverse);
+  ctas *= items;
+  const int waves = (ctas + sms - 1) / sms;
+  const unsigned cost = ctas > static_cast<int>(gridDim.x) ? ~0U >> 5 : waves * (most + kShareCost);
+  const unsigned best = __reduce_min_sync(~0U, cost << 5 | lane);
+  return __shfl_sync(~0U, inverse, best % 32);
+}
+
+// This CTA's share into `mine`; none has count 0. slots: [rows] scratch, shared. All threads call
+// it; a barrier makes it visible.
+__device__ void find_share(const SequenceKv* sequences, int rows, int items, int sms, int* slots,
+                           Share& mine) {
+  for (int row = threadIdx.x; row < rows; row += kThreads) slots[row] = slots_of(sequences[row]);
+  if (threadIdx.x == 0) mine.count = 0;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  const float inverse = best_inverse(slots, rows, items, sms);
+  const auto cta = static_cast<int>(blockIdx.x);
+  int ctas = 0;  // of rows before
+  for (int base = 0; base < rows && ctas <= cta; base += 32) {
+    const int row = base + static_cast<int>(threadIdx.x);
+    const int shares = row < rows ? shares_of(slots[row], inverse) : 0;
+    const int until = ctas + warp_inclusive_sum(shares * items);
+    const int place = cta - (until - shares * items);
+    if (0 <= place && cta < until) {
+      const int per_share = max(kMinShare, (slots[row] + shares - 1) / shares);
+      const int index = place % shares;
+      const int count = (slots[row] + per_share - 1) / per_share;
+      if (index < count) {
+        mine = {row,
+                place / shares,
+                index * per_share,
+                min(slots[row], (index + 1) * per_share),
+                slots[row],
+                index,
+                count};
+      }
+    }
+    ctas = __shfl_sync(~0U, until, 31);
+  }
+}
+
 // The warps' results of a block of threads, and what merges them.
 template <int kHeadDim>
 struct SharedMemory {
-  float out[kWarps][kHeads][kHeadDim];
+  // A lane stores pairs of heads 2q and 2q + 1, which lie at q and q + 4: with this stride no two
+  // of 16 lanes meet in a bank.
+  static constexpr int kStride = kHeadDim + 2;
+  static_assert(kStride / 2 % 2 == 1);
+  float out[kWarps][kHeads][kStride];
   float2 part[kWarps][kHeads];  // (maximum, sum)
   Merger<kHeadDim> merger;
+  Share share;
   bool last;
 
-  __device__ void store(Accumulator<kHeadDim>& acc, int warp, int g, int q) {
+  __device__ void store(Accumulator<kHeadDim>& acc, int num_heads, int warp, int g, int q) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int head = 2 * q + h;
       const float sum = column_sum(acc.sum[h]);
       if (g == 0) part[warp][head] = {acc.maximum[h], sum};
+      if (head >= num_heads) continue;
 #pragma unroll
       for (int t = 0; t < kHeadDim / 16; ++t) {
         const int element = t / 4 * 64 + 8 * g + t % 4 * 2;
-        out[warp][head][element] = acc.out[t][h];
-        out[warp][head][element + 1] = acc.out[t][h + 2];
+        *reinterpret_cast<float2*>(&out[warp][q + 4 * h][element]) = {acc.out[t][h],
+                                                                      acc.out[t][h + 2]};
       }
     }
   }
+  __device__ float4 values(int warp, int head, int quad) const {
+    const auto* from =
+        reinterpret_cast<const float2*>(&out[warp][head / 2 + head % 2 * 4][4 * quad]);
+    return {from[0].x, from[0].y, from[1].x, from[1].y};
+  }
 };
-
-// Where the shares of (row, query head) lie.
-__device__ inline std::size_t share_at(int row, int head, int num_heads, int num_shares,
-                                       int share) {
-  return (static_cast<std::size_t>(row) * num_heads + head) * num_shares + share;
-}
 
 // Four elements of a head's output, weighted until here.
 template <typename T>
@@ -334,7 +426,6 @@ __device__ SlotMaxima maxima_of(const Params<T>& p, const SequenceKv& kv, int fi
   return {block_max_of(kv, p.layer, p.num_heads, first_head), kv.num_slots, num_heads};
 }
 
-// grid: (shares, KV heads x groups of 8 query heads, rows).
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Params<T> p) {
   extern __shared__ __align__(16) std::byte memory[];
@@ -343,23 +434,21 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   const int warp = threadIdx.x / 32;
   const int g = threadIdx.x % 32 / 4;
   const int q = threadIdx.x % 4;
-  const int row = blockIdx.z;
-  const int kv_head = blockIdx.y % p.num_kv_heads;
-  const int skipped = blockIdx.y / p.num_kv_heads * kHeads;  // heads of the group before these
-  const int first_head = kv_head * p.group + skipped;
-  const int num_heads = min(kHeads, p.group - skipped);
 
   // None of this changes within a step, so it is read before the step's earlier kernels are done.
+  find_share(p.sequences, p.rows, p.items, p.sms, reinterpret_cast<int*>(&shared + 1),
+             shared.share);
+  __syncthreads();
+  const Share share = shared.share;
+  if (share.count == 0) return;
+  const int row = share.row;
+  const int kv_head = share.item % p.num_kv_heads;
+  const int skipped = share.item / p.num_kv_heads * kHeads;  // heads of the group before these
+  const int first_head = kv_head * p.group + skipped;
+  const int num_heads = min(kHeads, p.group - skipped);
   const SequenceKv& kv = p.sequences[row];
   const int num_tokens = *kv.length + 1;
-  const int num_slots = min(kv.num_slots, (num_tokens + kBlockTokens - 1) / kBlockTokens);
-  const int per_share =
-      max(kMinShare, (num_slots + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x));
-  const int active_shares = (num_slots + per_share - 1) / per_share;
-  const int share = blockIdx.x;
-  if (share >= active_shares) return;
-  const auto table = static_cast<std::size_t>(p.layer * p.num_kv_heads + kv_head);
-  const std::int32_t* slot_to_block = kv.slot_to_block + table * kv.num_slots;
+  const std::int32_t* blocks = slot_to_block(kv, p.layer, kv_head);
   const T* slots = reinterpret_cast<const T*>(kv.slots + slot_offset(kv, p.layer, kv_head, 0));
   const SlotMaxima maxima = maxima_of(p, kv, first_head, num_heads);
   constexpr int kBlockElements = 2 * kBlockTokens * kHeadDim;
@@ -370,11 +459,10 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   query.load(p.q + (static_cast<std::size_t>(row) * p.num_heads + first_head) * kHeadDim, num_heads,
              g, q);
   Accumulator<kHeadDim> acc;
-  const int end = min(num_slots, (share + 1) * per_share);
-  for (int slot = share * per_share + warp; slot < end; slot += kWarps) {
+  for (int slot = share.begin + warp; slot < share.end; slot += kWarps) {
     BlockTile<kHeadDim> tile;  // of an empty slot too, which is not used: the table is slow to read
     tile.load(slots + static_cast<std::size_t>(slot) * kBlockElements, g, q);
-    const int block = slot_to_block[slot];
+    const int block = blocks[slot];
     float2 block_max{kNothing, kNothing};
     if (block != kAbsent) {
       block_max = attend<T, kHeadDim>(tile, query, num_tokens - block * kBlockTokens, p.scale_log2,
@@ -383,74 +471,76 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
     if (maxima.data != nullptr && g == 0) maxima.write(slot, q, block_max);
   }
 
-  if (maxima.data != nullptr && share == active_shares - 1) maxima.clear(num_slots);
+  if (maxima.data != nullptr && share.is_last()) maxima.clear(share.num_slots);
 
-  shared.store(acc, warp, g, q);
+  shared.store(acc, num_heads, warp, g, q);
   __syncthreads();
   Merger<kHeadDim>& merger = shared.merger;
   const auto finish = [&](int head, int quad, float4 sum) {
     store_result(p, row, first_head + head, kHeadDim, quad, sum, merger.weight[head],
                  merger.highest[head]);
   };
+  const auto first_cta = static_cast<std::size_t>(blockIdx.x) - share.index;
+  const auto partial_at = [&](int index, int head) { return (first_cta + index) * kHeads + head; };
   const auto finish_share = [&](int head, int quad, float4 sum) {
-    const std::size_t at = share_at(row, first_head + head, p.num_heads, gridDim.x, share);
+    const std::size_t at = partial_at(share.index, head);
     *reinterpret_cast<float4*>(p.partial_out + at * kHeadDim + 4 * quad) = sum;
     if (quad == 0) p.partial_sum[at] = {merger.highest[head], merger.weight[head]};
   };
   merger.run(
       num_heads, kWarps, [&](int head, int i) { return shared.part[i][head]; },
-      [&](int head, int i, int quad) {
-        return *reinterpret_cast<const float4*>(&shared.out[i][head][4 * quad]);
-      },
+      [&](int head, int i, int quad) { return shared.values(i, head, quad); },
       [&](int head, int quad, float4 sum) {
-        active_shares == 1 ? finish(head, quad, sum) : finish_share(head, quad, sum);
+        share.count == 1 ? finish(head, quad, sum) : finish_share(head, quad, sum);
       });
-  if (active_shares == 1) return;
+  if (share.count == 1) return;
 
   // The counter tells who is last; the fences make every share's results visible to them.
   __threadfence();
   __syncthreads();
-  std::uint32_t* counter = p.counters + static_cast<std::size_t>(row) * gridDim.y + blockIdx.y;
   if (threadIdx.x == 0) {
-    shared.last = atomicAdd(counter, 1) == static_cast<std::uint32_t>(active_shares - 1);
+    std::uint32_t* counter = p.counters + first_cta;
+    shared.last = atomicAdd(counter, 1) == static_cast<std::uint32_t>(share.count - 1);
     if (shared.last) *counter = 0;
   }
   __syncthreads();
   if (!shared.last) return;
   __threadfence();
-  const auto first_share = [&](int head) {
-    return share_at(row, first_head + head, p.num_heads, gridDim.x, 0);
-  };
   merger.run(
-      num_heads, active_shares,
-      [&](int head, int i) { return __ldcg(&p.partial_sum[first_share(head) + i]); },
+      num_heads, share.count,
+      [&](int head, int i) { return __ldcg(&p.partial_sum[partial_at(i, head)]); },
       [&](int head, int i, int quad) {
-        const float* out = p.partial_out + (first_share(head) + i) * kHeadDim + 4 * quad;
+        const float* out = p.partial_out + partial_at(i, head) * kHeadDim + 4 * quad;
         return __ldcg(reinterpret_cast<const float4*>(out));
       },
       finish);
 }
 
-// As many shares as fill the device once.
-int shares_for(int work_items) {
-  static const int sms = num_sms();
-  return std::clamp(sms / work_items, 1, kMaxParts);
+// One row's shares fill the device once. Of several rows there are more and shorter ones, where
+// that evens them out: unless they are so many that counters run out, and evened out anyway.
+int most_shares(int rows, int items, int sms) {
+  if (rows == 1) return std::max(sms, items);
+  const int most = rows * items + kMaxWaves * sms;
+  return most <= CudaStream::kNumCounters ? most : rows * items;
 }
 
 template <typename T, int kHeadDim>
 void run(const DecodeAttentionArgs& args, CudaStream& stream) {
   const int group = args.num_heads / args.num_kv_heads;
-  const int passes = (group + kHeads - 1) / kHeads;
-  const int shares = shares_for(args.rows * args.num_kv_heads * passes);
-  FT_CHECK(args.rows * args.num_kv_heads * passes <= CudaStream::kNumCounters, args.rows);
-  const std::size_t parts = static_cast<std::size_t>(args.rows) * args.num_heads * shares;
+  const int items = (group + kHeads - 1) / kHeads * args.num_kv_heads;
+  static const int sms = num_sms();
+  const int ctas = most_shares(args.rows, items, sms);
+  const std::size_t parts = static_cast<std::size_t>(ctas) * kHeads;
   std::byte* scratch = stream.scratch(parts * (kHeadDim * sizeof(float) + sizeof(float2)));
   const Params<T> params{static_cast<const T*>(args.q),
                          args.sequences,
+                         args.rows,
                          args.layer,
                          args.num_heads,
                          args.num_kv_heads,
                          group,
+                         items,
+                         sms,
                          args.scale * kLog2E,
                          static_cast<T*>(args.out),
                          args.lse,
@@ -458,10 +548,11 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
                          reinterpret_cast<float2*>(scratch + parts * kHeadDim * sizeof(float)),
                          stream.counters()};
   const auto kernel = decode_attention_kernel<T, kHeadDim>;
-  constexpr int kShared = sizeof(SharedMemory<kHeadDim>);
-  FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared));
-  launch_overlapped(kernel, dim3(shares, args.num_kv_heads * passes, args.rows), kThreads, kShared,
-                    stream, params);
+  const std::size_t bytes =
+      sizeof(SharedMemory<kHeadDim>) + sizeof(int) * static_cast<std::size_t>(args.rows);
+  FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(bytes)));
+  launch_overlapped(kernel, ctas, kThreads, bytes, stream, params);
 }
 
 }  // namespace

@@ -117,7 +117,9 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(Case{3, 1, 64, {0}}, Case{9, 3, 64, {1, 15, 16, 17}}, Case{32, 8, 128, {1000}},
                     Case{32, 8, 128, {5000}, DataType::kFp16}, Case{8, 8, 64, {255, 256, 257, 40}},
                     Case{14, 2, 64, {700, 3}},
-                    Case{20, 1, 128, {900}},  // three passes of query heads
+                    Case{20, 1, 128, {900}},          // three passes of query heads
+                    Case{4, 2, 64, {20000, 3, 900}},  // shares of one length, of long and short
+                    Case{4, 4, 64, std::vector<int>(70, 33)},
                     Case{32, 8, 128, {200, 300, 400, 500, 600, 700, 800, 900, 10, 20, 30, 40}}));
 
 TEST_F(CudaTest, RopeDecodeWritesTheOpenBlock) {
