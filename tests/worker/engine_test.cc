@@ -423,6 +423,23 @@ TEST_F(EngineTest, ForcedTokensAreTakenAndScored) {
   EXPECT_LT(forced_answer.infos[0].logprob, 0);
 }
 
+// Logits over such a temperature would not be finite.
+TEST_F(EngineTest, ATinyTemperatureIsGreedy) {
+  LocalGroup group(service("full"), small_model(), store_);
+  const auto first_token = [&](int id, const SamplingParams& sampling) {
+    StepPlan plan;
+    plan.admits = {LocalGroup::admission(SequenceId(id), random_prompt(100, 29), {})};
+    plan.admits[0].sampling = sampling;
+    plan.starts = {{SequenceId(id), 0}};
+    plan.prefills = {{SequenceId(id), 0, 3, 0, 100}};
+    return group.run(plan).tokens.at(0).token;
+  };
+  const TokenInfo greedy = first_token(1, {.temperature = 0});
+  EXPECT_EQ(first_token(2, {.temperature = 1e-40F}), greedy);
+  EXPECT_EQ(first_token(3, {.temperature = 1e-40F, .top_p = 0.9F}), greedy);
+  EXPECT_EQ(first_token(4, {.temperature = 1e-6F, .top_k = 3}), greedy);
+}
+
 TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {
   LocalGroup group(with_room("attention-predictor", 1 << 19), small_model(), store_);
   const std::size_t before = group.device().memory_in_use(kernels::MemoryUse::kKvSlots);
