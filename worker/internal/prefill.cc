@@ -32,6 +32,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
       load_(device.make_stream(kernels::StreamKind::kCopy)),
       computed_(device.make_event()) {
+  act_.begins_sums = true;
   constexpr auto kUse = kernels::MemoryUse::kPrefill;
   const kernels::KvShape& shape = model_.kv_shape();
   const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
