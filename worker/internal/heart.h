@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <string>
 #include <thread>
 
 #include "worker/internal/line.h"
@@ -19,14 +20,18 @@ class Heart {
           beat(config, epoch, rank, stop);
         }) {}
   void completed(StepNumber step) { step_ = raw(step); }
-  bool lost_coordinator() const { return lost_; }
+  // Throws Exception(kUnavailable) where the coordinator is lost, or the thread has failed: without
+  // beats this rank is given up, and nobody would tell it.
+  void check() const;
 
  private:
   void beat(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop);
+  void beat_on(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop);
 
   std::atomic<std::uint64_t> step_{0};
-  std::atomic<bool> lost_{false};
-  std::jthread thread_;  // last: it starts when all else is ready
+  std::string why_;
+  std::atomic<bool> lost_{false};  // then why_ stands
+  std::jthread thread_;            // last: it starts when all else is ready
 };
 
 }  // namespace foretoken::worker

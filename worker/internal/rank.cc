@@ -246,7 +246,7 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
     line.send(result);
     heart.completed(result.step);
   };
-  while (!heart.lost_coordinator()) {
+  for (;; heart.check()) {
     // The next plan comes while this one runs, but not at once: who waits for the device first
     // launches it too late, and the device stands idle in between.
     const auto message = line.receive(!engine.has_launched() ? kIdlePoll
@@ -265,9 +265,6 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
     engine.launch(*plan);
     if (behind_another || !engine.runs_ahead()) finish_one();
   }
-  throw Exception(ErrorCode::kUnavailable,
-                  "the coordinator at " + config.coordinator + " was silent for " +
-                      std::to_string(config.coordinator_timeout.count()) + " s: this rank ends");
 }
 
 // All but MPI's part of a rank's life.
