@@ -23,7 +23,7 @@ inline constexpr int kWireVersion = 1;
 // ---- sampling --------------------------------------------------------------------------------
 
 struct SamplingParams {
-  float temperature = 1.0F;  // 0: greedy
+  float temperature = 1.0F;  // below 1e-5: greedy
   int top_k = 0;             // 0: off
   float top_p = 1.0F;        // 1: off
   float min_p = 0.0F;        // 0: off
@@ -286,8 +286,8 @@ struct KvSlabs {
   std::int64_t ready = 0;
   KvNvme nvme = {};
 };
-// Its KV is lost, by KV that failed its check (kCorrupt) or a disk that failed. The step's token of
-// it, and those of later steps, count for nothing.
+// KV of it failed its check (kCorrupt), a disk failed, or its logits are not finite (kDevice). The
+// step's token of it, and those of later steps, count for nothing.
 struct LostSequence {
   SequenceId sequence{};
   Error error;

@@ -25,10 +25,11 @@ class Collective {
 
   // all_reduce in two steps, where the ranks can: between them other work on the stream goes on
   // beside the sum, and nothing writes the data. end_sum() ends the oldest that was begun.
+  // REQUIRES of both: begins_sums().
   static constexpr std::size_t kMaxBegun = 2;
-  virtual bool begins_sums(std::size_t count) const = 0;
-  virtual void begin_sum(void* data, std::size_t count, kernels::Stream& stream) = 0;
-  virtual void end_sum(kernels::Stream& stream) = 0;
+  virtual bool begins_sums(std::size_t /*count*/) const { return false; }
+  virtual void begin_sum(void* data, std::size_t count, kernels::Stream& stream);
+  virtual void end_sum(kernels::Stream& stream);
 
   // Joins columns: part [rows, widths[rank]] of each rank into all [rows, sum of widths]. fp32.
   // scratch: [world size, rows, widest of widths], the caller's, since a recorded step keeps its

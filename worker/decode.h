@@ -23,7 +23,6 @@
 #pragma once
 
 #include <compare>
-#include <map>
 #include <memory>
 #include <span>
 #include <vector>
@@ -32,6 +31,7 @@
 #include "worker/dense_heads.h"
 #include "worker/model.h"
 #include "worker/nvme_reads.h"
+#include "worker/recorded_steps.h"
 #include "worker/sampler.h"
 #include "worker/sequence.h"
 
@@ -150,11 +150,11 @@ class Decode {
   predictor::DecodeBatch batch_;
   std::vector<Sequence*> rows_;
   Kind kind_;
-  bool outsized_ = false;                                   // some row
-  bool by_layer_ = false;                                   // gathers, beside the host
-  bool audits_ = false;                                     // some row, in this step
-  std::vector<DenseHead> dense_heads_;                      // of the step
-  std::map<Kind, std::unique_ptr<kernels::Graph>> graphs_;  // null after the first of its kind
+  bool outsized_ = false;               // some row
+  bool by_layer_ = false;               // gathers, beside the host
+  bool audits_ = false;                 // some row, in this step
+  std::vector<DenseHead> dense_heads_;  // of the step
+  RecordedSteps<Kind> recorded_;
 
   kernels::DeviceBuffer dense_logits_;  // [max_rows, vocab], of audited rows
   std::vector<std::int32_t> counts_;    // host copy of a sequence's counters

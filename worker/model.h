@@ -53,6 +53,9 @@ struct Activations {
   kernels::DeviceBuffer mlp;       // [rows, intermediate]
   kernels::DeviceBuffer logits;    // [logit rows, vocab of this rank]; empty in a world of one
   kernels::DeviceBuffer gathered;  // [world, logit rows, widest vocab]; scratch of the collective
+  // Sums of many rows go on beside what follows, where the ranks can. Whoever sets it calls
+  // Model::end_sums().
+  bool begins_sums = false;
 };
 
 class Model {
@@ -81,9 +84,9 @@ class Model {
                    kernels::Stream& stream);
   // What rope_prefill and rope_decode have in common.
   kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
-  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks. Those of many rows
-  // go on beside what follows: hidden is there for project_qkv() of the same rows, and for others
-  // after end_sums().
+  // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks. With
+  // act.begins_sums, hidden is there for project_qkv() of the same rows, and for others after
+  // end_sums().
   void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
   void end_sums(kernels::Stream& stream);
   // The most that such a sum is of; 0 where chunks are too short for one.
@@ -112,7 +115,7 @@ class Model {
   };
   void embed(kernels::EmbedArgs args, void* hidden, kernels::Stream& stream);
   kernels::NormedInput norm(const kernels::DeviceBuffer& weight, const Activations& act) const;
-  std::vector<Rows> parts(int rows) const;
+  std::vector<Rows> parts(int rows, const Activations& act) const;
   static Rows first_half(int rows);
   // Ends the sums of these rows, and those that were begun before them.
   void end_sums_of(const std::byte* hidden, int rows, kernels::Stream& stream);

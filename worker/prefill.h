@@ -44,9 +44,10 @@ class Prefill {
   Activations& activations() { return act_; }
 
  private:
-  // K and V of a layer, [num_kv_heads, prompt, head_dim] each. Two layers': while one is computed,
-  // the one before leaves for the arena on the copy stream, and then the reused prefix of the one
-  // behind comes from there on the load stream.
+  // K and V of a layer, [num_kv_heads, max_tokens, head_dim] each, whatever the prompt's length:
+  // cuDNN plans its attention for one stride. Two layers': while one is computed, the one before
+  // leaves for the arena on the copy stream, and then the reused prefix of the one behind comes
+  // from there on the load stream.
   struct LayerKv {
     kernels::DeviceBuffer k, v;
     std::unique_ptr<kernels::Event> loaded;  // the prefix is there
@@ -73,6 +74,7 @@ class Prefill {
   kernels::Device& device_;
   kvstore::KvStore& store_;
   predictor::Policy& policy_;
+  const int max_tokens_;
   Activations act_;
   kernels::DeviceBuffer lse_;          // [heads, max_rows] of the chunk
   kernels::DeviceBuffer num_columns_;  // [1]

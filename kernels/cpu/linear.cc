@@ -1,5 +1,6 @@
 // make_weight and linear of the CPU device: packs weights, and splits products among the pool.
 #include <algorithm>
+#include <span>
 #include <vector>
 
 #include "common/check.h"
@@ -49,29 +50,44 @@ class CpuWeight final : public Weight {
   DeviceBuffer packed;  // see simd/gemm.h
 };
 
-std::vector<const std::byte*> rows_of(std::span<const WeightPart> parts) {
+// The rows of all parts, of one type: fp32 where the parts differ.
+struct StackedRows {
+  DataType type;
   std::vector<const std::byte*> rows;
+  std::vector<std::vector<float>> widened;  // what of the rows was not fp32
+};
+
+StackedRows stack(std::span<const WeightPart> parts) {
+  const bool same = std::ranges::all_of(
+      parts, [&](const WeightPart& part) { return part.type == parts[0].type; });
+  StackedRows stacked{same ? parts[0].type : DataType::kFp32, {}, {}};
   for (const WeightPart& part : parts) {
-    FT_CHECK(part.columns == parts[0].columns && part.type == parts[0].type, part.columns,
-             parts[0].columns);
+    FT_CHECK(part.columns == parts[0].columns, part.columns, parts[0].columns);
     for (int row = 0; row < part.rows; ++row) {
-      rows.push_back(part.data + static_cast<std::size_t>(row) * part.row_stride_bytes);
+      const std::byte* data = part.data + static_cast<std::size_t>(row) * part.row_stride_bytes;
+      if (part.type != stacked.type) {
+        auto& wide = stacked.widened.emplace_back(static_cast<std::size_t>(part.columns));
+        simd::to_float(data, part.type, part.columns, wide.data());
+        data = std::as_bytes(std::span(wide)).data();
+      }
+      stacked.rows.push_back(data);
     }
   }
-  return rows;
+  return stacked;
 }
 
 }  // namespace
 
 std::unique_ptr<Weight> CpuDevice::make_weight(std::span<const WeightPart> parts) {
   FT_CHECK(!parts.empty());
-  const std::vector<const std::byte*> rows = rows_of(parts);
-  auto weight = std::make_unique<CpuWeight>(*this, parts[0].type, static_cast<int>(rows.size()),
+  const StackedRows stacked = stack(parts);
+  const std::span rows(stacked.rows);
+  auto weight = std::make_unique<CpuWeight>(*this, stacked.type, static_cast<int>(rows.size()),
                                             parts[0].columns);
   pool_.parallel_for(weight->num_panels, [&](int panel, int) {
     const auto first = static_cast<std::size_t>(panel) * kPanelColumns;
     const std::size_t count = std::min<std::size_t>(kPanelColumns, rows.size() - first);
-    simd::pack_panel(std::span(rows).subspan(first, count), weight->type, weight->columns,
+    simd::pack_panel(rows.subspan(first, count), weight->type, weight->columns,
                      weight->panel(panel));
   });
   return weight;

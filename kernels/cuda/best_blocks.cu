@@ -58,7 +58,7 @@ struct MapChoice {
 };
 
 struct Shared {
-  int first_item[kMaxSequences + 1];
+  int first_item[kMaxPredictSequences + 1];
   std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
   std::uint16_t before[kMaskWords];  // bits in the words before
   std::uint32_t best[kMaxUnion];     // scores of the union's candidates

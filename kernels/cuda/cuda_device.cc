@@ -62,6 +62,10 @@ std::string version_name(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// For what is allocated beside, later, and by others: scratch of streams, recorded steps,
+// workspaces of CUDA's libraries (guessed). Without it, sequences could take what these need.
+constexpr std::size_t kReserve = std::size_t{1} << 30;
+
 // The device's memory that may be allocated: what was asked for, or what is free if that is less
 // (others use the device too).
 std::size_t memory_limit(const CudaDeviceConfig& config) {
@@ -70,7 +74,8 @@ std::size_t memory_limit(const CudaDeviceConfig& config) {
   FT_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
   const auto share =
       static_cast<std::size_t>(config.memory_fraction * static_cast<double>(total_bytes));
-  return std::min(free_bytes, config.memory_bytes > 0 ? config.memory_bytes : share);
+  return std::min(free_bytes - std::min(free_bytes, kReserve),
+                  config.memory_bytes > 0 ? config.memory_bytes : share);
 }
 
 DeviceInfo select_device(const CudaDeviceConfig& config) {

@@ -11,6 +11,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/history_value.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/predict_limits.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -253,6 +254,8 @@ void history_append(const HistoryAppendArgs& args, CudaStream& stream) {
     FT_CUDA(cudaGetLastError());
     return;
   }
+  FT_CHECK(!args.hold || args.num_layers * args.num_sequences <= kMaxHeldRows, args.num_layers,
+           args.num_sequences);
   // Rows that hold values wait for the row before; others don't.
   const int rows_per_cta = args.hold ? args.rows : 1;
   const dim3 grid(

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "kernels/device.h"
+#include "kernels/predict_limits.h"
 
 namespace foretoken::kernels::cuda {
 
@@ -25,7 +26,6 @@ inline constexpr int kSegmentWidth = 4;   // columns that are cold or hot togeth
 inline constexpr int kSpanSegments = 16;  // what a warp evaluates at once
 inline constexpr int kSpanColumns = kSpanSegments * kSegmentWidth;
 inline constexpr int kFixedPointBits = 22;
-inline constexpr int kMaxPredictColumns = 1 << 16;  // a million tokens
 
 // A step's rows of a map, as its first kernel finds them for those that follow.
 struct alignas(16) MapStep {

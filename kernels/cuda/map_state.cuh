@@ -58,8 +58,6 @@ __device__ inline Progress progress_of(const MapHeader& header, std::int64_t num
   return {slides, max(0, header.columns - 2) / kSegmentWidth * kSegmentWidth};
 }
 
-inline constexpr int kMaxSequences = 1024;
-
 // counts[i] becomes the sum of those before it, counts[num] that of all. By all threads of the CTA,
 // which have written the counts.
 __device__ inline void sum_up(int num, int* counts) {

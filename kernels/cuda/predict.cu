@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
 __global__ void __launch_bounds__(kHotThreads, 2)
     hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
   __shared__ HotTables tables;
-  __shared__ int first_task[kMaxSequences * kNumSides + 1];
-  __shared__ int num_entries[kMaxSequences * kNumSides];
+  __shared__ int first_task[kMaxPredictSequences * kNumSides + 1];
+  __shared__ int num_entries[kMaxPredictSequences * kNumSides];
   allow_next_kernel();
   tables.load<kHotThreads>(*from);
   HotWeights weights;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kHotThreads, 2)
     rebuild_kernel(const CnnTables* from, const HistoryState* states, int rows) {
   __shared__ ColdTables cold_tables;
   __shared__ HotTables tables;
-  __shared__ int first_item[kMaxSequences + 1];
+  __shared__ int first_item[kMaxPredictSequences + 1];
   allow_next_kernel();
   number_items(states, rows, rebuilt_spans, first_item);
   wait_for_earlier_kernels();
@@ -231,7 +231,7 @@ std::size_t predictor_state_bytes(int max_columns) {
 }
 
 void predict(const PredictArgs& args, CudaStream& stream) {
-  FT_CHECK(args.rows <= kMaxSequences, args.rows);
+  FT_CHECK(args.rows <= kMaxPredictSequences, args.rows);
   if (args.rows == 0) return;
   static const auto sms = static_cast<unsigned>(num_sms());
   const CnnTables* tables = static_cast<const CudaPredictor*>(args.predictor)->tables();

@@ -118,8 +118,9 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
 
 struct PrefillAttention::Impl {
   // A plan costs milliseconds to make. The layers of a chunk share one, as do prompts that are cut
-  // alike; a prompt has a few chunks.
-  static constexpr std::size_t kMaxPlans = 64;
+  // alike. More than a layer has chunks, or none would be found again: enough for four million
+  // tokens at 8,192 a step. What a plan takes of memory is not measured.
+  static constexpr std::size_t kMaxPlans = 512;
 
   std::mutex mutex;  // guards all below: streams share the handle
   cudnnHandle_t handle = nullptr;
@@ -141,7 +142,13 @@ struct PrefillAttention::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
-  Plan& plan_for(const Shape& shape) {
+  // Its kernel may be queued, on the stream that all of prefill is on.
+  void forget_oldest(CudaStream& stream) {
+    stream.synchronize();
+    plans.pop_back();
+  }
+
+  Plan& plan_for(const Shape& shape, CudaStream& stream) {
     for (auto plan = plans.begin(); plan != plans.end(); ++plan) {
       if (plan->shape != shape) continue;
       plans.splice(plans.begin(), plans, plan);
@@ -153,7 +160,7 @@ struct PrefillAttention::Impl {
     describe(shape, plan.graph);
     check_cudnn(plan.graph.build(handle, {fe::HeurMode_t::A}), "no plan for prefill attention");
     check_cudnn(plan.graph.get_workspace_size(plan.workspace_bytes), "workspace");
-    if (plans.size() == kMaxPlans) plans.pop_back();
+    if (plans.size() == kMaxPlans) forget_oldest(stream);
     plans.splice(plans.begin(), made);
     return plan;
   }
@@ -161,7 +168,7 @@ struct PrefillAttention::Impl {
   void run(const PrefillAttentionArgs& args, const Shape& shape, CudaStream& stream) {
     const std::scoped_lock lock(mutex);
     check_cudnn(fe::detail::set_stream(handle, stream.handle()), "cudnnSetStream");
-    const Plan& plan = plan_for(shape);
+    const Plan& plan = plan_for(shape, stream);
     std::unordered_map<std::int64_t, void*> tensors = {{kQ, const_cast<void*>(args.q)},
                                                        {kK, const_cast<void*>(args.k)},
                                                        {kV, const_cast<void*>(args.v)},

@@ -158,8 +158,14 @@ class Sampler {
         reducer_(reducer),
         shared_(shared) {}
 
-  // The drawn token; on rank 0 alone.
+  // The drawn token; on rank 0 alone. Where temperature or penalties make logits overflow, weights
+  // are none, and a search may find nothing: then what stands here is some token, and the same one
+  // on every device.
   __device__ int draw() {
+    if (threadIdx.x == 0) {
+      shared_.found = {};
+      shared_.token = 0;
+    }
     const float lowest =
         row_.min_p > 0 ? highest_ + static_cast<float>(log(double{row_.min_p})) : -INFINITY;
     if (row_.top_k > 0 || row_.top_p < 1) return draw_best_first(lowest);

@@ -327,7 +327,7 @@ __device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int
 
 struct SlideShared {
   ColdTables tables;
-  int first_span[kMaxSequences + 1];
+  int first_span[kMaxPredictSequences + 1];
   alignas(16) std::byte staged[kSlideThreads / 32][kStagedBytes];
 };
 extern __shared__ uint4 slide_memory[];

@@ -74,6 +74,30 @@ TEST_P(Linear, EqualsTheSumInOrder) {
   }
 }
 
+// As in a checkpoint whose q_proj is of another type than its k_proj.
+TEST(LinearOfTypes, EqualsTheProductOfTheSameValuesInFp32) {
+  TestDevice test;
+  const Case each{5, 70, 40, DataType::kFp32};
+  const Case all{each.rows, each.in, 3 * each.out, DataType::kFp32};
+  const auto x = random_floats(static_cast<std::size_t>(all.rows * all.in), 1);
+  std::vector<std::vector<std::byte>> weights;
+  std::vector<WeightPart> parts;
+  std::vector<float> values;
+  for (const DataType type : {DataType::kBf16, DataType::kFp32, DataType::kFp16}) {
+    const auto count = static_cast<std::size_t>(each.out * each.in);
+    weights.push_back(reference::encode(random_floats(count, 2, 0.1F), type));
+    parts.push_back({weights.back().data(), type, each.out, each.in,
+                     bytes_of(type) * static_cast<std::size_t>(each.in)});
+    for (std::size_t i = 0; i < count; ++i) {
+      values.push_back(static_cast<float>(reference::decode_at(weights.back().data(), type, i)));
+    }
+  }
+  const auto weight = test.device->make_weight(parts);
+  std::vector<float> out(static_cast<std::size_t>(all.rows * all.out));
+  test.run(&Device::linear, LinearArgs{x.data(), weight.get(), nullptr, all.rows, out.data()});
+  EXPECT_EQ(out, expected(all, x, reference::encode(values, DataType::kFp32), {}));
+}
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const DataType type : {DataType::kFp32, DataType::kFp16, DataType::kBf16}) {

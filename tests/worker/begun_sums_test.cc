@@ -76,6 +76,29 @@ TEST_P(BegunSums, EndBeforeAnybodyLooks) {
   }
 }
 
+// Who reads the rows next, as the logits of a decode step do, would read them in the middle of a
+// sum.
+TEST(BegunSumsOfDecode, AreNone) {
+  constexpr int kRows = 2048;
+  const ModelConfig config = small_model();
+  const auto device = kernels::make_cpu_device({.num_threads = 2, .memory_bytes = 1 << 28});
+  const auto stream = device->make_stream(kernels::StreamKind::kCompute);
+  const Partition part = make_partition(config, 0, 1).value_or_throw();
+  int begun = 0;
+  LateSums sums(begun);
+  LoadProgress progress(LoadProgress::Style::kNone);
+  const auto weights = make_dummy_source(config);
+  const auto model = Model::load(config, *weights, part, *device, sums, progress).value_or_throw();
+  Activations act(*device, config, part, kRows, 1);  // as Decode has them
+  const kernels::DeviceBuffer hidden(*device, model->hidden_bytes(kRows),
+                                     kernels::MemoryUse::kActivations);
+  std::fill_n(act.attn.as<float>(), act.attn.bytes() / sizeof(float), 1.0F);
+  std::fill_n(hidden.as<float>(), hidden.bytes() / sizeof(float), 1.0F);
+  model->finish_layer(0, kRows, act, hidden.data(), *stream);
+  stream->synchronize();
+  EXPECT_EQ(begun, 0);
+}
+
 INSTANTIATE_TEST_SUITE_P(Items, BegunSums, testing::Values(0, 1600, 2048));
 
 }  // namespace

@@ -415,12 +415,84 @@ TEST_F(EngineTest, TheReportCountsMapsThatHadNoFiniteScores) {
   EXPECT_EQ(blind.tokens.size(), 5U);
 }
 
+// Random weights, but for the embedding of one token, which is infinite.
+class OverflowingToken final : public WeightSource {
+ public:
+  explicit OverflowingToken(TokenId token) : token_(token) {}
+  std::string_view name() const override { return others_->name(); }
+  Result<TensorView> tensor(const std::string& name,
+                            std::span<const std::int64_t> shape) const override {
+    TensorView view = others_->tensor(name, shape).value_or_throw();
+    if (name != "model.embed_tokens.weight") return view;
+    constexpr std::uint16_t kInfinity = 0x7F80;  // bf16
+    const auto width = static_cast<std::size_t>(shape[1]);
+    embeddings_.resize(view.bytes.size() / sizeof kInfinity);
+    std::memcpy(embeddings_.data(), view.bytes.data(), view.bytes.size());
+    std::fill_n(embeddings_.begin() + static_cast<std::ptrdiff_t>(width) * token_, width,
+                kInfinity);
+    view.bytes = std::as_bytes(std::span(embeddings_));
+    return view;
+  }
+
+ private:
+  const TokenId token_;
+  const std::unique_ptr<WeightSource> others_ = make_dummy_source(small_model());
+  mutable std::vector<std::uint16_t> embeddings_;
+};
+
+TEST_F(EngineTest, LogitsThatAreNotFiniteFailTheirRequestAlone) {
+  const TokenId overflows{511};
+  const auto good = random_prompt(100, 30);
+  ASSERT_EQ(std::ranges::count(good, overflows), 0);
+  const LocalGroup::Options options{.max_tokens = 4, .forced_ids = {1, 2, overflows, 4}};
+  LocalGroup group(service("full"), small_model(), store_, kernels::HistoryType::kBf16,
+                   make_single_collective(), std::make_unique<OverflowingToken>(overflows));
+  const SequenceId ids[] = {SequenceId{1}, SequenceId{2}};
+  StepPlan plan;
+  for (const SequenceId id : ids) {
+    plan.admits.push_back(LocalGroup::admission(id, good, options));
+    plan.starts.push_back({id, 0});
+    plan.prefills.push_back({id, 0, 3, 0, 100});
+  }
+  plan.admits[1].forced_ids.clear();
+  EXPECT_TRUE(group.run(plan).lost.empty());
+  plan = {};
+  plan.decodes = {ids[0], ids[1]};
+  for (int i = 1; i < 3; ++i) EXPECT_TRUE(group.run(plan).lost.empty());
+  // The third token is read by the step that draws the fourth.
+  const StepResult result = group.run(plan);
+  ASSERT_EQ(result.lost.size(), 1U);
+  EXPECT_EQ(result.lost[0].sequence, ids[0]);
+  EXPECT_EQ(result.lost[0].error.code, ErrorCode::kDevice);
+  EXPECT_THAT(result.lost[0].error.message, testing::HasSubstr("not finite"));
+  plan.decodes = {ids[1]};
+  plan.releases = {ids[0]};
+  EXPECT_TRUE(group.run(plan).lost.empty());
+}
+
 TEST_F(EngineTest, ForcedTokensAreTakenAndScored) {
   const auto forced = random_prompt(10, 9);
   const Answer forced_answer =
       answer(service("full"), random_prompt(100, 10), {.max_tokens = 10, .forced_ids = forced});
   EXPECT_EQ(forced_answer.tokens, forced);
   EXPECT_LT(forced_answer.infos[0].logprob, 0);
+}
+
+// Logits over such a temperature would not be finite.
+TEST_F(EngineTest, ATinyTemperatureIsGreedy) {
+  LocalGroup group(service("full"), small_model(), store_);
+  const auto first_token = [&](int id, const SamplingParams& sampling) {
+    StepPlan plan;
+    plan.admits = {LocalGroup::admission(SequenceId(id), random_prompt(100, 29), {})};
+    plan.admits[0].sampling = sampling;
+    plan.starts = {{SequenceId(id), 0}};
+    plan.prefills = {{SequenceId(id), 0, 3, 0, 100}};
+    return group.run(plan).tokens.at(0).token;
+  };
+  const TokenInfo greedy = first_token(1, {.temperature = 0});
+  EXPECT_EQ(first_token(2, {.temperature = 1e-40F}), greedy);
+  EXPECT_EQ(first_token(3, {.temperature = 1e-40F, .top_p = 0.9F}), greedy);
+  EXPECT_EQ(first_token(4, {.temperature = 1e-6F, .top_k = 3}), greedy);
 }
 
 TEST_F(EngineTest, ASequenceThatDoesNotFitIsTurnedAwayAndLeavesNothing) {

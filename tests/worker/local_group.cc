@@ -98,10 +98,11 @@ void StoreProcess::damage(std::size_t offset, std::byte flipped) const {
 
 LocalGroup::LocalGroup(const ServiceConfig& config, const ModelConfig& model,
                        const StoreProcess& store, kernels::HistoryType history,
-                       std::unique_ptr<Collective> collective)
+                       std::unique_ptr<Collective> collective,
+                       std::unique_ptr<WeightSource> weights)
     : model_config_(model), device_(device_for(config)), collective_(std::move(collective)) {
   const Partition part = make_partition(model, 0, 1).value_or_throw();
-  const auto weights = make_dummy_source(model);
+  if (weights == nullptr) weights = make_dummy_source(model);
   LoadProgress progress(LoadProgress::Style::kNone);
   model_ = Model::load(model, *weights, part, *device_, *collective_, progress).value_or_throw();
   policy_ =

@@ -39,10 +39,11 @@ struct Answer {
 
 class LocalGroup {
  public:
-  // A model of the config's shape with random weights.
+  // A model of the config's shape; weights: null for random ones.
   LocalGroup(const ServiceConfig& config, const ModelConfig& model, const StoreProcess& store,
              kernels::HistoryType history = kernels::HistoryType::kBf16,
-             std::unique_ptr<Collective> collective = make_single_collective());
+             std::unique_ptr<Collective> collective = make_single_collective(),
+             std::unique_ptr<WeightSource> weights = nullptr);
   ~LocalGroup();
 
   struct Options {

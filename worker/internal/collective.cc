@@ -2,8 +2,8 @@
 
 #include <mpi.h>
 
-#include <deque>
 #include <string>
+#include <vector>
 
 #include "common/check.h"
 #include "common/result.h"
@@ -36,17 +36,6 @@ class MpiCollective final : public Collective {
               "all-reduce");
   }
 
-  bool begins_sums(std::size_t) const override { return true; }
-  // Nothing runs beside anything here; only the order of calls is as on GPUs.
-  void begin_sum(void* data, std::size_t count, kernels::Stream&) override {
-    begun_.push_back({data, count});
-  }
-  void end_sum(kernels::Stream& stream) override {
-    const auto [data, count] = begun_.front();
-    begun_.pop_front();
-    all_reduce(data, count, stream);
-  }
-
   void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
                           float*, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
@@ -66,11 +55,6 @@ class MpiCollective final : public Collective {
  private:
   int rank_ = 0;
   int world_size_ = 1;
-  struct Begun {
-    void* data;
-    std::size_t count;
-  };
-  std::deque<Begun> begun_;
 };
 
 class SingleCollective final : public Collective {
@@ -78,9 +62,6 @@ class SingleCollective final : public Collective {
   int rank() const override { return 0; }
   int world_size() const override { return 1; }
   void all_reduce(void*, std::size_t, kernels::Stream&) override {}
-  bool begins_sums(std::size_t) const override { return false; }
-  void begin_sum(void*, std::size_t, kernels::Stream&) override { FT_CHECK(false); }
-  void end_sum(kernels::Stream&) override { FT_CHECK(false); }
   void all_gather_columns(const float*, float*, int, std::span<const int>, float*,
                           kernels::Stream&) override {
     FT_CHECK(false);  // a world of one has its logits already
@@ -88,6 +69,9 @@ class SingleCollective final : public Collective {
 };
 
 }  // namespace
+
+void Collective::begin_sum(void*, std::size_t, kernels::Stream&) { FT_CHECK(false); }
+void Collective::end_sum(kernels::Stream&) { FT_CHECK(false); }
 
 std::unique_ptr<Collective> make_mpi_collective() { return std::make_unique<MpiCollective>(); }
 std::unique_ptr<Collective> make_single_collective() {

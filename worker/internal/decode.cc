@@ -10,6 +10,10 @@
 namespace foretoken::worker {
 namespace {
 
+// Kinds of steps, of about a MB of the device each (guessed). More than the sets of calibrating
+// layers that come in turn, which are as many as layers at most.
+constexpr std::size_t kMaxRecorded = 256;
+
 kernels::DeviceBuffer floats(kernels::Device& device, std::int64_t count) {
   return {device, sizeof(float) * static_cast<std::size_t>(count),
           kernels::MemoryUse::kActivations};
@@ -98,6 +102,7 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
       exact_lse_(floats(device, model.partition().heads.count)),
       exact_pitch_(blocks_for(config.max_model_len)),
       tables_(std::make_unique<Tables>(device, config.max_rows)),
+      recorded_(kMaxRecorded),
       nvme_reads_(config.on_late) {
   if (policy.spills()) {
     const kernels::KvShape& shape = model.kv_shape();
@@ -239,16 +244,15 @@ void Decode::list_fetches(kernels::Stream& stream) {
 
 void Decode::run(kernels::Stream& compute) {
   if (!recordable()) return forward(compute);
-  const auto [graph, is_first] = graphs_.try_emplace(kind_, nullptr);
-  if (is_first) return forward(compute);
-  if (graph->second == nullptr) {
-    graph->second = device_.record(compute, [this, &compute] { forward(compute); });
-  }
-  graph->second->launch(compute);
+  recorded_.run(kind_, device_, compute, [this, &compute] { forward(compute); });
 }
 
-// Whether the step is the same for whatever sequences the batch holds.
+// Whether the step is the same for whatever sequences the batch holds. All ranks must say the same,
+// since NCCL wants a sum recorded by all of them or by none; but which heads are dense is a rank's
+// own, and so is what its frames have room for.
 bool Decode::recordable() const {
+  const bool differs_by_rank = config_.min_recall > 0 || outsized_;
+  if (differs_by_rank && model_.partition().world_size > 1) return false;
   if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;
   if (by_layer_) return false;

@@ -53,14 +53,18 @@ void keep_errors_of_disks(std::vector<LostSequence>& lost) {
   });
 }
 
-// Logits that are not numbers can't be sampled; the request's answer would be noise.
-void check_drawn(const std::vector<SequenceToken>& tokens) {
-  for (const SequenceToken& token : tokens) {
-    if (std::isfinite(token.token.logprob)) continue;
-    throw Exception(ErrorCode::kDevice,
-                    "logits of sequence " + std::to_string(raw(token.sequence)) + " at position " +
-                        std::to_string(token.position) +
-                        " are not finite; the weights overflow this device's number range");
+// Logits that are not numbers can't be sampled; the request's answer would be noise. All ranks see
+// the same ones. Of KV that is lost they say nothing.
+void note_overflows(StepResult& result) {
+  std::set<SequenceId> lost;
+  for (const LostSequence& one : result.lost) lost.insert(one.sequence);
+  for (const SequenceToken& token : result.tokens) {
+    if (std::isfinite(token.token.logprob) || lost.contains(token.sequence)) continue;
+    result.lost.push_back(
+        {token.sequence,
+         {ErrorCode::kDevice, "logits at position " + std::to_string(token.position) +
+                                  " are not finite; the weights overflow this device's number "
+                                  "range"}});
   }
 }
 
@@ -156,7 +160,7 @@ StepResult Engine::collect() {
   pending.ended->synchronize();
   for (auto& draw : pending.draws) sampler_.collect(std::move(draw), result);
   keep_errors_of_disks(result.lost);
-  check_drawn(result.tokens);
+  note_overflows(result);
   result.token_digest = digest(result.tokens);
   if (rank_ != 0) result.tokens.clear();
   // A plan that was launched behind another has had the device only since that one's end.

@@ -2,15 +2,41 @@
 
 #include <string>
 
+#include "kernels/predict_limits.h"
+
 namespace foretoken::worker {
 namespace {
 
+// Of the policies that predict.
+Status check_predictor_limits(const ServiceConfig& config, const ModelConfig& model) {
+  const std::string policy = "under --kv-policy " + config.kv_policy + " a GPU ";
+  if (config.max_num_seqs > kernels::kMaxPredictSequences) {
+    return Error{ErrorCode::kConfig, policy + "decodes at most " +
+                                         std::to_string(kernels::kMaxPredictSequences) +
+                                         " sequences in a step: lower --max-num-seqs, now " +
+                                         std::to_string(config.max_num_seqs)};
+  }
+  constexpr std::int64_t kMostTokens = std::int64_t{kernels::kMaxPredictColumns} * kBlockTokens;
+  const std::int64_t tokens = config.max_model_len > 0 ? config.max_model_len : model.max_position;
+  if (tokens > kMostTokens) {
+    return Error{ErrorCode::kConfig,
+                 policy + "takes contexts of at most " + std::to_string(kMostTokens) +
+                     " tokens: lower --max-model-len, now " + std::to_string(tokens)};
+  }
+  const std::int64_t most_held = kernels::kMaxHeldRows / model.num_layers;
+  if (config.history_fill == "hold" && config.max_num_seqs > most_held) {
+    return Error{ErrorCode::kConfig,
+                 "with --history-fill hold a GPU decodes at most " + std::to_string(most_held) +
+                     " sequences of this model in a step: lower --max-num-seqs, now " +
+                     std::to_string(config.max_num_seqs) + ", or fill with zero"};
+  }
+  return Ok{};
+}
+
 std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const ModelConfig& model,
                                           int gpu) {
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    throw Exception(ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
-                                            ": the CUDA device takes 64 and 128; serve with "
-                                            "--device cpu");
+  if (const Status status = check_gpu_limits(config, model); !status) {
+    throw Exception(status.error());
   }
   return kernels::make_cuda_device({.index = gpu,
                                     .activation_type = model.dtype == ModelDtype::kF16
@@ -23,6 +49,16 @@ std::unique_ptr<kernels::Device> make_gpu(const ServiceConfig& config, const Mod
 
 bool wants_cuda(const ServiceConfig& config) {
   return config.device == "cuda" || (config.device == "auto" && kernels::num_cuda_devices() > 0);
+}
+
+Status check_gpu_limits(const ServiceConfig& config, const ModelConfig& model) {
+  if (model.head_dim != 64 && model.head_dim != 128) {
+    return Error{ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
+                                         ": the CUDA device takes 64 and 128; serve with "
+                                         "--device cpu"};
+  }
+  const bool predicts = config.kv_policy == "attention-predictor" || config.kv_policy == "auto";
+  return predicts ? check_predictor_limits(config, model) : Status(Ok{});
 }
 
 std::string how_to_make_room(const ServiceConfig& config) {

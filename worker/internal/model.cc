@@ -108,7 +108,7 @@ void Model::project_qkv(int layer, int rows, Activations& act, const void* hidde
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
   const std::size_t row =
       kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.qkv->rows);
-  for (const Rows& part : parts(rows)) {
+  for (const Rows& part : parts(rows, act)) {
     const std::byte* x = static_cast<const std::byte*>(hidden) + hidden_bytes(part.first);
     end_sums_of(x, part.count, stream);
     device_.linear({.x = x,
@@ -134,11 +134,11 @@ std::size_t Model::most_begun_bytes(const ModelConfig& config, int max_rows) {
          static_cast<std::size_t>(config.hidden_size);
 }
 
-std::vector<Model::Rows> Model::parts(int rows) const {
+std::vector<Model::Rows> Model::parts(int rows, const Activations& act) const {
   const Rows first = first_half(rows);
   const Rows second{first.count, rows - first.count};
   const auto begins = [&](const Rows& part) {
-    return part.count >= kLeastRows &&
+    return act.begins_sums && part.count >= kLeastRows &&
            collective_.begins_sums(static_cast<std::size_t>(part.count) *
                                    static_cast<std::size_t>(config_.hidden_size));
   };
@@ -204,7 +204,7 @@ void Model::add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& st
 void Model::finish_layer(int layer, int rows, Activations& act, void* hidden,
                          kernels::Stream& stream) {
   const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  const std::vector<Rows> all = parts(rows);
+  const std::vector<Rows> all = parts(rows, act);
   const bool begins = all.size() > 1;
   const std::size_t attn_row =
       kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.o->columns);

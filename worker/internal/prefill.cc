@@ -24,6 +24,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       device_(device),
       store_(store),
       policy_(policy),
+      max_tokens_(max_tokens),
       act_(device, model.config(), model.partition(), max_rows, 1),
       lse_(device,
            sizeof(float) * static_cast<std::size_t>(model.partition().heads.count * max_rows),
@@ -32,6 +33,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
       load_(device.make_stream(kernels::StreamKind::kCopy)),
       computed_(device.make_event()) {
+  act_.begins_sums = true;
   constexpr auto kUse = kernels::MemoryUse::kPrefill;
   const kernels::KvShape& shape = model_.kv_shape();
   const auto heads = static_cast<std::size_t>(model_.partition().heads.count);
@@ -150,14 +152,14 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
   rope.kv_type = model_.kv_shape().kv_type;
   rope.k_out = kv_of(layer).k.data();
   rope.v_out = kv_of(layer).v.data();
-  rope.scratch_tokens = sequence.prompt_length();
+  rope.scratch_tokens = max_tokens_;
   device_.rope_prefill(rope, stream);
 
   device_.prefill_attention({.q = act_.q.data(),
                              .k = kv_of(layer).k.data(),
                              .v = kv_of(layer).v.data(),
                              .kv_type = model_.kv_shape().kv_type,
-                             .scratch_tokens = sequence.prompt_length(),
+                             .scratch_tokens = max_tokens_,
                              .begin = begin,
                              .rows = rows,
                              .num_heads = model_.partition().heads.count,
@@ -202,7 +204,7 @@ void Prefill::load_prefix(Sequence& sequence, int layer) {
   kv.packed->wait(*load_);
   store_.unpack({.k = kv.k.data(),
                  .v = kv.v.data(),
-                 .scratch_tokens = sequence.prompt_length(),
+                 .scratch_tokens = max_tokens_,
                  .num_kv_heads = shape.num_kv_heads,
                  .head_dim = shape.head_dim,
                  .layer = layer,
@@ -245,7 +247,7 @@ void Prefill::write_blocks(Sequence& sequence, int layer, kernels::Stream& strea
   kernels::PackBlocksArgs pack{
       .k = kv_of(layer).k.data(),
       .v = kv_of(layer).v.data(),
-      .scratch_tokens = length,
+      .scratch_tokens = max_tokens_,
       .num_kv_heads = shape.num_kv_heads,
       .head_dim = shape.head_dim,
       .layer = layer,
@@ -283,7 +285,7 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
   device_.prefill_block_max({.q = tail_q_.data(),
                              .k = kv_of(layer).k.data(),
                              .kv_type = shape.kv_type,
-                             .scratch_tokens = length,
+                             .scratch_tokens = max_tokens_,
                              .begin = length - tail,
                              .rows = tail,
                              .num_heads = model_.partition().heads.count,
@@ -305,7 +307,7 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
 // Of the reused prefix too, whose keys are in the scratch as the others are.
 void Prefill::sketch_keys(Sequence& sequence, int layer, kernels::Stream& stream) {
   device_.sketch_blocks({.k = kv_of(layer).k.data(),
-                         .scratch_tokens = sequence.prompt_length(),
+                         .scratch_tokens = max_tokens_,
                          .num_kv_heads = model_.kv_shape().num_kv_heads,
                          .layer = layer,
                          .num_blocks = sequence.prompt_length() / kBlockTokens,

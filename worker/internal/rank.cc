@@ -4,7 +4,6 @@
 #include <unistd.h>
 
 #include <array>
-#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <exception>
@@ -15,11 +14,11 @@
 
 #include "common/log.h"
 #include "common/program.h"
-#include "common/socket.h"
-#include "common/wire.h"
 #include "worker/engine.h"
 #include "worker/internal/failure.h"
 #include "worker/internal/gpu_choice.h"
+#include "worker/internal/heart.h"
+#include "worker/internal/line.h"
 #include "worker/internal/make_device.h"
 #include "worker/internal/node_ranks.h"
 #include "worker/weight_keeper.h"
@@ -29,7 +28,6 @@ namespace {
 
 using std::chrono::milliseconds;
 
-constexpr milliseconds kHeartbeatInterval{250};
 constexpr milliseconds kWelcomeTimeout{30'000};
 constexpr milliseconds kIdlePoll{1'000};
 constexpr milliseconds kStepPoll{1};  // while the device works; a plan that comes ends it at once
@@ -49,76 +47,6 @@ struct Place {
   int rank = 0;
   int world_size = 1;
   NodeRanks node;
-};
-
-// The rank's line to the coordinator. Not thread-safe; heartbeats have one of their own.
-class Line {
- public:
-  explicit Line(const RankConfig& config) : context_(make_socket_context()) {
-    DealerSocket::Config socket;
-    socket.endpoint = config.coordinator;
-    if (!config.key_file.empty()) socket.keys = read_client_keys(config.key_file).value_or_throw();
-    socket_ = DealerSocket::connect(context_, socket).value_or_throw();
-  }
-  void send(const WorkerMessage& message) {
-    if (const Status status = socket_->send(encode(message)); !status) {
-      throw Exception(status.error());
-    }
-  }
-  std::optional<CoordinatorMessage> receive(milliseconds timeout) {
-    const std::optional<std::string> frame = socket_->receive(timeout);
-    if (!frame) return std::nullopt;
-    return decode_coordinator_message(*frame).value_or_throw();
-  }
-
- private:
-  std::shared_ptr<SocketContext> context_;
-  std::unique_ptr<DealerSocket> socket_;
-};
-
-// Says every 250 ms that this rank lives, and which step it completed last. The coordinator answers
-// each beat; where it no longer does, it is gone, or has given this rank up.
-class Heart {
- public:
-  Heart(const RankConfig& config, Epoch epoch, int rank)
-      : thread_([this, config, epoch, rank](const std::stop_token& stop) {
-          beat(config, epoch, rank, stop);
-        }) {}
-  void completed(StepNumber step) { step_ = raw(step); }
-  bool lost_coordinator() const { return lost_; }
-
- private:
-  void beat(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop) {
-    try {
-      Line line(config);
-      // Counted in beats, so that a time in which this process stood still is no silence.
-      const std::int64_t most = config.coordinator_timeout / kHeartbeatInterval;
-      std::int64_t unanswered = 0;
-      while (!stop.stop_requested()) {
-        line.send(Heartbeat{epoch, config.group, rank, StepNumber{step_.load()}});
-        unanswered = is_answered(line) ? 0 : unanswered + 1;
-        if (unanswered >= most) lost_ = true;
-      }
-    } catch (const std::exception& failure) {
-      // The coordinator will miss the beats, and fence this rank.
-      log().error("heartbeat stopped: {}", failure.what());
-    }
-  }
-
-  // Takes what comes until the next beat is due.
-  static bool is_answered(Line& line) {
-    const auto due = std::chrono::steady_clock::now() + kHeartbeatInterval;
-    bool answered = false;
-    for (auto left = kHeartbeatInterval; left > milliseconds(0);
-         left = std::chrono::ceil<milliseconds>(due - std::chrono::steady_clock::now())) {
-      answered = line.receive(left).has_value() || answered;
-    }
-    return answered;
-  }
-
-  std::atomic<std::uint64_t> step_{0};
-  std::atomic<bool> lost_{false};
-  std::jthread thread_;  // last: it starts when all else is ready
 };
 
 Welcome join(Line& line, const RankConfig& config, const Place& place) {
@@ -318,7 +246,7 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
     line.send(result);
     heart.completed(result.step);
   };
-  while (!heart.lost_coordinator()) {
+  for (;; heart.check()) {
     // The next plan comes while this one runs, but not at once: who waits for the device first
     // launches it too late, and the device stands idle in between.
     const auto message = line.receive(!engine.has_launched() ? kIdlePoll
@@ -337,9 +265,6 @@ void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const Ra
     engine.launch(*plan);
     if (behind_another || !engine.runs_ahead()) finish_one();
   }
-  throw Exception(ErrorCode::kUnavailable,
-                  "the coordinator at " + config.coordinator + " was silent for " +
-                      std::to_string(config.coordinator_timeout.count()) + " s: this rank ends");
 }
 
 // All but MPI's part of a rank's life.

@@ -5,9 +5,12 @@
 namespace foretoken::worker {
 namespace {
 
+// Below it a draw is greedy, as in vLLM: logits divided by less could overflow.
+constexpr float kLeastTemperature = 1e-5F;
+
 kernels::SampleRow make_row(const Sequence& sequence) {
   const SamplingParams& sampling = sequence.sampling;
-  return {.temperature = sampling.temperature,
+  return {.temperature = sampling.temperature < kLeastTemperature ? 0 : sampling.temperature,
           .top_k = sampling.top_k,
           .top_p = sampling.top_p,
           .min_p = sampling.min_p,

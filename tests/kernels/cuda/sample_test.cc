@@ -171,6 +171,29 @@ TEST_F(CudaSampleRow, SaysLogitsThatAreNoNumbers) {
   }
 }
 
+// Which one is drawn says nothing, but it is one.
+TEST_F(CudaSampleRow, DrawsATokenWhereScaledLogitsOverflow) {
+  if (!pair) pair = std::make_unique<Pair>();
+  const int vocab = 3000;
+  const std::vector<float> logits = RowMaker(vocab).logits(1, false);
+  SampleRow row = kGreedy;
+  row.temperature = 1e-40F;
+  row.num_tokens = 2;
+  row.append = true;
+  for (const float top_p : {1.0F, 0.9F}) {
+    for (const int top_k : {0, 40}) {
+      row.top_p = top_p;
+      row.top_k = top_k;
+      const std::vector<HostRow> rows{{row, std::vector<TokenId>(4, 1)}};
+      const Drawn once = draw(pair->cuda, logits, vocab, rows);
+      EXPECT_GE(once.sampled[0].token, 0);
+      EXPECT_LT(once.sampled[0].token, vocab);
+      EXPECT_EQ(once.tokens[0][2], once.sampled[0].token);
+      EXPECT_EQ(draw(pair->cuda, logits, vocab, rows).tokens, once.tokens);
+    }
+  }
+}
+
 TEST_F(CudaSampleRow, TakesTheFirstOfTheBest) {
   std::vector<float> logits(5000, -2);
   logits[1234] = logits[1235] = logits[4999] = 5;
