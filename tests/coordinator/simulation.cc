@@ -15,6 +15,8 @@ using std::chrono::milliseconds;
 
 constexpr int kClients = 8;
 constexpr std::size_t kMostAtOnce = 16;  // requests
+constexpr std::chrono::seconds kSlowFor{10};
+static_assert(2 * kSlowFor < ClientSessions::kSlowAfter);
 
 FakeRankConfig fake_rank_config(const SimulationConfig& config) {
   FakeRankConfig fake;
@@ -97,7 +99,7 @@ Simulation::Simulation(const SimulationConfig& config)
   service_ = std::make_unique<Service>(
       Service::Parts{service, model, "store", "secret", "", nullptr}, *this, metrics_, now_);
   for (int i = 0; i < kClients; ++i)
-    clients_.push_back({"client" + std::to_string(i), false, false, {}});
+    clients_.push_back({"client" + std::to_string(i), {}, false, {}});
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     groups_[i].store = std::make_shared<FakeStore>();
     groups_[i].store->slabs = config.slabs;
@@ -113,7 +115,7 @@ Status Simulation::to_client(const std::string& peer, std::string_view frame) {
   const auto client = std::find_if(clients_.begin(), clients_.end(),
                                    [&](const Client& c) { return c.peer == peer; });
   if (client == clients_.end() || client->gone) return Error{ErrorCode::kNotFound, "gone"};
-  if (client->slow) return Error{ErrorCode::kExhausted, "slow"};
+  if (client->slow_until) return Error{ErrorCode::kExhausted, "slow"};
   auto message = decode_server_message(frame);
   if (!message) {
     ADD_FAILURE() << message.error().message;
@@ -209,7 +211,8 @@ void Simulation::disturb_clients() {
   auto& client = clients_[pick(clients_.size())];
   switch (pick(4)) {
     case 0:
-      client.slow = !client.slow;
+      client.slow_until =
+          client.slow_until ? std::nullopt : std::optional<TimePoint>(now_ + kSlowFor);
       break;
     case 1:
       if (client.wishes.empty() || client.gone) break;
@@ -226,7 +229,7 @@ void Simulation::disturb_clients() {
       break;
     default:
       if (pick(4) != 0) break;  // another one comes in its place
-      client = Client{"client" + std::to_string(random_()), false, false, {}};
+      client = Client{"client" + std::to_string(random_()), {}, false, {}};
   }
 }
 
@@ -300,7 +303,7 @@ void Simulation::disturb_ranks() {
 }
 
 void Simulation::heal() {
-  for (auto& client : clients_) client.slow = false;
+  for (auto& client : clients_) client.slow_until.reset();
   for (auto& group : groups_) {
     for (auto& rank : group.ranks) rank.stopped = false;
   }
@@ -317,6 +320,9 @@ void Simulation::deliver_one() {
 
 void Simulation::advance(milliseconds time) {
   now_ += time;
+  for (auto& client : clients_) {
+    if (client.slow_until && now_ >= *client.slow_until) client.slow_until.reset();
+  }
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     if (groups_[i].restart_at && now_ >= *groups_[i].restart_at) start_group(i);
   }
