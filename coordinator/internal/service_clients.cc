@@ -96,7 +96,7 @@ void Service::on_tokenized(RequestId id, Result<std::vector<TokenId>> ids, TimeP
   const auto max_tokens = check_length(ids->size(), request->wish().max_tokens, context());
   if (!max_tokens) return fail(*request, max_tokens.error(), now);
   request->set_prompt(*std::move(ids), *max_tokens, parts_.model.tokenizer);
-  waiting_.push_back(id);
+  waiting_.insert(id);
   log().debug("request {}: {} tokens, at most {} more", raw(id), request->prompt().size(),
               *max_tokens);
   pump(now);

@@ -342,6 +342,52 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
 }
 
+TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
+  config_.max_num_seqs = 8;
+  config_.max_requests_per_client = 4;
+  start_rank();
+  store_->slabs = 1;
+  for (int i = 0; i < 4; ++i) ask(wish(numbered("r", i), 500));  // two slabs each
+  work();
+  for (int tries = 0; tries < 2; ++tries) {
+    pass(seconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    work();
+  }
+  store_->slabs = 2;
+  pass(seconds(1));
+  work(5000);
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 4U);
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(done[std::size_t(i)].request_id, numbered("r", i));
+}
+
+// Its turn comes when those that run have ended, however many come after it.
+TEST_F(ServiceTest, ManySmallRequestsDoNotStarveALargeOne) {
+  config_.max_num_seqs = 8;
+  config_.max_requests_per_client = 8;
+  config_.max_waiting = 8;
+  start_rank();
+  store_->slabs = 4;
+  int small = 0;
+  const auto ask_small = [&] {
+    ask(wish(numbered("small", small), 20 + 7 * (small % 5)));  // one slab
+    ++small;
+  };
+  ask_small();
+  work(4);
+  ask(wish("large", 900));
+  for (int i = 0; i < 3; ++i) ask_small();
+  std::size_t done = 0;
+  while (done < 50 && (done == 0 || told<DoneMessage>().back().request_id != "large")) {
+    work(1);
+    pass(milliseconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    for (; done < told<DoneMessage>().size(); ++done) ask_small();
+  }
+  EXPECT_LT(done, 10U);
+}
+
 TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
   start_rank();
   ask(wish("undisturbed", 20));
