@@ -50,9 +50,12 @@ class ClientSessions {
   std::vector<std::string> on_time(TimePoint now);
 
  private:
-  struct Session {
-    std::map<std::string, RequestId> requests;
+  struct Held {
+    RequestId id{};
     std::string tenant;
+  };
+  struct Session {
+    std::map<std::string, Held> requests;
     std::deque<std::string> queue;
     std::size_t queue_bytes = 0;
     std::optional<TimePoint> blocked_since;

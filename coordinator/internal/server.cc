@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "common/log.h"
+#include "common/wire.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -27,6 +28,16 @@ bool is_tcp(const std::string& endpoint) { return endpoint.starts_with("tcp:"); 
 std::string client_endpoint(const ServiceConfig& config) {
   if (!config.zmq_endpoint.empty()) return config.zmq_endpoint;
   return "tcp://" + config.host + ":" + std::to_string(config.port);
+}
+
+// ZeroMQ's names of connections begin with a zero byte. One that a client gave itself may be that
+// of a connection before, whose requests' messages it would get.
+bool is_self_named(const std::string& peer) { return !peer.starts_with('\0'); }
+
+std::string refusal_of_names() {
+  return encode(ServerMessage(
+      ErrorMessage{"", std::string(error_code_name(ErrorCode::kInvalidArgument)),
+                   "this connection names itself; don't set a routing id (ZMQ_ROUTING_ID)"}));
 }
 
 int open_signals() {
@@ -149,8 +160,13 @@ bool Server::read_sockets() {
   for (int i = 0; i < kFramesATurn; ++i) {
     const auto frame = clients_->receive();
     if (!frame) break;
-    service_->on_client_frame(*frame, steady_clock::now());
     more = more || i + 1 == kFramesATurn;
+    if (is_self_named(frame->peer)) {
+      static_cast<void>(
+          to_client(frame->peer, refusal_of_names()));  // whether it reads that or not
+    } else {
+      service_->on_client_frame(*frame, steady_clock::now());
+    }
   }
   return more;
 }

@@ -7,7 +7,9 @@
 
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <zmq.hpp>
 
+#include "common/wire.h"
 #include "tests/coordinator/fake_worker.h"
 #include "tests/coordinator/test_service.h"
 #include "tests/coordinator/tiny_model.h"
@@ -159,6 +161,28 @@ TEST(Client, NeedsAKnownKey) {
     EXPECT_EQ((*client)->status().error().code, ErrorCode::kUnavailable);
   }
   EXPECT_TRUE(service.connect(good)->status());
+}
+
+// It could take the name of a connection that is gone, and with it what that one is still sent.
+TEST(Client, MayNotNameItsConnection) {
+  auto config = config_of(1);
+  config.zmq_endpoint = "ipc:///tmp/foretoken_test_named_" + std::to_string(getpid());
+  TestService service(config);
+  zmq::context_t context;
+  zmq::socket_t named(context, zmq::socket_type::dealer);
+  named.set(zmq::sockopt::linger, 0);
+  named.set(zmq::sockopt::rcvtimeo, 20000);
+  named.set(zmq::sockopt::routing_id, "X");
+  named.connect(service.endpoint());
+  named.send(zmq::buffer(encode(ClientRequest(StatusRequest{}))));
+  zmq::message_t answer;
+  ASSERT_TRUE(named.recv(answer));
+  const auto message = decode_server_message(answer.to_string()).value_or_throw();
+  const auto* error = std::get_if<ErrorMessage>(&message);
+  ASSERT_NE(error, nullptr);
+  EXPECT_EQ(error->code, "invalid_argument");
+  EXPECT_THAT(error->message, HasSubstr("routing id"));
+  EXPECT_TRUE(service.connect()->status());
 }
 
 TEST(Client, DrainLetsWhatRunsFinish) {
