@@ -12,7 +12,6 @@
 // For one thread. Example: tests/coordinator/service_test.cc
 #pragma once
 
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,6 +27,7 @@
 #include "coordinator/outbox.h"
 #include "coordinator/request.h"
 #include "coordinator/scheduler.h"
+#include "coordinator/tokenize_later.h"
 #include "coordinator/worker_group.h"
 
 namespace foretoken::coordinator {
@@ -46,18 +46,15 @@ struct ServedModel {
 // Error: kModelFile, kConfig.
 Result<ServedModel> read_served_model(const ServiceConfig& config);
 
-// Turns a text into tokens elsewhere, and hands them to Service::on_tokenized() later.
-using TokenizeLater = std::function<void(RequestId, std::string text, EncodeOptions)>;
-
 class Service {
  public:
   struct Parts {
     ServiceConfig config;
     ServedModel model;
     std::string store_socket;
-    std::string tenant_secret;     // keeps tenants from probing each other's prefixes
-    std::string operator_key;      // may drain, and has no limit of its own; empty: everybody may
-    TokenizeLater tokenize_later;  // for long prompts; null: at once
+    std::string tenant_secret;  // keeps tenants from probing each other's prefixes
+    std::string operator_key;   // may drain, and has no limit of its own; empty: everybody may
+    TokenizeLater* tokenize_later = nullptr;  // for long prompts; null: at once
   };
   Service(Parts parts, Outbox& outbox, Metrics& metrics, TimePoint now);
 

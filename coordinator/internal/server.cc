@@ -75,18 +75,12 @@ Server::Server(ServerConfig config) : config_(std::move(config)), signal_fd_(ope
   auto model = read_served_model(service).value_or_throw();
   metrics_ = std::make_unique<Metrics>(model.name);
   if (service.metrics_port != 0) metrics_->serve(service.metrics_port);
-  TokenizeLater later;
-  if (model.tokenizer) {
-    tokenizer_ = std::make_unique<TokenizeThread>(*model.tokenizer);
-    later = [this](RequestId id, std::string text, EncodeOptions options) {
-      tokenizer_->submit(id, std::move(text), options);
-    };
-  }
+  if (model.tokenizer) tokenizer_ = std::make_unique<TokenizeThread>(*model.tokenizer);
   const bool guarded = keys && is_tcp(client_endpoint(service)) && !service.insecure_bind;
   service_ = std::make_unique<Service>(
       Service::Parts{service, std::move(model), config_.store_socket,
                      keys ? keys->server.secret_key : "",
-                     guarded ? keys->client.own.public_key : "", std::move(later)},
+                     guarded ? keys->client.own.public_key : "", tokenizer_.get()},
       *this, *metrics_, steady_clock::now());
 }
 

@@ -83,8 +83,8 @@ void Service::on_request(const RouterFrame& frame, GenerateRequest wish, TimePoi
   if (taken.wish().prompt_ids) return on_tokenized(id, *taken.wish().prompt_ids, now);
   const auto& text = *taken.wish().prompt;
   const EncodeOptions options{.add_special = taken.wish().add_special_tokens};
-  if (parts_.tokenize_later && text.size() > kShortText) {
-    return parts_.tokenize_later(id, text, options);
+  if (parts_.tokenize_later != nullptr && text.size() > kShortText) {
+    return parts_.tokenize_later->submit(id, text, options);
   }
   on_tokenized(id, parts_.model.tokenizer->encode(text, options), now);
 }

@@ -90,6 +90,10 @@ void Service::erase(RequestId id) {
   const auto sequence = by_sequence_.find(request.sequence());
   if (sequence != by_sequence_.end() && sequence->second == id) by_sequence_.erase(sequence);
   sessions_.detach(request.origin().peer, request.wish().request_id);
+  // Else a client that cancels what it sends would hold up everybody's long prompts.
+  if (parts_.tokenize_later != nullptr && request.prompt().empty()) {
+    parts_.tokenize_later->cancel(id);
+  }
   request.end();
   requests_.erase(id);
 }

@@ -11,6 +11,7 @@
 #include "common/log.h"
 #include "common/wire.h"
 #include "tests/coordinator/fake_worker.h"
+#include "tests/coordinator/tiny_model.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -60,7 +61,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   Service& service() {
     if (!service_) {
       service_ = std::make_unique<Service>(
-          Service::Parts{config_, model_, "store", "secret", operator_key_, nullptr}, *this,
+          Service::Parts{config_, model_, "store", "secret", operator_key_, tokenizing_}, *this,
           metrics_, now_);
     }
     return *service_;
@@ -116,6 +117,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   ServiceConfig config_;
   ServedModel model_;
   std::string operator_key_;
+  TokenizeLater* tokenizing_ = nullptr;
   Metrics metrics_{"m"};
   TimePoint now_ = TimePoint{} + seconds(1000);
   std::unique_ptr<Service> service_;
@@ -248,6 +250,30 @@ TEST_F(ServiceTest, CancelEndsARequestWhereverItStands) {
   EXPECT_EQ(told<DoneMessage>().at(1).finish_reason, "cancelled");
   EXPECT_GT(told<DoneMessage>().at(1).tokens.size(), 0U);
   EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+struct TextsToTokenize : TokenizeLater {
+  void submit(RequestId id, std::string, EncodeOptions) override { waiting.insert(id); }
+  void cancel(RequestId id) override { waiting.erase(id); }
+  std::set<RequestId> waiting;
+};
+
+TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
+  model_.tokenizer = tiny_tokenizer();
+  TextsToTokenize texts;
+  tokenizing_ = &texts;
+  auto request = wish("r1");
+  request.prompt_ids.reset();
+  request.prompt = std::string(100'000, 'x');
+  ask(request);
+  EXPECT_EQ(texts.waiting.size(), 1U);
+  ask(CancelRequest{"r1"});
+  EXPECT_TRUE(texts.waiting.empty());
+  ask(request);
+  gone_ = "p";
+  pass(ClientSessions::kKeepAlive);
+  EXPECT_EQ(service().num_requests(), 0U);
+  EXPECT_TRUE(texts.waiting.empty());
 }
 
 TEST_F(ServiceTest, OthersRequestsCanNotBeCancelled) {

@@ -82,15 +82,7 @@ Simulation::Simulation(const SimulationConfig& config)
   service.request_timeout_s = 100000;
   ServedModel model;
   model.name = "simulated";
-  static const Tokenizer tokenizer = [] {
-    const auto folder = std::filesystem::temp_directory_path() /
-                        ("foretoken_simulation_" + std::to_string(::getpid()));
-    write_tiny_model(folder);
-    auto loaded = Tokenizer::load(folder).value_or_throw();
-    std::filesystem::remove_all(folder);
-    return loaded;
-  }();
-  model.tokenizer = tokenizer;
+  model.tokenizer = tiny_tokenizer();
   model.num_layers = rank_config_.num_layers;
   model.vocab_size = kTinyVocab;
   model.context = rank_config_.max_model_len;
