@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -20,6 +21,7 @@ using std::chrono::steady_clock;
 
 constexpr milliseconds kIdleTick{200};  // nothing to deliver, only heartbeats to look after
 constexpr milliseconds kLinger{1000};   // for last messages
+constexpr int kLeastQueue = 16;         // messages to a client that its socket takes
 constexpr int kFramesATurn = 256;       // of a socket, before the other has its turn
 constexpr std::size_t kWorkerFrameBytes = std::size_t{256} << 20;
 
@@ -89,7 +91,11 @@ Server::~Server() { close(signal_fd_); }
 void Server::bind(const std::optional<ServiceKeys>& keys) {
   const auto& service = config_.service;
   context_ = make_socket_context();
-  RouterSocket::Config clients{.endpoint = client_endpoint(service), .linger = kLinger};
+  // A step's tokens of all of a connection's requests leave at once; what is more waits where it is
+  // counted (ClientSessions).
+  RouterSocket::Config clients{.endpoint = client_endpoint(service),
+                               .max_queued = std::max(kLeastQueue, service.max_requests_per_client),
+                               .linger = kLinger};
   if (is_tcp(clients.endpoint)) {
     if (service.insecure_bind) {
       log().warn("--insecure-bind: whoever reaches {} can use this service", clients.endpoint);
