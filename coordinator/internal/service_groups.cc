@@ -12,8 +12,10 @@ namespace {
 constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
 constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each carries its tokens
-constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
-constexpr int kMaxLosses = 3;                        // of a request's KV, before it is told
+// With a parent that saw the death itself: more than its longest pause before a restart (8 s) and
+// the start of MPI take together.
+constexpr std::chrono::seconds kRestartPatience{20};
+constexpr int kMaxLosses = 3;  // of a request's KV, before it is told
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
 // whose exit is awaited, may hold the room.
@@ -113,6 +115,7 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   const auto& ready = group.ranks.capacity();
   log().info("group {} ready: epoch {}, {}, context {}, {} KV slabs a head", group.ranks.group(),
              raw(group.ranks.epoch()), ready.device, group.ranks.context(), ready.kv_slabs_total);
+  tell_parent("group_ready", group);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
@@ -138,11 +141,10 @@ void Service::ask_for_restart(Group& group) {
 }
 
 void Service::tell_parent(const char* event, const Group& group) {
-  outbox_.to_parent(nlohmann::json{{"event", event},
-                                   {"group", group.ranks.group()},
-                                   {"epoch", raw(group.ranks.epoch())},
-                                   {"reason", group.last_death}}
-                        .dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+  nlohmann::json line = {
+      {"event", event}, {"group", group.ranks.group()}, {"epoch", raw(group.ranks.epoch())}};
+  if (!group.last_death.empty()) line["reason"] = group.last_death;
+  outbox_.to_parent(line.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
 }
 
 // Its requests go on elsewhere or later.

@@ -171,6 +171,9 @@ void Supervisor::on_coordinator_line(const std::string& line) {
     endpoint_ = json.value("endpoint", "");
     connect_client();
     for (Group& group : groups_) start_group(group);
+  } else if (event == "group_ready") {
+    // A word on the life before may have come when this one had begun.
+    if (Group* group = find_group(json.value("group", -1))) group->cause.clear();
   } else if (event == "group_dead") {
     if (Group* group = find_group(json.value("group", -1))) {
       group->cause = json.value("reason", "");

@@ -562,10 +562,12 @@ TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {
   work(10);
   const auto before = told<TokenMessage>().size();
   EXPECT_GT(before, 0U);
-  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
   ASSERT_EQ(parent_.size(), 1U);
-  EXPECT_THAT(parent_[0], HasSubstr("\"event\":\"restart_group\""));
-  EXPECT_THAT(parent_[0], HasSubstr("\"epoch\":2"));
+  EXPECT_EQ(parent_[0], R"({"epoch":1,"event":"group_ready","group":0})");
+  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
+  ASSERT_EQ(parent_.size(), 2U);
+  EXPECT_THAT(parent_[1], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[1], HasSubstr("\"epoch\":2"));
   plans_.clear();
   start_rank();
   work();
@@ -575,6 +577,19 @@ TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {
   EXPECT_EQ(told<TokenMessage>().size(), 30U);
   ask(StatusRequest{});
   EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 1);
+}
+
+// A parent pauses for up to 8 s before it starts a group that dies often.
+TEST_F(ServiceTest, AParentThatSawADeathIsLeftTimeToStartTheGroup) {
+  start_rank();
+  say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kDevice, "a GPU fell off"}});
+  const auto last = [this] { return parent_.back(); };
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"group_dead\""));
+  EXPECT_THAT(last(), HasSubstr("a GPU fell off"));
+  pass(seconds(15));
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"group_dead\""));
+  pass(seconds(15));
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"restart_group\""));
 }
 
 TEST_F(ServiceTest, AFailureWhileLoadingShowsInTheStatus) {

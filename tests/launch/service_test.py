@@ -305,6 +305,30 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
 
 
+def test_a_death_is_not_told_with_the_reason_of_the_one_before(model):
+    """A coordinator that starves tells of a death when the group has been started anew already."""
+    with Service(model, FULL) as running:
+        coordinator = running.pids("foretoken-coordinator")[0]
+
+        def deaths():
+            lines = running.log.read_text().splitlines()
+            return [line for line in lines if line.startswith("foretoken: worker group 0 exited")]
+
+        def kill_unseen(number):
+            os.kill(coordinator, signal.SIGSTOP)
+            os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+            wait_until(lambda: len(deaths()) == number, what="the restart")
+            os.kill(coordinator, signal.SIGCONT)
+
+        kill_unseen(1)
+        with Client(running.endpoint, running.key_file, silence_timeout=60) as client:
+            wait_until(lambda: client.status()["worker_restarts"] == 1, what="word of the death")
+            wait_until(lambda: client.status()["state"] == "ready", what="the second life")
+        time.sleep(0.5)  # until serve has read what it was told
+        kill_unseen(2)
+        assert "(signal 9, Killed); restarting" in deaths()[1]
+
+
 @pytest.mark.parametrize("source", ["the files", "random values"])
 def test_a_replaced_group_loads_from_the_stores_copy(model, source):
     """... and its tokens stay the same; both ranks load from the one copy."""
