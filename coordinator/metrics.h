@@ -34,7 +34,8 @@ class Metrics {
   void on_step(double seconds);
   void set_requests(std::size_t running, std::size_t waiting);
   void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);
-  // Counts of the store's life as last told; one that is less than before has started anew.
+  // Counts of the store's life. Groups tell them in turn, and one may do so late: of less than
+  // before.
   void set_nvme(const KvNvme& nvme);
 
  private:

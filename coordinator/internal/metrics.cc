@@ -7,6 +7,8 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <algorithm>
+
 namespace foretoken::coordinator {
 namespace {
 
@@ -103,7 +105,7 @@ struct Metrics::Impl {
   Histogram& whole =
       histogram("foretoken_e2e_request_latency_seconds", "Arrival to the last message");
   Histogram& step = histogram("foretoken_step_seconds", "A step on the slowest rank");
-  KvNvme nvme;  // as last told
+  KvNvme most;  // each count, as far as it was told
   std::unique_ptr<prometheus::Exposer> exposer;
 };
 
@@ -192,9 +194,9 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   }
   impl_->nvme_slabs.Set(static_cast<double>(nvme.slabs_held));
   const auto raise = [&](Counter& counter, std::int64_t KvNvme::*count) {
-    const std::int64_t now = nvme.*count;
-    const std::int64_t before = impl_->nvme.*count;
-    counter.Increment(static_cast<double>(now >= before ? now - before : now));
+    auto& most = impl_->most.*count;
+    counter.Increment(static_cast<double>(std::max(most, nvme.*count) - most));
+    most = std::max(most, nvme.*count);
   };
   raise(impl_->nvme_read, &KvNvme::bytes_read);
   raise(impl_->nvme_written, &KvNvme::bytes_written);
@@ -202,7 +204,6 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   raise(impl_->nvme_passed_over, &KvNvme::tokens_passed_over);
   raise(impl_->labelled(kFailures, kFailuresHelp, "tier", "nvme"), &KvNvme::checksum_failures);
   raise(impl_->host_failures, &KvNvme::host_checksum_failures);
-  impl_->nvme = nvme;
 }
 
 }  // namespace foretoken::coordinator

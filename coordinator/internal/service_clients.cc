@@ -143,12 +143,12 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
     const auto& ranks = group->ranks;
     if (ranks.is_ready()) {
       any_ready = true;
-      const auto total = ranks.capacity().kv_slabs_total;
+      const auto& slabs = ranks.kv_slabs();  // the node's store's, whichever group tells
       reply.device = ranks.capacity().device;
-      reply.kv_slabs_total += total;
-      reply.kv_slabs_cached += ranks.kv_slabs().cached;
-      reply.kv_nvme = ranks.kv_slabs().nvme;  // the node's, whichever group tells
-      reply.kv_slabs_used += total - ranks.kv_slabs().free - ranks.kv_slabs().cached;
+      reply.kv_slabs_total = ranks.capacity().kv_slabs_total;
+      reply.kv_slabs_cached = slabs.cached;
+      reply.kv_slabs_used = reply.kv_slabs_total - slabs.free - slabs.cached;
+      reply.kv_nvme = slabs.nvme;
       continue;
     }
     if (!reply.detail.empty()) reply.detail += "; ";

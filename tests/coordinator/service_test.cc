@@ -592,6 +592,19 @@ TEST_F(ServiceTest, AParentThatSawADeathIsLeftTimeToStartTheGroup) {
   EXPECT_THAT(last(), HasSubstr("\"event\":\"restart_group\""));
 }
 
+TEST_F(ServiceTest, GroupsShareTheNodesStore) {
+  config_.num_groups = 2;
+  start_rank(/*slabs=*/10);
+  say(Hello{1, 0, 1, 2, "here"});
+  Ready ready = rank_->ready(Epoch{1});
+  ready.group = 1;
+  say(ready);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).state, "ready");
+  EXPECT_EQ(told<StatusReply>().at(0).detail, "");
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
+}
+
 TEST_F(ServiceTest, AFailureWhileLoadingShowsInTheStatus) {
   say(Hello{0, 0, 1, 1, "here"});
   say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kModelFile, "model.safetensors is cut short"}});
