@@ -27,6 +27,8 @@ class Metrics {
   void on_first_token(double seconds_since_arrival);
   void on_next_token(double seconds_since_last);
   void on_done(const DoneMessage& done);
+  // All ranks have let go of a sequence, whatever its request ended with.
+  void on_released(const KvReport& kv);
   void on_failed(ErrorCode why);
   void on_restart();
   // A sequence was lost, by so many reads of host memory that failed their check.

@@ -148,20 +148,23 @@ void Metrics::on_done(const DoneMessage& done) {
       .Increment();
   impl_->prompt_tokens.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->generated.Increment(static_cast<double>(done.usage.completion_tokens));
-  impl_->nvme_read.Increment(static_cast<double>(done.kv.bytes_nvme));
   impl_->prefix_queries.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->prefix_hits.Increment(static_cast<double>(done.usage.cached_tokens));
-  impl_->fetched.Increment(static_cast<double>(done.kv.blocks_fetched));
-  impl_->host_bytes.Increment(static_cast<double>(done.kv.bytes_host));
-  impl_->host_failures.Increment(static_cast<double>(done.kv.checksum_failures));
-  impl_->late.Increment(static_cast<double>(done.kv.late));
-  impl_->fallbacks.Increment(static_cast<double>(done.kv.predictor_fallbacks));
-  impl_->dense_fallbacks.Increment(static_cast<double>(done.kv.dense_fallbacks));
-  impl_->dense_capped.Increment(static_cast<double>(done.kv.dense_capped));
-  impl_->spilled.Increment(done.kv.spilled ? 1 : 0);
-  impl_->recall_sum.Increment(done.kv.recall_sum);
-  impl_->recall_count.Increment(static_cast<double>(done.kv.recall_count));
   impl_->whole.Observe(done.timing.total_ms / 1000);
+}
+
+void Metrics::on_released(const KvReport& kv) {
+  impl_->nvme_read.Increment(static_cast<double>(kv.bytes_nvme));
+  impl_->fetched.Increment(static_cast<double>(kv.blocks_fetched));
+  impl_->host_bytes.Increment(static_cast<double>(kv.bytes_host));
+  impl_->host_failures.Increment(static_cast<double>(kv.checksum_failures));
+  impl_->late.Increment(static_cast<double>(kv.late));
+  impl_->fallbacks.Increment(static_cast<double>(kv.predictor_fallbacks));
+  impl_->dense_fallbacks.Increment(static_cast<double>(kv.dense_fallbacks));
+  impl_->dense_capped.Increment(static_cast<double>(kv.dense_capped));
+  impl_->spilled.Increment(kv.spilled ? 1 : 0);
+  impl_->recall_sum.Increment(kv.recall_sum);
+  impl_->recall_count.Increment(static_cast<double>(kv.recall_count));
 }
 
 void Metrics::on_first_token(double seconds) { impl_->first_token.Observe(seconds); }

@@ -276,6 +276,7 @@ void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
 
 void Service::on_step_event(Group& group, const Released& event, TimePoint now) {
   group.full_until.reset();
+  metrics_.on_released(event.kv);
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);

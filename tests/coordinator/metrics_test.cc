@@ -33,10 +33,10 @@ TEST(Metrics, CountsOfTheNvmeTierOnlyRise) {
 
 TEST(Metrics, CountsRequestsThatSpilled) {
   Metrics metrics("m");
-  DoneMessage done;
-  metrics.on_done(done);
-  done.kv.spilled = true;
-  metrics.on_done(done);
+  KvReport kv;
+  metrics.on_released(kv);
+  kv.spilled = true;
+  metrics.on_released(kv);
   EXPECT_THAT(metrics.text(), HasSubstr("foretoken_spilled_requests_total{model_name=\"m\"} 1"));
 }
 

@@ -297,6 +297,24 @@ TEST_F(ServiceTest, AVanishedClientsSequencesAreReleased) {
   EXPECT_EQ(rank_->num_sequences(), 0U);
 }
 
+TEST_F(ServiceTest, MetricsCountTheKvOfRequestsThatEndBadlyToo) {
+  config_.request_timeout_s = 10;
+  start_rank();
+  ask(wish("late", 900));
+  ask(wish("vanishes", 900), "q");
+  work(10);
+  gone_ = "q";
+  work(2);
+  pass(seconds(2));
+  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  pass(seconds(9));
+  work();
+  EXPECT_EQ(told<ErrorMessage>().at(0).code, "timeout");
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+  EXPECT_THAT(metrics_.text(),
+              HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 4"));
+}
+
 TEST_F(ServiceTest, ASlowClientHoldsUpNobodyAndIsCancelled) {
   start_rank();
   ask(wish("r1", 900), "slow");
