@@ -169,6 +169,14 @@ def test_a_stream_that_is_left_is_cancelled_and_forgotten(tmp_path):
             assert service.frames == {"generate": 2, "cancel": 1}
 
 
+def test_a_stream_may_outlive_its_client(tmp_path):
+    with PlayedService(tmp_path, lambda message: [token(message["request_id"], 1)]) as service:
+        with Client(service.endpoint) as client:
+            stream = client.stream("x")
+            assert next(stream).ids == [1]
+        stream.close()
+
+
 @pytest.mark.parametrize("known", [0, 1])
 def test_a_service_that_was_restarted_no_longer_knows_its_requests(tmp_path, known):
     names = []

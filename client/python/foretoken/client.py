@@ -80,6 +80,7 @@ class Client:
         self.close()
 
     def close(self):
+        self._running.clear()  # the service cancels them when the connection ends
         self._socket.close()
         self._context.term()
 
