@@ -35,7 +35,7 @@ class Server : public Outbox {
   // {"event":"group_ready","group":...,"epoch":...} for a group whose ranks have loaded the model,
   // {"event":"group_dead","group":...,"epoch":...,"reason":...} for a group that ends by itself,
   // {"event":"restart_group","group":...,"epoch":...,"reason":...} for one that must be killed and
-  // started anew.
+  // started anew, {"event":"draining"} once nothing new is taken.
   void run();
 
  private:

@@ -637,6 +637,7 @@ TEST_F(ServiceTest, DrainFinishesWhatRunsAndTakesNothingNew) {
   work(5);
   ask(DrainRequest{});
   EXPECT_EQ(told<DrainReply>().size(), 1U);
+  EXPECT_EQ(parent_.back(), R"({"event":"draining"})");
   ask(wish("r2"));
   EXPECT_EQ(told<ErrorMessage>().at(0).code, "unavailable");
   EXPECT_FALSE(service().is_finished());
