@@ -112,9 +112,10 @@ TEST(Client, CancelsFromTheCallback) {
   const auto client = service.connect();
   auto request = wish("endless", 4000);
   request.ignore_eos = true;
-  int calls = 0;
-  const auto done = client->generate(request, [&](const TokenMessage&) {
-    return ++calls < 3 ? StreamAction::kContinue : StreamAction::kCancel;
+  std::size_t tokens = 0;
+  const auto done = client->generate(request, [&](const TokenMessage& message) {
+    tokens += message.tokens.size();
+    return tokens < 3 ? StreamAction::kContinue : StreamAction::kCancel;
   });
   ASSERT_TRUE(done) << done.error().message;
   EXPECT_EQ(done->finish_reason, "cancelled");
@@ -123,6 +124,34 @@ TEST(Client, CancelsFromTheCallback) {
   const auto again = client->generate(wish("next", 3));
   EXPECT_TRUE(again);
   EXPECT_EQ(client->status()->kv_slabs_used, 0);
+}
+
+TEST(Client, CancelsWhileNoTokenComes) {
+  TestService service(config_of(1));  // without ranks
+  const auto client = service.connect();
+  int calls = 0;
+  const auto done = client->generate(wish("waits", 10), [&](const TokenMessage& message) {
+    EXPECT_TRUE(message.tokens.empty());
+    return ++calls < 3 ? StreamAction::kContinue : StreamAction::kCancel;
+  });
+  ASSERT_TRUE(done) << done.error().message;
+  EXPECT_EQ(done->finish_reason, "cancelled");
+}
+
+// How long a request may take is the service's to say, unless the client says less.
+TEST(Client, ARequestHasTheTimeThatTheServiceGives) {
+  EXPECT_FALSE(ClientConfig{}.request_timeout);
+  auto config = config_of(1);
+  config.request_timeout_s = 1;
+  TestService service(config);
+  const auto told = service.connect()->generate(wish("waits", 10));
+  ASSERT_FALSE(told);
+  EXPECT_THAT(told.error().message, HasSubstr("--request-timeout-s 1"));
+  const auto hasty =
+      Client::connect({.endpoint = service.endpoint(),
+                       .keys = read_client_keys(service.folder() / "client.key").value_or_throw(),
+                       .request_timeout = 300ms});
+  EXPECT_THAT((*hasty)->generate(wish("waits", 10)).error().message, HasSubstr("no message"));
 }
 
 TEST(Client, ErrorsSayWhatIsWrong) {
