@@ -9,7 +9,7 @@
 //   });
 //
 // generate() runs one request to its end. submit() and receive() carry many at once over one
-// connection. Every wait has a deadline; while it waits the client asks for the service's status
+// connection. The service bounds a request's life; while the client waits it asks for the status
 // once a second, so that a service that died, or restarted and forgot the request, shows as
 // kUnavailable within seconds and not at the end of the request's time.
 //
@@ -31,7 +31,8 @@ namespace foretoken::client {
 
 enum class StreamAction { kContinue, kCancel };
 
-// Called for each token message of a streamed request, on the thread that called generate().
+// Called for each token message of a streamed request, and several times a second with an empty one
+// while none comes, on the thread that called generate().
 using OnTokens = std::function<StreamAction(const TokenMessage&)>;
 
 struct ClientConfig {
@@ -39,8 +40,8 @@ struct ClientConfig {
   std::optional<ClientKeys> keys = {};  // of a service that runs with keys: read_client_keys(FILE)
   // How long the service may be silent before it counts as gone.
   std::chrono::milliseconds silence_timeout{10000};
-  // How long one generate() may take in all.
-  std::chrono::milliseconds request_timeout{600000};
+  // How long one generate() may take in all; none: as long as the service allows.
+  std::optional<std::chrono::milliseconds> request_timeout = {};
 };
 
 class Client {

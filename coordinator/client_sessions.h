@@ -2,10 +2,10 @@
 // waits because they read slowly.
 //
 // A session's queue holds at most kMaxQueueBytes of small replies and the frame that found the
-// socket full. Tokens don't queue here: a request keeps them, and hands them over when can_send()
-// says so. A client that takes nothing for kSlowAfter, or whose connection is closed, is lost. One
-// whose requests make no tokens for a while gets an empty token message every kKeepAlive, which is
-// how a closed connection shows.
+// socket full, which takes as many messages as a connection may have requests. Tokens don't queue
+// here: a request keeps them, and hands them over when can_send() says so. A client that takes
+// nothing for kSlowAfter, or whose connection is closed, is lost. One whose requests make no tokens
+// for a while gets an empty token message every kKeepAlive, which is how a closed connection shows.
 //
 // For one thread. Example: tests/coordinator/client_sessions_test.cc
 #pragma once
@@ -50,9 +50,12 @@ class ClientSessions {
   std::vector<std::string> on_time(TimePoint now);
 
  private:
-  struct Session {
-    std::map<std::string, RequestId> requests;
+  struct Held {
+    RequestId id{};
     std::string tenant;
+  };
+  struct Session {
+    std::map<std::string, Held> requests;
     std::deque<std::string> queue;
     std::size_t queue_bytes = 0;
     std::optional<TimePoint> blocked_since;

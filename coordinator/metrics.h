@@ -27,6 +27,8 @@ class Metrics {
   void on_first_token(double seconds_since_arrival);
   void on_next_token(double seconds_since_last);
   void on_done(const DoneMessage& done);
+  // All ranks have let go of a sequence, whatever its request ended with.
+  void on_released(const KvReport& kv);
   void on_failed(ErrorCode why);
   void on_restart();
   // A sequence was lost, by so many reads of host memory that failed their check.
@@ -34,7 +36,8 @@ class Metrics {
   void on_step(double seconds);
   void set_requests(std::size_t running, std::size_t waiting);
   void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);
-  // Counts of the store's life as last told; one that is less than before has started anew.
+  // Counts of the store's life. Groups tell them in turn, and one may do so late: of less than
+  // before.
   void set_nvme(const KvNvme& nvme);
 
  private:

@@ -10,9 +10,9 @@
 // Prefill is layer-major (docs/architecture.md): a step has a budget of max_batched_tokens *
 // num_layers token-layers. Where a layer of the whole prompt fits the budget, an item takes as many
 // whole layers as fit; else a layer is cut into token ranges. One sequence is in prefill at a time,
-// first come first served; all others decode in the same steps. Beside them the budget is also what
-// max_inter_token leaves, by the times of the steps before (StepTimes), but never less than a block
-// of one layer.
+// from its first item to its last, first come first served; all others decode in the same steps.
+// Beside them the budget is also what max_inter_token leaves, by the times of the steps before
+// (StepTimes), but never less than a block of one layer.
 //
 // Policy auto: sequences are admitted dense (all their blocks on the device). Where a rank's device
 // has no room for one, the longest dense sequence spills, the new one perhaps, and it is tried
@@ -149,6 +149,8 @@ class Scheduler {
   void plan_admissions(StepPlan& plan, InFlight& step);
   void plan_decodes(StepPlan& plan, InFlight& step);
   void plan_prefills(StepPlan& plan, InFlight& step);
+  bool plan_prefill(Sequence& sequence, Budget& whole, Budget& left, StepPlan& plan,
+                    InFlight& step);
   Budget whole_budget(const StepPlan& plan) const;
   // Tokens of one layer, from `begin` on, that the budget allows.
   std::int64_t tokens_within(const Budget& budget, std::int64_t begin) const;

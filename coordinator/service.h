@@ -12,11 +12,10 @@
 // For one thread. Example: tests/coordinator/service_test.cc
 #pragma once
 
-#include <deque>
-#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,6 +27,7 @@
 #include "coordinator/outbox.h"
 #include "coordinator/request.h"
 #include "coordinator/scheduler.h"
+#include "coordinator/tokenize_later.h"
 #include "coordinator/worker_group.h"
 
 namespace foretoken::coordinator {
@@ -46,18 +46,15 @@ struct ServedModel {
 // Error: kModelFile, kConfig.
 Result<ServedModel> read_served_model(const ServiceConfig& config);
 
-// Turns a text into tokens elsewhere, and hands them to Service::on_tokenized() later.
-using TokenizeLater = std::function<void(RequestId, std::string text, EncodeOptions)>;
-
 class Service {
  public:
   struct Parts {
     ServiceConfig config;
     ServedModel model;
     std::string store_socket;
-    std::string tenant_secret;     // keeps tenants from probing each other's prefixes
-    std::string operator_key;      // may drain, and has no limit of its own; empty: everybody may
-    TokenizeLater tokenize_later;  // for long prompts; null: at once
+    std::string tenant_secret;  // keeps tenants from probing each other's prefixes
+    std::string operator_key;   // may drain, and has no limit of its own; empty: everybody may
+    TokenizeLater* tokenize_later = nullptr;  // for long prompts; null: at once
   };
   Service(Parts parts, Outbox& outbox, Metrics& metrics, TimePoint now);
 
@@ -108,7 +105,6 @@ class Service {
   void settle(Request& request, TimePoint now);
   void complete(Request& request, KvReport kv, TimePoint now);
   bool release_sequence(Request& request);
-  void leave_queue(RequestId id);
   void erase(RequestId id);
   Request* find(RequestId id);
 
@@ -131,10 +127,12 @@ class Service {
   void on_step_event(Group& group, const Released& event, TimePoint now);
   void wait_for_prefix(Request& request, TimePoint now);
   void requeue(Group& group, TimePoint now);
+  void wait_again(Request& request);
   void ask_for_restart(Group& group);
   void tell_parent(const char* event, const Group& group);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
+  bool tries_again() const;
   void start_waiting(TimePoint now);
   void start(Request& request, Group& group, std::size_t segments);
   Group* pick_group(const Request& request, TimePoint now);
@@ -150,7 +148,7 @@ class Service {
   std::vector<std::unique_ptr<Group>> groups_;
   std::map<RequestId, std::unique_ptr<Request>> requests_;
   std::map<SequenceId, RequestId> by_sequence_;  // sequences that somebody waits for
-  std::deque<RequestId> waiting_;                // first come first served
+  std::set<RequestId> waiting_;                  // first come first served: ids rise
   std::uint64_t last_request_ = 0;
   std::uint64_t last_sequence_ = 0;
   std::int64_t restarts_ = 0;

@@ -1,7 +1,7 @@
 // TokenizeThread: turns long texts into tokens beside the main loop, first come first served.
 //
-// Owns its thread. submit() and take() are for one thread; fd() is readable when take() has
-// something.
+// Owns its thread. submit(), cancel() and take() are for one thread; fd() is readable when take()
+// has something. Example: tests/coordinator/tokenize_thread_test.cc
 #pragma once
 
 #include <condition_variable>
@@ -11,21 +11,21 @@
 #include <thread>
 #include <vector>
 
-#include "common/ids.h"
-#include "common/tokenizer.h"
+#include "coordinator/tokenize_later.h"
 
 namespace foretoken::coordinator {
 
-class TokenizeThread {
+class TokenizeThread : public TokenizeLater {
  public:
   struct Answer {
     RequestId id{};
     Result<std::vector<TokenId>> ids;
   };
   explicit TokenizeThread(Tokenizer tokenizer);
-  ~TokenizeThread();
+  ~TokenizeThread() override;
 
-  void submit(RequestId id, std::string text, EncodeOptions options);
+  void submit(RequestId id, std::string text, EncodeOptions options) override;
+  void cancel(RequestId id) override;
   std::vector<Answer> take();
   int fd() const { return event_fd_; }
 

@@ -6,8 +6,8 @@
 // epoch are dropped. Death is noticed
 //   at once       when a rank says WorkerFailed, or its socket is closed while something is sent
 //   after 1 s     without a heartbeat: it is suspected, and probed (a closed socket shows then)
-//   after 3 s     without a heartbeat (10 s after its Hello), or 120 s without the result of a
-//                 plan: it is fenced
+//   after 3 s     without a heartbeat (10 s after its Hello), or 120 s without the result of the
+//                 plan that it works on: it is fenced
 // These times are counted by on_time(), at most kLongestLook a call: where this process slept or
 // starved, what ranks sent lies unread, and their silence is ours.
 //
@@ -92,7 +92,8 @@ class WorkerGroup {
     bool suspected = false;
   };
   struct Due {
-    Duration sent{};                    // when watched_ was this
+    // watched_ when it was sent, or when the plan before it was done: two are out at a time.
+    Duration since{};
     std::map<int, StepResult> results;  // by rank
   };
   Rank* find(const std::string& peer, Epoch epoch, int rank);

@@ -8,17 +8,20 @@ namespace foretoken::coordinator {
 void ClientSessions::attach(const std::string& peer, const std::string& tenant,
                             const std::string& request_id, RequestId id) {
   auto& session = sessions_[peer];
-  FT_CHECK(session.requests.emplace(request_id, id).second, raw(id));
-  session.tenant = tenant;
+  FT_CHECK(session.requests.emplace(request_id, Held{id, tenant}).second, raw(id));
   ++requests_of_tenant_[tenant];
 }
 
 void ClientSessions::detach(const std::string& peer, const std::string& request_id) {
   const auto session = sessions_.find(peer);
-  if (session == sessions_.end() || session->second.requests.erase(request_id) == 0) return;
-  const auto tenant = requests_of_tenant_.find(session->second.tenant);
+  if (session == sessions_.end()) return;
+  auto& requests = session->second.requests;
+  const auto request = requests.find(request_id);
+  if (request == requests.end()) return;
+  const auto tenant = requests_of_tenant_.find(request->second.tenant);
   if (--tenant->second == 0) requests_of_tenant_.erase(tenant);
-  if (session->second.requests.empty() && session->second.queue.empty()) sessions_.erase(session);
+  requests.erase(request);
+  if (requests.empty() && session->second.queue.empty()) sessions_.erase(session);
 }
 
 std::optional<RequestId> ClientSessions::find(const std::string& peer,
@@ -27,14 +30,14 @@ std::optional<RequestId> ClientSessions::find(const std::string& peer,
   if (session == sessions_.end()) return std::nullopt;
   const auto request = session->second.requests.find(request_id);
   if (request == session->second.requests.end()) return std::nullopt;
-  return request->second;
+  return request->second.id;
 }
 
 std::vector<RequestId> ClientSessions::requests_of(const std::string& peer) const {
   std::vector<RequestId> ids;
   const auto session = sessions_.find(peer);
   if (session == sessions_.end()) return ids;
-  for (const auto& [name, id] : session->second.requests) ids.push_back(id);
+  for (const auto& [name, request] : session->second.requests) ids.push_back(request.id);
   return ids;
 }
 

@@ -7,6 +7,8 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <algorithm>
+
 namespace foretoken::coordinator {
 namespace {
 
@@ -103,7 +105,7 @@ struct Metrics::Impl {
   Histogram& whole =
       histogram("foretoken_e2e_request_latency_seconds", "Arrival to the last message");
   Histogram& step = histogram("foretoken_step_seconds", "A step on the slowest rank");
-  KvNvme nvme;  // as last told
+  KvNvme most;  // each count, as far as it was told
   std::unique_ptr<prometheus::Exposer> exposer;
 };
 
@@ -146,20 +148,23 @@ void Metrics::on_done(const DoneMessage& done) {
       .Increment();
   impl_->prompt_tokens.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->generated.Increment(static_cast<double>(done.usage.completion_tokens));
-  impl_->nvme_read.Increment(static_cast<double>(done.kv.bytes_nvme));
   impl_->prefix_queries.Increment(static_cast<double>(done.usage.prompt_tokens));
   impl_->prefix_hits.Increment(static_cast<double>(done.usage.cached_tokens));
-  impl_->fetched.Increment(static_cast<double>(done.kv.blocks_fetched));
-  impl_->host_bytes.Increment(static_cast<double>(done.kv.bytes_host));
-  impl_->host_failures.Increment(static_cast<double>(done.kv.checksum_failures));
-  impl_->late.Increment(static_cast<double>(done.kv.late));
-  impl_->fallbacks.Increment(static_cast<double>(done.kv.predictor_fallbacks));
-  impl_->dense_fallbacks.Increment(static_cast<double>(done.kv.dense_fallbacks));
-  impl_->dense_capped.Increment(static_cast<double>(done.kv.dense_capped));
-  impl_->spilled.Increment(done.kv.spilled ? 1 : 0);
-  impl_->recall_sum.Increment(done.kv.recall_sum);
-  impl_->recall_count.Increment(static_cast<double>(done.kv.recall_count));
   impl_->whole.Observe(done.timing.total_ms / 1000);
+}
+
+void Metrics::on_released(const KvReport& kv) {
+  impl_->nvme_read.Increment(static_cast<double>(kv.bytes_nvme));
+  impl_->fetched.Increment(static_cast<double>(kv.blocks_fetched));
+  impl_->host_bytes.Increment(static_cast<double>(kv.bytes_host));
+  impl_->host_failures.Increment(static_cast<double>(kv.checksum_failures));
+  impl_->late.Increment(static_cast<double>(kv.late));
+  impl_->fallbacks.Increment(static_cast<double>(kv.predictor_fallbacks));
+  impl_->dense_fallbacks.Increment(static_cast<double>(kv.dense_fallbacks));
+  impl_->dense_capped.Increment(static_cast<double>(kv.dense_capped));
+  impl_->spilled.Increment(kv.spilled ? 1 : 0);
+  impl_->recall_sum.Increment(kv.recall_sum);
+  impl_->recall_count.Increment(static_cast<double>(kv.recall_count));
 }
 
 void Metrics::on_first_token(double seconds) { impl_->first_token.Observe(seconds); }
@@ -192,9 +197,9 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   }
   impl_->nvme_slabs.Set(static_cast<double>(nvme.slabs_held));
   const auto raise = [&](Counter& counter, std::int64_t KvNvme::*count) {
-    const std::int64_t now = nvme.*count;
-    const std::int64_t before = impl_->nvme.*count;
-    counter.Increment(static_cast<double>(now >= before ? now - before : now));
+    auto& most = impl_->most.*count;
+    counter.Increment(static_cast<double>(std::max(most, nvme.*count) - most));
+    most = std::max(most, nvme.*count);
   };
   raise(impl_->nvme_read, &KvNvme::bytes_read);
   raise(impl_->nvme_written, &KvNvme::bytes_written);
@@ -202,7 +207,6 @@ void Metrics::set_nvme(const KvNvme& nvme) {
   raise(impl_->nvme_passed_over, &KvNvme::tokens_passed_over);
   raise(impl_->labelled(kFailures, kFailuresHelp, "tier", "nvme"), &KvNvme::checksum_failures);
   raise(impl_->host_failures, &KvNvme::host_checksum_failures);
-  impl_->nvme = nvme;
 }
 
 }  // namespace foretoken::coordinator

@@ -220,27 +220,41 @@ void Scheduler::spend(const PrefillItem& item, Budget& left, InFlight& step) con
   step.prefill_units += units;
 }
 
+// A rank holds what lies between the layers of one prompt: one whose first item is out comes first,
+// also where a sequence that was added before it is ready only now.
 void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
   auto whole = whole_budget(plan);
   auto left = whole;
   for (auto& [id, sequence] : sequences_) {
-    if (sequence.phase == Phase::kStarting && !sequence.releasing) return;  // it comes first
-    if (sequence.phase != Phase::kPrefilling || sequence.releasing) continue;
-    if (whole.units && plan.prefills.empty()) {
-      const auto least = times_.units(sequence.token, sequence.token + kBlockTokens);
-      left.units = whole.units = std::max(*whole.units, least);
-    }
-    while (sequence.layer < config_.num_layers) {
-      const auto item = cut_prefill(sequence, whole, left);
-      if (!item) return;
-      spend(*item, left, step);
-      plan.prefills.push_back(*item);
-    }
-    sequence.phase = Phase::kDecoding;
-    sequence.planned = 1;
-    step.prefilled.push_back(id);
-    step.sampling.push_back(id);
+    const bool has_begun = sequence.layer > 0 || sequence.token > sequence.reused;
+    if (has_begun && !plan_prefill(sequence, whole, left, plan, step)) return;
   }
+  for (auto& [id, sequence] : sequences_) {
+    if (sequence.phase == Phase::kStarting && !sequence.releasing) return;  // it comes first
+    if (!plan_prefill(sequence, whole, left, plan, step)) return;
+  }
+}
+
+// False when the rest of its prompt waits for the next step.
+bool Scheduler::plan_prefill(Sequence& sequence, Budget& whole, Budget& left, StepPlan& plan,
+                             InFlight& step) {
+  if (sequence.phase != Phase::kPrefilling || sequence.releasing) return true;
+  if (whole.units && plan.prefills.empty()) {
+    const auto least = times_.units(sequence.token, sequence.token + kBlockTokens);
+    left.units = whole.units = std::max(*whole.units, least);
+  }
+  while (sequence.layer < config_.num_layers) {
+    const auto item = cut_prefill(sequence, whole, left);
+    if (!item) return false;
+    spend(*item, left, step);
+    plan.prefills.push_back(*item);
+  }
+  sequence.phase = Phase::kDecoding;
+  sequence.planned = 1;
+  const auto id = sequence.given.admit.sequence;
+  step.prefilled.push_back(id);
+  step.sampling.push_back(id);
+  return true;
 }
 
 // The next item of a prompt; nullopt when it had better wait for the next step: a layer is cut only

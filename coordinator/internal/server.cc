@@ -5,11 +5,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
 #include "common/log.h"
+#include "common/wire.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -19,6 +21,7 @@ using std::chrono::steady_clock;
 
 constexpr milliseconds kIdleTick{200};  // nothing to deliver, only heartbeats to look after
 constexpr milliseconds kLinger{1000};   // for last messages
+constexpr int kLeastQueue = 16;         // messages to a client that its socket takes
 constexpr int kFramesATurn = 256;       // of a socket, before the other has its turn
 constexpr std::size_t kWorkerFrameBytes = std::size_t{256} << 20;
 
@@ -27,6 +30,16 @@ bool is_tcp(const std::string& endpoint) { return endpoint.starts_with("tcp:"); 
 std::string client_endpoint(const ServiceConfig& config) {
   if (!config.zmq_endpoint.empty()) return config.zmq_endpoint;
   return "tcp://" + config.host + ":" + std::to_string(config.port);
+}
+
+// ZeroMQ's names of connections begin with a zero byte. One that a client gave itself may be that
+// of a connection before, whose requests' messages it would get.
+bool is_self_named(const std::string& peer) { return !peer.starts_with('\0'); }
+
+std::string refusal_of_names() {
+  return encode(ServerMessage(
+      ErrorMessage{"", std::string(error_code_name(ErrorCode::kInvalidArgument)),
+                   "this connection names itself; don't set a routing id (ZMQ_ROUTING_ID)"}));
 }
 
 int open_signals() {
@@ -64,18 +77,12 @@ Server::Server(ServerConfig config) : config_(std::move(config)), signal_fd_(ope
   auto model = read_served_model(service).value_or_throw();
   metrics_ = std::make_unique<Metrics>(model.name);
   if (service.metrics_port != 0) metrics_->serve(service.metrics_port);
-  TokenizeLater later;
-  if (model.tokenizer) {
-    tokenizer_ = std::make_unique<TokenizeThread>(*model.tokenizer);
-    later = [this](RequestId id, std::string text, EncodeOptions options) {
-      tokenizer_->submit(id, std::move(text), options);
-    };
-  }
+  if (model.tokenizer) tokenizer_ = std::make_unique<TokenizeThread>(*model.tokenizer);
   const bool guarded = keys && is_tcp(client_endpoint(service)) && !service.insecure_bind;
   service_ = std::make_unique<Service>(
       Service::Parts{service, std::move(model), config_.store_socket,
                      keys ? keys->server.secret_key : "",
-                     guarded ? keys->client.own.public_key : "", std::move(later)},
+                     guarded ? keys->client.own.public_key : "", tokenizer_.get()},
       *this, *metrics_, steady_clock::now());
 }
 
@@ -84,7 +91,11 @@ Server::~Server() { close(signal_fd_); }
 void Server::bind(const std::optional<ServiceKeys>& keys) {
   const auto& service = config_.service;
   context_ = make_socket_context();
-  RouterSocket::Config clients{.endpoint = client_endpoint(service), .linger = kLinger};
+  // A step's tokens of all of a connection's requests leave at once; what is more waits where it is
+  // counted (ClientSessions).
+  RouterSocket::Config clients{.endpoint = client_endpoint(service),
+                               .max_queued = std::max(kLeastQueue, service.max_requests_per_client),
+                               .linger = kLinger};
   if (is_tcp(clients.endpoint)) {
     if (service.insecure_bind) {
       log().warn("--insecure-bind: whoever reaches {} can use this service", clients.endpoint);
@@ -149,8 +160,13 @@ bool Server::read_sockets() {
   for (int i = 0; i < kFramesATurn; ++i) {
     const auto frame = clients_->receive();
     if (!frame) break;
-    service_->on_client_frame(*frame, steady_clock::now());
     more = more || i + 1 == kFramesATurn;
+    if (is_self_named(frame->peer)) {
+      static_cast<void>(
+          to_client(frame->peer, refusal_of_names()));  // whether it reads that or not
+    } else {
+      service_->on_client_frame(*frame, steady_clock::now());
+    }
   }
   return more;
 }

@@ -95,6 +95,7 @@ void Service::drain(TimePoint now) {
   if (drain_until_) return;
   drain_until_ = now + std::chrono::seconds(parts_.config.drain_timeout_s);
   log().info("draining: {} requests to finish", requests_.size());
+  outbox_.to_parent(R"({"event":"draining"})");
   finish_drain(now);
 }
 

@@ -83,8 +83,8 @@ void Service::on_request(const RouterFrame& frame, GenerateRequest wish, TimePoi
   if (taken.wish().prompt_ids) return on_tokenized(id, *taken.wish().prompt_ids, now);
   const auto& text = *taken.wish().prompt;
   const EncodeOptions options{.add_special = taken.wish().add_special_tokens};
-  if (parts_.tokenize_later && text.size() > kShortText) {
-    return parts_.tokenize_later(id, text, options);
+  if (parts_.tokenize_later != nullptr && text.size() > kShortText) {
+    return parts_.tokenize_later->submit(id, text, options);
   }
   on_tokenized(id, parts_.model.tokenizer->encode(text, options), now);
 }
@@ -96,7 +96,7 @@ void Service::on_tokenized(RequestId id, Result<std::vector<TokenId>> ids, TimeP
   const auto max_tokens = check_length(ids->size(), request->wish().max_tokens, context());
   if (!max_tokens) return fail(*request, max_tokens.error(), now);
   request->set_prompt(*std::move(ids), *max_tokens, parts_.model.tokenizer);
-  waiting_.push_back(id);
+  waiting_.insert(id);
   log().debug("request {}: {} tokens, at most {} more", raw(id), request->prompt().size(),
               *max_tokens);
   pump(now);
@@ -143,12 +143,12 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
     const auto& ranks = group->ranks;
     if (ranks.is_ready()) {
       any_ready = true;
-      const auto total = ranks.capacity().kv_slabs_total;
+      const auto& slabs = ranks.kv_slabs();  // the node's store's, whichever group tells
       reply.device = ranks.capacity().device;
-      reply.kv_slabs_total += total;
-      reply.kv_slabs_cached += ranks.kv_slabs().cached;
-      reply.kv_nvme = ranks.kv_slabs().nvme;  // the node's, whichever group tells
-      reply.kv_slabs_used += total - ranks.kv_slabs().free - ranks.kv_slabs().cached;
+      reply.kv_slabs_total = ranks.capacity().kv_slabs_total;
+      reply.kv_slabs_cached = slabs.cached;
+      reply.kv_slabs_used = reply.kv_slabs_total - slabs.free - slabs.cached;
+      reply.kv_nvme = slabs.nvme;
       continue;
     }
     if (!reply.detail.empty()) reply.detail += "; ";

@@ -12,8 +12,10 @@ namespace {
 constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
 constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each carries its tokens
-constexpr std::chrono::seconds kRestartPatience{5};  // with a parent that saw the death itself
-constexpr int kMaxLosses = 3;                        // of a request's KV, before it is told
+// With a parent that saw the death itself: more than its longest pause before a restart (8 s) and
+// the start of MPI take together.
+constexpr std::chrono::seconds kRestartPatience{20};
+constexpr int kMaxLosses = 3;  // of a request's KV, before it is told
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
 // whose exit is awaited, may hold the room.
@@ -115,6 +117,7 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
       ready.max_batched_tokens, ready.kv_slabs_total);
+  tell_parent("group_ready", group);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
@@ -140,14 +143,13 @@ void Service::ask_for_restart(Group& group) {
 }
 
 void Service::tell_parent(const char* event, const Group& group) {
-  outbox_.to_parent(nlohmann::json{{"event", event},
-                                   {"group", group.ranks.group()},
-                                   {"epoch", raw(group.ranks.epoch())},
-                                   {"reason", group.last_death}}
-                        .dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
+  nlohmann::json line = {
+      {"event", event}, {"group", group.ranks.group()}, {"epoch", raw(group.ranks.epoch())}};
+  if (!group.last_death.empty()) line["reason"] = group.last_death;
+  outbox_.to_parent(line.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
 }
 
-// Its requests go on elsewhere or later, before those that wait: they were here first.
+// Its requests go on elsewhere or later.
 void Service::requeue(Group& group, TimePoint now) {
   std::vector<Request*> affected;
   for (auto& [id, request] : requests_) {
@@ -155,18 +157,26 @@ void Service::requeue(Group& group, TimePoint now) {
                        (request->state() == RequestState::kFinishing && !request->report);
     if (known && request->group() == group.ranks.group()) affected.push_back(request.get());
   }
-  std::for_each(affected.rbegin(), affected.rend(), [&](Request* request) {
-    by_sequence_.erase(request->sequence());
-    if (request->state() == RequestState::kFinishing) return complete(*request, {}, now);
-    request->wait_again();
-    if (++request->deaths >= kMaxDeaths) {
-      return fail(*request,
-                  {ErrorCode::kInternal, "its worker group died " + std::to_string(kMaxDeaths) +
-                                             " times while it ran; last: " + group.last_death},
-                  now);
+  for (auto* request : affected) {
+    if (request->state() == RequestState::kFinishing) {
+      by_sequence_.erase(request->sequence());
+      complete(*request, {}, now);
+      continue;
     }
-    waiting_.push_front(request->origin().id);
-  });
+    wait_again(*request);
+    if (++request->deaths < kMaxDeaths) continue;
+    fail(*request,
+         {ErrorCode::kInternal, "its worker group died " + std::to_string(kMaxDeaths) +
+                                    " times while it ran; last: " + group.last_death},
+         now);
+  }
+}
+
+// Its sequence is gone. It waits at the place that its arrival gives it.
+void Service::wait_again(Request& request) {
+  by_sequence_.erase(request.sequence());
+  request.wait_again();
+  waiting_.insert(request.origin().id);
 }
 
 // ---- a step's results ------------------------------------------------------------------------
@@ -193,6 +203,7 @@ void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
   request.pendings = 0;
+  request.was_refused = false;
   request.on_admitted(event.reused_tokens, now);
 }
 
@@ -200,8 +211,7 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
-  by_sequence_.erase(found);
-  request.wait_again();
+  wait_again(request);
   if (event.error.code == ErrorCode::kPending) return wait_for_prefix(request, now);
   const bool filling = group.ranks.store_fills();
   // Nothing else runs that could make room.
@@ -212,7 +222,7 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
-  waiting_.push_front(request.origin().id);
+  request.was_refused = true;
   group.full_until = now + (filling ? kRetryFilling : kRetryFull);
 }
 
@@ -220,7 +230,6 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
 // so.
 void Service::wait_for_prefix(Request& request, TimePoint now) {
   request.retry_at = now + kRetryFilling * (1 << std::min(request.pendings++, kMaxDoublings));
-  waiting_.push_front(request.origin().id);
 }
 
 // KV that failed its check is computed anew, from the prompt and the tokens that there are. A disk
@@ -229,8 +238,7 @@ void Service::on_step_event(Group&, const Lost& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
-  by_sequence_.erase(found);
-  request.wait_again();
+  wait_again(request);
   metrics_.on_lost(event.checksum_failures);
   if (event.error.code != ErrorCode::kCorrupt) return fail(request, event.error, now);
   if (++request.losses >= kMaxLosses) {
@@ -242,7 +250,6 @@ void Service::on_step_event(Group&, const Lost& event, TimePoint now) {
   }
   log().warn("request {}, after {} tokens: {}; it is computed anew", raw(request.origin().id),
              request.tokens().size(), event.error.message);
-  waiting_.push_front(request.origin().id);
 }
 
 void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
@@ -271,6 +278,7 @@ void Service::on_step_event(Group& group, const Sampled& event, TimePoint now) {
 
 void Service::on_step_event(Group& group, const Released& event, TimePoint now) {
   group.full_until.reset();
+  metrics_.on_released(event.kv);
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
@@ -324,8 +332,17 @@ Service::Group* Service::pick_group(const Request& request, TimePoint now) {
   return best;
 }
 
+// Whether a request that there was no room for is being tried again. It is tried alone: where those
+// behind it came in beside it, a large one would wait until no small ones come any more.
+bool Service::tries_again() const {
+  return std::ranges::any_of(by_sequence_, [this](const auto& running) {
+    const auto& request = *requests_.at(running.second);
+    return request.was_refused && request.state() == RequestState::kRunning;
+  });
+}
+
 void Service::start_waiting(TimePoint now) {
-  for (auto place = waiting_.begin(); place != waiting_.end();) {
+  for (auto place = waiting_.begin(); place != waiting_.end() && !tries_again();) {
     auto& request = *find(*place);
     if (request.retry_at && now < *request.retry_at) {
       ++place;

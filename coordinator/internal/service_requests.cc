@@ -1,6 +1,4 @@
 // Service, the requests: how they are told of, and the ways in which they end.
-#include <algorithm>
-
 #include "common/log.h"
 #include "coordinator/service.h"
 
@@ -20,7 +18,7 @@ void Service::deliver(Request& request, TimePoint now) {
 void Service::cancel(Request& request, TimePoint now) {
   if (request.state() >= RequestState::kFinishing) return;  // its last message is on its way
   const bool running = request.state() == RequestState::kRunning;
-  leave_queue(request.origin().id);
+  waiting_.erase(request.origin().id);
   request.finish("cancelled", now);
   if (running) {
     settle(request, now);
@@ -86,17 +84,16 @@ void Service::forget_client(const std::string& peer) {
   }
 }
 
-void Service::leave_queue(RequestId id) {
-  const auto found = std::find(waiting_.begin(), waiting_.end(), id);
-  if (found != waiting_.end()) waiting_.erase(found);
-}
-
 void Service::erase(RequestId id) {
   auto& request = *find(id);
-  leave_queue(id);
+  waiting_.erase(id);
   const auto sequence = by_sequence_.find(request.sequence());
   if (sequence != by_sequence_.end() && sequence->second == id) by_sequence_.erase(sequence);
   sessions_.detach(request.origin().peer, request.wish().request_id);
+  // Else a client that cancels what it sends would hold up everybody's long prompts.
+  if (parts_.tokenize_later != nullptr && request.prompt().empty()) {
+    parts_.tokenize_later->cancel(id);
+  }
   request.end();
   requests_.erase(id);
 }

@@ -32,6 +32,11 @@ void TokenizeThread::submit(RequestId id, std::string text, EncodeOptions option
   wake_.notify_one();
 }
 
+void TokenizeThread::cancel(RequestId id) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(jobs_, [id](const Job& job) { return job.id == id; });
+}
+
 std::vector<TokenizeThread::Answer> TokenizeThread::take() {
   eventfd_t count = 0;
   eventfd_read(event_fd_, &count);

@@ -105,6 +105,8 @@ Events WorkerGroup::on_result(const std::string& peer, StepResult result) {
     for (auto& [number, part] : due_.begin()->second.results) done.ranks.push_back(std::move(part));
     take_slabs(done.ranks);
     due_.erase(due_.begin());
+    // Ranks turn to the next plan now, however long ago it was sent.
+    if (!due_.empty()) due_.begin()->second.since = watched_;
     events.push_back(std::move(done));
   }
   return events;
@@ -161,7 +163,7 @@ Events WorkerGroup::on_time(TimePoint now) {
       events.push_back(SendWelcome{rank.peer});
     }
   }
-  if (!due_.empty() && watched_ - due_.begin()->second.sent >= kStepTimeout) {
+  if (!due_.empty() && watched_ - due_.begin()->second.since >= kStepTimeout) {
     return {GroupDead{{ErrorCode::kTimeout,
                        "group " + std::to_string(group_) + " took more than 120 s for a step"},
                       /*must_be_killed=*/true}};

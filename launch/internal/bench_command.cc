@@ -45,6 +45,9 @@ ServiceConfig in_memory(ServiceConfig config, const Measured& measured) {
   config.kv_nvme_path.clear();
   config.kv_nvme_gib = 0;
   config.kv_nvme_reuse = "auto";
+  config.kv_persist = false;
+  config.kv_encrypt = false;
+  config.kv_key_file.clear();
   return config;
 }
 

@@ -43,10 +43,7 @@ GenerateRequest make_request(std::vector<TokenId> prompt, int tokens) {
   return request;
 }
 
-// Takes the next message in. Throws Exception when a request failed or the user has had enough.
-void receive_one(client::Client& client, std::map<std::string, Run*>& by_id) {
-  constexpr std::chrono::minutes kPatience{10};
-  const ServerMessage message = client.receive(kPatience).value_or_throw();
+void take(const ServerMessage& message, std::map<std::string, Run*>& by_id) {
   if (const auto* tokens = std::get_if<TokenMessage>(&message)) {
     by_id.at(tokens->request_id)->arrivals.push_back({Clock::now(), tokens->tokens.size()});
   } else if (const auto* done = std::get_if<DoneMessage>(&message)) {
@@ -57,6 +54,15 @@ void receive_one(client::Client& client, std::map<std::string, Run*>& by_id) {
     throw Exception(error_code_from_name(error->code).value_or(ErrorCode::kInternal),
                     error->message);
   }
+}
+
+// Takes the next message in, if one comes soon; how long a request may take is the service's to
+// say. Throws Exception when a request failed or the user has had enough.
+void receive_one(client::Client& client, std::map<std::string, Run*>& by_id) {
+  constexpr std::chrono::milliseconds kLookEvery{200};  // for an interrupt
+  Result<ServerMessage> message = client.receive(kLookEvery);
+  const bool none_came = !message && message.error().code == ErrorCode::kTimeout;
+  if (!none_came) take(std::move(message).value_or_throw(), by_id);
   if (!interrupted()) return;
   for (const auto& [id, run] : by_id) client.cancel(id).value_or_throw();
   throw Exception(ErrorCode::kCancelled, "interrupted");

@@ -4,14 +4,13 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
+#include <map>
 
 namespace foretoken::launch {
 namespace {
@@ -19,7 +18,8 @@ namespace {
 constexpr int kExecFailed = 127;
 
 // Runs in the child, between fork and exec: only calls that are safe there.
-[[noreturn]] void become(const Command& command, char* const* argv, pid_t parent, int output) {
+[[noreturn]] void become(const Command& command, char* const* argv, char* const* environment,
+                         pid_t parent, int output) {
   setpgid(0, 0);
   prctl(PR_SET_PDEATHSIG, command.parent_death_signal);
   if (getppid() != parent) _exit(kExecFailed);  // it died before the line above
@@ -30,8 +30,7 @@ constexpr int kExecFailed = 127;
   const int empty = open("/dev/null", O_RDONLY);
   if (empty >= 0) dup2(empty, STDIN_FILENO);
   dup2(output, STDOUT_FILENO);
-  if (command.nice != 0) setpriority(PRIO_PROCESS, 0, command.nice);
-  execvp(argv[0], argv);
+  execvpe(argv[0], argv, environment);
   const char* reason = std::strerror(errno);
   for (const char* part :
        {"foretoken: can't run ", static_cast<const char*>(argv[0]), ": ", reason, "\n"}) {
@@ -40,38 +39,30 @@ constexpr int kExecFailed = 127;
   _exit(kExecFailed);
 }
 
-// The environment is set in ourselves around fork, as execvp has no argument for it and $PATH
-// counts: we are single-threaded when we start children.
-class ScopedEnvironment {
- public:
-  explicit ScopedEnvironment(const Command& command) {
-    for (const auto& [name, value] : command.environment) set(name, &value);
-    for (const auto& name : command.unset) set(name, nullptr);
-  }
-  ~ScopedEnvironment() {
-    for (auto it = before_.rbegin(); it != before_.rend(); ++it) {
-      if (it->second) {
-        setenv(it->first.c_str(), it->second->c_str(), 1);
-      } else {
-        unsetenv(it->first.c_str());
-      }
+// Ours, without what the command takes and with what it adds: "NAME=value" each.
+std::vector<std::string> environment_for(const Command& command) {
+  std::map<std::string, std::string> values;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string text = *entry;
+    const auto end_of_name = text.find('=');
+    if (end_of_name != std::string::npos) {
+      values[text.substr(0, end_of_name)] = text.substr(end_of_name + 1);
     }
   }
-  ScopedEnvironment(const ScopedEnvironment&) = delete;
-  ScopedEnvironment& operator=(const ScopedEnvironment&) = delete;
+  for (const auto& name : command.unset) values.erase(name);
+  for (const auto& [name, value] : command.environment) values[name] = value;
+  std::vector<std::string> entries;
+  for (const auto& [name, value] : values) entries.push_back(name + "=" + value);
+  return entries;
+}
 
- private:
-  void set(const std::string& name, const std::string* value) {
-    const char* old = std::getenv(name.c_str());
-    before_.emplace_back(name, old == nullptr ? std::nullopt : std::optional<std::string>(old));
-    if (value != nullptr) {
-      setenv(name.c_str(), value->c_str(), 1);
-    } else {
-      unsetenv(name.c_str());
-    }
-  }
-  std::vector<std::pair<std::string, std::optional<std::string>>> before_;
-};
+// As exec wants them. Valid as long as `words`.
+std::vector<char*> pointers_to(const std::vector<std::string>& words) {
+  std::vector<char*> pointers;
+  for (const std::string& word : words) pointers.push_back(const_cast<char*>(word.c_str()));
+  pointers.push_back(nullptr);
+  return pointers;
+}
 
 ExitStatus to_exit_status(int raw) {
   if (WIFSIGNALED(raw)) return {.code = 0, .signal = WTERMSIG(raw)};
@@ -94,18 +85,17 @@ std::string ExitStatus::describe() const {
 
 Process::Process(const Command& command) : name_(command.name) {
   FT_CHECK(!command.argv.empty());
-  std::vector<char*> argv;
-  for (const std::string& word : command.argv) argv.push_back(const_cast<char*>(word.c_str()));
-  argv.push_back(nullptr);
+  const std::vector<char*> argv = pointers_to(command.argv);
+  const std::vector<std::string> environment = environment_for(command);
+  const std::vector<char*> environment_pointers = pointers_to(environment);
   int output[2] = {-1, STDERR_FILENO};
   if (command.capture_output && pipe2(output, O_CLOEXEC) != 0) {
     throw Exception(ErrorCode::kIo, std::string("pipe failed: ") + std::strerror(errno));
   }
   output_fd_ = output[0];
   const pid_t parent = getpid();
-  const ScopedEnvironment environment(command);
   pid_ = fork();
-  if (pid_ == 0) become(command, argv.data(), parent, output[1]);
+  if (pid_ == 0) become(command, argv.data(), environment_pointers.data(), parent, output[1]);
   if (command.capture_output) {
     close(output[1]);
     fcntl(output_fd_, F_SETFL, O_NONBLOCK);

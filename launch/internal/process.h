@@ -21,7 +21,6 @@ struct Command {
   std::vector<std::string> argv;  // argv[0] is a path, or looked up in $PATH
   std::vector<std::pair<std::string, std::string>> environment = {};  // added to ours
   std::vector<std::string> unset = {};                                // taken from ours
-  int nice = 0;                                                       // added to ours
   bool capture_output = false;  // its standard output is a pipe to us; see Process::output_fd()
   // What the kernel sends it when we die. SIGTERM only for a child that ends its own children.
   int parent_death_signal = 9;

@@ -60,7 +60,7 @@ Supervisor::~Supervisor() { close(signal_fd_); }
 int Supervisor::run() {
   try {
     start();
-    while (!(draining_ && !coordinator_)) {
+    while (!drained_) {
       wait_for_events(kTick);
       check_children();
       start_due_groups();
@@ -171,6 +171,11 @@ void Supervisor::on_coordinator_line(const std::string& line) {
     endpoint_ = json.value("endpoint", "");
     connect_client();
     for (Group& group : groups_) start_group(group);
+  } else if (event == "draining") {
+    expect_end();  // also where a client has asked for it
+  } else if (event == "group_ready") {
+    // A word on the life before may have come when this one had begun.
+    if (Group* group = find_group(json.value("group", -1))) group->cause.clear();
   } else if (event == "group_dead") {
     if (Group* group = find_group(json.value("group", -1))) {
       group->cause = json.value("reason", "");
@@ -198,7 +203,7 @@ void Supervisor::check_children() {
   if (const auto status = coordinator_->poll()) {
     coordinator_.reset();
     if (!status->ok()) throw Exception(code_of(*status), "the coordinator " + status->describe());
-    draining_ = true;  // a client asked for the drain
+    drained_ = true;
     return;
   }
   if (const auto status = store_->poll()) {
@@ -281,28 +286,30 @@ void Supervisor::announce() {
 
 // ---- end -------------------------------------------------------------------------------------
 
+// Groups that end from now on are not started again.
+void Supervisor::expect_end() {
+  if (draining_) return;
+  draining_ = true;
+  drain_deadline_ = Clock::now() + std::chrono::seconds(config_.service.drain_timeout_s + 5);
+}
+
 void Supervisor::begin_drain() {
   if (!client_) {  // still starting: nothing to drain
     signals_ = 2;
     return;
   }
-  draining_ = true;
-  drain_deadline_ = Clock::now() + std::chrono::seconds(config_.service.drain_timeout_s + 5);
   if (!config_.quiet) say("draining; a second signal stops at once");
-  if (const Status drained = client_->drain(); !drained) {
-    say("the coordinator does not drain: " + drained.error().message);
-    signals_ = 2;
-  }
+  coordinator_->signal(SIGTERM);
+  expect_end();
 }
 
-// Ranks end by themselves once the coordinator has; mpirun itself never gets SIGTERM first, as it
+// A coordinator that has drained has told the ranks to end, and they do. Else all but the store,
+// which may have to write what it keeps, are killed. mpirun itself never gets SIGTERM first, as it
 // gives its ranks a second only.
 void Supervisor::stop_all() {
-  if (coordinator_) coordinator_->signal(SIGTERM);
-  if (coordinator_ && !coordinator_->wait(kStopTimeout)) coordinator_->signal_group(SIGKILL);
   coordinator_.reset();
   for (Group& group : groups_) {
-    if (group.process && draining_) group.process->wait(kStopTimeout);
+    if (group.process && drained_) group.process->wait(kStopTimeout);
     group.process.reset();
   }
   if (store_) {

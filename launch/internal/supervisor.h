@@ -80,6 +80,7 @@ class Supervisor {
   void start_due_groups();
   void watch_loading();
   void announce();
+  void expect_end();
   void begin_drain();
   void stop_all();
   std::vector<Process*> running() const;
@@ -89,6 +90,7 @@ class Supervisor {
   int signals_ = 0;  // that asked us to end
   bool ready_ = false;
   bool draining_ = false;
+  bool drained_ = false;  // the coordinator has ended well
   std::optional<RestartLimit::Clock::time_point> drain_deadline_;
   std::string coordinator_line_;  // the part of a line that was read
   std::string last_detail_;       // of the loading status

@@ -7,7 +7,9 @@
 
 #include <nlohmann/json.hpp>
 #include <thread>
+#include <zmq.hpp>
 
+#include "common/wire.h"
 #include "tests/coordinator/fake_worker.h"
 #include "tests/coordinator/test_service.h"
 #include "tests/coordinator/tiny_model.h"
@@ -110,9 +112,10 @@ TEST(Client, CancelsFromTheCallback) {
   const auto client = service.connect();
   auto request = wish("endless", 4000);
   request.ignore_eos = true;
-  int calls = 0;
-  const auto done = client->generate(request, [&](const TokenMessage&) {
-    return ++calls < 3 ? StreamAction::kContinue : StreamAction::kCancel;
+  std::size_t tokens = 0;
+  const auto done = client->generate(request, [&](const TokenMessage& message) {
+    tokens += message.tokens.size();
+    return tokens < 3 ? StreamAction::kContinue : StreamAction::kCancel;
   });
   ASSERT_TRUE(done) << done.error().message;
   EXPECT_EQ(done->finish_reason, "cancelled");
@@ -121,6 +124,34 @@ TEST(Client, CancelsFromTheCallback) {
   const auto again = client->generate(wish("next", 3));
   EXPECT_TRUE(again);
   EXPECT_EQ(client->status()->kv_slabs_used, 0);
+}
+
+TEST(Client, CancelsWhileNoTokenComes) {
+  TestService service(config_of(1));  // without ranks
+  const auto client = service.connect();
+  int calls = 0;
+  const auto done = client->generate(wish("waits", 10), [&](const TokenMessage& message) {
+    EXPECT_TRUE(message.tokens.empty());
+    return ++calls < 3 ? StreamAction::kContinue : StreamAction::kCancel;
+  });
+  ASSERT_TRUE(done) << done.error().message;
+  EXPECT_EQ(done->finish_reason, "cancelled");
+}
+
+// How long a request may take is the service's to say, unless the client says less.
+TEST(Client, ARequestHasTheTimeThatTheServiceGives) {
+  EXPECT_FALSE(ClientConfig{}.request_timeout);
+  auto config = config_of(1);
+  config.request_timeout_s = 1;
+  TestService service(config);
+  const auto told = service.connect()->generate(wish("waits", 10));
+  ASSERT_FALSE(told);
+  EXPECT_THAT(told.error().message, HasSubstr("--request-timeout-s 1"));
+  const auto hasty =
+      Client::connect({.endpoint = service.endpoint(),
+                       .keys = read_client_keys(service.folder() / "client.key").value_or_throw(),
+                       .request_timeout = 300ms});
+  EXPECT_THAT((*hasty)->generate(wish("waits", 10)).error().message, HasSubstr("no message"));
 }
 
 TEST(Client, ErrorsSayWhatIsWrong) {
@@ -159,6 +190,28 @@ TEST(Client, NeedsAKnownKey) {
     EXPECT_EQ((*client)->status().error().code, ErrorCode::kUnavailable);
   }
   EXPECT_TRUE(service.connect(good)->status());
+}
+
+// It could take the name of a connection that is gone, and with it what that one is still sent.
+TEST(Client, MayNotNameItsConnection) {
+  auto config = config_of(1);
+  config.zmq_endpoint = "ipc:///tmp/foretoken_test_named_" + std::to_string(getpid());
+  TestService service(config);
+  zmq::context_t context;
+  zmq::socket_t named(context, zmq::socket_type::dealer);
+  named.set(zmq::sockopt::linger, 0);
+  named.set(zmq::sockopt::rcvtimeo, 20000);
+  named.set(zmq::sockopt::routing_id, "X");
+  named.connect(service.endpoint());
+  named.send(zmq::buffer(encode(ClientRequest(StatusRequest{}))));
+  zmq::message_t answer;
+  ASSERT_TRUE(named.recv(answer));
+  const auto message = decode_server_message(answer.to_string()).value_or_throw();
+  const auto* error = std::get_if<ErrorMessage>(&message);
+  ASSERT_NE(error, nullptr);
+  EXPECT_EQ(error->code, "invalid_argument");
+  EXPECT_THAT(error->message, HasSubstr("routing id"));
+  EXPECT_TRUE(service.connect()->status());
 }
 
 TEST(Client, DrainLetsWhatRunsFinish) {

@@ -93,6 +93,24 @@ TEST_F(SocketTest, TellsThatAPeerDoesNotRead) {
   EXPECT_EQ(sent.error().code, ErrorCode::kExhausted);
 }
 
+// What the kernel takes comes on top.
+TEST_F(SocketTest, QueuesAsManyMessagesForAPeerAsItWasTold) {
+  const auto router = bind({.max_queued = 4});
+  zmq::context_t context;
+  zmq::socket_t dealer(context, zmq::socket_type::dealer);
+  dealer.set(zmq::sockopt::linger, 0);
+  dealer.set(zmq::sockopt::rcvhwm, 1);
+  dealer.connect(router->endpoint());
+  dealer.send(zmq::str_buffer("hello"));
+  const auto frame = receive(*router, kDeadline);
+  ASSERT_TRUE(frame);
+  const std::string body(4 << 20, 'x');
+  int sent = 0;
+  while (sent < 100 && router->send(frame->peer, body)) ++sent;
+  EXPECT_GE(sent, 4);
+  EXPECT_LT(sent, 20);
+}
+
 TEST_F(SocketTest, ReportsAPortInUse) {
   const auto router = bind({});
   const auto second = RouterSocket::bind(make_socket_context(), {.endpoint = router->endpoint()});

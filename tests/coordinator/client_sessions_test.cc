@@ -60,6 +60,16 @@ TEST_F(ClientSessionsTest, CountsATenantOverItsConnections) {
   EXPECT_EQ(sessions_.count("new", "key"), 1U);
 }
 
+TEST_F(ClientSessionsTest, CountsARequestForTheTenantThatAskedForIt) {
+  sessions_.attach("p", "one", "r1", RequestId{1});
+  sessions_.attach("p", "other", "r2", RequestId{2});
+  sessions_.detach("p", "r1");
+  EXPECT_EQ(sessions_.count("new", "one"), 0U);
+  EXPECT_EQ(sessions_.count("new", "other"), 1U);
+  sessions_.detach("p", "r2");
+  EXPECT_EQ(sessions_.count("new", "other"), 0U);
+}
+
 TEST_F(ClientSessionsTest, AFullSocketsFramesWaitInOrder) {
   block();
   send("one");

@@ -211,6 +211,8 @@ void FakeRank::prefill(const PrefillItem& item, StepResult& result) {
   auto& sequence = find(item.sequence);
   const auto length = static_cast<std::int64_t>(sequence.prompt);
   require(sequence.started && !sequence.prefilled, "prefill follows the start");
+  if (item.layer_begin == 0 && item.token_begin == sequence.reused) in_prefill_ = item.sequence;
+  require(in_prefill_ == item.sequence, "a prefill ends before the next one begins");
   require(item.layer_begin == sequence.layer && item.token_begin == sequence.token,
           "prefill goes on where it stood");
   require(item.layer_end > item.layer_begin && item.layer_end <= config_.num_layers &&

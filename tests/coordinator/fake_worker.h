@@ -95,6 +95,7 @@ class FakeRank {
   const FakeRankConfig config_;
   std::shared_ptr<FakeStore> store_;
   std::map<SequenceId, Sequence> sequences_;
+  std::optional<SequenceId> in_prefill_;  // the last one whose prefill has begun
   std::uint64_t last_step_ = 0;
 };
 

@@ -20,8 +20,8 @@ TEST(Metrics, CountsOfTheNvmeTierOnlyRise) {
   metrics.set_nvme({.state = "online", .slabs_held = 7, .bytes_read = 100, .checksum_failures = 2});
   metrics.set_nvme(
       {.state = "offline", .slabs_held = 5, .bytes_read = 150, .checksum_failures = 2});
-  metrics.set_nvme({.state = "online", .slabs_held = 1, .bytes_read = 10});  // another store
-  metrics.set_nvme({.state = "online", .slabs_held = 1, .bytes_read = 15});
+  metrics.set_nvme({.state = "online", .slabs_held = 4, .bytes_read = 120});  // of before that
+  metrics.set_nvme({.state = "online", .slabs_held = 1, .bytes_read = 165, .checksum_failures = 2});
   const std::string text = metrics.text();
   EXPECT_THAT(text, HasSubstr("foretoken_kv_nvme_state{model_name=\"m\",state=\"online\"} 1"));
   EXPECT_THAT(text, HasSubstr("foretoken_kv_nvme_state{model_name=\"m\",state=\"offline\"} 0"));
@@ -33,10 +33,10 @@ TEST(Metrics, CountsOfTheNvmeTierOnlyRise) {
 
 TEST(Metrics, CountsRequestsThatSpilled) {
   Metrics metrics("m");
-  DoneMessage done;
-  metrics.on_done(done);
-  done.kv.spilled = true;
-  metrics.on_done(done);
+  KvReport kv;
+  metrics.on_released(kv);
+  kv.spilled = true;
+  metrics.on_released(kv);
   EXPECT_THAT(metrics.text(), HasSubstr("foretoken_spilled_requests_total{model_name=\"m\"} 1"));
 }
 

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 namespace foretoken::coordinator {
 namespace {
 
@@ -540,7 +542,7 @@ class SpillingSchedulerTest : public SchedulerTest {
  protected:
   SpillingSchedulerTest()
       : SchedulerTest(
-            {.epoch = Epoch{1}, .num_layers = 4, .max_batched_tokens = 512, .spills = true}) {}
+            {.epoch = Epoch{1}, .num_layers = 4, .max_batched_tokens = 64, .spills = true}) {}
 
   std::vector<StepEvent> refused(const StepPlan& to) {
     auto results = answers(to);
@@ -557,6 +559,20 @@ class SpillingSchedulerTest : public SchedulerTest {
     EXPECT_TRUE(admission.admits.at(0).dense);
     feed(answers(admission));
     step();
+  }
+  // Sequence 2 is admitted at the second try only, when 3 is in its prefill already.
+  void begin_third_while_second_is_refused(int second_length) {
+    scheduler_.add(sequence(2, second_length, 4));
+    scheduler_.add(sequence(3, 300, 4, 50));
+    const auto admission = plan();
+    auto results = answers(admission);
+    results[1].admits.at(0).error = Error{ErrorCode::kExhausted, "device memory"};
+    results[1].admits.at(0).device_is_full = true;
+    feed(results);
+    const auto begin = plan();
+    EXPECT_EQ(begin.admits.at(0).sequence, SequenceId{2});
+    EXPECT_EQ(begin.prefills.at(0).sequence, SequenceId{3});
+    feed(answers(begin));
   }
 };
 
@@ -624,6 +640,29 @@ TEST_F(SpillingSchedulerTest, ARefusedSequenceThatIsCancelledIsReleased) {
   EXPECT_THAT(release.releases, ElementsAre(SequenceId{2}));
   EXPECT_THAT(release.admits, IsEmpty());
   EXPECT_EQ(only<Released>(feed(answers(release))).size(), 1U);
+}
+
+// A rank holds what lies between the layers of one prompt.
+TEST_F(SpillingSchedulerTest, APrefillThatHasBegunEndsBeforeThatOfAnEarlierSequence) {
+  start_first(2000);
+  begin_third_while_second_is_refused(/*second_length=*/20);
+  std::vector<SequenceId> order;
+  while (lengths_[SequenceId{2}] == 20) {
+    const auto made = plan();
+    for (const auto& item : made.prefills) order.push_back(item.sequence);
+    feed(answers(made));
+  }
+  EXPECT_GT(std::ranges::count(order, SequenceId{3}), 1);
+  EXPECT_TRUE(std::ranges::is_sorted(order, std::greater<>())) << "3 ends, then 2 begins";
+}
+
+TEST_F(SpillingSchedulerTest, APrefillThatHasBegunGoesOnBesideTheStartOfAnEarlierSequence) {
+  start_first(2000);
+  begin_third_while_second_is_refused(/*second_length=*/900);
+  const auto start = plan();
+  EXPECT_EQ(start.starts.at(0).sequence, SequenceId{2});
+  ASSERT_EQ(start.prefills.size(), 1U);
+  EXPECT_EQ(start.prefills[0].sequence, SequenceId{3});
 }
 
 TEST_F(SpillingSchedulerTest, AFullStoreSpillsNothing) {

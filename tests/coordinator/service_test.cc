@@ -11,6 +11,7 @@
 #include "common/log.h"
 #include "common/wire.h"
 #include "tests/coordinator/fake_worker.h"
+#include "tests/coordinator/tiny_model.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -60,7 +61,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   Service& service() {
     if (!service_) {
       service_ = std::make_unique<Service>(
-          Service::Parts{config_, model_, "store", "secret", operator_key_, nullptr}, *this,
+          Service::Parts{config_, model_, "store", "secret", operator_key_, tokenizing_}, *this,
           metrics_, now_);
     }
     return *service_;
@@ -116,6 +117,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   ServiceConfig config_;
   ServedModel model_;
   std::string operator_key_;
+  TokenizeLater* tokenizing_ = nullptr;
   Metrics metrics_{"m"};
   TimePoint now_ = TimePoint{} + seconds(1000);
   std::unique_ptr<Service> service_;
@@ -250,6 +252,30 @@ TEST_F(ServiceTest, CancelEndsARequestWhereverItStands) {
   EXPECT_EQ(rank_->num_sequences(), 0U);
 }
 
+struct TextsToTokenize : TokenizeLater {
+  void submit(RequestId id, std::string, EncodeOptions) override { waiting.insert(id); }
+  void cancel(RequestId id) override { waiting.erase(id); }
+  std::set<RequestId> waiting;
+};
+
+TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
+  model_.tokenizer = tiny_tokenizer();
+  TextsToTokenize texts;
+  tokenizing_ = &texts;
+  auto request = wish("r1");
+  request.prompt_ids.reset();
+  request.prompt = std::string(100'000, 'x');
+  ask(request);
+  EXPECT_EQ(texts.waiting.size(), 1U);
+  ask(CancelRequest{"r1"});
+  EXPECT_TRUE(texts.waiting.empty());
+  ask(request);
+  gone_ = "p";
+  pass(ClientSessions::kKeepAlive);
+  EXPECT_EQ(service().num_requests(), 0U);
+  EXPECT_TRUE(texts.waiting.empty());
+}
+
 TEST_F(ServiceTest, OthersRequestsCanNotBeCancelled) {
   start_rank();
   ask(wish("r1", 500));
@@ -269,6 +295,24 @@ TEST_F(ServiceTest, AVanishedClientsSequencesAreReleased) {
   EXPECT_EQ(service().num_requests(), 0U);
   work();
   EXPECT_EQ(rank_->num_sequences(), 0U);
+}
+
+TEST_F(ServiceTest, MetricsCountTheKvOfRequestsThatEndBadlyToo) {
+  config_.request_timeout_s = 10;
+  start_rank();
+  ask(wish("late", 900));
+  ask(wish("vanishes", 900), "q");
+  work(10);
+  gone_ = "q";
+  work(2);
+  pass(seconds(2));
+  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  pass(seconds(9));
+  work();
+  EXPECT_EQ(told<ErrorMessage>().at(0).code, "timeout");
+  EXPECT_EQ(rank_->num_sequences(), 0U);
+  EXPECT_THAT(metrics_.text(),
+              HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 4"));
 }
 
 TEST_F(ServiceTest, ASlowClientHoldsUpNobodyAndIsCancelled) {
@@ -340,6 +384,52 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   ask(wish("r2", 500));
   for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
+}
+
+TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
+  config_.max_num_seqs = 8;
+  config_.max_requests_per_client = 4;
+  start_rank();
+  store_->slabs = 1;
+  for (int i = 0; i < 4; ++i) ask(wish(numbered("r", i), 500));  // two slabs each
+  work();
+  for (int tries = 0; tries < 2; ++tries) {
+    pass(seconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    work();
+  }
+  store_->slabs = 2;
+  pass(seconds(1));
+  work(5000);
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 4U);
+  for (int i = 0; i < 4; ++i) EXPECT_EQ(done[std::size_t(i)].request_id, numbered("r", i));
+}
+
+// Its turn comes when those that run have ended, however many come after it.
+TEST_F(ServiceTest, ManySmallRequestsDoNotStarveALargeOne) {
+  config_.max_num_seqs = 8;
+  config_.max_requests_per_client = 8;
+  config_.max_waiting = 8;
+  start_rank();
+  store_->slabs = 4;
+  int small = 0;
+  const auto ask_small = [&] {
+    ask(wish(numbered("small", small), 20 + 7 * (small % 5)));  // one slab
+    ++small;
+  };
+  ask_small();
+  work(4);
+  ask(wish("large", 900));
+  for (int i = 0; i < 3; ++i) ask_small();
+  std::size_t done = 0;
+  while (done < 50 && (done == 0 || told<DoneMessage>().back().request_id != "large")) {
+    work(1);
+    pass(milliseconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    for (; done < told<DoneMessage>().size(); ++done) ask_small();
+  }
+  EXPECT_LT(done, 10U);
 }
 
 TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
@@ -490,10 +580,12 @@ TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {
   work(10);
   const auto before = told<TokenMessage>().size();
   EXPECT_GT(before, 0U);
-  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
   ASSERT_EQ(parent_.size(), 1U);
-  EXPECT_THAT(parent_[0], HasSubstr("\"event\":\"restart_group\""));
-  EXPECT_THAT(parent_[0], HasSubstr("\"epoch\":2"));
+  EXPECT_EQ(parent_[0], R"({"epoch":1,"event":"group_ready","group":0})");
+  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
+  ASSERT_EQ(parent_.size(), 2U);
+  EXPECT_THAT(parent_[1], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[1], HasSubstr("\"epoch\":2"));
   plans_.clear();
   start_rank();
   work();
@@ -503,6 +595,32 @@ TEST_F(ServiceTest, ASilentGroupIsReportedToTheParentAndItsRequestsGoOn) {
   EXPECT_EQ(told<TokenMessage>().size(), 30U);
   ask(StatusRequest{});
   EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 1);
+}
+
+// A parent pauses for up to 8 s before it starts a group that dies often.
+TEST_F(ServiceTest, AParentThatSawADeathIsLeftTimeToStartTheGroup) {
+  start_rank();
+  say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kDevice, "a GPU fell off"}});
+  const auto last = [this] { return parent_.back(); };
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"group_dead\""));
+  EXPECT_THAT(last(), HasSubstr("a GPU fell off"));
+  pass(seconds(15));
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"group_dead\""));
+  pass(seconds(15));
+  EXPECT_THAT(last(), HasSubstr("\"event\":\"restart_group\""));
+}
+
+TEST_F(ServiceTest, GroupsShareTheNodesStore) {
+  config_.num_groups = 2;
+  start_rank(/*slabs=*/10);
+  say(Hello{1, 0, 1, 2, "here"});
+  Ready ready = rank_->ready(Epoch{1});
+  ready.group = 1;
+  say(ready);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).state, "ready");
+  EXPECT_EQ(told<StatusReply>().at(0).detail, "");
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
 }
 
 TEST_F(ServiceTest, AFailureWhileLoadingShowsInTheStatus) {
@@ -519,6 +637,7 @@ TEST_F(ServiceTest, DrainFinishesWhatRunsAndTakesNothingNew) {
   work(5);
   ask(DrainRequest{});
   EXPECT_EQ(told<DrainReply>().size(), 1U);
+  EXPECT_EQ(parent_.back(), R"({"event":"draining"})");
   ask(wish("r2"));
   EXPECT_EQ(told<ErrorMessage>().at(0).code, "unavailable");
   EXPECT_FALSE(service().is_finished());

@@ -15,6 +15,8 @@ using std::chrono::milliseconds;
 
 constexpr int kClients = 8;
 constexpr std::size_t kMostAtOnce = 16;  // requests
+constexpr std::chrono::seconds kSlowFor{10};
+static_assert(2 * kSlowFor < ClientSessions::kSlowAfter);
 
 FakeRankConfig fake_rank_config(const SimulationConfig& config) {
   FakeRankConfig fake;
@@ -79,15 +81,7 @@ Simulation::Simulation(const SimulationConfig& config)
   service.request_timeout_s = 100000;
   ServedModel model;
   model.name = "simulated";
-  static const Tokenizer tokenizer = [] {
-    const auto folder = std::filesystem::temp_directory_path() /
-                        ("foretoken_simulation_" + std::to_string(::getpid()));
-    write_tiny_model(folder);
-    auto loaded = Tokenizer::load(folder).value_or_throw();
-    std::filesystem::remove_all(folder);
-    return loaded;
-  }();
-  model.tokenizer = tokenizer;
+  model.tokenizer = tiny_tokenizer();
   model.num_layers = rank_config_.num_layers;
   model.vocab_size = kTinyVocab;
   model.context = rank_config_.max_model_len;
@@ -96,7 +90,7 @@ Simulation::Simulation(const SimulationConfig& config)
   service_ = std::make_unique<Service>(
       Service::Parts{service, model, "store", "secret", "", nullptr}, *this, metrics_, now_);
   for (int i = 0; i < kClients; ++i)
-    clients_.push_back({"client" + std::to_string(i), false, false, {}});
+    clients_.push_back({"client" + std::to_string(i), {}, false, {}});
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     groups_[i].store = std::make_shared<FakeStore>();
     groups_[i].store->slabs = config.slabs;
@@ -112,7 +106,7 @@ Status Simulation::to_client(const std::string& peer, std::string_view frame) {
   const auto client = std::find_if(clients_.begin(), clients_.end(),
                                    [&](const Client& c) { return c.peer == peer; });
   if (client == clients_.end() || client->gone) return Error{ErrorCode::kNotFound, "gone"};
-  if (client->slow) return Error{ErrorCode::kExhausted, "slow"};
+  if (client->slow_until) return Error{ErrorCode::kExhausted, "slow"};
   auto message = decode_server_message(frame);
   if (!message) {
     ADD_FAILURE() << message.error().message;
@@ -140,6 +134,7 @@ Status Simulation::to_worker(const std::string& peer, std::string_view frame) {
 
 void Simulation::to_parent(const std::string& line) {
   const auto event = nlohmann::json::parse(line);
+  if (event.at("event") == "group_ready") return;
   if (event.at("event") == "group_dead") return;  // its processes show that themselves
   EXPECT_EQ(event.at("event"), "restart_group");
   kill_group(event.at("group").get<std::size_t>(), milliseconds(50));
@@ -208,7 +203,8 @@ void Simulation::disturb_clients() {
   auto& client = clients_[pick(clients_.size())];
   switch (pick(4)) {
     case 0:
-      client.slow = !client.slow;
+      client.slow_until =
+          client.slow_until ? std::nullopt : std::optional<TimePoint>(now_ + kSlowFor);
       break;
     case 1:
       if (client.wishes.empty() || client.gone) break;
@@ -225,7 +221,7 @@ void Simulation::disturb_clients() {
       break;
     default:
       if (pick(4) != 0) break;  // another one comes in its place
-      client = Client{"client" + std::to_string(random_()), false, false, {}};
+      client = Client{"client" + std::to_string(random_()), {}, false, {}};
   }
 }
 
@@ -299,7 +295,7 @@ void Simulation::disturb_ranks() {
 }
 
 void Simulation::heal() {
-  for (auto& client : clients_) client.slow = false;
+  for (auto& client : clients_) client.slow_until.reset();
   for (auto& group : groups_) {
     for (auto& rank : group.ranks) rank.stopped = false;
   }
@@ -316,6 +312,9 @@ void Simulation::deliver_one() {
 
 void Simulation::advance(milliseconds time) {
   now_ += time;
+  for (auto& client : clients_) {
+    if (client.slow_until && now_ >= *client.slow_until) client.slow_until.reset();
+  }
   for (std::size_t i = 0; i < groups_.size(); ++i) {
     if (groups_[i].restart_at && now_ >= *groups_[i].restart_at) start_group(i);
   }
@@ -362,7 +361,8 @@ void Simulation::run() {
     move();
     if (::testing::Test::HasFailure()) return;
   }
-  for (int i = 0; i < 20000; ++i) move();  // the last releases
+  // The last releases, and the restart of a group that half died with nobody noticing.
+  for (const auto end = now_ + std::chrono::seconds(30); now_ < end;) move();
   check_end();
 }
 

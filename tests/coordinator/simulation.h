@@ -71,7 +71,7 @@ class Simulation : public Outbox {
   };
   struct Client {
     std::string peer;
-    bool slow = false;
+    std::optional<TimePoint> slow_until;  // reads nothing, but is not given up for it
     bool gone = false;
     std::map<std::string, Wish> wishes;
   };

@@ -79,6 +79,16 @@ TEST_F(SimulationTest, AFullDeviceSpillsButNothingFails) {
       100 * games(10));
 }
 
+TEST_F(SimulationTest, AFullDeviceSpillsWhilePrefillIsCutToABoundOnSteps) {
+  EXPECT_EQ(play({.num_requests = 100,
+                  .kv_policy = "auto",
+                  .max_inter_token_ms = 2,
+                  .device_tokens = 1500},
+                 11'000'000, games(10))
+                .done,
+            100 * games(10));
+}
+
 TEST_F(SimulationTest, DisturbingClientsDisturbNobodyElse) {
   const auto totals = play({.num_requests = 100, .client_faults = 5000}, 4'000'000, games(25));
   EXPECT_GT(totals.done, 80 * games(25));

@@ -1,5 +1,7 @@
 #include "tests/coordinator/tiny_model.h"
 
+#include <unistd.h>
+
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -67,6 +69,18 @@ void write_tiny_model(const std::filesystem::path& folder) {
                        {"eos_token_id", kTinyEos}};
   std::ofstream(folder / "tokenizer.json") << tokenizer.dump();
   std::ofstream(folder / "config.json") << config.dump();
+}
+
+const Tokenizer& tiny_tokenizer() {
+  static const Tokenizer tokenizer = [] {
+    const auto folder = std::filesystem::temp_directory_path() /
+                        ("foretoken_tiny_tokenizer_" + std::to_string(::getpid()));
+    write_tiny_model(folder);
+    auto loaded = Tokenizer::load(folder).value_or_throw();
+    std::filesystem::remove_all(folder);
+    return loaded;
+  }();
+  return tokenizer;
 }
 
 }  // namespace foretoken::coordinator

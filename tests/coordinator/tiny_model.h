@@ -4,6 +4,8 @@
 
 #include <filesystem>
 
+#include "common/tokenizer.h"
+
 namespace foretoken::coordinator {
 
 inline constexpr int kTinyEos = 256;
@@ -12,5 +14,6 @@ inline constexpr int kTinyContext = 4096;
 inline constexpr int kTinyLayers = 2;
 
 void write_tiny_model(const std::filesystem::path& folder);
+const Tokenizer& tiny_tokenizer();
 
 }  // namespace foretoken::coordinator

@@ -234,6 +234,22 @@ TEST_F(WorkerGroupTest, AStepThatNeverEndsIsFenced) {
   EXPECT_EQ(find<GroupDead>(events)->error.code, ErrorCode::kTimeout);
 }
 
+// The next plan is out already while a step runs; its own time begins when that step is done.
+TEST_F(WorkerGroupTest, LongStepsAreNotAddedUp) {
+  assemble();
+  group_.on_plan_sent(StepNumber{1});
+  for (int step = 1; step < 6; ++step) {
+    group_.on_plan_sent(StepNumber(step + 1));
+    for (int i = 0; i < 100; ++i) {
+      beat(0);
+      beat(1);
+      ASSERT_TRUE(pass(milliseconds(900)).empty()) << step;
+    }
+    result(0, step);
+    EXPECT_NE(find<StepDone>(result(1, step)), nullptr) << step;
+  }
+}
+
 TEST_F(WorkerGroupTest, MessagesOfAnotherEpochOrPeerAreDropped) {
   assemble();
   group_.on_plan_sent(StepNumber{1});

@@ -73,6 +73,18 @@ def test_decode_beside_its_baselines(model, tmp_path):
     assert {"decode", "dense", "streamed"} <= set(names)
 
 
+def test_decode_from_a_kept_and_encrypted_disk_beside_memory(model, tmp_path):
+    text, key = tmp_path / "text", tmp_path / "key"
+    text.write_text("To be, or not to be, that is the question. ")
+    key.touch(mode=0o600)
+    key.write_text("5a" * 32)
+    tier = [f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.1", "--kv-persist", "--kv-encrypt"]
+    flags = [*SMALL, *tier, f"--kv-key-file={key}", "--prompt-file", text, "--context=300", "--tokens=5"]
+    done = run("bench", "decode", "--model", model, *flags, "--baseline=memory", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["baselines"][0]["generated_tokens"] == 5
+
+
 def test_a_baseline_needs_a_service_of_its_own():
     done = run("bench", "decode", "--connect=ipc:///nowhere", "--baseline=dense")
     assert done.returncode == 2 and "--model" in done.stderr

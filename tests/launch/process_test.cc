@@ -100,6 +100,16 @@ TEST(Process, EndOfTheLeaderEndsItsGroup) {
   EXPECT_TRUE(ends_within(read_pid(file), 10s));
 }
 
+TEST(Process, TakesFromTheEnvironmentWhatItIsTold) {
+  setenv("FORETOKEN_TEST_GONE", "here", 1);
+  setenv("FORETOKEN_TEST_KEPT", "a=b", 1);
+  Command command = shell("test -z \"$FORETOKEN_TEST_GONE\" -a \"$FORETOKEN_TEST_KEPT\" = a=b");
+  command.unset = {"FORETOKEN_TEST_GONE"};
+  Process process(command);
+  EXPECT_TRUE(process.wait(10s)->ok());
+  EXPECT_STREQ(std::getenv("FORETOKEN_TEST_GONE"), "here");
+}
+
 // The parent is killed with SIGKILL, and can do nothing about its child any more.
 TEST(Process, DiesWithItsParent) {
   const RuntimeFolder folder;

@@ -3,15 +3,17 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import threading
 import time
 
 import pytest
+import service_helper
 from foretoken import wire
 from foretoken.client import Client, ServiceError
-from service_helper import SMALL, Service, make_model, run, wait_until
+from service_helper import BIN, SMALL, Service, make_model, run, wait_until
 
 FULL = "--kv-policy=full"
 
@@ -277,6 +279,51 @@ def test_sigterm_drains_and_exits_with_0(model):
         assert running.process.wait(30) == 0
 
 
+def test_a_second_signal_stops_at_once_whatever_runs(model):
+    with Service(model, FULL) as running:
+        with Client(running.endpoint, running.key_file) as client:
+            stream = client.stream("Once", max_tokens=400, ignore_eos=True)
+            next(stream)
+            os.kill(running.pids("foretoken-worker")[0], signal.SIGSTOP)  # it doesn't come to its end
+            running.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: "draining: 1 requests" in running.log.read_text(), what="the drain")
+            begin = time.monotonic()
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(30) == 0
+            assert time.monotonic() - begin < 4  # children are given 5 s where they are waited for
+
+
+def test_a_coordinator_that_starves_drains_all_the_same(model):
+    with Service(model, FULL) as running:
+        with Client(running.endpoint, running.key_file) as client:
+            stream = client.stream("Once", max_tokens=400, ignore_eos=True)
+            ids = list(next(stream).ids)
+            coordinator = running.pids("foretoken-coordinator")[0]
+            os.kill(coordinator, signal.SIGSTOP)
+            running.process.send_signal(signal.SIGTERM)
+            time.sleep(7)
+            os.kill(coordinator, signal.SIGCONT)
+            for piece in stream:
+                ids += piece.ids
+        assert len(ids) == 400
+        assert running.process.wait(30) == 0
+
+
+def test_ranks_that_end_before_their_coordinator_are_not_restarted(model, tmp_path, monkeypatch):
+    """As where it still has words for a client that reads nothing."""
+    shutil.copy(BIN / "foretoken", tmp_path)
+    for program in ("foretoken-kvstore", "foretoken-worker"):
+        (tmp_path / program).symlink_to(BIN / program)
+    slow = tmp_path / "foretoken-coordinator"
+    slow.write_text(f'#!/bin/sh\n{BIN}/foretoken-coordinator "$@"\ncode=$?\nsleep 2\nexit $code\n')
+    slow.chmod(0o755)
+    monkeypatch.setattr(service_helper, "FORETOKEN", tmp_path / "foretoken")
+    with Service(model, FULL) as running:
+        assert run("drain", *running.connect).returncode == 0
+        assert running.process.wait(30) == 0
+        assert "restarting" not in running.log.read_text()
+
+
 def test_everything_dies_with_a_killed_serve(model):
     with Service(model, FULL, "--tensor-parallel-size=2") as running:
         assert len(running.pids("foretoken-worker")) == 2
@@ -308,6 +355,30 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
             assert stream_through_a_death(running, client) == undisturbed
             assert client.status()["worker_restarts"] == 1
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
+
+
+def test_a_death_is_not_told_with_the_reason_of_the_one_before(model):
+    """A coordinator that starves tells of a death when the group has been started anew already."""
+    with Service(model, FULL) as running:
+        coordinator = running.pids("foretoken-coordinator")[0]
+
+        def deaths():
+            lines = running.log.read_text().splitlines()
+            return [line for line in lines if line.startswith("foretoken: worker group 0 exited")]
+
+        def kill_unseen(number):
+            os.kill(coordinator, signal.SIGSTOP)
+            os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+            wait_until(lambda: len(deaths()) == number, what="the restart")
+            os.kill(coordinator, signal.SIGCONT)
+
+        kill_unseen(1)
+        with Client(running.endpoint, running.key_file, silence_timeout=60) as client:
+            wait_until(lambda: client.status()["worker_restarts"] == 1, what="word of the death")
+            wait_until(lambda: client.status()["state"] == "ready", what="the second life")
+        time.sleep(0.5)  # until serve has read what it was told
+        kill_unseen(2)
+        assert "(signal 9, Killed); restarting" in deaths()[1]
 
 
 @pytest.mark.parametrize("source", ["the files", "random values"])

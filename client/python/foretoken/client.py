@@ -10,6 +10,7 @@ A Client belongs to one thread; threads that generate at once take one each. Err
 service raise ServiceError with its code; a service that is gone raises ServiceError("unavailable").
 """
 
+import collections
 import dataclasses
 import json
 import os
@@ -59,6 +60,9 @@ class Client:
 
     def __init__(self, endpoint, key_file=None, silence_timeout=10.0):
         self._silence_timeout = silence_timeout
+        self._messages = {}  # of each request that somebody reads: those not read yet
+        self._running = set()  # requests whose last message has not come
+        self._asked_for = None  # those of them when the status was asked for that is still awaited
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -76,6 +80,7 @@ class Client:
         self.close()
 
     def close(self):
+        self._running.clear()  # the service cancels them when the connection ends
         self._socket.close()
         self._context.term()
 
@@ -84,34 +89,29 @@ class Client:
 
         `prompt` is a text or a list of token ids. `options` are the fields of a `generate` message
         and of its `sampling` (docs/formats.md): max_tokens, temperature, top_k, top_p, min_p, seed,
-        stop, ignore_eos, num_logprobs, ...
+        stop, ignore_eos, num_logprobs, ... Several streams may be read in turn.
         """
-        request = wire.generate(str(uuid.uuid4()), prompt, stream=True, **options)
-        ended = False
-        self._send(request)
+        request_id = self._submit(prompt, stream=True, **options)
         try:
             while True:
-                message = self._receive(request["request_id"])
+                message = self._receive(request_id)
                 if message["type"] == "done":
-                    ended = True
                     return _answer(message)
                 if message["tokens"]:
                     yield _piece(message)
-        except ServiceError:
-            ended = True
-            raise
         finally:
-            if not ended:
-                self.cancel(request["request_id"])
+            self._forget(request_id)
 
     def generate(self, prompt, **options):
         """Runs a request to its end and returns its Answer."""
-        request = wire.generate(str(uuid.uuid4()), prompt, stream=False, **options)
-        self._send(request)
-        while True:
-            message = self._receive(request["request_id"])
-            if message["type"] == "done":
-                return _answer(message)
+        request_id = self._submit(prompt, stream=False, **options)
+        try:
+            while True:
+                message = self._receive(request_id)
+                if message["type"] == "done":
+                    return _answer(message)
+        finally:
+            self._forget(request_id)
 
     def cancel(self, request_id):
         self._send(wire.message("cancel", request_id=request_id))
@@ -127,7 +127,22 @@ class Client:
         """Lets the service finish what runs, and end. Returns when it has agreed."""
         self._ask("drain", "drain_reply")
 
+    def _submit(self, prompt, **options):
+        request_id = str(uuid.uuid4())
+        self._send(wire.generate(request_id, prompt, **options))
+        self._messages[request_id] = collections.deque()
+        self._running.add(request_id)
+        return request_id
+
+    def _forget(self, request_id):
+        """What still comes of it is dropped."""
+        del self._messages[request_id]
+        if request_id in self._running:
+            self._running.remove(request_id)
+            self.cancel(request_id)
+
     def _ask(self, kind, reply_kind):
+        self._asked_for = None  # its answer may be taken for this one's
         self._send(wire.message(kind))
         deadline = time.monotonic() + self._silence_timeout
         while time.monotonic() < deadline:
@@ -138,30 +153,49 @@ class Client:
                 raise ServiceError(message["code"], message["message"])
             if message["type"] == reply_kind:
                 return {key: value for key, value in message.items() if key not in ("v", "type")}
+            self._keep(message)
         raise ServiceError("unavailable", "the service does not answer")
 
     def _receive(self, request_id):
         """The next message of a request. While none comes, the service is asked for its status, so
         that one that died, or restarted and forgot the request, does not go unnoticed."""
         heard = time.monotonic()
-        while True:
+        messages = self._messages[request_id]
+        while not messages:
             message = self._next(_POLL_SECONDS)
-            if message is None:
-                if time.monotonic() - heard > self._silence_timeout:
-                    raise ServiceError("unavailable", "the service does not answer")
+            if message is not None:
+                heard = time.monotonic()
+                self._keep(message)
+                if message["type"] == "status_reply":
+                    self._check_known(message)
+            elif time.monotonic() - heard > self._silence_timeout:
+                raise ServiceError("unavailable", "the service does not answer")
+            elif self._asked_for is None:
+                self._asked_for = set(self._running)
                 self._send(wire.message("status"))
-                continue
-            heard = time.monotonic()
-            if message["type"] == "status_reply" and message.get("requests_of_client") == 0:
-                # Its last message may stand in the queue behind this one: look before giving up.
-                message = self._next(_POLL_SECONDS)
-                if message is None:
-                    raise ServiceError("unavailable", "the service no longer knows the request")
-            if message.get("request_id") != request_id:
-                continue  # a status reply, or what is left of a cancelled request
-            if message["type"] == "error":
-                raise ServiceError(message["code"], message["message"])
-            return message
+        message = messages.popleft()
+        if message["type"] == "error":
+            raise ServiceError(message["code"], message["message"])
+        return message
+
+    def _keep(self, message):
+        """Keeps a message for the request that it is of; what is of none is dropped."""
+        request_id = message.get("request_id")
+        is_error = message["type"] == "error"
+        if is_error and not request_id and len(self._running) == 1:
+            (request_id,) = self._running  # it was no message to the service at all
+        if request_id not in self._messages:
+            return
+        if is_error or message["type"] == "done":
+            self._running.discard(request_id)
+        self._messages[request_id].append(message)
+
+    def _check_known(self, status):
+        """A status comes behind all that was sent before it: of the requests that were running when
+        it was asked for, and still are here, the service knows all, or it has been restarted."""
+        asked_for, self._asked_for = self._asked_for or set(), None
+        if len(asked_for & self._running) > status["requests_of_client"]:
+            raise ServiceError("unavailable", "the service no longer knows the request")
 
     def _next(self, timeout):
         if not self._socket.poll(max(0, int(timeout * 1000))):
@@ -169,8 +203,14 @@ class Client:
         return wire.decode(self._socket.recv())
 
     def _send(self, message):
+        frame = wire.encode(message)
+        if len(frame) > wire.MAX_FRAME_BYTES:
+            raise ServiceError(
+                "invalid_argument",
+                f"the request has {len(frame)} bytes; the service takes {wire.MAX_FRAME_BYTES}",
+            )
         try:
-            self._socket.send(wire.encode(message), zmq.NOBLOCK)
+            self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:
             raise ServiceError("unavailable", "the connection's queue is full") from None
 

@@ -3,6 +3,7 @@
 import msgpack
 
 VERSION = 1
+MAX_FRAME_BYTES = 4 << 20  # from clients; a longer one closes the connection
 _SAMPLING = (
     "temperature",
     "top_k",

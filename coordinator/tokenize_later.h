@@ -1,0 +1,22 @@
+// TokenizeLater: where the service has long texts turned into tokens. The server's is a thread
+// (tokenize_thread.h), a test's a list.
+#pragma once
+
+#include <string>
+
+#include "common/ids.h"
+#include "common/tokenizer.h"
+
+namespace foretoken::coordinator {
+
+class TokenizeLater {
+ public:
+  virtual ~TokenizeLater() = default;
+  // The tokens are handed to Service::on_tokenized() later.
+  virtual void submit(RequestId id, std::string text, EncodeOptions options) = 0;
+  // Nobody wants its tokens any more: it is not begun, and its text not kept. They may come all the
+  // same, if it was begun already.
+  virtual void cancel(RequestId id) = 0;
+};
+
+}  // namespace foretoken::coordinator

@@ -1,0 +1,55 @@
+#include "coordinator/tokenize_thread.h"
+
+#include <gtest/gtest.h>
+#include <poll.h>
+
+#include "tests/coordinator/tiny_model.h"
+
+namespace foretoken::coordinator {
+namespace {
+
+// The next answers; none after 20 s.
+std::vector<TokenizeThread::Answer> wait_for_answers(TokenizeThread& thread) {
+  pollfd readable{.fd = thread.fd(), .events = POLLIN, .revents = 0};
+  poll(&readable, 1, 20'000);
+  return thread.take();
+}
+
+TEST(TokenizeThread, AnswersInOrder) {
+  TokenizeThread thread(tiny_tokenizer());
+  for (int i = 1; i <= 5; ++i) thread.submit(RequestId(i), std::string(std::size_t(i), 'x'), {});
+  std::vector<TokenizeThread::Answer> answers;
+  while (answers.size() < 5) {
+    auto some = wait_for_answers(thread);
+    ASSERT_FALSE(some.empty());
+    std::move(some.begin(), some.end(), std::back_inserter(answers));
+  }
+  for (int i = 1; i <= 5; ++i) {
+    EXPECT_EQ(answers[std::size_t(i) - 1].id, RequestId(i));
+    EXPECT_EQ(answers[std::size_t(i) - 1].ids->size(), std::size_t(i));
+  }
+}
+
+// While the first one takes its time, whatever is cancelled leaves the queue.
+TEST(TokenizeThread, WhatIsCancelledIsNotBegun) {
+  TokenizeThread thread(tiny_tokenizer());
+  std::string long_text;
+  while (long_text.size() < (4 << 20)) long_text += "some words ";
+  thread.submit(RequestId{1}, long_text, {});
+  for (int i = 2; i < 100; ++i) {
+    thread.submit(RequestId(i), "x", {});
+    thread.cancel(RequestId(i));
+  }
+  thread.submit(RequestId{100}, "x", {});
+  thread.cancel(RequestId{1});  // it is begun, or not
+  std::vector<RequestId> ids;
+  while (ids.empty() || ids.back() != RequestId{100}) {
+    const auto some = wait_for_answers(thread);
+    ASSERT_FALSE(some.empty());
+    for (const auto& answer : some) ids.push_back(answer.id);
+  }
+  EXPECT_LE(ids.size(), 2U);
+}
+
+}  // namespace
+}  // namespace foretoken::coordinator
