@@ -51,6 +51,7 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   if (!free_.empty()) {
     const SlotIndex slot = free_.front();
     free_.pop_front();
+    at(slot).pins = 1;
     return slot;
   }
   const auto oldest =
@@ -59,6 +60,7 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   const SlotIndex victim = *oldest;
   erase(*at(victim).name);
   free_.pop_back();  // where erase() has put it
+  at(victim).pins = 1;
   ++num_evictions_;
   return victim;
 }
@@ -73,14 +75,9 @@ void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t dige
   slot.place = used_.insert(used_.end(), index);
 }
 
-void NvmeIndex::give_back(SlotIndex slot) {
-  FT_CHECK(!at(slot).name, raw(slot));
-  free_.push_back(slot);
-}
-
 void NvmeIndex::pin(SlotIndex index) {
   Slot& slot = at(index);
-  FT_CHECK(slot.name.has_value(), raw(index));
+  FT_CHECK(slot.name || slot.pins > 0, raw(index));
   ++slot.pins;
 }
 

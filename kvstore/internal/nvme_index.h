@@ -1,9 +1,9 @@
 // NvmeIndex: which slot of the NVMe file holds which slab, and which slot is given up next.
 //
 //   free      may be claimed; those that were given back first come first
-//   claimed   being written: in no index
 //   held      has a name; claimed, least recently used first, when nothing is free
-//   pinned    being read, or a running sequence's: not claimed; held, or forgotten meanwhile
+//   pinned    being read or written, or a running sequence's: not claimed. Held, or without a name
+//             (yet, or any more): then free at the last unpin
 //
 // Pure bookkeeping. Not thread-safe. Example: tests/kvstore/nvme_tier_test.cc
 #pragma once
@@ -43,19 +43,15 @@ class NvmeIndex {
   // The slab was wanted: it is the last to give way. No-op for a name that is not there.
   void touch(const SlabName& name);
 
-  // A slot to write to. nullopt: all are being read or written. Forgets a slab if it must.
+  // A slot to write to, pinned and without a name. nullopt: all are pinned. Forgets a slab if it
+  // must.
   std::optional<SlotIndex> claim();
-  // A claimed slot holds this slab now. REQUIRES: the name is not there.
+  // A pinned slot holds this slab now. REQUIRES: it has no name, and the name is not there.
   void insert(SlotIndex slot, const SlabName& name, std::uint64_t digest, const Seal& seal = {});
-  // A claimed slot holds nothing.
-  void give_back(SlotIndex slot);
 
-  // Pins count. They say nothing of use: touch() does. REQUIRES: held.
+  // Pins count. They say nothing of use: touch() does. REQUIRES: held, or pinned already.
   void pin(SlotIndex slot);
   void unpin(SlotIndex slot);
-  bool is_pinned(SlotIndex slot) const {
-    return slots_.at(static_cast<std::size_t>(slot)).pins > 0;
-  }
   std::optional<SlabName> name_of(SlotIndex slot) const {
     return slots_.at(static_cast<std::size_t>(slot)).name;
   }
@@ -75,7 +71,7 @@ class NvmeIndex {
     std::optional<SlabName> name;  // held
     std::uint64_t digest = 0;
     Seal seal;
-    int pins = 0;                          // without a name: free at the last unpin
+    int pins = 0;
     std::list<SlotIndex>::iterator place;  // in used_, if held
   };
   Slot& at(SlotIndex slot);

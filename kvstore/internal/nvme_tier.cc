@@ -142,7 +142,7 @@ void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now)
 // What its transfer still has to move.
 void NvmeTier::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  const bool is_header = NvmeTier::is_header(transfer.kind);
+  const bool is_header = transfer.kind == Kind::kStoreHeader;
   const NvmeGeometry& geometry = superblock_.geometry;
   const std::uint64_t offset =
       is_header ? geometry.header_offset(transfer.slot) : geometry.slab_offset(transfer.slot);
@@ -154,7 +154,7 @@ void NvmeTier::submit(std::size_t index) {
 }
 
 std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
-  return is_header(transfer.kind) ? kSectorBytes : slot_size();
+  return transfer.kind == Kind::kStoreHeader ? kSectorBytes : slot_size();
 }
 
 void NvmeTier::end(std::size_t index) {
@@ -210,7 +210,7 @@ void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now)
 // The slab is in the file; its header makes it count.
 void NvmeTier::write_header(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  if (transfer.kind == Kind::kStoreSlab) transfer.kind = Kind::kStoreHeader;
+  transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
                     transfer.digest, transfer.name, transfer.slab.seal},
@@ -220,9 +220,11 @@ void NvmeTier::write_header(std::size_t index) {
 
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
-  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
-  storing_.erase(transfer.name);
-  ++stat_.slabs_written;
+  if (!index_.name_of(transfer.slot)) {  // else its holder has published it twice
+    index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
+    ++stat_.slabs_written;
+  }
+  let_go(transfer);
   end(index);
 }
 
@@ -248,17 +250,10 @@ SlotIndex NvmeTier::borrow(const SlabName& name) {
   return entry->slot;
 }
 
-// A pin says that it is borrowed, or published by who has it.
 void NvmeTier::take_back(std::span<const SlotIndex> slots) {
   for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {
-    if (index_.is_pinned(*slot)) {
-      if (const auto name = index_.name_of(*slot)) index_.touch(*name);
-      index_.unpin(*slot);
-    } else if (Transfer* publication = publication_of(*slot)) {
-      publication->is_lent = false;
-    } else {
-      index_.give_back(*slot);
-    }
+    if (const auto name = index_.name_of(*slot)) index_.touch(*name);
+    index_.unpin(*slot);
   }
 }
 
@@ -272,15 +267,14 @@ void NvmeTier::refute(SlotIndex slot) {
 // ---- publishing what was lent -------------------------------------------------------------------
 
 void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now) {
-  const bool has_name = index_.is_pinned(filled.slot) || publication_of(filled.slot) != nullptr;
-  if (knows(name) || has_name) return;
+  if (knows(name) || index_.name_of(filled.slot)) return;
   storing_.insert(name);
-  to_publish_.push_back({.kind = Kind::kPublish,
+  index_.pin(filled.slot);
+  to_publish_.push_back({.kind = Kind::kStoreHeader,
                          .name = name,
                          .slot = filled.slot,
                          .digest = filled.digest,
-                         .slab = {{}, filled.seal},
-                         .is_lent = true});
+                         .slab = {{}, filled.seal}});
   start_publishing(now);
 }
 
@@ -297,26 +291,6 @@ void NvmeTier::start_publishing(TimePoint now) {
     to_publish_.pop_front();
     write_header(*index);
   }
-}
-
-void NvmeTier::finish_publishing(std::size_t index) {
-  const Transfer& transfer = *transfers_[index];
-  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
-  if (transfer.is_lent) index_.pin(transfer.slot);
-  storing_.erase(transfer.name);
-  ++stat_.slabs_written;
-  end(index);
-}
-
-NvmeTier::Transfer* NvmeTier::publication_of(SlotIndex slot) {
-  const auto is_it = [slot](const Transfer& transfer) {
-    return transfer.kind == Kind::kPublish && transfer.slot == slot;
-  };
-  const auto waiting = std::ranges::find_if(to_publish_, is_it);
-  if (waiting != to_publish_.end()) return &*waiting;
-  const auto found = std::ranges::find_if(
-      transfers_, [&](const auto& transfer) { return transfer && is_it(*transfer); });
-  return found == transfers_.end() ? nullptr : &**found;
 }
 
 // ---- reading ----------------------------------------------------------------------------------
@@ -420,11 +394,10 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
   }
 }
 
-// The slot of a transfer that came to nothing.
+// The slot of a transfer that has ended, or came to nothing.
 void NvmeTier::let_go(const Transfer& transfer) {
-  if (reads(transfer.kind)) return index_.unpin(transfer.slot);
-  storing_.erase(transfer.name);
-  if (!transfer.is_lent) index_.give_back(transfer.slot);
+  if (!reads(transfer.kind)) storing_.erase(transfer.name);
+  index_.unpin(transfer.slot);
 }
 
 // ---- events -----------------------------------------------------------------------------------
@@ -489,9 +462,6 @@ void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& l
     case Kind::kStoreHeader:
       health_.on_written(now);
       return finish_store(index);
-    case Kind::kPublish:
-      health_.on_written(now);
-      return finish_publishing(index);
   }
 }
 

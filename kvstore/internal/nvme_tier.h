@@ -115,7 +115,8 @@ class NvmeTier {
   void check() const { index_.check(); }
 
  private:
-  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader, kPublish };
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader };
+  // Its slot is pinned by it.
   struct Transfer {
     Kind kind = Kind::kLoad;
     SlabName name;
@@ -125,11 +126,9 @@ class NvmeTier {
     SealedUnit slab{};         // in its buffer
     std::size_t moved = 0;     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
-    bool is_lent = false;      // kPublish: somebody has its slot still
   };
 
   static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
-  static bool is_header(Kind kind) { return kind == Kind::kStoreHeader || kind == Kind::kPublish; }
   std::span<std::byte> buffer(std::size_t index) const;  // of a slot and a header
   std::size_t slot_size() const { return superblock_.geometry.slot_bytes; }
   std::optional<std::size_t> free_buffer() const;
@@ -143,8 +142,6 @@ class NvmeTier {
   void write_header(std::size_t index);
   void finish_store(std::size_t index);
   void start_publishing(TimePoint now);
-  void finish_publishing(std::size_t index);
-  Transfer* publication_of(SlotIndex slot);
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
   bool may_scrub(TimePoint now) const;
