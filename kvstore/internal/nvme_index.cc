@@ -51,7 +51,7 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   if (!free_.empty()) {
     const SlotIndex slot = free_.front();
     free_.pop_front();
-    at(slot).pins = 1;
+    add_pin(at(slot));
     return slot;
   }
   const auto oldest =
@@ -60,7 +60,7 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   const SlotIndex victim = *oldest;
   erase(*at(victim).name);
   free_.pop_back();  // where erase() has put it
-  at(victim).pins = 1;
+  add_pin(at(victim));
   ++num_evictions_;
   return victim;
 }
@@ -78,13 +78,19 @@ void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t dige
 void NvmeIndex::pin(SlotIndex index) {
   Slot& slot = at(index);
   FT_CHECK(slot.name || slot.pins > 0, raw(index));
-  ++slot.pins;
+  add_pin(slot);
+}
+
+void NvmeIndex::add_pin(Slot& slot) {
+  if (slot.pins++ == 0) ++num_pinned_;
 }
 
 void NvmeIndex::unpin(SlotIndex index) {
   Slot& slot = at(index);
   FT_CHECK(slot.pins > 0, raw(index));
-  if (--slot.pins == 0 && !slot.name) free_.push_back(index);
+  if (--slot.pins > 0) return;
+  --num_pinned_;
+  if (!slot.name) free_.push_back(index);
 }
 
 void NvmeIndex::erase(const SlabName& name) {
@@ -103,15 +109,18 @@ void NvmeIndex::check() const {
   const std::set<SlotIndex> used(used_.begin(), used_.end());
   FT_CHECK(free.size() == free_.size() && used.size() == used_.size());
   std::size_t held = 0;
+  std::size_t pinned = 0;
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const Slot& slot = slots_[i];
     FT_CHECK(used.contains(SlotIndex{i}) == slot.name.has_value(), i, slot.pins);
     FT_CHECK(!free.contains(SlotIndex{i}) || (!slot.name && slot.pins == 0), i);
+    if (slot.pins > 0) ++pinned;
     if (!slot.name) continue;
     ++held;
     FT_CHECK(by_name_.at(*slot.name) == SlotIndex{i}, i);
   }
   FT_CHECK(held == by_name_.size(), held, by_name_.size());
+  FT_CHECK(pinned == num_pinned_, pinned, num_pinned_);
 }
 
 }  // namespace foretoken::kvstore

@@ -60,6 +60,7 @@ class NvmeIndex {
 
   std::uint32_t num_slots() const { return static_cast<std::uint32_t>(slots_.size()); }
   std::uint32_t num_usable() const { return num_usable_; }
+  std::uint32_t num_available() const { return num_usable_ - num_pinned_; }  // to claim()
   std::uint32_t num_held() const { return static_cast<std::uint32_t>(by_name_.size()); }
   std::int64_t num_evictions() const { return num_evictions_; }
 
@@ -75,9 +76,11 @@ class NvmeIndex {
     std::list<SlotIndex>::iterator place;  // in used_, if held
   };
   Slot& at(SlotIndex slot);
+  void add_pin(Slot& slot);
 
   std::vector<Slot> slots_;
-  std::uint32_t num_usable_;  // of them, that are not left out
+  std::uint32_t num_usable_;      // of them, that are not left out
+  std::uint32_t num_pinned_ = 0;  // of these
   std::deque<SlotIndex> free_;
   std::list<SlotIndex> used_;  // held, least recently used first
   std::unordered_map<SlabName, SlotIndex> by_name_;

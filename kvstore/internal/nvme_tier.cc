@@ -231,15 +231,9 @@ void NvmeTier::finish_store(std::size_t index) {
 // ---- lending ----------------------------------------------------------------------------------
 
 std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count) {
+  if (count > index_.num_available()) return std::nullopt;  // no slab is given up in vain
   std::vector<SlotIndex> slots;
-  while (slots.size() < count) {
-    const auto slot = index_.claim();
-    if (!slot) {
-      take_back(slots);
-      return std::nullopt;
-    }
-    slots.push_back(*slot);
-  }
+  while (slots.size() < count) slots.push_back(*index_.claim());
   return slots;
 }
 

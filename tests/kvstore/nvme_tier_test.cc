@@ -16,6 +16,16 @@ bool is_read(const IoOperation& operation) { return operation.direction == IoDir
 
 class NvmeTierTest : public testing::Test {
  protected:
+  // As a rank does with a slot that it was lent.
+  NvmeTier::Filled fill_slot(const TierOnFile& disk, SlotIndex slot, const SlabName& name) {
+    const auto slab = test_slab(name);
+    const kernels::KvShape shape = kTestModel.slab_shape();
+    const std::size_t table = 8 * kSegmentBlocks * static_cast<std::size_t>(shape.num_layers);
+    std::memcpy(file.data() + disk.contents.superblock.geometry.slab_offset(slot), slab.data(),
+                slab.size());
+    return {slot, slab_digest(std::span(slab).subspan(shape.slab_payload_bytes(), table)), {}};
+  }
+
   FileBytes file;
 };
 
@@ -325,6 +335,57 @@ TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
   disk.wait(seconds(2));
   EXPECT_TRUE(disk.load(test_name(0, 0)));
 }
+
+// ---- slots that are lent ------------------------------------------------------------------------
+
+TEST_F(NvmeTierTest, WhatCanNotBeLentCostsNoSlab) {
+  TierOnFile disk(file, 6);
+  const auto lent = disk.tier->lend(2);
+  ASSERT_TRUE(lent);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  EXPECT_FALSE(disk.tier->lend(5)) << "one is free, and three would give way";
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
+  EXPECT_EQ(disk.tier->stat().evictions, 0);
+  const std::vector borrowed{disk.tier->borrow(test_name(0, 1))};
+  EXPECT_FALSE(disk.tier->lend(4));
+  disk.tier->take_back(borrowed);
+  EXPECT_TRUE(disk.tier->lend(4));
+  EXPECT_EQ(disk.tier->stat().slabs_held, 0);
+  disk.tier->check();
+}
+
+// The header is written behind, whether or not its holder is there still.
+TEST_F(NvmeTierTest, WhatIsLentIsPublishedInPlace) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1).value();
+  const auto filled = fill_slot(disk, lent[0], test_name(0, 1));
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  disk.tier->publish(test_name(0, 1), filled, disk.now);
+  disk.tier->publish(test_name(0, 2), filled, disk.now);  // a slot has one name
+  EXPECT_FALSE(disk.tier->has(test_name(0, 1), disk.now));
+  disk.tier->take_back(lent);
+  EXPECT_FALSE(disk.tier->lend(2)) << "its header is under way";
+  disk.device->fault = nullptr;
+  disk.device->release_held();
+  disk.finish();
+  EXPECT_TRUE(disk.load(test_name(0, 1)));
+  EXPECT_FALSE(disk.load(test_name(0, 2)));
+  EXPECT_TRUE(disk.tier->lend(2)) << "it gives way like any other";
+}
+
+TEST_F(NvmeTierTest, WhatCanNotBePublishedIsFreeWhenItsHolderLeaves) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1).value();
+  disk.device->fault = [](const IoOperation&) { return IoFault::kError; };
+  disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
+  disk.finish();
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_FALSE(disk.tier->lend(2));
+  disk.tier->take_back(lent);
+  EXPECT_TRUE(disk.tier->lend(2));
+}
+
+// ---- all the time -------------------------------------------------------------------------------
 
 TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
   TierOnFile disk(file, 4);
