@@ -141,6 +141,7 @@ class Server {
   Status publish(const Peer& peer, const Publish& request);
   Status refute(const Peer& peer, const Refute& request);
   std::uint32_t num_slabs_lent(const Peer& peer, const Group& group, SequenceId sequence) const;
+  std::uint32_t room_for(const Peer& peer, const Group& group, SequenceId sequence) const;
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 
   void open_tier();

@@ -2,6 +2,7 @@
 // file for all of it. Ranks that share a head have slabs and slots of their own each: which run is
 // in memory is known to its rank alone.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "common/ids.h"
@@ -24,8 +25,8 @@ std::uint32_t least_slabs(const kernels::KvShape& shape, int num_segments) {
                                     layers);
 }
 
-// Of a head's slabs that no outsized sequence has, what the next one is given: most, but where two
-// of its kind can run, what the other one needs stays.
+// Of a head's slabs that no outsized sequence has, what the next one is given at most: not all, but
+// where two of its kind can run, what the other one needs stays.
 std::uint32_t share_of(std::uint32_t left, std::uint32_t least) {
   std::uint32_t share = left * kNumerator / kDenominator;
   if (2 * least <= left) share = std::min(share, left - least);
@@ -62,7 +63,9 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
                    "; raise --kv-host-gib or --kv-nvme-gib");
   }
   const std::uint32_t others = num_slabs_lent(peer, group, request.sequence);
-  const std::uint32_t num_slabs = share_of(total - std::min(total, others), least) / num_sharers;
+  const std::uint32_t share = share_of(total - std::min(total, others), least);
+  const std::uint32_t room = room_for(peer, group, request.sequence);
+  const std::uint32_t num_slabs = std::max(least, std::min(share, room)) / num_sharers;
   if (peer.num_heads * (request.num_segments + static_cast<int>(num_slabs)) > kMaxGrantSlabs) {
     return invalid(std::to_string(request.num_segments) + " segments of " +
                    std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
@@ -211,6 +214,22 @@ std::uint32_t Server::num_slabs_lent(const Peer& peer, const Group& group,
     if (!is_this && share_a_head(lent, peer)) sum += lent.num_slabs;
   }
   return sum;
+}
+
+// Of the peer's head that has the fewest, the slabs that nobody has, or this sequence of its group.
+// What is not ready yet counts: it is waited for, rather than done without for the whole sequence.
+std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId sequence) const {
+  std::uint32_t room = std::numeric_limits<std::uint32_t>::max();
+  for (int head = peer.first_head; head < peer.first_head + peer.num_heads; ++head) {
+    std::uint32_t of_head = book_->num_unheld(head);
+    for (const auto& [key, lent] : lent_) {
+      const bool has_head = head >= lent.first_head && head < lent.first_head + lent.num_heads;
+      if (key.second == sequence && group.contains(key.first) && has_head)
+        of_head += lent.num_slabs;
+    }
+    room = std::min(room, of_head);
+  }
+  return room;
 }
 
 // Of one sequence, or of all that the lease has. What a dead rank had under way may still end: it

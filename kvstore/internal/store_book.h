@@ -74,6 +74,12 @@ class StoreBook {
   Status can_reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
                      int num_segments, SlabsOf whose = SlabsOf::kGroup);
 
+  // Slabs of a head that nobody holds, ready or not.
+  std::uint32_t num_unheld(int head) const {
+    const SlabPool& pool = pools_[static_cast<std::size_t>(head)];
+    return pool.num_slabs() - pool.num_used();
+  }
+
   // For the tier below. The published slab that holds `key`; refresh() also makes it the last one
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;

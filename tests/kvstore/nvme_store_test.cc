@@ -410,6 +410,27 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   ASSERT_TRUE(reserve_as(4));
 }
 
+// Of 15 slabs a head others hold some: 20 segments must have five, and are given ten at most.
+TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaRunsInWhatOthersLeave) {
+  server = std::make_unique<RunningServer>(
+      40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
+  StoreClientConfig config = test_client(server->socket(), 0);
+  config.shape.num_layers = 12;
+  const auto store = KvStore::connect(config, *device).value_or_throw();
+  ASSERT_TRUE(ready(*store));
+  for (const auto& [held, granted] : {std::pair{4, 10}, {6, 9}, {10, 5}}) {
+    ASSERT_TRUE(store->reserve(SequenceId{1}, {}, held));
+    ASSERT_TRUE(store->reserve(SequenceId{2}, {}, 20)) << held;
+    EXPECT_EQ(store->stat()->slabs_free, 15 - held - granted) << held;
+    ASSERT_TRUE(store->release(SequenceId{2}));
+    ASSERT_TRUE(store->release(SequenceId{1}));
+  }
+  ASSERT_TRUE(store->reserve(SequenceId{1}, {}, 11));
+  const auto refused = store->reserve(SequenceId{2}, {}, 20);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kExhausted);
+}
+
 const ModelIdentity kDeep{"test-model", 3, 12, 64, kernels::DataType::kFp16};
 
 // Rank 0 has heads 0 and 1, rank 1 has 1 and 2. Of twelve layers, 24 segments must have five slabs
@@ -490,6 +511,18 @@ TEST_F(SharedHeadTest, ASecondSequenceIsLeftWhatItsRanksNeed) {
   EXPECT_EQ(left_by(*high, 1), 11);  // three quarters would leave seven
   EXPECT_EQ(left_by(*high, 2), 6);
   EXPECT_EQ(left_by(*low, 2), 1);
+}
+
+// The second rank of a sequence is given as much as the first: what that has is the sequence's.
+TEST_F(SharedHeadTest, RanksShareWhatOthersLeave) {
+  start(23, 192);
+  const auto low = connect(0);
+  const auto high = connect(1);
+  ASSERT_TRUE(low->reserve(SequenceId{9}, {}, 12));  // leaves eleven: five for each, of head 1
+  ASSERT_TRUE(reserve(*low, 1));
+  EXPECT_EQ(low->stat()->slabs_free, 6);
+  ASSERT_TRUE(reserve(*high, 1));
+  EXPECT_EQ(low->stat()->slabs_free, 1);
 }
 
 // Both publish, as no rank of these writes all heads: of head 1 the first slab stays.
