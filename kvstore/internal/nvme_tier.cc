@@ -86,10 +86,6 @@ bool NvmeTier::has(const SlabName& name, TimePoint now) const {
   return health_.may_read(now) && index_.find(name).has_value();
 }
 
-bool NvmeTier::knows(const SlabName& name) const {
-  return storing_.contains(name) || index_.find(name).has_value();
-}
-
 NvmeStat NvmeTier::stat() const {
   NvmeStat stat = stat_;
   stat.state = health_.state();
@@ -190,10 +186,11 @@ std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
 // Three quarters of the buffers at most: the others are there for reads.
 bool NvmeTier::can_store(TimePoint now) const {
   return waiting_.empty() && health_.may_write(now) &&
-         storing_.size() < transfers_.size() * 3 / 4 && free_buffer().has_value();
+         index_.num_promised() < transfers_.size() * 3 / 4 && free_buffer().has_value();
 }
 
-void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now) {
+void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
+                     const std::optional<PrefixKey>& previous) {
   FT_CHECK(can_store(now) && !knows(name));
   const std::size_t index = *free_buffer();
   std::byte* copy = buffer(index).data();
@@ -203,7 +200,8 @@ void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now)
   }
   const auto slot = index_.claim();
   if (!slot) return;  // every slot is being read or written: a file of very few
-  storing_.insert(name);
+  index_.promise(*slot, name);
+  place(name, previous);
   start(index, {Kind::kStoreSlab, name, *slot, nullptr, digest_of(copy)}, now);
 }
 
@@ -220,12 +218,22 @@ void NvmeTier::write_header(std::size_t index) {
 
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
-  if (!index_.name_of(transfer.slot)) {  // else its holder has published it twice
-    index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
+  if (index_.is_promised(transfer.slot, transfer.name)) {  // else it was refuted meanwhile
+    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal);
     ++stat_.slabs_written;
   }
-  let_go(transfer);
+  index_.unpin(transfer.slot);
   end(index);
+}
+
+// All heads of a segment stand together, before those of the segment that comes before it. Ranks
+// begin in any order: where head 0 stands, the others do.
+void NvmeTier::place(const SlabName& name, const std::optional<PrefixKey>& previous) {
+  if (previous) index_.place_before(name, {0, *previous});
+  if (name.head > 0) return index_.place_behind(name, {0, name.key});
+  for (int other = 1; other < superblock_.model.total_kv_heads; ++other) {
+    index_.place_behind({other, name.key}, name);
+  }
 }
 
 // ---- lending ----------------------------------------------------------------------------------
@@ -262,7 +270,7 @@ void NvmeTier::refute(SlotIndex slot) {
 
 void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now) {
   if (knows(name) || index_.name_of(filled.slot)) return;
-  storing_.insert(name);
+  index_.promise(filled.slot, name);
   index_.pin(filled.slot);
   to_publish_.push_back({.kind = Kind::kStoreHeader,
                          .name = name,
@@ -311,7 +319,6 @@ NvmeTier::Loaded NvmeTier::finish_load(std::size_t index) {
   const std::byte* slab = buffer(index).data();
   const bool is_whole = digest_of(slab) == transfer.digest && copy_verified(transfer.to, slab);
   if (is_whole) ++stat_.slabs_read;
-  index_.touch(transfer.name);
   end_read(transfer, is_whole);
   end(index);
   return {transfer.name, is_whole};
@@ -388,9 +395,9 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
   }
 }
 
-// The slot of a transfer that has ended, or came to nothing.
+// The slot of a transfer that came to nothing.
 void NvmeTier::let_go(const Transfer& transfer) {
-  if (!reads(transfer.kind)) storing_.erase(transfer.name);
+  if (index_.is_promised(transfer.slot, transfer.name)) index_.erase(transfer.name);
   index_.unpin(transfer.slot);
 }
 

@@ -28,7 +28,6 @@
 #include <deque>
 #include <memory>
 #include <optional>
-#include <set>
 #include <span>
 #include <vector>
 
@@ -59,7 +58,8 @@ class NvmeTier {
   // Whether load() may be called for it.
   bool has(const SlabName& name, TimePoint now) const;
   // Whether the file has it, or is about to.
-  bool knows(const SlabName& name) const;
+  bool knows(const SlabName& name) const { return index_.knows(name); }
+  // It was wanted: it is the last to give way. Of a prefix, the first segment is touched last.
   void touch(const SlabName& name) { index_.touch(name); }
 
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.
@@ -68,9 +68,11 @@ class NvmeTier {
 
   // A buffer is there for a write, and no read waits.
   bool can_store(TimePoint now) const;
-  // Starts to write a copy, unless the slab's own checksums refute it.
+  // Starts to write a copy, unless the slab's own checksums refute it. It gives way before the
+  // segment that its prefix has before it, whose key is `previous`, as it is of no use without.
   // REQUIRES: can_store(now), !knows(name).
-  void store(const SlabName& name, const std::byte* slab, TimePoint now);
+  void store(const SlabName& name, const std::byte* slab, TimePoint now,
+             const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index
   // until they are published, or given back. nullopt: the file has not so many to give.
@@ -141,6 +143,7 @@ class NvmeTier {
   std::uint64_t digest_of(const std::byte* slab) const;
   void write_header(std::size_t index);
   void finish_store(std::size_t index);
+  void place(const SlabName& name, const std::optional<PrefixKey>& previous);
   void start_publishing(TimePoint now);
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
@@ -169,8 +172,7 @@ class NvmeTier {
   std::deque<Transfer> waiting_;     // loads without a buffer
   std::deque<Transfer> to_publish_;  // headers without one
   std::deque<IoDone> ended_;         // not looked at yet
-  std::set<SlabName> storing_;
-  std::size_t num_in_flight_ = 0;  // those given up included
+  std::size_t num_in_flight_ = 0;    // those given up included
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
   std::uint64_t next_number_ = 1;

@@ -277,6 +277,7 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   if (is_outsized(request)) {
     Result<Grant> grant = reserve_outsized(peer, request);
     if (!grant) return reply(peer, grant.error());
+    touch_prefix(peer, request.keys);
     return reply(peer, *std::move(grant), nvme_file_->fd());
   }
   if (promotions_ && is_coming(peer, request)) {
@@ -284,6 +285,7 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   }
   auto grant = book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
   if (grant && promotions_) {
+    touch_prefix(peer, request.keys);
     count_passed_over(peer, ReadChoice::Way::kPromoted, request.keys, grant->head_hits);
   }
   return reply_grant(peer, std::move(grant));
@@ -292,7 +294,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
 Status Server::commit(const Peer& peer, const Commit& request) {
   FT_RETURN_IF_ERROR(book_->commit(*peer.lease, request.sequence, request.segment, request.key));
   for (int i = 0; mover_ && i < peer.num_heads; ++i) {
-    mover_->write_behind({peer.first_head + i, request.key});
+    const int head = peer.first_head + i;
+    mover_->write_behind({head, request.key},
+                         book_->key_before(*peer.lease, request.sequence, request.segment, head));
   }
   return Ok{};
 }

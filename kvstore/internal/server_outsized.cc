@@ -156,7 +156,7 @@ Result<Grant> Server::use_outsized(const Peer& peer, const Use& request) {
   if (!fresh) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   std::vector<SlotIndex> unused;
   for (int i = 0; i < lent.num_heads * fewer; ++i) {
-    SlotIndex& slot = lent.slot(i / fewer, request.hit_segments + i % fewer);
+    SlotIndex& slot = lent.slot(i % lent.num_heads, request.hit_segments + i / lent.num_heads);
     unused.push_back(std::exchange(slot, (*fresh)[static_cast<std::size_t>(i)]));
   }
   tier_->take_back(unused);
@@ -232,6 +232,16 @@ std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId 
   return room;
 }
 
+std::vector<SlotIndex> Server::Lent::by_segment() const {
+  std::vector<SlotIndex> all;
+  for (int segment = 0; segment < num_segments; ++segment) {
+    for (int head = 0; head < num_heads; ++head) {
+      all.push_back(slots[static_cast<std::size_t>(head * num_segments + segment)]);
+    }
+  }
+  return all;
+}
+
 // Of one sequence, or of all that the lease has. What a dead rank had under way may still end: it
 // fails its check, like any torn write.
 void Server::take_back_slots(LeaseId lease, std::optional<SequenceId> sequence) {
@@ -241,7 +251,7 @@ void Server::take_back_slots(LeaseId lease, std::optional<SequenceId> sequence) 
       ++lent;
       continue;
     }
-    tier_->take_back(lent->second.slots);
+    tier_->take_back(lent->second.by_segment());
     lent = lent_.erase(lent);
   }
 }

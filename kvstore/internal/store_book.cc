@@ -262,6 +262,13 @@ Grant StoreBook::grant_of(const LeaseOwner& owner, const Holder& holder) {
 
 // ---- the tier below ---------------------------------------------------------------------------
 
+std::optional<PrefixKey> StoreBook::key_before(LeaseId lease, SequenceId sequence, int segment,
+                                               int head) {
+  if (segment == 0) return std::nullopt;
+  const Allocation& allocation = *find(at(lease).sequences.at(sequence), head);
+  return pool(head).key_of(allocation.slabs[static_cast<std::size_t>(segment - 1)]);
+}
+
 std::optional<SlabIndex> StoreBook::find_published(int head, const PrefixKey& key) const {
   return pools_[static_cast<std::size_t>(head)].peek(key);
 }

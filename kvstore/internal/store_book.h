@@ -80,7 +80,10 @@ class StoreBook {
     return pool.num_slabs() - pool.num_used();
   }
 
-  // For the tier below. The published slab that holds `key`; refresh() also makes it the last one
+  // For the tier below. What the segment before this one holds, if it is published.
+  // REQUIRES: commit() has taken this one.
+  std::optional<PrefixKey> key_before(LeaseId lease, SequenceId sequence, int segment, int head);
+  // The published slab that holds `key`; refresh() also makes it the last one
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
   std::optional<SlabIndex> refresh(int head, const PrefixKey& key);

@@ -70,6 +70,22 @@ class NvmeStoreTest : public testing::Test {
     EXPECT_TRUE(store.release(next));
     return hit;
   }
+  // One of several segments.
+  void write_all(KvStore& store, std::span<const PrefixKey> keys) {
+    next = SequenceId{raw(next) + 1};
+    const auto kv = store.reserve(next, keys, static_cast<int>(keys.size()));
+    ASSERT_TRUE(kv) << kv.error().message;
+    ASSERT_EQ(kv->hit_segments, 0);
+    for (std::size_t segment = 0; segment < keys.size(); ++segment) {
+      for (int head = 0; head < 2; ++head) {
+        const auto slab = test_slab({head, keys[segment]}, kModel);
+        std::memcpy(kv->slabs[static_cast<std::size_t>(head) * keys.size() + segment], slab.data(),
+                    slab.size());
+      }
+      ASSERT_TRUE(store.commit(next, static_cast<int>(segment), keys[segment]));
+    }
+    ASSERT_TRUE(store.release(next));
+  }
   testing::AssertionResult written(KvStore& store, std::int64_t slabs) {
     return eventually(store,
                       [&](const StoreStat& stat) { return stat.nvme.slabs_written >= slabs; });
@@ -111,6 +127,45 @@ TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
   EXPECT_FALSE(finds(*connect(), 1));
   server.reset();
   EXPECT_FALSE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
+}
+
+// Without its first segments the rest of a prefix is of no use.
+TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  std::unique_ptr<KvStore> store;
+  const auto restart = [&] {  // the arena has nothing then
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 8}.file_bytes(),
+                                NvmeReuse::kKeepSlabs});
+    store = connect();
+  };
+  const auto hits = [&] {
+    for (;; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
+      next = SequenceId{raw(next) + 1};
+      const auto kv = store->reserve(next, keys, 3);
+      if (!kv && kv.error().code == ErrorCode::kPending) continue;
+      EXPECT_TRUE(store->release(next));
+      return kv->hit_segments;
+    }
+  };
+  restart();
+  write_all(*store, keys);  // two slots are left
+  ASSERT_TRUE(written(*store, 6));
+  write(*store, 11);
+  write(*store, 12);
+  ASSERT_TRUE(written(*store, 10));
+  restart();
+  EXPECT_EQ(hits(), 2) << "of what was written, the last segment went";
+  write(*store, 13);
+  ASSERT_TRUE(written(*store, 2));  // over 11 ...
+  write(*store, 14);
+  ASSERT_TRUE(written(*store, 4));  // ... 12
+  write(*store, 15);
+  ASSERT_TRUE(written(*store, 6));
+  restart();
+  EXPECT_EQ(hits(), 1) << "of what was found, too";
 }
 
 // What reading takes is known from the first one on; computing takes nothing here.
@@ -285,6 +340,26 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
     store.reset();
     server.reset();
   }
+}
+
+// The file is full when eight prompts are beside the prefix.
+TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
+  const std::uint32_t num_slots = 2 * kSomeSegments;
+  server = std::make_unique<RunningServer>(
+      kArenaBytes,
+      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), num_slots}.file_bytes(),
+                 NvmeReuse::kStartAfresh});
+  const auto store = connect();
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+  fill(first, Slabs(keys));
+  publish(*store, first, keys);
+  ASSERT_TRUE(written(*store, 6));
+  first.outsized.reset();
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
+  ASSERT_TRUE(written(*store, 6 + 18));
+  EXPECT_EQ(store->reserve(SequenceId{101}, keys, kSomeSegments).value().hit_segments, 2);
 }
 
 // The rank opens what the store has sealed, and the store what the rank has.

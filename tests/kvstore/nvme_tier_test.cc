@@ -4,6 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
+#include <random>
+
 #include "tests/kvstore/tier_on_file.h"
 
 namespace foretoken::kvstore {
@@ -189,7 +193,7 @@ TEST_F(NvmeTierTest, ADiskThatReadsNoHeadersIsNoTier) {
 TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   TierOnFile disk(file, 3);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
-  ASSERT_TRUE(disk.load(test_name(0, 0)));
+  disk.tier->touch(test_name(0, 0));
   disk.tier->touch(test_name(0, 1));
   ASSERT_TRUE(disk.store(test_name(0, 3)));
   EXPECT_FALSE(disk.tier->knows(test_name(0, 2)));
@@ -197,12 +201,46 @@ TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   EXPECT_EQ(disk.tier->stat().evictions, 1);
 }
 
+// Without its first segments the rest of a prefix is of no use. Of three heads two ranks write,
+// side by side.
+TEST_F(NvmeTierTest, APrefixGivesWayFromItsEnd) {
+  constexpr std::uint32_t kSegments = 4;
+  std::mt19937 random(7);
+  for (int round = 0; round < 50; ++round) {
+    file.clear();
+    TierOnFile disk(file, kSegments * 3);
+    std::vector<std::vector<SlabName>> ranks(2);
+    for (std::uint32_t i = kSegments * 3; i-- > 0;)
+      ranks[i % 3 / 2].push_back(test_name(i % 3, i / 3));
+    while (!ranks[0].empty() || !ranks[1].empty()) {
+      std::vector<SlabName>& rank = ranks[random() % 2];
+      if (rank.empty()) continue;
+      const SlabName name = rank.back();
+      rank.pop_back();
+      std::uint32_t segment = 0;
+      std::memcpy(&segment, name.key.bytes.data(), sizeof segment);
+      const auto previous =
+          segment > 0 ? std::optional(test_name(0, segment - 1).key) : std::nullopt;
+      disk.tier->store(name, test_slab(name).data(), disk.now, previous);
+    }
+    disk.finish();
+    for (std::uint32_t left = 3 * kSegments; left-- > 1;) {
+      ASSERT_TRUE(disk.tier->lend(1));
+      for (std::uint32_t segment = 0; segment < left / 3; ++segment) {
+        for (int head = 0; head < 3; ++head) {
+          EXPECT_TRUE(disk.tier->knows(test_name(head, segment))) << round << ' ' << left;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(NvmeTierTest, ACheckIsNoUse) {
   for (int num_checks = 0; num_checks < 4; ++num_checks) {
     file.clear();
     TierOnFile disk(file, 3);
     for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
-    ASSERT_TRUE(disk.load(test_name(0, 0)));
+    disk.tier->touch(test_name(0, 0));
     for (int i = 0; i < num_checks; ++i) {
       disk.now = disk.tier->deadline().value();
       disk.finish();
