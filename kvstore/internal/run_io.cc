@@ -110,8 +110,8 @@ void RunIo::on_done(const IoDone& done) {
     count_corrupt();
   } else {
     ++faults_.io_errors;
-    health_.on_failed(now());
     if (++transfer.tries < kMaxTries) return submit(index);
+    health_.on_failed(now());  // one sector that stays bad is not a bad disk
   }
   end(index, Error{error.code, "KV on NVMe: " + error.message});
 }
