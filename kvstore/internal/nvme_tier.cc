@@ -189,20 +189,21 @@ bool NvmeTier::can_store(TimePoint now) const {
          index_.num_promised() < transfers_.size() * 3 / 4 && free_buffer().has_value();
 }
 
-void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
+bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
                      const std::optional<PrefixKey>& previous) {
   FT_CHECK(can_store(now) && !knows(name));
   const std::size_t index = *free_buffer();
   std::byte* copy = buffer(index).data();
   if (!copy_verified(copy, slab)) {
     ++stat_.host_checksum_failures;
-    return;
+    return false;
   }
   const auto slot = index_.claim();
-  if (!slot) return;  // every slot is being read or written: a file of very few
+  if (!slot) return true;  // every slot is being read or written: a file of very few
   index_.promise(*slot, name);
   place(name, previous);
   start(index, {Kind::kStoreSlab, name, *slot, nullptr, digest_of(copy)}, now);
+  return true;
 }
 
 // The slab is in the file; its header makes it count.

@@ -68,10 +68,10 @@ class NvmeTier {
 
   // A buffer is there for a write, and no read waits.
   bool can_store(TimePoint now) const;
-  // Starts to write a copy, unless the slab's own checksums refute it. It gives way before the
-  // segment that its prefix has before it, whose key is `previous`, as it is of no use without.
+  // Starts to write a copy. It gives way before the segment that its prefix has before it, whose
+  // key is `previous`, as it is of no use without. False: the slab's own checksums refute it.
   // REQUIRES: can_store(now), !knows(name).
-  void store(const SlabName& name, const std::byte* slab, TimePoint now,
+  bool store(const SlabName& name, const std::byte* slab, TimePoint now,
              const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index

@@ -279,6 +279,13 @@ std::optional<SlabIndex> StoreBook::refresh(int head, const PrefixKey& key) {
   return slab;
 }
 
+void StoreBook::distrust_published(int head, const PrefixKey& key) {
+  const auto slab = pool(head).find(key);
+  if (!slab) return;
+  pool(head).distrust(*slab);
+  pool(head).release(*slab);
+}
+
 // ---- what there is ----------------------------------------------------------------------------
 
 StoreStat StoreBook::stat() const {

@@ -87,7 +87,10 @@ class StoreBook {
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
   std::optional<SlabIndex> refresh(int head, const PrefixKey& key);
-  // The same, and keeps it until return_slab().
+  // It does not hold what its key says: as distrust() of all who have it. No-op where there is
+  // none.
+  void distrust_published(int head, const PrefixKey& key);
+  // As find_published(), and keeps it until return_slab().
   std::optional<SlabIndex> hold_published(int head, const PrefixKey& key) {
     return pool(head).find(key);
   }

@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "common/log.h"
+
 namespace foretoken::kvstore {
 
 TierMover::TierMover(StoreBook& book, NvmeTier& tier, SlabMemory memory, std::size_t max_queued)
@@ -23,8 +25,13 @@ void TierMover::write_next(TimePoint now) {
     to_write_.pop_front();
     if (tier_.knows(name)) continue;
     const auto slab = book_.find_published(name.head, name.key);
-    if (slab) return tier_.store(name, memory_(name.head, *slab), now, previous);
-    ++num_dropped_;
+    if (!slab) {
+      ++num_dropped_;
+      continue;
+    }
+    if (tier_.store(name, memory_(name.head, *slab), now, previous)) return;
+    log().warn("a slab of the arena fails its checksums on its way to NVMe; it serves nobody more");
+    return book_.distrust_published(name.head, name.key);
   }
 }
 

@@ -168,6 +168,31 @@ TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
   EXPECT_EQ(hits(), 1) << "of what was found, too";
 }
 
+// It was written behind, and found bad: nobody reads it from the arena either, and it is computed
+// anew elsewhere.
+TEST_F(NvmeStoreTest, ASlabThatIsFoundBadServesNobody) {
+  start();
+  const auto store = connect();
+  const PrefixKey key = key_of(1);
+  const auto kv = store->reserve(SequenceId{100}, std::span(&key, 1), 1).value();
+  for (int head = 0; head < 2; ++head) {
+    auto slab = test_slab({head, key}, kModel);
+    slab[1000] ^= static_cast<std::byte>(head);  // of head 1 alone
+    std::memcpy(kv.slabs[static_cast<std::size_t>(head)], slab.data(), slab.size());
+  }
+  ASSERT_TRUE(store->commit(SequenceId{100}, 0, key));
+  ASSERT_TRUE(eventually(
+      *store, [](const StoreStat& stat) { return stat.nvme.host_checksum_failures == 1; }));
+  const auto second = store->reserve(SequenceId{101}, std::span(&key, 1), 1).value();
+  EXPECT_EQ(second.head_hits, (std::vector{1, 0}));
+  EXPECT_NE(second.slabs[1], kv.slabs[1]);
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  ASSERT_TRUE(store->release(SequenceId{101}));
+  write(*store, 1);
+  ASSERT_TRUE(written(*store, 2));
+  EXPECT_TRUE(finds(*store, 1));
+}
+
 // What reading takes is known from the first one on; computing takes nothing here.
 TEST_F(NvmeStoreTest, WhatIsComputedSoonerIsNotRead) {
   start();

@@ -254,7 +254,7 @@ TEST_F(NvmeTierTest, ASlabOfTheArenaThatIsWrongIsNotWritten) {
   TierOnFile disk(file, 3);
   auto slab = test_slab(test_name(0, 1));
   slab[100] ^= std::byte{4};
-  disk.tier->store(test_name(0, 1), slab.data(), disk.now);
+  EXPECT_FALSE(disk.tier->store(test_name(0, 1), slab.data(), disk.now));
   disk.finish();
   EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
   EXPECT_EQ(disk.tier->stat().host_checksum_failures, 1);
