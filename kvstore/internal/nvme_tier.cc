@@ -330,9 +330,14 @@ void NvmeTier::end_read(const Transfer& transfer, bool is_whole) {
   index_.unpin(transfer.slot);
   if (is_whole) return;
   ++stat_.checksum_failures;
-  if (index_.find(transfer.name)) index_.erase(transfer.name);
+  forget(transfer);
   log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent",
              raw(transfer.slot));
+}
+
+// What the slot held may have been refuted meanwhile, and have come anew in another slot.
+void NvmeTier::forget(const Transfer& read) {
+  if (index_.name_of(read.slot) == read.name) index_.erase(read.name);
 }
 
 // ---- checking ---------------------------------------------------------------------------------
@@ -487,7 +492,7 @@ void NvmeTier::on_failed(std::size_t index, const Error& error, TimePoint now,
     log().warn("NVMe tier: slot {}: {}", raw(transfer.slot), error.message);
     health_.on_failed(now);
   }
-  if (reads(transfer.kind) && index_.find(transfer.name)) index_.erase(transfer.name);
+  if (reads(transfer.kind)) forget(transfer);
   if (transfer.kind == Kind::kLoad) loaded.push_back({transfer.name, false});
   if (health_.state() == NvmeState::kOffline) give_up_all(loaded);
 }

@@ -90,7 +90,7 @@ class NvmeTier {
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
   void take_back(std::span<const SlotIndex> slots);
-  // What a borrowed or published slot holds is not what its name says.
+  // What a borrowed or published slot holds is not what its name says, or is about to say.
   void refute(SlotIndex slot);
   bool may_lend(TimePoint now) const { return health_.may_write(now); }
   std::uint64_t slots_offset() const { return superblock_.geometry.slab_offset(SlotIndex{0}); }
@@ -152,6 +152,7 @@ class NvmeTier {
   void finish_scrub(std::size_t index);
   bool is_whole(const std::byte* slab, std::uint64_t digest) const;
   void end_read(const Transfer& transfer, bool is_whole);
+  void forget(const Transfer& read);
   void give_up_all(std::vector<Loaded>& loaded);
   void let_go(const Transfer& transfer);
   std::optional<TimePoint> stalled_at() const;

@@ -411,6 +411,53 @@ TEST_F(NvmeTierTest, WhatIsLentIsPublishedInPlace) {
   EXPECT_TRUE(disk.tier->lend(2)) << "it gives way like any other";
 }
 
+TEST_F(NvmeTierTest, WhatIsRefutedBeforeItHasItsHeaderIsNotFound) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1).value();
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
+  disk.tier->refute(lent[0]);
+  disk.device->fault = nullptr;
+  disk.device->release_held();
+  disk.finish();
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_TRUE(disk.store(test_name(0, 1))) << "the same comes anew, elsewhere";
+  EXPECT_FALSE(disk.tier->lend(2)) << "its holder has it still";
+  disk.tier->take_back(lent);
+  EXPECT_TRUE(disk.load(test_name(0, 1)));
+  EXPECT_TRUE(disk.tier->lend(2));
+}
+
+// While a slab is read it is refuted, and comes anew in another slot: the first one's end is
+// nothing to that.
+TEST_F(NvmeTierTest, AReadThatFailsForgetsItsOwnSlotAlone) {
+  for (const bool is_cut_off : {false, true}) {
+    file.clear();
+    TierOnFile disk(file, 2);
+    const SlabName name = test_name(0, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 0)) && disk.store(name));
+    const SlotIndex first = disk.tier->borrow(name);
+    ASSERT_EQ(first, SlotIndex{1});
+    disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+    std::vector<std::byte> to(kTestModel.slab_bytes());
+    disk.tier->load(name, to.data(), disk.now);
+    disk.tier->refute(first);
+    disk.device->fault = nullptr;
+    ASSERT_TRUE(disk.store(name));
+    const std::uint64_t at = disk.contents.superblock.geometry.slab_offset(first);
+    if (is_cut_off) {
+      file.resize(at);
+    } else {
+      file[at] ^= std::byte{1};
+    }
+    disk.device->release_held();
+    const auto loaded = disk.finish();
+    ASSERT_EQ(loaded.size(), 1U);
+    EXPECT_FALSE(loaded.front().is_whole);
+    EXPECT_TRUE(disk.load(name)) << is_cut_off;
+  }
+}
+
 TEST_F(NvmeTierTest, WhatCanNotBePublishedIsFreeWhenItsHolderLeaves) {
   TierOnFile disk(file, 2);
   const auto lent = disk.tier->lend(1).value();
