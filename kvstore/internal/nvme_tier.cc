@@ -73,7 +73,8 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       transfers_(num_buffers(shape_)),
       device_(std::move(device)),
       cipher_(std::move(cipher)),
-      index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable) {
+      index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
+      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
   stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
@@ -138,7 +139,7 @@ void NvmeTier::start(std::size_t index, const Transfer& transfer, TimePoint now)
 // What its transfer still has to move.
 void NvmeTier::submit(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  const bool is_header = transfer.kind == Kind::kStoreHeader;
+  const bool is_header = NvmeTier::is_header(transfer.kind);
   const NvmeGeometry& geometry = superblock_.geometry;
   const std::uint64_t offset =
       is_header ? geometry.header_offset(transfer.slot) : geometry.slab_offset(transfer.slot);
@@ -150,7 +151,7 @@ void NvmeTier::submit(std::size_t index) {
 }
 
 std::size_t NvmeTier::bytes_of(const Transfer& transfer) const {
-  return transfer.kind == Kind::kStoreHeader ? kSectorBytes : slot_size();
+  return is_header(transfer.kind) ? kSectorBytes : slot_size();
 }
 
 void NvmeTier::end(std::size_t index) {
@@ -206,14 +207,20 @@ bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
   return true;
 }
 
-// The slab is in the file; its header makes it count.
+// The slab is in the file; its header makes it count. Or no slab is: no header.
 void NvmeTier::write_header(std::size_t index) {
   Transfer& transfer = *transfers_[index];
+  const Sector header = buffer(index).subspan(slot_size()).first<kSectorBytes>();
+  if (transfer.kind == Kind::kBlankHeader) {
+    std::ranges::fill(header, std::byte{0});
+    return submit(index);
+  }
   transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
+  is_blank_[raw(transfer.slot)] = false;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
                     transfer.digest, transfer.name, transfer.slab.seal},
-         buffer(index).subspan(slot_size()).first<kSectorBytes>(), cipher_.get());
+         header, cipher_.get());
   submit(index);
 }
 
@@ -239,10 +246,12 @@ void NvmeTier::place(const SlabName& name, const std::optional<PrefixKey>& previ
 
 // ---- lending ----------------------------------------------------------------------------------
 
-std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count) {
+std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count, TimePoint now) {
   if (count > index_.num_available()) return std::nullopt;  // no slab is given up in vain
   std::vector<SlotIndex> slots;
   while (slots.size() < count) slots.push_back(*index_.claim());
+  for (const SlotIndex slot : slots) blank(slot);
+  start_headers(now);
   return slots;
 }
 
@@ -260,11 +269,33 @@ void NvmeTier::take_back(std::span<const SlotIndex> slots) {
   }
 }
 
-void NvmeTier::refute(SlotIndex slot) {
+void NvmeTier::refute(SlotIndex slot, TimePoint now) {
   const auto name = index_.name_of(slot);
   if (!name) return;
   log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent", raw(slot));
   index_.erase(*name);
+  std::erase_if(headers_, [&](const Transfer& header) {
+    if (header.slot != slot || header.kind != Kind::kStoreHeader) return false;
+    let_go(header);
+    return true;
+  });
+  blank(slot);
+  start_headers(now);
+}
+
+// A header that its slot's runs no longer bear out: who opens the file next would find it, and its
+// table behind the runs, both whole.
+void NvmeTier::blank(SlotIndex slot) {
+  if (is_blank_[raw(slot)]) return;
+  index_.pin(slot);
+  headers_.push_back({.kind = Kind::kBlankHeader, .name = {}, .slot = slot});
+}
+
+void NvmeTier::finish_blank(std::size_t index) {
+  const SlotIndex slot = transfers_[index]->slot;
+  is_blank_[raw(slot)] = true;
+  index_.unpin(slot);
+  end(index);
 }
 
 // ---- publishing what was lent -------------------------------------------------------------------
@@ -273,27 +304,35 @@ void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now
   if (knows(name) || index_.name_of(filled.slot)) return;
   index_.promise(filled.slot, name);
   index_.pin(filled.slot);
-  to_publish_.push_back({.kind = Kind::kStoreHeader,
-                         .name = name,
-                         .slot = filled.slot,
-                         .digest = filled.digest,
-                         .slab = {{}, filled.seal}});
-  start_publishing(now);
+  headers_.push_back({.kind = Kind::kStoreHeader,
+                      .name = name,
+                      .slot = filled.slot,
+                      .digest = filled.digest,
+                      .slab = {{}, filled.seal}});
+  start_headers(now);
 }
 
-// What a disk does not take now is not published: its holder keeps it, nobody else finds it.
-void NvmeTier::start_publishing(TimePoint now) {
+// What a disk does not take now is not published: its holder keeps it, nobody else finds it. Of one
+// slot a header is written after the other.
+void NvmeTier::start_headers(TimePoint now) {
   if (!health_.may_write(now)) {
-    for (const Transfer& transfer : to_publish_) let_go(transfer);
-    to_publish_.clear();
+    for (const Transfer& transfer : headers_) let_go(transfer);
+    headers_.clear();
   }
-  while (!to_publish_.empty() && waiting_.empty()) {
+  while (waiting_.empty()) {
     const auto index = free_buffer();
-    if (!index) return;
-    occupy(*index, to_publish_.front(), now);
-    to_publish_.pop_front();
+    const auto next = std::ranges::find_if_not(
+        headers_, [this](const Transfer& header) { return is_moving(header.slot); });
+    if (!index || next == headers_.end()) return;
+    occupy(*index, *next, now);
+    headers_.erase(next);
     write_header(*index);
   }
+}
+
+bool NvmeTier::is_moving(SlotIndex slot) const {
+  return std::ranges::any_of(
+      transfers_, [slot](const auto& transfer) { return transfer && transfer->slot == slot; });
 }
 
 // ---- reading ----------------------------------------------------------------------------------
@@ -391,8 +430,8 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
     loaded.push_back({transfer.name, false});
   }
   waiting_.clear();
-  for (const Transfer& transfer : to_publish_) let_go(transfer);
-  to_publish_.clear();
+  for (const Transfer& transfer : headers_) let_go(transfer);
+  headers_.clear();
   for (auto& transfer : transfers_) {
     if (!transfer || transfer->is_given_up) continue;
     if (transfer->kind == Kind::kLoad) loaded.push_back({transfer->name, false});
@@ -403,7 +442,8 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
 
 // The slot of a transfer that came to nothing.
 void NvmeTier::let_go(const Transfer& transfer) {
-  if (index_.is_promised(transfer.slot, transfer.name)) index_.erase(transfer.name);
+  const bool is_store = !reads(transfer.kind) && transfer.kind != Kind::kBlankHeader;
+  if (is_store && index_.is_promised(transfer.slot, transfer.name)) index_.erase(transfer.name);
   index_.unpin(transfer.slot);
 }
 
@@ -423,7 +463,7 @@ std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
     on_stalled(now, loaded);
   }
   start_loads(now);
-  start_publishing(now);
+  start_headers(now);
   if (may_scrub(now)) start_scrub(now);
   return loaded;
 }
@@ -469,6 +509,9 @@ void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& l
     case Kind::kStoreHeader:
       health_.on_written(now);
       return finish_store(index);
+    case Kind::kBlankHeader:
+      health_.on_written(now);
+      return finish_blank(index);
   }
 }
 

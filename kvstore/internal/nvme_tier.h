@@ -75,8 +75,9 @@ class NvmeTier {
              const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index
-  // until they are published, or given back. nullopt: the file has not so many to give.
-  std::optional<std::vector<SlotIndex>> lend(std::size_t count);
+  // until they are published, or given back. What the file says of them is overwritten behind, so
+  // that the next store does not find it. nullopt: the file has not so many to give.
+  std::optional<std::vector<SlotIndex>> lend(std::size_t count, TimePoint now);
   // The slot of a slab, for a rank to read: it keeps the slab until it is given back. It may be
   // borrowed more than once. REQUIRES: has(name).
   SlotIndex borrow(const SlabName& name);
@@ -91,7 +92,7 @@ class NvmeTier {
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
   void take_back(std::span<const SlotIndex> slots);
   // What a borrowed or published slot holds is not what its name says, or is about to say.
-  void refute(SlotIndex slot);
+  void refute(SlotIndex slot, TimePoint now);
   bool may_lend(TimePoint now) const { return health_.may_write(now); }
   std::uint64_t slots_offset() const { return superblock_.geometry.slab_offset(SlotIndex{0}); }
   std::uint64_t file_id() const { return superblock_.file_id; }
@@ -108,7 +109,7 @@ class NvmeTier {
   std::optional<TimePoint> deadline() const;
   // Nothing is under way.
   bool is_idle() const {
-    return num_in_flight_ == 0 && waiting_.empty() && to_publish_.empty() && ended_.empty();
+    return num_in_flight_ == 0 && waiting_.empty() && headers_.empty() && ended_.empty();
   }
 
   int completion_fd() const { return device_->completion_fd(); }
@@ -117,7 +118,7 @@ class NvmeTier {
   void check() const { index_.check(); }
 
  private:
-  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader };
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader, kBlankHeader };
   // Its slot is pinned by it.
   struct Transfer {
     Kind kind = Kind::kLoad;
@@ -131,6 +132,9 @@ class NvmeTier {
   };
 
   static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
+  static bool is_header(Kind kind) {
+    return kind == Kind::kStoreHeader || kind == Kind::kBlankHeader;
+  }
   std::span<std::byte> buffer(std::size_t index) const;  // of a slot and a header
   std::size_t slot_size() const { return superblock_.geometry.slot_bytes; }
   std::optional<std::size_t> free_buffer() const;
@@ -144,7 +148,10 @@ class NvmeTier {
   void write_header(std::size_t index);
   void finish_store(std::size_t index);
   void place(const SlabName& name, const std::optional<PrefixKey>& previous);
-  void start_publishing(TimePoint now);
+  void blank(SlotIndex slot);
+  void finish_blank(std::size_t index);
+  void start_headers(TimePoint now);
+  bool is_moving(SlotIndex slot) const;
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
   bool may_scrub(TimePoint now) const;
@@ -170,10 +177,11 @@ class NvmeTier {
   const std::shared_ptr<const KvCipher> cipher_;
   NvmeIndex index_;
   NvmeHealth health_;
-  std::deque<Transfer> waiting_;     // loads without a buffer
-  std::deque<Transfer> to_publish_;  // headers without one
-  std::deque<IoDone> ended_;         // not looked at yet
-  std::size_t num_in_flight_ = 0;    // those given up included
+  std::deque<Transfer> waiting_;   // loads without a buffer
+  std::deque<Transfer> headers_;   // to be written, without one
+  std::vector<bool> is_blank_;     // by slot: the file has no header there
+  std::deque<IoDone> ended_;       // not looked at yet
+  std::size_t num_in_flight_ = 0;  // those given up included
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
   std::uint64_t next_number_ = 1;

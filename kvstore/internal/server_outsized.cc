@@ -87,7 +87,8 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
   FT_RETURN_IF_ERROR(book_->can_reserve(*peer.lease, request.sequence, {},
                                         static_cast<int>(num_slabs), SlabsOf::kRank));
-  const int found = num_hits(peer, request.keys, std::chrono::steady_clock::now());
+  const TimePoint now = std::chrono::steady_clock::now();
+  const int found = num_hits(peer, request.keys, now);
   const int hits = reads_outsized(request, found) ? found : 0;
   Lent lent{.slots = {},
             .num_segments = request.num_segments,
@@ -102,7 +103,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
     }
   }
   auto fresh =
-      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)));
+      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)), now);
   if (!fresh) {
     tier_->take_back(borrowed);
     return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
@@ -152,7 +153,8 @@ int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoin
 Result<Grant> Server::use_outsized(const Peer& peer, const Use& request) {
   Lent& lent = lent_.at({*peer.lease, request.sequence});
   const int fewer = std::max(0, lent.hit_segments - request.hit_segments);
-  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer));
+  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer),
+                                 std::chrono::steady_clock::now());
   if (!fresh) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   std::vector<SlotIndex> unused;
   for (int i = 0; i < lent.num_heads * fewer; ++i) {
@@ -197,7 +199,7 @@ Status Server::refute(const Peer& peer, const Refute& request) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " refutes what it was not lent");
   }
-  tier_->refute(lent->slot(request.head, request.segment));
+  tier_->refute(lent->slot(request.head, request.segment), std::chrono::steady_clock::now());
   return Ok{};
 }
 

@@ -367,6 +367,27 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
   }
 }
 
+// A sequence had the prefix's slots, and was gone before it published.
+TEST_F(NvmeStoreTest, WhatGaveWayToRunsIsNotFoundAfterARestart) {
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  const std::vector others{key_of(4), key_of(5), key_of(6)};
+  std::unique_ptr<KvStore> store;
+  for (const std::uint64_t life : {0, 1, 2}) {
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes,
+        NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 2 * kSomeSegments}.file_bytes(),
+                   NvmeReuse::kKeepSlabs});
+    store = connect();
+    const bool is_other = life == 1;
+    auto kv = store->reserve(SequenceId{life}, is_other ? others : keys, kSomeSegments).value();
+    EXPECT_EQ(kv.hit_segments, 0) << life;
+    fill(kv, Slabs(is_other ? others : keys));
+    if (!is_other) publish(*store, kv, keys);
+  }
+}
+
 // The file is full when eight prompts are beside the prefix.
 TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
   const std::uint32_t num_slots = 2 * kSomeSegments;

@@ -225,7 +225,7 @@ TEST_F(NvmeTierTest, APrefixGivesWayFromItsEnd) {
     }
     disk.finish();
     for (std::uint32_t left = 3 * kSegments; left-- > 1;) {
-      ASSERT_TRUE(disk.tier->lend(1));
+      ASSERT_TRUE(disk.tier->lend(1, disk.now));
       for (std::uint32_t segment = 0; segment < left / 3; ++segment) {
         for (int head = 0; head < 3; ++head) {
           EXPECT_TRUE(disk.tier->knows(test_name(head, segment))) << round << ' ' << left;
@@ -378,16 +378,16 @@ TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
 
 TEST_F(NvmeTierTest, WhatCanNotBeLentCostsNoSlab) {
   TierOnFile disk(file, 6);
-  const auto lent = disk.tier->lend(2);
+  const auto lent = disk.tier->lend(2, disk.now);
   ASSERT_TRUE(lent);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
-  EXPECT_FALSE(disk.tier->lend(5)) << "one is free, and three would give way";
+  EXPECT_FALSE(disk.tier->lend(5, disk.now)) << "one is free, and three would give way";
   for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
   EXPECT_EQ(disk.tier->stat().evictions, 0);
   const std::vector borrowed{disk.tier->borrow(test_name(0, 1))};
-  EXPECT_FALSE(disk.tier->lend(4));
+  EXPECT_FALSE(disk.tier->lend(4, disk.now));
   disk.tier->take_back(borrowed);
-  EXPECT_TRUE(disk.tier->lend(4));
+  EXPECT_TRUE(disk.tier->lend(4, disk.now));
   EXPECT_EQ(disk.tier->stat().slabs_held, 0);
   disk.tier->check();
 }
@@ -395,37 +395,37 @@ TEST_F(NvmeTierTest, WhatCanNotBeLentCostsNoSlab) {
 // The header is written behind, whether or not its holder is there still.
 TEST_F(NvmeTierTest, WhatIsLentIsPublishedInPlace) {
   TierOnFile disk(file, 2);
-  const auto lent = disk.tier->lend(1).value();
+  const auto lent = disk.tier->lend(1, disk.now).value();
   const auto filled = fill_slot(disk, lent[0], test_name(0, 1));
   disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
   disk.tier->publish(test_name(0, 1), filled, disk.now);
   disk.tier->publish(test_name(0, 2), filled, disk.now);  // a slot has one name
   EXPECT_FALSE(disk.tier->has(test_name(0, 1), disk.now));
   disk.tier->take_back(lent);
-  EXPECT_FALSE(disk.tier->lend(2)) << "its header is under way";
+  EXPECT_FALSE(disk.tier->lend(2, disk.now)) << "its header is under way";
   disk.device->fault = nullptr;
   disk.device->release_held();
   disk.finish();
   EXPECT_TRUE(disk.load(test_name(0, 1)));
   EXPECT_FALSE(disk.load(test_name(0, 2)));
-  EXPECT_TRUE(disk.tier->lend(2)) << "it gives way like any other";
+  EXPECT_TRUE(disk.tier->lend(2, disk.now)) << "it gives way like any other";
 }
 
 TEST_F(NvmeTierTest, WhatIsRefutedBeforeItHasItsHeaderIsNotFound) {
   TierOnFile disk(file, 2);
-  const auto lent = disk.tier->lend(1).value();
+  const auto lent = disk.tier->lend(1, disk.now).value();
   disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
   disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
-  disk.tier->refute(lent[0]);
+  disk.tier->refute(lent[0], disk.now);
   disk.device->fault = nullptr;
   disk.device->release_held();
   disk.finish();
   EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
   EXPECT_TRUE(disk.store(test_name(0, 1))) << "the same comes anew, elsewhere";
-  EXPECT_FALSE(disk.tier->lend(2)) << "its holder has it still";
+  EXPECT_FALSE(disk.tier->lend(2, disk.now)) << "its holder has it still";
   disk.tier->take_back(lent);
   EXPECT_TRUE(disk.load(test_name(0, 1)));
-  EXPECT_TRUE(disk.tier->lend(2));
+  EXPECT_TRUE(disk.tier->lend(2, disk.now));
 }
 
 // While a slab is read it is refuted, and comes anew in another slot: the first one's end is
@@ -441,7 +441,7 @@ TEST_F(NvmeTierTest, AReadThatFailsForgetsItsOwnSlotAlone) {
     disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
     std::vector<std::byte> to(kTestModel.slab_bytes());
     disk.tier->load(name, to.data(), disk.now);
-    disk.tier->refute(first);
+    disk.tier->refute(first, disk.now);
     disk.device->fault = nullptr;
     ASSERT_TRUE(disk.store(name));
     const std::uint64_t at = disk.contents.superblock.geometry.slab_offset(first);
@@ -458,16 +458,64 @@ TEST_F(NvmeTierTest, AReadThatFailsForgetsItsOwnSlotAlone) {
   }
 }
 
+// Who has a slot writes runs to it, and leaves header and table, which are whole still.
+TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackUnderItsOldName) {
+  {
+    TierOnFile disk(file, 3);
+    for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  }
+  for (int start = 0; start < 2; ++start) {  // by a store that has not written them itself, too
+    TierOnFile disk(file, 3);
+    EXPECT_EQ(disk.tier->stat().slabs_held, 3 - start);
+    ASSERT_TRUE(disk.tier->lend(start == 0 ? 1 : 2, disk.now));  // one that has a name
+    disk.finish();
+  }
+  TierOnFile disk(file, 3);
+  EXPECT_EQ(disk.tier->stat().slabs_held, 1);
+  EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
+  EXPECT_TRUE(disk.load(test_name(0, 2)));
+}
+
+TEST_F(NvmeTierTest, WhatWasRefutedDoesNotComeBackEither) {
+  {
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2)));
+    const std::vector borrowed{disk.tier->borrow(test_name(0, 1))};
+    disk.tier->refute(borrowed[0], disk.now);
+    disk.tier->take_back(borrowed);
+    disk.finish();
+    EXPECT_TRUE(disk.tier->lend(2, disk.now));
+  }
+  EXPECT_EQ(TierOnFile(file, 3).tier->stat().slabs_held, 1);
+}
+
+TEST_F(NvmeTierTest, ASlotsOldHeaderGoesBeforeItsNewOneComes) {
+  {
+    TierOnFile disk(file, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 1)));
+    disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+    const auto lent = disk.tier->lend(1, disk.now).value();
+    disk.tier->publish(test_name(0, 2), fill_slot(disk, lent[0], test_name(0, 2)), disk.now);
+    disk.device->fault = nullptr;
+    disk.finish();
+    EXPECT_FALSE(disk.tier->has(test_name(0, 2), disk.now));
+    disk.device->release_held();
+    disk.finish();
+    EXPECT_TRUE(disk.load(test_name(0, 2)));
+  }
+  EXPECT_TRUE(TierOnFile(file, 1).load(test_name(0, 2)));
+}
+
 TEST_F(NvmeTierTest, WhatCanNotBePublishedIsFreeWhenItsHolderLeaves) {
   TierOnFile disk(file, 2);
-  const auto lent = disk.tier->lend(1).value();
+  const auto lent = disk.tier->lend(1, disk.now).value();
   disk.device->fault = [](const IoOperation&) { return IoFault::kError; };
   disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
   disk.finish();
   EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
-  EXPECT_FALSE(disk.tier->lend(2));
+  EXPECT_FALSE(disk.tier->lend(2, disk.now));
   disk.tier->take_back(lent);
-  EXPECT_TRUE(disk.tier->lend(2));
+  EXPECT_TRUE(disk.tier->lend(2, disk.now));
 }
 
 // ---- all the time -------------------------------------------------------------------------------
