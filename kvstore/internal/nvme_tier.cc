@@ -16,7 +16,8 @@ namespace {
 constexpr std::size_t kBufferBytes = std::size_t{64} << 20;  // in flight at most (guessed) ...
 constexpr std::size_t kMinBuffers = 4;                       // ... but for large slabs
 constexpr std::size_t kMaxBuffers = 32;                      // more add no speed (guessed)
-constexpr std::chrono::seconds kStallLimit{1};  // without any end, of what is under way
+constexpr std::chrono::seconds kStallLimit{1};       // without any end, of what is under way
+constexpr std::chrono::milliseconds kLateLook{100};  // who looks at that is later than this
 
 // From one slab's check to the next: of 4 MiB slabs 100 GiB in two hours, for a thousandth of a
 // core.
@@ -451,6 +452,7 @@ void NvmeTier::let_go(const Transfer& transfer) {
 
 std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
   std::vector<Loaded> loaded;
+  note_look(now);
   for (IoDone& done : device_->completed()) {
     last_progress_ = now;
     ended_.push_back(std::move(done));
@@ -466,6 +468,13 @@ std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
   start_headers(now);
   if (may_scrub(now)) start_scrub(now);
   return loaded;
+}
+
+// Time in which nobody looked is not the disk's: what is sealed or opened on its way moves on when
+// somebody does.
+void NvmeTier::note_look(TimePoint now) {
+  const bool was_away = now - std::exchange(last_look_, now) > kStallLimit + kLateLook;
+  if (was_away && num_in_flight_ > num_given_up_) last_progress_ = now;
 }
 
 void NvmeTier::on_stalled(TimePoint now, std::vector<Loaded>& loaded) {

@@ -163,6 +163,7 @@ class NvmeTier {
   void give_up_all(std::vector<Loaded>& loaded);
   void let_go(const Transfer& transfer);
   std::optional<TimePoint> stalled_at() const;
+  void note_look(TimePoint now);
   void on_stalled(TimePoint now, std::vector<Loaded>& loaded);
   void on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded);
   void on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded);
@@ -184,6 +185,7 @@ class NvmeTier {
   std::size_t num_in_flight_ = 0;  // those given up included
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
+  TimePoint last_look_{};  // advance()
   std::uint64_t next_number_ = 1;
   SlotIndex scrubbed_{};  // the next slab to check is here or behind
   TimePoint next_scrub_{};

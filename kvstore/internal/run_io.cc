@@ -152,7 +152,13 @@ void RunIo::give_up() {
 }
 
 void RunIo::wait() {
-  const TimePoint before = last_progress_;
+  const TimePoint begin = now();
+  last_progress_ += begin - std::max(last_wait_, last_progress_);
+  wait_since(last_progress_);
+  last_wait_ = now();
+}
+
+void RunIo::wait_since(TimePoint before) {
   advance();
   if (num_waited_for_ == 0 || last_progress_ != before) return;
   const auto left =

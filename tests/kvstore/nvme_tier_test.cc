@@ -346,6 +346,21 @@ TEST_F(NvmeTierTest, AReadThatNeverEndsIsGivenUp) {
   EXPECT_EQ(to, std::vector<std::byte>(to.size())) << "late bytes reach nobody";
 }
 
+// What is opened on its way ends when somebody looks a second time.
+TEST_F(NvmeTierTest, TimeInWhichNobodyLookedIsNotTheDisks) {
+  TierOnFile disk(file, 2, NvmeReuse::kKeepSlabs, kTestModel, KvCipher::random());
+  ASSERT_TRUE(disk.store(test_name(0, 0)));
+  EXPECT_TRUE(disk.tier->advance(disk.now).empty());
+  std::vector<std::byte> to(kTestModel.slab_bytes());
+  disk.tier->load(test_name(0, 0), to.data(), disk.now);
+  disk.wait(milliseconds(1500));
+  const auto loaded = disk.finish();
+  ASSERT_EQ(loaded.size(), 1U);
+  EXPECT_TRUE(loaded.front().is_whole);
+  EXPECT_TRUE(same_slab(to.data(), test_name(0, 0)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+}
+
 TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
   const auto depth = static_cast<std::uint32_t>(NvmeTier::depth(kTestModel));
   TierOnFile disk(file, depth);

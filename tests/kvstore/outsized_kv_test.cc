@@ -10,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string_view>
+#include <thread>
 #include <utility>
 
 #include "kernels/checksum.h"
@@ -448,6 +449,25 @@ TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
   }
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kExhausted);
+}
+
+// What is opened on its way ends when somebody looks a second time: a rank that has computed
+// meanwhile has not looked at all.
+TEST_F(OutsizedKvTest, TimeInWhichNobodyLookedIsNotTheDisks) {
+  seal_with(KvCipher::random());
+  fill_all();
+  while (io_->is_busy()) io_->wait();
+  std::vector<HeadSegment> away;
+  for (int segment = 0; segment < kSegments; ++segment) {
+    if (!kv_->is_here(0, {0, segment})) away.push_back({0, segment});
+  }
+  ASSERT_FALSE(away.empty());
+  ASSERT_TRUE(kv_->ask(0, away));
+  kv_->advance(0);
+  std::this_thread::sleep_for(RunIo::kStallLimit + std::chrono::milliseconds(100));
+  ASSERT_TRUE(kv_->wait(0, away)) << kv_->status().error().message;
+  for (const HeadSegment& run : away) EXPECT_TRUE(is_right(0, run));
+  EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
 TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {
