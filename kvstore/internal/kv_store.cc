@@ -251,6 +251,12 @@ KvStore::~KvStore() {
 
 Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                                      int num_segments) {
+  if (num_segments > kMaxSegments) {  // the store would take it for a broken message
+    return Error{ErrorCode::kInvalidArgument, std::to_string(num_segments) +
+                                                  " segments can never fit: a sequence has " +
+                                                  std::to_string(kMaxSegments) + " at most, of " +
+                                                  std::to_string(kSegmentTokens) + " tokens"};
+  }
   // What is larger than the arena runs from NVMe, if at all.
   if (impl_->encrypts_nvme && !impl_->cipher && num_segments > slabs_per_head()) {
     FT_RETURN_IF_ERROR(impl_->ask_for_key());
