@@ -124,11 +124,12 @@ void Server::on_event(std::uint64_t tag) {
 
 void Server::note_progress() {
   arena_->clear_progress();
+  const bool is_settled = arena_->is_settled();  // before what it says is read
   const std::uint32_t ready = arena_->num_ready();
   book_->set_ready(ready);
-  const std::uint32_t total = arena_->layout().slabs_per_head;
-  log().log(ready == total ? spdlog::level::info : spdlog::level::debug,
-            "arena: {} of {} slabs a head are ready", ready, total);
+  if (is_settled) book_->settle();
+  log().log(is_settled ? spdlog::level::info : spdlog::level::debug,
+            "arena: {} of {} slabs a head are ready", ready, arena_->layout().slabs_per_head);
 }
 
 // ---- peers ------------------------------------------------------------------------------------

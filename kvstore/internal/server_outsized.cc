@@ -53,7 +53,7 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
     if (share_a_head(owner, peer)) ++num_sharers;
     num_slots += static_cast<std::size_t>(owner.num_heads * request.num_segments);
   }
-  const std::uint32_t total = arena_->layout().slabs_per_head;
+  const std::uint32_t total = book_->slabs_per_head();
   const std::uint32_t least = num_sharers * least_slabs(model_->slab_shape(), request.num_segments);
   if (least > total || num_slots > static_cast<std::size_t>(tier_->stat().slabs_total)) {
     return invalid(std::to_string(request.num_segments) + " segments can never fit: they take " +

@@ -23,6 +23,10 @@ void StoreBook::set_ready(std::uint32_t num_ready) {
   for (SlabPool& pool : pools_) pool.set_ready(num_ready);
 }
 
+void StoreBook::settle() {
+  for (SlabPool& pool : pools_) pool.settle();
+}
+
 // ---- leases -----------------------------------------------------------------------------------
 
 LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
@@ -94,9 +98,9 @@ Status StoreBook::can_reserve(LeaseId id, SequenceId sequence, std::span<const P
     return invalid(std::to_string(keys.size()) + " keys for " + std::to_string(num_segments) +
                    " segments");
   }
-  if (static_cast<std::uint32_t>(num_segments) > pools_.front().num_slabs()) {
+  if (static_cast<std::uint32_t>(num_segments) > slabs_per_head()) {
     return invalid(std::to_string(num_segments) + " segments can never fit: the arena holds " +
-                   std::to_string(pools_.front().num_slabs()) +
+                   std::to_string(slabs_per_head()) +
                    " slabs a head; give the store a larger arena");
   }
   const Holder holder = holder_of(owner, sequence, whose);

@@ -54,6 +54,9 @@ class StoreBook {
 
   // Slabs [0, num_ready) of every head may be handed out.
   void set_ready(std::uint32_t num_ready);
+  // No more of them will be.
+  void settle();
+  std::uint32_t slabs_per_head() const { return pools_.front().num_slabs(); }
 
   LeaseId open_lease(const LeaseOwner& owner);
   // Releases all that the lease holds.
