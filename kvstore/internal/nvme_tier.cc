@@ -188,7 +188,8 @@ std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
 // Three quarters of the buffers at most: the others are there for reads.
 bool NvmeTier::can_store(TimePoint now) const {
   return waiting_.empty() && health_.may_write(now) &&
-         index_.num_promised() < transfers_.size() * 3 / 4 && free_buffer().has_value();
+         index_.num_promised() < transfers_.size() * 3 / 4 && index_.num_available() > 0 &&
+         free_buffer().has_value();
 }
 
 bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
@@ -200,11 +201,10 @@ bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
     ++stat_.host_checksum_failures;
     return false;
   }
-  const auto slot = index_.claim();
-  if (!slot) return true;  // every slot is being read or written: a file of very few
-  index_.promise(*slot, name);
+  const SlotIndex slot = *index_.claim();
+  index_.promise(slot, name);
   place(name, previous);
-  start(index, {Kind::kStoreSlab, name, *slot, nullptr, digest_of(copy)}, now);
+  start(index, {Kind::kStoreSlab, name, slot, nullptr, digest_of(copy)}, now);
   return true;
 }
 

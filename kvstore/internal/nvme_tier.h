@@ -66,7 +66,7 @@ class NvmeTier {
   // REQUIRES: has(name, now), no load of it is under way.
   void load(const SlabName& name, std::byte* to, TimePoint now);
 
-  // A buffer is there for a write, and no read waits.
+  // A buffer and a slot are there for a write, and no read waits.
   bool can_store(TimePoint now) const;
   // Starts to write a copy. It gives way before the segment that its prefix has before it, whose
   // key is `previous`, as it is of no use without. False: the slab's own checksums refute it.

@@ -388,6 +388,21 @@ TEST_F(NvmeStoreTest, WhatGaveWayToRunsIsNotFoundAfterARestart) {
   }
 }
 
+// What is published meanwhile waits for a slot, and is copied once.
+TEST_F(NvmeStoreTest, WhatFindsNoSlotIsWrittenWhenThereIsOne) {
+  server = std::make_unique<RunningServer>(
+      kArenaBytes,
+      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 2 * kSomeSegments}.file_bytes(),
+                 NvmeReuse::kStartAfresh});
+  const auto store = connect();
+  ASSERT_TRUE(store->reserve(SequenceId{100}, {}, kSomeSegments));  // has all slots
+  write(*store, 1);
+  EXPECT_EQ(store->stat()->nvme.slabs_written, 0);
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  EXPECT_TRUE(written(*store, 2));
+  EXPECT_EQ(store->stat()->nvme.dropped, 0);
+}
+
 // The file is full when eight prompts are beside the prefix.
 TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
   const std::uint32_t num_slots = 2 * kSomeSegments;
