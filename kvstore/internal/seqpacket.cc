@@ -10,7 +10,6 @@
 #include <cstring>
 #include <utility>
 
-#include "common/log.h"
 #include "kvstore/internal/private_folder.h"
 
 namespace foretoken::kvstore {
@@ -106,7 +105,7 @@ bool Listener::turn_away() {
   spare_.reset();
   const bool was_there{accept_on(socket_.get())};
   spare_ = open_spare();
-  if (was_there) log().warn("a connection is refused: no file descriptor is left for it");
+  if (was_there) ++num_turned_away_;
   return was_there;
 }
 

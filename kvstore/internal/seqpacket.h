@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "common/result.h"
 #include "kvstore/internal/file_descriptor.h"
@@ -28,6 +29,8 @@ class Listener {
   // The next peer, non-blocking. Empty: nobody waits. Where no descriptor is left, those who wait
   // are turned away: else they would be waiting, and nobody could take them, for ever.
   FileDescriptor accept();
+  // How many were, since the last call.
+  int take_turned_away() { return std::exchange(num_turned_away_, 0); }
 
  private:
   bool turn_away();
@@ -35,6 +38,7 @@ class Listener {
   std::filesystem::path path_;
   FileDescriptor socket_;
   FileDescriptor spare_;  // for turn_away()
+  int num_turned_away_ = 0;
 };
 
 // Blocking, both ways bounded by `timeout` a message. Error: kUnavailable when nobody listens.

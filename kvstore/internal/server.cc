@@ -142,6 +142,9 @@ void Server::accept_peers() {
     }
     admit(std::move(socket));
   }
+  if (const int count = listener_.take_turned_away(); count > 0) {
+    log().warn("{} connections are refused: no file descriptor is left", count);
+  }
 }
 
 // Our own user's processes only. The pidfd is the peer's for sure if the socket, which only it

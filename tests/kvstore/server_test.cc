@@ -148,6 +148,7 @@ TEST(Seqpacket, PeersThatNoDescriptorIsLeftForAreTurnedAway) {
     all.emplace_back(open("/dev/null", O_RDONLY | O_CLOEXEC));
   } while (all.back());
   EXPECT_FALSE(listener.accept());
+  EXPECT_EQ(listener.take_turned_away(), 2);
   all.clear();
   ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &usual), 0);
   for (const FileDescriptor* peer : {&first, &second}) {
