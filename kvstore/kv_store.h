@@ -105,7 +105,7 @@ struct PrefillTimes {
 
 // Slabs a head, over the whole node, of the head that has the fewest free.
 struct StoreStat {
-  std::int64_t slabs_total = 0;   // that fit the arena
+  std::int64_t slabs_total = 0;   // that fit the arena; fewer where memory was short
   std::int64_t slabs_ready = 0;   // pre-faulted: what may be reserved
   std::int64_t slabs_free = 0;    // ready and empty
   std::int64_t slabs_used = 0;    // held by a sequence, private or shared

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "common/ids.h"
+#include "common/sequence_limit.h"
 
 namespace foretoken {
 namespace {
@@ -256,9 +257,9 @@ bool assign(const Json& json, T& value) {
 
 Status validate(const ServiceConfig& config) {
   if (config.model.empty()) return config_error("model", "is missing: the model's folder");
-  if (config.max_model_len < 0 || config.max_model_len > std::int64_t{1} << 24) {
-    return config_error("max_model_len",
-                        "must be in [0, 16777216], not " + std::to_string(config.max_model_len));
+  if (config.max_model_len < 0 || config.max_model_len > kMaxTokens) {
+    return config_error("max_model_len", "must be in [0, " + std::to_string(kMaxTokens) +
+                                             "], not " + std::to_string(config.max_model_len));
   }
   FT_RETURN_IF_ERROR(check_choices(config));
   FT_RETURN_IF_ERROR(check_ranges(config, kIntRanges));

@@ -11,6 +11,7 @@
 #include <cerrno>
 #include <cstring>
 #include <string>
+#include <utility>
 
 #include "common/log.h"
 #include "common/result.h"
@@ -35,8 +36,9 @@ FileDescriptor make_arena_memory(std::size_t bytes) {
 
 }  // namespace
 
-Arena::Arena(const ArenaLayout& layout, NumaPlacement placement)
+Arena::Arena(const ArenaLayout& layout, NumaPlacement placement, Populate populate)
     : layout_(layout),
+      populate_(std::move(populate)),
       memory_(make_arena_memory(layout.arena_bytes())),
       progress_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   const std::size_t bytes = layout_.arena_bytes();
@@ -83,8 +85,12 @@ void Arena::plan_pieces() {
 void Arena::start_touching() {
   const auto processors = static_cast<int>(std::thread::hardware_concurrency());
   const int num_threads = std::clamp(processors / 2, 1, kMaxThreads);
+  num_touching_ = num_threads;
   for (int i = 0; i < num_threads; ++i) {
-    threads_.emplace_back([this](const std::stop_token& stop) { touch_pieces(stop); });
+    threads_.emplace_back([this](const std::stop_token& stop) {
+      touch_pieces(stop);
+      if (num_touching_.fetch_sub(1, std::memory_order_acq_rel) == 1) tell_progress();
+    });
   }
 }
 
@@ -107,7 +113,7 @@ void Arena::touch_pieces(const std::stop_token& stop) {
 bool Arena::touch(const Piece& piece) const {
   std::byte* begin =
       mapping_.base() + layout_.stripe_offset(piece.head) + layout_.slab_bytes * piece.first_slab;
-  return populate(begin, layout_.slab_bytes * (piece.last_slab - piece.first_slab));
+  return populate_(begin, layout_.slab_bytes * (piece.last_slab - piece.first_slab));
 }
 
 void Arena::note_touched(Piece& piece) {
@@ -120,6 +126,10 @@ void Arena::note_touched(Piece& piece) {
                                   : pieces_[first_untouched_].first_slab;
   if (ready == num_ready_) return;
   num_ready_.store(ready, std::memory_order_release);
+  tell_progress();
+}
+
+void Arena::tell_progress() const {
   const std::uint64_t one = 1;
   if (write(progress_.get(), &one, sizeof one) != sizeof one) log().warn("eventfd is full");
 }

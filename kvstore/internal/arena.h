@@ -3,12 +3,14 @@
 //
 // Owns the memory, its mapping and the pre-faulting threads. Pieces of all stripes are touched in
 // turn, 128 MiB a round, so that every head's slabs become ready at the same pace; admission
-// follows num_ready(). Thread-safe.
+// follows num_ready(). Where memory runs out, the slabs that are ready by then are all.
+// Thread-safe. Example: tests/kvstore/host_memory_test.cc
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -23,8 +25,10 @@ enum class NumaPlacement { kNone, kSpread };  // kSpread: stripe h of H on node 
 
 class Arena {
  public:
+  using Populate = std::function<bool(std::byte* begin, std::size_t bytes)>;  // host_memory.h's
+
   // Throws Exception(kIo, kExhausted): what was wanted, what there is.
-  Arena(const ArenaLayout& layout, NumaPlacement placement);
+  Arena(const ArenaLayout& layout, NumaPlacement placement, Populate populate = kvstore::populate);
   ~Arena();  // waits for the piece that is being touched
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
@@ -34,11 +38,13 @@ class Arena {
     return mapping_.base() + layout_.stripe_offset(head) + layout_.slab_bytes * slab;
   }
   int memory_fd() const { return memory_.get(); }
-  // Readable (eventfd) when num_ready() has grown since clear_progress().
+  // Readable (eventfd) when num_ready() has grown, or is settled, since clear_progress().
   int progress_fd() const { return progress_.get(); }
   void clear_progress();
   // Slabs [0, num_ready()) of every stripe are backed by memory.
   std::uint32_t num_ready() const { return num_ready_.load(std::memory_order_acquire); }
+  // No more become ready. Acquires what num_ready() is from then on.
+  bool is_settled() const { return num_touching_.load(std::memory_order_acquire) == 0; }
 
  private:
   struct Piece {
@@ -50,11 +56,13 @@ class Arena {
   void bind_stripes() const;
   void plan_pieces();
   void start_touching();
+  void tell_progress() const;
   void touch_pieces(const std::stop_token& stop);
   bool touch(const Piece& piece) const;
   void note_touched(Piece& piece);
 
   ArenaLayout layout_;
+  Populate populate_;
   FileDescriptor memory_;
   FileDescriptor progress_;
   SharedMapping mapping_;
@@ -63,6 +71,7 @@ class Arena {
   std::mutex mutex_;
   std::size_t first_untouched_ = 0;  // guarded by mutex_
   std::atomic<std::uint32_t> num_ready_{0};
+  std::atomic<int> num_touching_{0};   // threads
   std::vector<std::jthread> threads_;  // last: they use all of the above
 };
 

@@ -193,7 +193,7 @@ std::vector<std::uint64_t> KvStore::Impl::offsets_of(const Grant& grant) const {
 }
 
 // The checksums of the hits, from NVMe. A slot that does not hold what it should is a miss, and so
-// is what is behind it.
+// is what is behind it; what a disk does not give now stays for the next one.
 Status KvStore::Impl::read_prefix(Reservation& kv, const Grant& grant,
                                   std::span<const PrefixKey> keys) {
   const int hits = std::min(std::ranges::min(grant.head_hits), static_cast<int>(std::ssize(keys)));
@@ -214,7 +214,7 @@ Status KvStore::Impl::read_prefix(Reservation& kv, const Grant& grant,
   for (int i = 0; i < kv.hit_segments * heads; ++i) {
     kv.outsized->reuse(at(i), *tables[static_cast<std::size_t>(i)]);
   }
-  if (bad == tables.end()) return Ok{};
+  if (bad == tables.end() || !refutes_slot(bad->error())) return Ok{};
   const HeadSegment refuted = at(bad - tables.begin());
   return connection.tell(Refute{kv.sequence, refuted.head, refuted.segment});
 }
@@ -251,6 +251,12 @@ KvStore::~KvStore() {
 
 Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const PrefixKey> keys,
                                      int num_segments) {
+  if (num_segments > kMaxSegments) {  // the store would take it for a broken message
+    return Error{ErrorCode::kInvalidArgument, std::to_string(num_segments) +
+                                                  " segments can never fit: a sequence has " +
+                                                  std::to_string(kMaxSegments) + " at most, of " +
+                                                  std::to_string(kSegmentTokens) + " tokens"};
+  }
   // What is larger than the arena runs from NVMe, if at all.
   if (impl_->encrypts_nvme && !impl_->cipher && num_segments > slabs_per_head()) {
     FT_RETURN_IF_ERROR(impl_->ask_for_key());

@@ -1,7 +1,9 @@
 #include "kvstore/internal/nvme_index.h"
 
 #include <algorithm>
+#include <iterator>
 #include <set>
+#include <utility>
 
 #include "common/check.h"
 #include "common/ids.h"
@@ -11,8 +13,10 @@ namespace foretoken::kvstore {
 NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held,
                      std::span<const SlotIndex> left_out)
     : slots_(num_slots), num_usable_(num_slots - static_cast<std::uint32_t>(left_out.size())) {
-  for (const SlotHeader& header : held)
-    insert(header.slot, header.name, header.digest, header.seal);
+  for (const SlotHeader& header : held) {
+    promise(header.slot, header.name);
+    hold(header.slot, header.digest, header.seal);
+  }
   for (std::uint32_t i = 0; i < num_slots; ++i) {
     const bool is_left_out = std::ranges::binary_search(left_out, SlotIndex{i});
     if (!slots_[i].name && !is_left_out) free_.push_back(SlotIndex{i});
@@ -28,29 +32,48 @@ std::optional<NvmeIndex::Entry> NvmeIndex::find(const SlabName& name) const {
   const auto found = by_name_.find(name);
   if (found == by_name_.end()) return std::nullopt;
   const Slot& slot = slots_[raw(found->second)];
+  if (!slot.is_held) return std::nullopt;
   return Entry{found->second, slot.digest, slot.seal};
 }
 
 std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const std::uint32_t at = (raw(from) % num_slots() + i) % num_slots();
-    if (slots_[at].name) {
+    if (slots_[at].is_held) {
       return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest, slots_[at].seal}};
     }
   }
   return std::nullopt;
 }
 
-void NvmeIndex::touch(const SlabName& name) {
+NvmeIndex::Slot* NvmeIndex::find_slot(const SlabName& name) {
   const auto found = by_name_.find(name);
-  if (found == by_name_.end()) return;
-  used_.splice(used_.end(), used_, at(found->second).place);
+  return found == by_name_.end() ? nullptr : &at(found->second);
+}
+
+void NvmeIndex::touch(const SlabName& name) {
+  if (const Slot* slot = find_slot(name)) used_.splice(used_.end(), used_, slot->place);
+}
+
+void NvmeIndex::place_before(const SlabName& name, const SlabName& other) {
+  const Slot* slot = find_slot(name);
+  const Slot* place = find_slot(other);
+  if (slot != nullptr && place != nullptr) used_.splice(place->place, used_, slot->place);
+}
+
+void NvmeIndex::place_behind(const SlabName& name, const SlabName& other) {
+  const Slot* slot = find_slot(name);
+  const Slot* place = find_slot(other);
+  if (slot != nullptr && place != nullptr) {
+    used_.splice(std::next(place->place), used_, slot->place);
+  }
 }
 
 std::optional<SlotIndex> NvmeIndex::claim() {
   if (!free_.empty()) {
     const SlotIndex slot = free_.front();
     free_.pop_front();
+    add_pin(at(slot));
     return slot;
   }
   const auto oldest =
@@ -59,35 +82,48 @@ std::optional<SlotIndex> NvmeIndex::claim() {
   const SlotIndex victim = *oldest;
   erase(*at(victim).name);
   free_.pop_back();  // where erase() has put it
+  add_pin(at(victim));
   ++num_evictions_;
   return victim;
 }
 
-void NvmeIndex::insert(SlotIndex index, const SlabName& name, std::uint64_t digest,
-                       const Seal& seal) {
+void NvmeIndex::promise(SlotIndex index, const SlabName& name) {
   Slot& slot = at(index);
   FT_CHECK(!slot.name && by_name_.try_emplace(name, index).second, raw(index));
   slot.name = name;
-  slot.digest = digest;
-  slot.seal = seal;
   slot.place = used_.insert(used_.end(), index);
 }
 
-void NvmeIndex::give_back(SlotIndex slot) {
-  FT_CHECK(!at(slot).name, raw(slot));
-  free_.push_back(slot);
+bool NvmeIndex::is_promised(SlotIndex index, const SlabName& name) const {
+  const Slot& slot = slots_.at(raw(index));
+  return slot.name == name && !slot.is_held;
+}
+
+void NvmeIndex::hold(SlotIndex index, std::uint64_t digest, const Seal& seal) {
+  Slot& slot = at(index);
+  FT_CHECK(slot.name && !slot.is_held, raw(index));
+  slot.is_held = true;
+  slot.digest = digest;
+  slot.seal = seal;
+  ++num_held_;
 }
 
 void NvmeIndex::pin(SlotIndex index) {
   Slot& slot = at(index);
-  FT_CHECK(slot.name.has_value(), raw(index));
-  ++slot.pins;
+  FT_CHECK(slot.name || slot.pins > 0, raw(index));
+  add_pin(slot);
+}
+
+void NvmeIndex::add_pin(Slot& slot) {
+  if (slot.pins++ == 0) ++num_pinned_;
 }
 
 void NvmeIndex::unpin(SlotIndex index) {
   Slot& slot = at(index);
   FT_CHECK(slot.pins > 0, raw(index));
-  if (--slot.pins == 0 && !slot.name) free_.push_back(index);
+  if (--slot.pins > 0) return;
+  --num_pinned_;
+  if (!slot.name) free_.push_back(index);
 }
 
 void NvmeIndex::erase(const SlabName& name) {
@@ -96,6 +132,7 @@ void NvmeIndex::erase(const SlabName& name) {
   const SlotIndex index = found->second;
   Slot& slot = at(index);
   slot.name.reset();
+  if (std::exchange(slot.is_held, false)) --num_held_;
   by_name_.erase(found);
   used_.erase(slot.place);
   if (slot.pins == 0) free_.push_back(index);
@@ -106,15 +143,20 @@ void NvmeIndex::check() const {
   const std::set<SlotIndex> used(used_.begin(), used_.end());
   FT_CHECK(free.size() == free_.size() && used.size() == used_.size());
   std::size_t held = 0;
+  std::size_t pinned = 0;
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const Slot& slot = slots_[i];
     FT_CHECK(used.contains(SlotIndex{i}) == slot.name.has_value(), i, slot.pins);
     FT_CHECK(!free.contains(SlotIndex{i}) || (!slot.name && slot.pins == 0), i);
-    if (!slot.name) continue;
-    ++held;
-    FT_CHECK(by_name_.at(*slot.name) == SlotIndex{i}, i);
+    if (slot.pins > 0) ++pinned;
+    if (slot.is_held) ++held;
+    FT_CHECK(slot.name || !slot.is_held, i);
+    FT_CHECK(!slot.name || slot.is_held || slot.pins > 0, i);
+    FT_CHECK(!slot.name || by_name_.at(*slot.name) == SlotIndex{i}, i);
   }
-  FT_CHECK(held == by_name_.size(), held, by_name_.size());
+  FT_CHECK(used_.size() == by_name_.size(), used_.size(), by_name_.size());
+  FT_CHECK(held == num_held_, held, num_held_);
+  FT_CHECK(pinned == num_pinned_, pinned, num_pinned_);
 }
 
 }  // namespace foretoken::kvstore

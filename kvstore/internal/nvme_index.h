@@ -1,9 +1,11 @@
 // NvmeIndex: which slot of the NVMe file holds which slab, and which slot is given up next.
 //
 //   free      may be claimed; those that were given back first come first
-//   claimed   being written: in no index
 //   held      has a name; claimed, least recently used first, when nothing is free
-//   pinned    being read, or a running sequence's: not claimed; held, or forgotten meanwhile
+//   pinned    being read or written, or a running sequence's: not claimed. Held, or promised: it
+//   has
+//             its name and its place among the held ones, and is not found yet; or without a name:
+//             free at the last unpin
 //
 // Pure bookkeeping. Not thread-safe. Example: tests/kvstore/nvme_tier_test.cc
 #pragma once
@@ -34,6 +36,8 @@ class NvmeIndex {
     Seal seal;
   };
   std::optional<Entry> find(const SlabName& name) const;
+  // Held, or promised.
+  bool knows(const SlabName& name) const { return by_name_.contains(name); }
   // The first held slot at or after `from`, going round. nullopt: nothing is held.
   struct Held {
     SlabName name;
@@ -42,29 +46,37 @@ class NvmeIndex {
   std::optional<Held> held_from(SlotIndex from) const;
   // The slab was wanted: it is the last to give way. No-op for a name that is not there.
   void touch(const SlabName& name);
+  // The slab gives way just before the other one, or just behind it. No-op where one of them is not
+  // there.
+  void place_before(const SlabName& name, const SlabName& other);
+  void place_behind(const SlabName& name, const SlabName& other);
 
-  // A slot to write to. nullopt: all are being read or written. Forgets a slab if it must.
+  // A slot to write to, pinned and without a name. nullopt: all are pinned. Forgets a slab if it
+  // must.
   std::optional<SlotIndex> claim();
-  // A claimed slot holds this slab now. REQUIRES: the name is not there.
-  void insert(SlotIndex slot, const SlabName& name, std::uint64_t digest, const Seal& seal = {});
-  // A claimed slot holds nothing.
-  void give_back(SlotIndex slot);
+  // A pinned slot is to hold this slab, the last one to give way. REQUIRES: it has no name, and the
+  // name is not there.
+  void promise(SlotIndex slot, const SlabName& name);
+  bool is_promised(SlotIndex slot, const SlabName& name) const;
+  // ... and does. REQUIRES: it is promised.
+  void hold(SlotIndex slot, std::uint64_t digest, const Seal& seal = {});
 
-  // Pins count. They say nothing of use: touch() does. REQUIRES: held.
+  // Pins count. They say nothing of use: touch() does. REQUIRES: held, or pinned already.
   void pin(SlotIndex slot);
   void unpin(SlotIndex slot);
-  bool is_pinned(SlotIndex slot) const {
-    return slots_.at(static_cast<std::size_t>(slot)).pins > 0;
-  }
   std::optional<SlabName> name_of(SlotIndex slot) const {
     return slots_.at(static_cast<std::size_t>(slot)).name;
   }
-  // Forgets the name; its slot is free once no pin is left. REQUIRES: held.
+  // Forgets the name; its slot is free once no pin is left. REQUIRES: knows(name).
   void erase(const SlabName& name);
 
   std::uint32_t num_slots() const { return static_cast<std::uint32_t>(slots_.size()); }
   std::uint32_t num_usable() const { return num_usable_; }
-  std::uint32_t num_held() const { return static_cast<std::uint32_t>(by_name_.size()); }
+  std::uint32_t num_available() const { return num_usable_ - num_pinned_; }  // to claim()
+  std::uint32_t num_held() const { return num_held_; }
+  std::uint32_t num_promised() const {
+    return static_cast<std::uint32_t>(by_name_.size()) - num_held_;
+  }
   std::int64_t num_evictions() const { return num_evictions_; }
 
   // Recounts everything; ends the process where a slot is in two states or in none. For tests.
@@ -72,18 +84,23 @@ class NvmeIndex {
 
  private:
   struct Slot {
-    std::optional<SlabName> name;  // held
+    std::optional<SlabName> name;  // held, or promised
+    bool is_held = false;
     std::uint64_t digest = 0;
     Seal seal;
-    int pins = 0;                          // without a name: free at the last unpin
-    std::list<SlotIndex>::iterator place;  // in used_, if held
+    int pins = 0;
+    std::list<SlotIndex>::iterator place;  // in used_, with a name
   };
   Slot& at(SlotIndex slot);
+  void add_pin(Slot& slot);
+  Slot* find_slot(const SlabName& name);
 
   std::vector<Slot> slots_;
-  std::uint32_t num_usable_;  // of them, that are not left out
+  std::uint32_t num_usable_;      // of them, that are not left out
+  std::uint32_t num_pinned_ = 0;  // of these
+  std::uint32_t num_held_ = 0;
   std::deque<SlotIndex> free_;
-  std::list<SlotIndex> used_;  // held, least recently used first
+  std::list<SlotIndex> used_;  // with a name, least recently used first
   std::unordered_map<SlabName, SlotIndex> by_name_;
   std::int64_t num_evictions_ = 0;
 };

@@ -16,7 +16,8 @@ namespace {
 constexpr std::size_t kBufferBytes = std::size_t{64} << 20;  // in flight at most (guessed) ...
 constexpr std::size_t kMinBuffers = 4;                       // ... but for large slabs
 constexpr std::size_t kMaxBuffers = 32;                      // more add no speed (guessed)
-constexpr std::chrono::seconds kStallLimit{1};  // without any end, of what is under way
+constexpr std::chrono::seconds kStallLimit{1};       // without any end, of what is under way
+constexpr std::chrono::milliseconds kLateLook{100};  // who looks at that is later than this
 
 // From one slab's check to the next: of 4 MiB slabs 100 GiB in two hours, for a thousandth of a
 // core.
@@ -73,7 +74,8 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       transfers_(num_buffers(shape_)),
       device_(std::move(device)),
       cipher_(std::move(cipher)),
-      index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable) {
+      index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
+      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
   stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
@@ -84,10 +86,6 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
 
 bool NvmeTier::has(const SlabName& name, TimePoint now) const {
   return health_.may_read(now) && index_.find(name).has_value();
-}
-
-bool NvmeTier::knows(const SlabName& name) const {
-  return storing_.contains(name) || index_.find(name).has_value();
 }
 
 NvmeStat NvmeTier::stat() const {
@@ -190,54 +188,71 @@ std::uint64_t NvmeTier::digest_of(const std::byte* slab) const {
 // Three quarters of the buffers at most: the others are there for reads.
 bool NvmeTier::can_store(TimePoint now) const {
   return waiting_.empty() && health_.may_write(now) &&
-         storing_.size() < transfers_.size() * 3 / 4 && free_buffer().has_value();
+         index_.num_promised() < transfers_.size() * 3 / 4 && index_.num_available() > 0 &&
+         free_buffer().has_value();
 }
 
-void NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now) {
+bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
+                     const std::optional<PrefixKey>& previous) {
   FT_CHECK(can_store(now) && !knows(name));
   const std::size_t index = *free_buffer();
   std::byte* copy = buffer(index).data();
   if (!copy_verified(copy, slab)) {
     ++stat_.host_checksum_failures;
-    return;
+    return false;
   }
-  const auto slot = index_.claim();
-  if (!slot) return;  // every slot is being read or written: a file of very few
-  storing_.insert(name);
-  start(index, {Kind::kStoreSlab, name, *slot, nullptr, digest_of(copy)}, now);
+  const SlotIndex slot = *index_.claim();
+  index_.promise(slot, name);
+  place(name, previous);
+  start(index, {Kind::kStoreSlab, name, slot, nullptr, digest_of(copy)}, now);
+  return true;
 }
 
-// The slab is in the file; its header makes it count.
+// The slab is in the file; its header makes it count. Or no slab is: no header.
 void NvmeTier::write_header(std::size_t index) {
   Transfer& transfer = *transfers_[index];
-  if (transfer.kind == Kind::kStoreSlab) transfer.kind = Kind::kStoreHeader;
+  const Sector header = buffer(index).subspan(slot_size()).first<kSectorBytes>();
+  if (transfer.kind == Kind::kBlankHeader) {
+    std::ranges::fill(header, std::byte{0});
+    return submit(index);
+  }
+  transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
+  is_blank_[raw(transfer.slot)] = false;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
                     transfer.digest, transfer.name, transfer.slab.seal},
-         buffer(index).subspan(slot_size()).first<kSectorBytes>(), cipher_.get());
+         header, cipher_.get());
   submit(index);
 }
 
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
-  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
-  storing_.erase(transfer.name);
-  ++stat_.slabs_written;
+  if (index_.is_promised(transfer.slot, transfer.name)) {  // else it was refuted meanwhile
+    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal);
+    ++stat_.slabs_written;
+  }
+  index_.unpin(transfer.slot);
   end(index);
+}
+
+// All heads of a segment stand together, before those of the segment that comes before it. Ranks
+// begin in any order: where head 0 stands, the others do.
+void NvmeTier::place(const SlabName& name, const std::optional<PrefixKey>& previous) {
+  if (previous) index_.place_before(name, {0, *previous});
+  if (name.head > 0) return index_.place_behind(name, {0, name.key});
+  for (int other = 1; other < superblock_.model.total_kv_heads; ++other) {
+    index_.place_behind({other, name.key}, name);
+  }
 }
 
 // ---- lending ----------------------------------------------------------------------------------
 
-std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count) {
+std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count, TimePoint now) {
+  if (count > index_.num_available()) return std::nullopt;  // no slab is given up in vain
   std::vector<SlotIndex> slots;
-  while (slots.size() < count) {
-    const auto slot = index_.claim();
-    if (!slot) {
-      take_back(slots);
-      return std::nullopt;
-    }
-    slots.push_back(*slot);
-  }
+  while (slots.size() < count) slots.push_back(*index_.claim());
+  for (const SlotIndex slot : slots) blank(slot);
+  start_headers(now);
   return slots;
 }
 
@@ -248,75 +263,77 @@ SlotIndex NvmeTier::borrow(const SlabName& name) {
   return entry->slot;
 }
 
-// A pin says that it is borrowed, or published by who has it.
 void NvmeTier::take_back(std::span<const SlotIndex> slots) {
   for (auto slot = slots.rbegin(); slot != slots.rend(); ++slot) {
-    if (index_.is_pinned(*slot)) {
-      if (const auto name = index_.name_of(*slot)) index_.touch(*name);
-      index_.unpin(*slot);
-    } else if (Transfer* publication = publication_of(*slot)) {
-      publication->is_lent = false;
-    } else {
-      index_.give_back(*slot);
-    }
+    if (const auto name = index_.name_of(*slot)) index_.touch(*name);
+    index_.unpin(*slot);
   }
 }
 
-void NvmeTier::refute(SlotIndex slot) {
+void NvmeTier::refute(SlotIndex slot, TimePoint now) {
   const auto name = index_.name_of(slot);
   if (!name) return;
   log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent", raw(slot));
   index_.erase(*name);
+  std::erase_if(headers_, [&](const Transfer& header) {
+    if (header.slot != slot || header.kind != Kind::kStoreHeader) return false;
+    let_go(header);
+    return true;
+  });
+  blank(slot);
+  start_headers(now);
+}
+
+// A header that its slot's runs no longer bear out: who opens the file next would find it, and its
+// table behind the runs, both whole.
+void NvmeTier::blank(SlotIndex slot) {
+  if (is_blank_[raw(slot)]) return;
+  index_.pin(slot);
+  headers_.push_back({.kind = Kind::kBlankHeader, .name = {}, .slot = slot});
+}
+
+void NvmeTier::finish_blank(std::size_t index) {
+  const SlotIndex slot = transfers_[index]->slot;
+  is_blank_[raw(slot)] = true;
+  index_.unpin(slot);
+  end(index);
 }
 
 // ---- publishing what was lent -------------------------------------------------------------------
 
 void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now) {
-  const bool has_name = index_.is_pinned(filled.slot) || publication_of(filled.slot) != nullptr;
-  if (knows(name) || has_name) return;
-  storing_.insert(name);
-  to_publish_.push_back({.kind = Kind::kPublish,
-                         .name = name,
-                         .slot = filled.slot,
-                         .digest = filled.digest,
-                         .slab = {{}, filled.seal},
-                         .is_lent = true});
-  start_publishing(now);
+  if (knows(name) || index_.name_of(filled.slot)) return;
+  index_.promise(filled.slot, name);
+  index_.pin(filled.slot);
+  headers_.push_back({.kind = Kind::kStoreHeader,
+                      .name = name,
+                      .slot = filled.slot,
+                      .digest = filled.digest,
+                      .slab = {{}, filled.seal}});
+  start_headers(now);
 }
 
-// What a disk does not take now is not published: its holder keeps it, nobody else finds it.
-void NvmeTier::start_publishing(TimePoint now) {
+// What a disk does not take now is not published: its holder keeps it, nobody else finds it. Of one
+// slot a header is written after the other.
+void NvmeTier::start_headers(TimePoint now) {
   if (!health_.may_write(now)) {
-    for (const Transfer& transfer : to_publish_) let_go(transfer);
-    to_publish_.clear();
+    for (const Transfer& transfer : headers_) let_go(transfer);
+    headers_.clear();
   }
-  while (!to_publish_.empty() && waiting_.empty()) {
+  while (waiting_.empty()) {
     const auto index = free_buffer();
-    if (!index) return;
-    occupy(*index, to_publish_.front(), now);
-    to_publish_.pop_front();
+    const auto next = std::ranges::find_if_not(
+        headers_, [this](const Transfer& header) { return is_moving(header.slot); });
+    if (!index || next == headers_.end()) return;
+    occupy(*index, *next, now);
+    headers_.erase(next);
     write_header(*index);
   }
 }
 
-void NvmeTier::finish_publishing(std::size_t index) {
-  const Transfer& transfer = *transfers_[index];
-  index_.insert(transfer.slot, transfer.name, transfer.digest, transfer.slab.seal);
-  if (transfer.is_lent) index_.pin(transfer.slot);
-  storing_.erase(transfer.name);
-  ++stat_.slabs_written;
-  end(index);
-}
-
-NvmeTier::Transfer* NvmeTier::publication_of(SlotIndex slot) {
-  const auto is_it = [slot](const Transfer& transfer) {
-    return transfer.kind == Kind::kPublish && transfer.slot == slot;
-  };
-  const auto waiting = std::ranges::find_if(to_publish_, is_it);
-  if (waiting != to_publish_.end()) return &*waiting;
-  const auto found = std::ranges::find_if(
-      transfers_, [&](const auto& transfer) { return transfer && is_it(*transfer); });
-  return found == transfers_.end() ? nullptr : &**found;
+bool NvmeTier::is_moving(SlotIndex slot) const {
+  return std::ranges::any_of(
+      transfers_, [slot](const auto& transfer) { return transfer && transfer->slot == slot; });
 }
 
 // ---- reading ----------------------------------------------------------------------------------
@@ -343,7 +360,6 @@ NvmeTier::Loaded NvmeTier::finish_load(std::size_t index) {
   const std::byte* slab = buffer(index).data();
   const bool is_whole = digest_of(slab) == transfer.digest && copy_verified(transfer.to, slab);
   if (is_whole) ++stat_.slabs_read;
-  index_.touch(transfer.name);
   end_read(transfer, is_whole);
   end(index);
   return {transfer.name, is_whole};
@@ -354,9 +370,14 @@ void NvmeTier::end_read(const Transfer& transfer, bool is_whole) {
   index_.unpin(transfer.slot);
   if (is_whole) return;
   ++stat_.checksum_failures;
-  if (index_.find(transfer.name)) index_.erase(transfer.name);
+  forget(transfer);
   log().warn("NVMe tier: slot {} fails its checksum; its slab counts as absent",
              raw(transfer.slot));
+}
+
+// What the slot held may have been refuted meanwhile, and have come anew in another slot.
+void NvmeTier::forget(const Transfer& read) {
+  if (index_.name_of(read.slot) == read.name) index_.erase(read.name);
 }
 
 // ---- checking ---------------------------------------------------------------------------------
@@ -410,8 +431,8 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
     loaded.push_back({transfer.name, false});
   }
   waiting_.clear();
-  for (const Transfer& transfer : to_publish_) let_go(transfer);
-  to_publish_.clear();
+  for (const Transfer& transfer : headers_) let_go(transfer);
+  headers_.clear();
   for (auto& transfer : transfers_) {
     if (!transfer || transfer->is_given_up) continue;
     if (transfer->kind == Kind::kLoad) loaded.push_back({transfer->name, false});
@@ -422,15 +443,16 @@ void NvmeTier::give_up_all(std::vector<Loaded>& loaded) {
 
 // The slot of a transfer that came to nothing.
 void NvmeTier::let_go(const Transfer& transfer) {
-  if (reads(transfer.kind)) return index_.unpin(transfer.slot);
-  storing_.erase(transfer.name);
-  if (!transfer.is_lent) index_.give_back(transfer.slot);
+  const bool is_store = !reads(transfer.kind) && transfer.kind != Kind::kBlankHeader;
+  if (is_store && index_.is_promised(transfer.slot, transfer.name)) index_.erase(transfer.name);
+  index_.unpin(transfer.slot);
 }
 
 // ---- events -----------------------------------------------------------------------------------
 
 std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
   std::vector<Loaded> loaded;
+  note_look(now);
   for (IoDone& done : device_->completed()) {
     last_progress_ = now;
     ended_.push_back(std::move(done));
@@ -443,9 +465,16 @@ std::vector<NvmeTier::Loaded> NvmeTier::advance(TimePoint now) {
     on_stalled(now, loaded);
   }
   start_loads(now);
-  start_publishing(now);
+  start_headers(now);
   if (may_scrub(now)) start_scrub(now);
   return loaded;
+}
+
+// Time in which nobody looked is not the disk's: what is sealed or opened on its way moves on when
+// somebody does.
+void NvmeTier::note_look(TimePoint now) {
+  const bool was_away = now - std::exchange(last_look_, now) > kStallLimit + kLateLook;
+  if (was_away && num_in_flight_ > num_given_up_) last_progress_ = now;
 }
 
 void NvmeTier::on_stalled(TimePoint now, std::vector<Loaded>& loaded) {
@@ -489,9 +518,9 @@ void NvmeTier::on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& l
     case Kind::kStoreHeader:
       health_.on_written(now);
       return finish_store(index);
-    case Kind::kPublish:
+    case Kind::kBlankHeader:
       health_.on_written(now);
-      return finish_publishing(index);
+      return finish_blank(index);
   }
 }
 
@@ -515,7 +544,7 @@ void NvmeTier::on_failed(std::size_t index, const Error& error, TimePoint now,
     log().warn("NVMe tier: slot {}: {}", raw(transfer.slot), error.message);
     health_.on_failed(now);
   }
-  if (reads(transfer.kind) && index_.find(transfer.name)) index_.erase(transfer.name);
+  if (reads(transfer.kind)) forget(transfer);
   if (transfer.kind == Kind::kLoad) loaded.push_back({transfer.name, false});
   if (health_.state() == NvmeState::kOffline) give_up_all(loaded);
 }

@@ -28,7 +28,6 @@
 #include <deque>
 #include <memory>
 #include <optional>
-#include <set>
 #include <span>
 #include <vector>
 
@@ -59,22 +58,26 @@ class NvmeTier {
   // Whether load() may be called for it.
   bool has(const SlabName& name, TimePoint now) const;
   // Whether the file has it, or is about to.
-  bool knows(const SlabName& name) const;
+  bool knows(const SlabName& name) const { return index_.knows(name); }
+  // It was wanted: it is the last to give way. Of a prefix, the first segment is touched last.
   void touch(const SlabName& name) { index_.touch(name); }
 
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.
   // REQUIRES: has(name, now), no load of it is under way.
   void load(const SlabName& name, std::byte* to, TimePoint now);
 
-  // A buffer is there for a write, and no read waits.
+  // A buffer and a slot are there for a write, and no read waits.
   bool can_store(TimePoint now) const;
-  // Starts to write a copy, unless the slab's own checksums refute it.
+  // Starts to write a copy. It gives way before the segment that its prefix has before it, whose
+  // key is `previous`, as it is of no use without. False: the slab's own checksums refute it.
   // REQUIRES: can_store(now), !knows(name).
-  void store(const SlabName& name, const std::byte* slab, TimePoint now);
+  bool store(const SlabName& name, const std::byte* slab, TimePoint now,
+             const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Slots for a sequence's own KV, which its rank reads and writes itself; they are in no index
-  // until they are published, or given back. nullopt: the file has not so many to give.
-  std::optional<std::vector<SlotIndex>> lend(std::size_t count);
+  // until they are published, or given back. What the file says of them is overwritten behind, so
+  // that the next store does not find it. nullopt: the file has not so many to give.
+  std::optional<std::vector<SlotIndex>> lend(std::size_t count, TimePoint now);
   // The slot of a slab, for a rank to read: it keeps the slab until it is given back. It may be
   // borrowed more than once. REQUIRES: has(name).
   SlotIndex borrow(const SlabName& name);
@@ -88,8 +91,8 @@ class NvmeTier {
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
   void take_back(std::span<const SlotIndex> slots);
-  // What a borrowed or published slot holds is not what its name says.
-  void refute(SlotIndex slot);
+  // What a borrowed or published slot holds is not what its name says, or is about to say.
+  void refute(SlotIndex slot, TimePoint now);
   bool may_lend(TimePoint now) const { return health_.may_write(now); }
   std::uint64_t slots_offset() const { return superblock_.geometry.slab_offset(SlotIndex{0}); }
   std::uint64_t file_id() const { return superblock_.file_id; }
@@ -106,7 +109,7 @@ class NvmeTier {
   std::optional<TimePoint> deadline() const;
   // Nothing is under way.
   bool is_idle() const {
-    return num_in_flight_ == 0 && waiting_.empty() && to_publish_.empty() && ended_.empty();
+    return num_in_flight_ == 0 && waiting_.empty() && headers_.empty() && ended_.empty();
   }
 
   int completion_fd() const { return device_->completion_fd(); }
@@ -115,7 +118,8 @@ class NvmeTier {
   void check() const { index_.check(); }
 
  private:
-  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader, kPublish };
+  enum class Kind { kLoad, kScrub, kStoreSlab, kStoreHeader, kBlankHeader };
+  // Its slot is pinned by it.
   struct Transfer {
     Kind kind = Kind::kLoad;
     SlabName name;
@@ -125,11 +129,12 @@ class NvmeTier {
     SealedUnit slab{};         // in its buffer
     std::size_t moved = 0;     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
-    bool is_lent = false;      // kPublish: somebody has its slot still
   };
 
   static bool reads(Kind kind) { return kind == Kind::kLoad || kind == Kind::kScrub; }
-  static bool is_header(Kind kind) { return kind == Kind::kStoreHeader || kind == Kind::kPublish; }
+  static bool is_header(Kind kind) {
+    return kind == Kind::kStoreHeader || kind == Kind::kBlankHeader;
+  }
   std::span<std::byte> buffer(std::size_t index) const;  // of a slot and a header
   std::size_t slot_size() const { return superblock_.geometry.slot_bytes; }
   std::optional<std::size_t> free_buffer() const;
@@ -142,9 +147,11 @@ class NvmeTier {
   std::uint64_t digest_of(const std::byte* slab) const;
   void write_header(std::size_t index);
   void finish_store(std::size_t index);
-  void start_publishing(TimePoint now);
-  void finish_publishing(std::size_t index);
-  Transfer* publication_of(SlotIndex slot);
+  void place(const SlabName& name, const std::optional<PrefixKey>& previous);
+  void blank(SlotIndex slot);
+  void finish_blank(std::size_t index);
+  void start_headers(TimePoint now);
+  bool is_moving(SlotIndex slot) const;
   void start_loads(TimePoint now);
   Loaded finish_load(std::size_t index);
   bool may_scrub(TimePoint now) const;
@@ -152,9 +159,11 @@ class NvmeTier {
   void finish_scrub(std::size_t index);
   bool is_whole(const std::byte* slab, std::uint64_t digest) const;
   void end_read(const Transfer& transfer, bool is_whole);
+  void forget(const Transfer& read);
   void give_up_all(std::vector<Loaded>& loaded);
   void let_go(const Transfer& transfer);
   std::optional<TimePoint> stalled_at() const;
+  void note_look(TimePoint now);
   void on_stalled(TimePoint now, std::vector<Loaded>& loaded);
   void on_ended(const IoDone& done, TimePoint now, std::vector<Loaded>& loaded);
   void on_moved(std::size_t index, TimePoint now, std::vector<Loaded>& loaded);
@@ -169,13 +178,14 @@ class NvmeTier {
   const std::shared_ptr<const KvCipher> cipher_;
   NvmeIndex index_;
   NvmeHealth health_;
-  std::deque<Transfer> waiting_;     // loads without a buffer
-  std::deque<Transfer> to_publish_;  // headers without one
-  std::deque<IoDone> ended_;         // not looked at yet
-  std::set<SlabName> storing_;
+  std::deque<Transfer> waiting_;   // loads without a buffer
+  std::deque<Transfer> headers_;   // to be written, without one
+  std::vector<bool> is_blank_;     // by slot: the file has no header there
+  std::deque<IoDone> ended_;       // not looked at yet
   std::size_t num_in_flight_ = 0;  // those given up included
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
+  TimePoint last_look_{};  // advance()
   std::uint64_t next_number_ = 1;
   SlotIndex scrubbed_{};  // the next slab to check is here or behind
   TimePoint next_scrub_{};

@@ -494,7 +494,7 @@ void OutsizedKv::on_written(RunIndex index, const Result<Seal>& written) {
 void OutsizedKv::on_slot_failed(RunIndex run, const Error& error) {
   const auto slots = static_cast<std::size_t>(run) % parts_.slots.size();
   const auto segments = static_cast<std::size_t>(parts_.num_segments);
-  if (error.code == ErrorCode::kCorrupt || error.code == ErrorCode::kIo) {
+  if (refutes_slot(error)) {
     refuted_.push_back({static_cast<int>(slots / segments), static_cast<int>(slots % segments)});
   }
   if (!is_reused(run) || error.code != ErrorCode::kIo) return fail(error);

@@ -18,6 +18,7 @@
 #include "common/ids.h"
 #include "common/prefix_key.h"
 #include "common/result.h"
+#include "common/sequence_limit.h"
 #include "kvstore/internal/kv_cipher.h"
 #include "kvstore/internal/model_identity.h"
 #include "kvstore/internal/store_book.h"
@@ -27,7 +28,6 @@ namespace foretoken::kvstore {
 
 inline constexpr int kProtocolVersion = 9;
 inline constexpr std::size_t kMaxMessageBytes = 192 << 10;  // fits a default socket buffer
-inline constexpr int kMaxSegments = 5'000;                  // a sequence: 1.28 million tokens
 inline constexpr int kMaxGrantSlabs = 40'000;               // a sequence: slabs, and slots on NVMe
 inline constexpr int kMaxHeads = 1'024;
 inline constexpr int kMaxLayers = 1'024;

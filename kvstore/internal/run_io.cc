@@ -110,8 +110,8 @@ void RunIo::on_done(const IoDone& done) {
     count_corrupt();
   } else {
     ++faults_.io_errors;
-    health_.on_failed(now());
     if (++transfer.tries < kMaxTries) return submit(index);
+    health_.on_failed(now());  // one sector that stays bad is not a bad disk
   }
   end(index, Error{error.code, "KV on NVMe: " + error.message});
 }
@@ -152,7 +152,13 @@ void RunIo::give_up() {
 }
 
 void RunIo::wait() {
-  const TimePoint before = last_progress_;
+  const TimePoint begin = now();
+  last_progress_ += begin - std::max(last_wait_, last_progress_);
+  wait_since(last_progress_);
+  last_wait_ = now();
+}
+
+void RunIo::wait_since(TimePoint before) {
   advance();
   if (num_waited_for_ == 0 || last_progress_ != before) return;
   const auto left =

@@ -9,7 +9,8 @@
 //
 // Transfers go through the RunIo's own buffers, so that one that never ends holds nothing of the
 // arena. What fails is tried again, twice. Where nothing ends for kStallLimit, all that is under
-// way fails, and nothing more is begun for a while (NvmeHealth).
+// way fails, and nothing more is begun for a while (NvmeHealth). Only time in wait() counts: what
+// is sealed or opened on its way moves on when somebody looks.
 //
 // Owns the buffers and the device. For one thread. Example: tests/kvstore/outsized_kv_test.cc
 #pragma once
@@ -95,6 +96,7 @@ class RunIo {
   void submit(std::size_t index);
   void on_done(const IoDone& done);
   void end(std::size_t index, const Status& status);
+  void wait_since(TimePoint before);
   void give_up();
   bool is_waited_for(const Owner& owner) const;
 
@@ -107,7 +109,8 @@ class RunIo {
   int num_writes_ = 0;        // of them
   NvmeHealth health_;
   NvmeFaults faults_;
-  TimePoint last_progress_{};
+  TimePoint last_progress_{};  // later by the time in which nobody waited
+  TimePoint last_wait_{};      // its end
 };
 
 }  // namespace foretoken::kvstore

@@ -1,5 +1,6 @@
 #include "kvstore/internal/seqpacket.h"
 
+#include <fcntl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -7,6 +8,7 @@
 
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "kvstore/internal/private_folder.h"
 
@@ -37,6 +39,25 @@ FileDescriptor make_socket(int flags) {
   return made;
 }
 
+FileDescriptor accept_on(int socket) {
+  return FileDescriptor(accept4(socket, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+}
+
+FileDescriptor open_spare() { return FileDescriptor(open("/dev/null", O_RDONLY | O_CLOEXEC)); }
+
+// There is room for one in the buffer, and padding, in which the kernel puts a second one.
+FileDescriptor take_first(const cmsghdr& rights) {
+  FileDescriptor first;
+  const std::size_t count = (rights.cmsg_len - CMSG_LEN(0)) / sizeof(int);
+  for (std::size_t i = 0; i < count; ++i) {
+    int fd = -1;
+    std::memcpy(&fd, CMSG_DATA(&rights) + i * sizeof fd, sizeof fd);
+    FileDescriptor one(fd);
+    if (!first) first = std::move(one);
+  }
+  return first;
+}
+
 bool connects(int socket, const sockaddr_un& address) {
   return ::connect(socket, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
 }
@@ -65,14 +86,27 @@ Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
       chmod(path_.c_str(), 0600) != 0 || listen(socket_.get(), kBacklog) != 0) {
     throw Exception(system_error(ErrorCode::kIo, "listening on " + path_.native()));
   }
+  spare_ = open_spare();
 }
 
 Listener::~Listener() {
   if (socket_) unlink(path_.c_str());
 }
 
-FileDescriptor Listener::accept() const {
-  return FileDescriptor(accept4(socket_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+FileDescriptor Listener::accept() {
+  for (;;) {
+    FileDescriptor peer = accept_on(socket_.get());
+    if (peer || (errno != EMFILE && errno != ENFILE) || !turn_away()) return peer;
+  }
+}
+
+// False: nobody is there any more.
+bool Listener::turn_away() {
+  spare_.reset();
+  const bool was_there{accept_on(socket_.get())};
+  spare_ = open_spare();
+  if (was_there) ++num_turned_away_;
+  return was_there;
 }
 
 Result<FileDescriptor> connect_to(const std::filesystem::path& path,
@@ -140,9 +174,7 @@ Result<Received> receive_message(int socket, std::size_t max_bytes) {
   for (cmsghdr* rights = CMSG_FIRSTHDR(&header); rights != nullptr;
        rights = CMSG_NXTHDR(&header, rights)) {
     if (rights->cmsg_level != SOL_SOCKET || rights->cmsg_type != SCM_RIGHTS) continue;
-    int fd = -1;
-    std::memcpy(&fd, CMSG_DATA(rights), sizeof fd);
-    received.passed = FileDescriptor(fd);
+    received.passed = take_first(*rights);
   }
   if ((header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) {
     return Error{ErrorCode::kCorrupt, "a message is larger than " + std::to_string(max_bytes)};

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "common/result.h"
 #include "kvstore/internal/file_descriptor.h"
@@ -25,12 +26,19 @@ class Listener {
   Listener& operator=(const Listener&) = delete;
 
   int fd() const { return socket_.get(); }
-  // The next peer, non-blocking. Empty: nobody waits.
-  FileDescriptor accept() const;
+  // The next peer, non-blocking. Empty: nobody waits. Where no descriptor is left, those who wait
+  // are turned away: else they would be waiting, and nobody could take them, for ever.
+  FileDescriptor accept();
+  // How many were, since the last call.
+  int take_turned_away() { return std::exchange(num_turned_away_, 0); }
 
  private:
+  bool turn_away();
+
   std::filesystem::path path_;
   FileDescriptor socket_;
+  FileDescriptor spare_;  // for turn_away()
+  int num_turned_away_ = 0;
 };
 
 // Blocking, both ways bounded by `timeout` a message. Error: kUnavailable when nobody listens.
@@ -48,8 +56,8 @@ std::optional<PeerCredentials> credentials_of(int socket);
 Status send_message(int socket, std::string_view message, std::optional<int> passed_fd = {});
 
 struct Received {
-  std::string message;  // empty: the peer has closed
-  FileDescriptor passed;
+  std::string message;    // empty: the peer has closed
+  FileDescriptor passed;  // the first one, if there are more
 };
 // Error: kTimeout (nothing came; on a non-blocking socket: nothing is there), kUnavailable,
 // kCorrupt for a message over max_bytes.

@@ -124,11 +124,12 @@ void Server::on_event(std::uint64_t tag) {
 
 void Server::note_progress() {
   arena_->clear_progress();
+  const bool is_settled = arena_->is_settled();  // before what it says is read
   const std::uint32_t ready = arena_->num_ready();
   book_->set_ready(ready);
-  const std::uint32_t total = arena_->layout().slabs_per_head;
-  log().log(ready == total ? spdlog::level::info : spdlog::level::debug,
-            "arena: {} of {} slabs a head are ready", ready, total);
+  if (is_settled) book_->settle();
+  log().log(is_settled ? spdlog::level::info : spdlog::level::debug,
+            "arena: {} of {} slabs a head are ready", ready, arena_->layout().slabs_per_head);
 }
 
 // ---- peers ------------------------------------------------------------------------------------
@@ -140,6 +141,9 @@ void Server::accept_peers() {
       continue;
     }
     admit(std::move(socket));
+  }
+  if (const int count = listener_.take_turned_away(); count > 0) {
+    log().warn("{} connections are refused: no file descriptor is left", count);
   }
 }
 
@@ -277,6 +281,7 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   if (is_outsized(request)) {
     Result<Grant> grant = reserve_outsized(peer, request);
     if (!grant) return reply(peer, grant.error());
+    touch_prefix(peer, request.keys);
     return reply(peer, *std::move(grant), nvme_file_->fd());
   }
   if (promotions_ && is_coming(peer, request)) {
@@ -284,6 +289,7 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
   }
   auto grant = book_->reserve(*peer.lease, request.sequence, request.keys, request.num_segments);
   if (grant && promotions_) {
+    touch_prefix(peer, request.keys);
     count_passed_over(peer, ReadChoice::Way::kPromoted, request.keys, grant->head_hits);
   }
   return reply_grant(peer, std::move(grant));
@@ -292,7 +298,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
 Status Server::commit(const Peer& peer, const Commit& request) {
   FT_RETURN_IF_ERROR(book_->commit(*peer.lease, request.sequence, request.segment, request.key));
   for (int i = 0; mover_ && i < peer.num_heads; ++i) {
-    mover_->write_behind({peer.first_head + i, request.key});
+    const int head = peer.first_head + i;
+    mover_->write_behind({head, request.key},
+                         book_->key_before(*peer.lease, request.sequence, request.segment, head));
   }
   return Ok{};
 }

@@ -130,6 +130,8 @@ class Server {
     SlotIndex& slot(int head, int segment) {
       return slots[static_cast<std::size_t>(head * num_segments + segment)];
     }
+    // Of all heads, segment by segment: in this order they are needed.
+    std::vector<SlotIndex> by_segment() const;
   };
   bool is_outsized(const Reserve& request) const;
   Result<std::uint32_t> num_slabs_for(const Peer& peer, const Reserve& request) const;
@@ -141,6 +143,7 @@ class Server {
   Status publish(const Peer& peer, const Publish& request);
   Status refute(const Peer& peer, const Refute& request);
   std::uint32_t num_slabs_lent(const Peer& peer, const Group& group, SequenceId sequence) const;
+  std::uint32_t room_for(const Peer& peer, const Group& group, SequenceId sequence) const;
   void take_back_slots(LeaseId lease, std::optional<SequenceId> sequence);
 
   void open_tier();
@@ -148,6 +151,7 @@ class Server {
   bool reads_outsized(const Reserve& request, int hits);
   void count_passed_over(const Peer& peer, ReadChoice::Way way, std::span<const PrefixKey> keys,
                          std::span<const int> head_hits);
+  void touch_prefix(const Peer& peer, std::span<const PrefixKey> keys);
   void note_prefill(const PrefillTimes& times);
   void advance_tier();
   void close_tier();

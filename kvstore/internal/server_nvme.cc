@@ -97,6 +97,15 @@ void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
   tokens_passed_over_ += kSegmentTokens * (std::ranges::find_if_not(rest, is_there) - rest.begin());
 }
 
+// A prefix is used from its beginning, so its end is to give way first. A group's first rank says
+// so for all heads: else those of the rank that asks first would give way before the others'.
+void Server::touch_prefix(const Peer& peer, std::span<const PrefixKey> keys) {
+  if (peer.rank > 0) return;
+  for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
+    for (int head = 0; head < model_->total_kv_heads; ++head) tier_->touch({head, *key});
+  }
+}
+
 void Server::note_prefill(const PrefillTimes& times) {
   const double layers = model_->num_layers;
   choice_.on_computed(static_cast<double>(times.computed) / layers, times.computing);

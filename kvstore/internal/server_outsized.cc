@@ -2,6 +2,7 @@
 // file for all of it. Ranks that share a head have slabs and slots of their own each: which run is
 // in memory is known to its rank alone.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "common/ids.h"
@@ -24,8 +25,8 @@ std::uint32_t least_slabs(const kernels::KvShape& shape, int num_segments) {
                                     layers);
 }
 
-// Of a head's slabs that no outsized sequence has, what the next one is given: most, but where two
-// of its kind can run, what the other one needs stays.
+// Of a head's slabs that no outsized sequence has, what the next one is given at most: not all, but
+// where two of its kind can run, what the other one needs stays.
 std::uint32_t share_of(std::uint32_t left, std::uint32_t least) {
   std::uint32_t share = left * kNumerator / kDenominator;
   if (2 * least <= left) share = std::min(share, left - least);
@@ -52,7 +53,7 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
     if (share_a_head(owner, peer)) ++num_sharers;
     num_slots += static_cast<std::size_t>(owner.num_heads * request.num_segments);
   }
-  const std::uint32_t total = arena_->layout().slabs_per_head;
+  const std::uint32_t total = book_->slabs_per_head();
   const std::uint32_t least = num_sharers * least_slabs(model_->slab_shape(), request.num_segments);
   if (least > total || num_slots > static_cast<std::size_t>(tier_->stat().slabs_total)) {
     return invalid(std::to_string(request.num_segments) + " segments can never fit: they take " +
@@ -62,7 +63,9 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
                    "; raise --kv-host-gib or --kv-nvme-gib");
   }
   const std::uint32_t others = num_slabs_lent(peer, group, request.sequence);
-  const std::uint32_t num_slabs = share_of(total - std::min(total, others), least) / num_sharers;
+  const std::uint32_t share = share_of(total - std::min(total, others), least);
+  const std::uint32_t room = room_for(peer, group, request.sequence);
+  const std::uint32_t num_slabs = std::max(least, std::min(share, room)) / num_sharers;
   if (peer.num_heads * (request.num_segments + static_cast<int>(num_slabs)) > kMaxGrantSlabs) {
     return invalid(std::to_string(request.num_segments) + " segments of " +
                    std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
@@ -84,7 +87,8 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
   FT_RETURN_IF_ERROR(book_->can_reserve(*peer.lease, request.sequence, {},
                                         static_cast<int>(num_slabs), SlabsOf::kRank));
-  const int found = num_hits(peer, request.keys, std::chrono::steady_clock::now());
+  const TimePoint now = std::chrono::steady_clock::now();
+  const int found = num_hits(peer, request.keys, now);
   const int hits = reads_outsized(request, found) ? found : 0;
   Lent lent{.slots = {},
             .num_segments = request.num_segments,
@@ -99,7 +103,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
     }
   }
   auto fresh =
-      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)));
+      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)), now);
   if (!fresh) {
     tier_->take_back(borrowed);
     return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
@@ -149,11 +153,12 @@ int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoin
 Result<Grant> Server::use_outsized(const Peer& peer, const Use& request) {
   Lent& lent = lent_.at({*peer.lease, request.sequence});
   const int fewer = std::max(0, lent.hit_segments - request.hit_segments);
-  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer));
+  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer),
+                                 std::chrono::steady_clock::now());
   if (!fresh) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   std::vector<SlotIndex> unused;
   for (int i = 0; i < lent.num_heads * fewer; ++i) {
-    SlotIndex& slot = lent.slot(i / fewer, request.hit_segments + i % fewer);
+    SlotIndex& slot = lent.slot(i % lent.num_heads, request.hit_segments + i / lent.num_heads);
     unused.push_back(std::exchange(slot, (*fresh)[static_cast<std::size_t>(i)]));
   }
   tier_->take_back(unused);
@@ -194,7 +199,7 @@ Status Server::refute(const Peer& peer, const Refute& request) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " refutes what it was not lent");
   }
-  tier_->refute(lent->slot(request.head, request.segment));
+  tier_->refute(lent->slot(request.head, request.segment), std::chrono::steady_clock::now());
   return Ok{};
 }
 
@@ -213,6 +218,32 @@ std::uint32_t Server::num_slabs_lent(const Peer& peer, const Group& group,
   return sum;
 }
 
+// Of the peer's head that has the fewest, the slabs that nobody has, or this sequence of its group.
+// What is not ready yet counts: it is waited for, rather than done without for the whole sequence.
+std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId sequence) const {
+  std::uint32_t room = std::numeric_limits<std::uint32_t>::max();
+  for (int head = peer.first_head; head < peer.first_head + peer.num_heads; ++head) {
+    std::uint32_t of_head = book_->num_unheld(head);
+    for (const auto& [key, lent] : lent_) {
+      const bool has_head = head >= lent.first_head && head < lent.first_head + lent.num_heads;
+      if (key.second == sequence && group.contains(key.first) && has_head)
+        of_head += lent.num_slabs;
+    }
+    room = std::min(room, of_head);
+  }
+  return room;
+}
+
+std::vector<SlotIndex> Server::Lent::by_segment() const {
+  std::vector<SlotIndex> all;
+  for (int segment = 0; segment < num_segments; ++segment) {
+    for (int head = 0; head < num_heads; ++head) {
+      all.push_back(slots[static_cast<std::size_t>(head * num_segments + segment)]);
+    }
+  }
+  return all;
+}
+
 // Of one sequence, or of all that the lease has. What a dead rank had under way may still end: it
 // fails its check, like any torn write.
 void Server::take_back_slots(LeaseId lease, std::optional<SequenceId> sequence) {
@@ -222,7 +253,7 @@ void Server::take_back_slots(LeaseId lease, std::optional<SequenceId> sequence) 
       ++lent;
       continue;
     }
-    tier_->take_back(lent->second.slots);
+    tier_->take_back(lent->second.by_segment());
     lent = lent_.erase(lent);
   }
 }

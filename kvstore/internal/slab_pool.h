@@ -33,6 +33,9 @@ class SlabPool {
   // Slabs [0, num_ready) may be handed out from now on. Only ever grows.
   void set_ready(std::uint32_t num_ready);
 
+  // No more become ready: those that are, are all.
+  void settle() { slabs_.resize(num_ready_); }
+
   // An empty slab, held once, private. nullopt: all are held. Forgets a cached prefix if it must.
   std::optional<SlabIndex> acquire();
 
@@ -41,6 +44,9 @@ class SlabPool {
 
   // The same without holding it.
   std::optional<SlabIndex> peek(const PrefixKey& key) const;
+
+  // What a published slab holds.
+  std::optional<PrefixKey> key_of(SlabIndex slab) const;
 
   // How many of the leading keys are there; nothing is held. `cached` counts those nobody holds
   // now.

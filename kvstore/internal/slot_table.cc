@@ -51,14 +51,18 @@ namespace {
 class TableReader final : public RunIo::Owner {
  public:
   TableReader(RunIo& io, const SlotFile& file, std::span<const NamedSlot> slots)
-      : io_(io), file_(file), slots_(slots), headers_(slots.size()), tables_(slots.size()) {
+      : io_(io),
+        file_(file),
+        slots_(slots),
+        headers_(slots.size()),
+        tables_(slots.size(), Error{ErrorCode::kUnavailable, "KV on NVMe: the disk has failed"}) {
     for (std::size_t i = 0; i < slots.size(); ++i) to_read_.push_back(i);
   }
   ~TableReader() override { io_.forget(*this); }
   TableReader(const TableReader&) = delete;
   TableReader& operator=(const TableReader&) = delete;
 
-  std::vector<std::optional<SlotTable>> read() {
+  std::vector<Result<SlotTable>> read() {
     while (num_left_ > 0) {
       while (!to_read_.empty() && io_.can_read()) {
         start(to_read_.front());
@@ -75,9 +79,8 @@ class TableReader final : public RunIo::Owner {
     if (bytes && !headers_[i]) {
       headers_[i] = header_of(slots_[i], *bytes);
       if (headers_[i]) return to_read_.push_back(i);
-    } else if (bytes) {
-      take_table(i, *bytes);
     }
+    tables_[i] = bytes ? table_of(i, *bytes) : bytes.error();
     if (bytes && !tables_[i]) io_.count_corrupt();
     --num_left_;
   }
@@ -104,10 +107,11 @@ class TableReader final : public RunIo::Owner {
     return **header;
   }
 
-  void take_table(std::size_t i, std::span<const std::byte> bytes) {
+  Result<SlotTable> table_of(std::size_t i, std::span<const std::byte> bytes) const {
     SlotTable table(file_.shape, is_sealed());
-    table.decode(bytes);
-    if (table.digest() == headers_[i]->digest) tables_[i] = std::move(table);
+    if (headers_[i]) table.decode(bytes);
+    if (headers_[i] && table.digest() == headers_[i]->digest) return table;
+    return Error{ErrorCode::kCorrupt, "KV on NVMe: a slot does not hold what it should"};
   }
 
   bool is_sealed() const { return file_.cipher != nullptr; }
@@ -116,16 +120,20 @@ class TableReader final : public RunIo::Owner {
   const SlotFile& file_;
   const std::span<const NamedSlot> slots_;
   std::vector<std::optional<SlotHeader>> headers_;
-  std::vector<std::optional<SlotTable>> tables_;
+  std::vector<Result<SlotTable>> tables_;
   std::deque<std::size_t> to_read_;
   std::size_t num_left_ = slots_.size();
 };
 
 }  // namespace
 
-std::vector<std::optional<SlotTable>> read_tables(RunIo& io, const SlotFile& file,
-                                                  std::span<const NamedSlot> slots) {
+std::vector<Result<SlotTable>> read_tables(RunIo& io, const SlotFile& file,
+                                           std::span<const NamedSlot> slots) {
   return TableReader(io, file, slots).read();
+}
+
+bool refutes_slot(const Error& error) {
+  return error.code == ErrorCode::kCorrupt || error.code == ErrorCode::kIo;
 }
 
 }  // namespace foretoken::kvstore

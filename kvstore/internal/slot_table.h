@@ -11,6 +11,7 @@
 #include <span>
 #include <vector>
 
+#include "common/result.h"
 #include "kernels/kv_layout.h"
 #include "kvstore/internal/nvme_format.h"
 #include "kvstore/internal/run_io.h"
@@ -48,9 +49,13 @@ struct SlotFile {
 
   std::uint64_t slab_offset(SlotIndex slot) const;
 };
-// Reads header and table of each, in this order. nullopt: they don't hold what is said, or could
-// not be read; it is counted. Waits for the disk, RunIo::kStallLimit at most without an end.
-std::vector<std::optional<SlotTable>> read_tables(RunIo& io, const SlotFile& file,
-                                                  std::span<const NamedSlot> slots);
+// Reads header and table of each, in this order. Waits for the disk, RunIo::kStallLimit at most
+// without an end. Errors, which are counted: kCorrupt: they don't hold what is said; RunIo's;
+// kUnavailable: the disk failed before.
+std::vector<Result<SlotTable>> read_tables(RunIo& io, const SlotFile& file,
+                                           std::span<const NamedSlot> slots);
+// Whether a read that ended so says that the slot does not hold its slab. Else it says that the
+// disk does not answer, and the slab may be as it should.
+bool refutes_slot(const Error& error);
 
 }  // namespace foretoken::kvstore

@@ -23,6 +23,10 @@ void StoreBook::set_ready(std::uint32_t num_ready) {
   for (SlabPool& pool : pools_) pool.set_ready(num_ready);
 }
 
+void StoreBook::settle() {
+  for (SlabPool& pool : pools_) pool.settle();
+}
+
 // ---- leases -----------------------------------------------------------------------------------
 
 LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
@@ -94,9 +98,9 @@ Status StoreBook::can_reserve(LeaseId id, SequenceId sequence, std::span<const P
     return invalid(std::to_string(keys.size()) + " keys for " + std::to_string(num_segments) +
                    " segments");
   }
-  if (static_cast<std::uint32_t>(num_segments) > pools_.front().num_slabs()) {
+  if (static_cast<std::uint32_t>(num_segments) > slabs_per_head()) {
     return invalid(std::to_string(num_segments) + " segments can never fit: the arena holds " +
-                   std::to_string(pools_.front().num_slabs()) +
+                   std::to_string(slabs_per_head()) +
                    " slabs a head; give the store a larger arena");
   }
   const Holder holder = holder_of(owner, sequence, whose);
@@ -262,6 +266,13 @@ Grant StoreBook::grant_of(const LeaseOwner& owner, const Holder& holder) {
 
 // ---- the tier below ---------------------------------------------------------------------------
 
+std::optional<PrefixKey> StoreBook::key_before(LeaseId lease, SequenceId sequence, int segment,
+                                               int head) {
+  if (segment == 0) return std::nullopt;
+  const Allocation& allocation = *find(at(lease).sequences.at(sequence), head);
+  return pool(head).key_of(allocation.slabs[static_cast<std::size_t>(segment - 1)]);
+}
+
 std::optional<SlabIndex> StoreBook::find_published(int head, const PrefixKey& key) const {
   return pools_[static_cast<std::size_t>(head)].peek(key);
 }
@@ -270,6 +281,13 @@ std::optional<SlabIndex> StoreBook::refresh(int head, const PrefixKey& key) {
   const auto slab = pool(head).find(key);
   if (slab) pool(head).release(*slab);
   return slab;
+}
+
+void StoreBook::distrust_published(int head, const PrefixKey& key) {
+  const auto slab = pool(head).find(key);
+  if (!slab) return;
+  pool(head).distrust(*slab);
+  pool(head).release(*slab);
 }
 
 // ---- what there is ----------------------------------------------------------------------------

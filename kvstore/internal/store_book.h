@@ -54,6 +54,9 @@ class StoreBook {
 
   // Slabs [0, num_ready) of every head may be handed out.
   void set_ready(std::uint32_t num_ready);
+  // No more of them will be.
+  void settle();
+  std::uint32_t slabs_per_head() const { return pools_.front().num_slabs(); }
 
   LeaseId open_lease(const LeaseOwner& owner);
   // Releases all that the lease holds.
@@ -74,11 +77,23 @@ class StoreBook {
   Status can_reserve(LeaseId lease, SequenceId sequence, std::span<const PrefixKey> keys,
                      int num_segments, SlabsOf whose = SlabsOf::kGroup);
 
-  // For the tier below. The published slab that holds `key`; refresh() also makes it the last one
+  // Slabs of a head that nobody holds, ready or not.
+  std::uint32_t num_unheld(int head) const {
+    const SlabPool& pool = pools_[static_cast<std::size_t>(head)];
+    return pool.num_slabs() - pool.num_used();
+  }
+
+  // For the tier below. What the segment before this one holds, if it is published.
+  // REQUIRES: commit() has taken this one.
+  std::optional<PrefixKey> key_before(LeaseId lease, SequenceId sequence, int segment, int head);
+  // The published slab that holds `key`; refresh() also makes it the last one
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
   std::optional<SlabIndex> refresh(int head, const PrefixKey& key);
-  // The same, and keeps it until return_slab().
+  // It does not hold what its key says: as distrust() of all who have it. No-op where there is
+  // none.
+  void distrust_published(int head, const PrefixKey& key);
+  // As find_published(), and keeps it until return_slab().
   std::optional<SlabIndex> hold_published(int head, const PrefixKey& key) {
     return pool(head).find(key);
   }

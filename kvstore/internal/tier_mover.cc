@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "common/log.h"
+
 namespace foretoken::kvstore {
 
 TierMover::TierMover(StoreBook& book, NvmeTier& tier, SlabMemory memory, std::size_t max_queued)
@@ -9,22 +11,27 @@ TierMover::TierMover(StoreBook& book, NvmeTier& tier, SlabMemory memory, std::si
 
 // ---- to the file ------------------------------------------------------------------------------
 
-void TierMover::write_behind(const SlabName& name) {
+void TierMover::write_behind(const SlabName& name, const std::optional<PrefixKey>& previous) {
   if (to_write_.size() >= max_queued_) {  // the oldest has hardly a chance to be there still
     to_write_.pop_front();
     ++num_dropped_;
   }
-  to_write_.push_back(name);
+  to_write_.push_back({name, previous});
 }
 
 void TierMover::write_next(TimePoint now) {
   while (can_write(now)) {
-    const SlabName name = to_write_.front();
+    const auto [name, previous] = to_write_.front();
     to_write_.pop_front();
     if (tier_.knows(name)) continue;
     const auto slab = book_.find_published(name.head, name.key);
-    if (slab) return tier_.store(name, memory_(name.head, *slab), now);
-    ++num_dropped_;
+    if (!slab) {
+      ++num_dropped_;
+      continue;
+    }
+    if (tier_.store(name, memory_(name.head, *slab), now, previous)) return;
+    log().warn("a slab of the arena fails its checksums on its way to NVMe; it serves nobody more");
+    return book_.distrust_published(name.head, name.key);
   }
 }
 
@@ -32,10 +39,7 @@ void TierMover::write_next(TimePoint now) {
 
 // What the arena has is refreshed, so that it doesn't give way to what is brought back behind it.
 TierMover::Promoted TierMover::promote(const SlabName& name, TimePoint now) {
-  if (book_.refresh(name.head, name.key)) {
-    tier_.touch(name);
-    return Promoted::kIsThere;
-  }
+  if (book_.refresh(name.head, name.key)) return Promoted::kIsThere;
   if (promoting_.contains(name)) return Promoted::kComes;
   if (!tier_.has(name, now)) return Promoted::kNowhere;
   const auto slab = book_.take_slab(name.head);

@@ -27,8 +27,8 @@ class TierMover {
   // All three must outlive it; max_queued: slabs that may wait to be written.
   TierMover(StoreBook& book, NvmeTier& tier, SlabMemory memory, std::size_t max_queued);
 
-  // The slab was just published: written when its turn comes.
-  void write_behind(const SlabName& name);
+  // The slab was just published: written when its turn comes. `previous`: NvmeTier::store()'s.
+  void write_behind(const SlabName& name, const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Brings the slab back where the arena lacks it and the file has it. kComes: advance() will name
   // it; kNowhere: neither has it, or the arena has no slab for it.
@@ -51,6 +51,11 @@ class TierMover {
   NvmeStat stat() const;
 
  private:
+  struct Unwritten {
+    SlabName name;
+    std::optional<PrefixKey> previous;
+  };
+
   void end_promotion(const NvmeTier::Loaded& loaded);
   bool can_write(TimePoint now) const { return !to_write_.empty() && tier_.can_store(now); }
   void write_next(TimePoint now);
@@ -59,7 +64,7 @@ class TierMover {
   NvmeTier& tier_;
   SlabMemory memory_;
   std::size_t max_queued_;
-  std::deque<SlabName> to_write_;
+  std::deque<Unwritten> to_write_;
   std::map<SlabName, SlabIndex> promoting_;  // into which slab of its head
   std::int64_t num_dropped_ = 0;
 };

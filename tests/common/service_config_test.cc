@@ -46,6 +46,8 @@ TEST(ServiceConfig, NamesTheFlagAndWhatItTakes) {
   EXPECT_THAT(why(&C::tensor_parallel_size, 0), HasSubstr("--tensor-parallel-size must be in"));
   EXPECT_THAT(why(&C::port, 65536), HasSubstr("--port"));
   EXPECT_THAT(why(&C::max_model_len, std::int64_t{-1}), HasSubstr("--max-model-len"));
+  EXPECT_THAT(why(&C::max_model_len, std::int64_t{1'280'001}), HasSubstr("[0, 1280000]"));
+  EXPECT_EQ(why(&C::max_model_len, std::int64_t{1'280'000}), "accepted");
   EXPECT_THAT(why(&C::gpu_memory_utilization, 1.5), HasSubstr("--gpu-memory-utilization"));
   EXPECT_THAT(why(&C::gpu_memory_utilization, std::numeric_limits<double>::quiet_NaN()),
               HasSubstr("--gpu-memory-utilization"));

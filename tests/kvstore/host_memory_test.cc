@@ -1,10 +1,12 @@
 #include "kvstore/internal/host_memory.h"
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <fstream>
@@ -14,6 +16,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kvstore/internal/arena.h"
 #include "tests/kvstore/running_server.h"
 
 namespace foretoken::kvstore {
@@ -132,6 +135,25 @@ TEST(Populate, BacksAllPages) {
   std::vector<unsigned char> resident(bytes / 4096);
   ASSERT_EQ(mincore(mapping.base() + from, bytes, resident.data()), 0);
   EXPECT_TRUE(std::ranges::all_of(resident, [](unsigned char page) { return page & 1; }));
+}
+
+// Pieces are 32 slabs of each head here, and memory is there for six of them.
+TEST(Arena, SettlesWhereMemoryIsShort) {
+  std::atomic<int> calls{0};
+  const auto six = [&calls](std::byte*, std::size_t) {
+    errno = ENOMEM;
+    return ++calls <= 6;
+  };
+  const ArenaLayout layout{2, kHuge, 320};
+  const Arena arena(layout, NumaPlacement::kNone, six);
+  pollfd progress{arena.progress_fd(), POLLIN, 0};
+  while (!arena.is_settled()) ASSERT_GT(poll(&progress, 1, 10'000), 0);
+  EXPECT_LE(arena.num_ready(), 96U);
+  EXPECT_EQ(arena.num_ready() % 32, 0U);
+  const Arena whole(layout, NumaPlacement::kNone, [](std::byte*, std::size_t) { return true; });
+  progress.fd = whole.progress_fd();
+  while (!whole.is_settled()) ASSERT_GT(poll(&progress, 1, 10'000), 0);
+  EXPECT_EQ(whole.num_ready(), 320U);
 }
 
 }  // namespace

@@ -75,6 +75,16 @@ class KvStoreTest : public testing::Test {
   std::unique_ptr<kernels::Stream> copy;
 };
 
+TEST_F(KvStoreTest, WhatNoMessageCanAskForIsRefused) {
+  const auto store = connect(0);
+  for (const int segments : {kMaxSegments, kMaxSegments + 1, 1 << 20}) {
+    const auto kv = store->reserve(SequenceId{1}, {}, segments);
+    ASSERT_FALSE(kv);
+    EXPECT_EQ(kv.error().code, ErrorCode::kInvalidArgument) << segments;
+  }
+  EXPECT_TRUE(store->reserve(SequenceId{1}, {}, 1)) << "the store is there still";
+}
+
 TEST_F(KvStoreTest, APrefixOfOneSequenceServesTheNext) {
   const auto store = connect(0);
   KvSequence kv(test_client("", 0).shape, 8, 48);

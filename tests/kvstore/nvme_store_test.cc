@@ -70,6 +70,22 @@ class NvmeStoreTest : public testing::Test {
     EXPECT_TRUE(store.release(next));
     return hit;
   }
+  // One of several segments.
+  void write_all(KvStore& store, std::span<const PrefixKey> keys) {
+    next = SequenceId{raw(next) + 1};
+    const auto kv = store.reserve(next, keys, static_cast<int>(keys.size()));
+    ASSERT_TRUE(kv) << kv.error().message;
+    ASSERT_EQ(kv->hit_segments, 0);
+    for (std::size_t segment = 0; segment < keys.size(); ++segment) {
+      for (int head = 0; head < 2; ++head) {
+        const auto slab = test_slab({head, keys[segment]}, kModel);
+        std::memcpy(kv->slabs[static_cast<std::size_t>(head) * keys.size() + segment], slab.data(),
+                    slab.size());
+      }
+      ASSERT_TRUE(store.commit(next, static_cast<int>(segment), keys[segment]));
+    }
+    ASSERT_TRUE(store.release(next));
+  }
   testing::AssertionResult written(KvStore& store, std::int64_t slabs) {
     return eventually(store,
                       [&](const StoreStat& stat) { return stat.nvme.slabs_written >= slabs; });
@@ -111,6 +127,70 @@ TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
   EXPECT_FALSE(finds(*connect(), 1));
   server.reset();
   EXPECT_FALSE(std::filesystem::exists(nvme_folder() + "/kv-slabs"));
+}
+
+// Without its first segments the rest of a prefix is of no use.
+TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  std::unique_ptr<KvStore> store;
+  const auto restart = [&] {  // the arena has nothing then
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 8}.file_bytes(),
+                                NvmeReuse::kKeepSlabs});
+    store = connect();
+  };
+  const auto hits = [&] {
+    for (;; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
+      next = SequenceId{raw(next) + 1};
+      const auto kv = store->reserve(next, keys, 3);
+      if (!kv && kv.error().code == ErrorCode::kPending) continue;
+      EXPECT_TRUE(store->release(next));
+      return kv->hit_segments;
+    }
+  };
+  restart();
+  write_all(*store, keys);  // two slots are left
+  ASSERT_TRUE(written(*store, 6));
+  write(*store, 11);
+  write(*store, 12);
+  ASSERT_TRUE(written(*store, 10));
+  restart();
+  EXPECT_EQ(hits(), 2) << "of what was written, the last segment went";
+  write(*store, 13);
+  ASSERT_TRUE(written(*store, 2));  // over 11 ...
+  write(*store, 14);
+  ASSERT_TRUE(written(*store, 4));  // ... 12
+  write(*store, 15);
+  ASSERT_TRUE(written(*store, 6));
+  restart();
+  EXPECT_EQ(hits(), 1) << "of what was found, too";
+}
+
+// It was written behind, and found bad: nobody reads it from the arena either, and it is computed
+// anew elsewhere.
+TEST_F(NvmeStoreTest, ASlabThatIsFoundBadServesNobody) {
+  start();
+  const auto store = connect();
+  const PrefixKey key = key_of(1);
+  const auto kv = store->reserve(SequenceId{100}, std::span(&key, 1), 1).value();
+  for (int head = 0; head < 2; ++head) {
+    auto slab = test_slab({head, key}, kModel);
+    slab[1000] ^= static_cast<std::byte>(head);  // of head 1 alone
+    std::memcpy(kv.slabs[static_cast<std::size_t>(head)], slab.data(), slab.size());
+  }
+  ASSERT_TRUE(store->commit(SequenceId{100}, 0, key));
+  ASSERT_TRUE(eventually(
+      *store, [](const StoreStat& stat) { return stat.nvme.host_checksum_failures == 1; }));
+  const auto second = store->reserve(SequenceId{101}, std::span(&key, 1), 1).value();
+  EXPECT_EQ(second.head_hits, (std::vector{1, 0}));
+  EXPECT_NE(second.slabs[1], kv.slabs[1]);
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  ASSERT_TRUE(store->release(SequenceId{101}));
+  write(*store, 1);
+  ASSERT_TRUE(written(*store, 2));
+  EXPECT_TRUE(finds(*store, 1));
 }
 
 // What reading takes is known from the first one on; computing takes nothing here.
@@ -287,6 +367,62 @@ TEST_F(NvmeStoreTest, WhatRunsFromNvmePublishesAndReuses) {
   }
 }
 
+// A sequence had the prefix's slots, and was gone before it published.
+TEST_F(NvmeStoreTest, WhatGaveWayToRunsIsNotFoundAfterARestart) {
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  const std::vector others{key_of(4), key_of(5), key_of(6)};
+  std::unique_ptr<KvStore> store;
+  for (const std::uint64_t life : {0, 1, 2}) {
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes,
+        NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 2 * kSomeSegments}.file_bytes(),
+                   NvmeReuse::kKeepSlabs});
+    store = connect();
+    const bool is_other = life == 1;
+    auto kv = store->reserve(SequenceId{life}, is_other ? others : keys, kSomeSegments).value();
+    EXPECT_EQ(kv.hit_segments, 0) << life;
+    fill(kv, Slabs(is_other ? others : keys));
+    if (!is_other) publish(*store, kv, keys);
+  }
+}
+
+// What is published meanwhile waits for a slot, and is copied once.
+TEST_F(NvmeStoreTest, WhatFindsNoSlotIsWrittenWhenThereIsOne) {
+  server = std::make_unique<RunningServer>(
+      kArenaBytes,
+      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 2 * kSomeSegments}.file_bytes(),
+                 NvmeReuse::kStartAfresh});
+  const auto store = connect();
+  ASSERT_TRUE(store->reserve(SequenceId{100}, {}, kSomeSegments));  // has all slots
+  write(*store, 1);
+  EXPECT_EQ(store->stat()->nvme.slabs_written, 0);
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  EXPECT_TRUE(written(*store, 2));
+  EXPECT_EQ(store->stat()->nvme.dropped, 0);
+}
+
+// The file is full when eight prompts are beside the prefix.
+TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
+  const std::uint32_t num_slots = 2 * kSomeSegments;
+  server = std::make_unique<RunningServer>(
+      kArenaBytes,
+      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), num_slots}.file_bytes(),
+                 NvmeReuse::kStartAfresh});
+  const auto store = connect();
+  const std::vector keys{key_of(1), key_of(2), key_of(3)};
+  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+  fill(first, Slabs(keys));
+  publish(*store, first, keys);
+  ASSERT_TRUE(written(*store, 6));
+  first.outsized.reset();
+  ASSERT_TRUE(store->release(SequenceId{100}));
+  for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
+  ASSERT_TRUE(written(*store, 6 + 18));
+  EXPECT_EQ(store->reserve(SequenceId{101}, keys, kSomeSegments).value().hit_segments, 2);
+}
+
 // The rank opens what the store has sealed, and the store what the rank has.
 TEST_F(NvmeStoreTest, WhatRunsFromAnEncryptedNvmePublishesAndReuses) {
   const auto cipher = KvCipher::random();
@@ -410,6 +546,27 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   ASSERT_TRUE(reserve_as(4));
 }
 
+// Of 15 slabs a head others hold some: 20 segments must have five, and are given ten at most.
+TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaRunsInWhatOthersLeave) {
+  server = std::make_unique<RunningServer>(
+      40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
+  StoreClientConfig config = test_client(server->socket(), 0);
+  config.shape.num_layers = 12;
+  const auto store = KvStore::connect(config, *device).value_or_throw();
+  ASSERT_TRUE(ready(*store));
+  for (const auto& [held, granted] : {std::pair{4, 10}, {6, 9}, {10, 5}}) {
+    ASSERT_TRUE(store->reserve(SequenceId{1}, {}, held));
+    ASSERT_TRUE(store->reserve(SequenceId{2}, {}, 20)) << held;
+    EXPECT_EQ(store->stat()->slabs_free, 15 - held - granted) << held;
+    ASSERT_TRUE(store->release(SequenceId{2}));
+    ASSERT_TRUE(store->release(SequenceId{1}));
+  }
+  ASSERT_TRUE(store->reserve(SequenceId{1}, {}, 11));
+  const auto refused = store->reserve(SequenceId{2}, {}, 20);
+  ASSERT_FALSE(refused);
+  EXPECT_EQ(refused.error().code, ErrorCode::kExhausted);
+}
+
 const ModelIdentity kDeep{"test-model", 3, 12, 64, kernels::DataType::kFp16};
 
 // Rank 0 has heads 0 and 1, rank 1 has 1 and 2. Of twelve layers, 24 segments must have five slabs
@@ -490,6 +647,18 @@ TEST_F(SharedHeadTest, ASecondSequenceIsLeftWhatItsRanksNeed) {
   EXPECT_EQ(left_by(*high, 1), 11);  // three quarters would leave seven
   EXPECT_EQ(left_by(*high, 2), 6);
   EXPECT_EQ(left_by(*low, 2), 1);
+}
+
+// The second rank of a sequence is given as much as the first: what that has is the sequence's.
+TEST_F(SharedHeadTest, RanksShareWhatOthersLeave) {
+  start(23, 192);
+  const auto low = connect(0);
+  const auto high = connect(1);
+  ASSERT_TRUE(low->reserve(SequenceId{9}, {}, 12));  // leaves eleven: five for each, of head 1
+  ASSERT_TRUE(reserve(*low, 1));
+  EXPECT_EQ(low->stat()->slabs_free, 6);
+  ASSERT_TRUE(reserve(*high, 1));
+  EXPECT_EQ(low->stat()->slabs_free, 1);
 }
 
 // Both publish, as no rank of these writes all heads: of head 1 the first slab stays.

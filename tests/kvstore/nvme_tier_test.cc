@@ -4,6 +4,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstring>
+#include <random>
+
 #include "tests/kvstore/tier_on_file.h"
 
 namespace foretoken::kvstore {
@@ -16,6 +20,16 @@ bool is_read(const IoOperation& operation) { return operation.direction == IoDir
 
 class NvmeTierTest : public testing::Test {
  protected:
+  // As a rank does with a slot that it was lent.
+  NvmeTier::Filled fill_slot(const TierOnFile& disk, SlotIndex slot, const SlabName& name) {
+    const auto slab = test_slab(name);
+    const kernels::KvShape shape = kTestModel.slab_shape();
+    const std::size_t table = 8 * kSegmentBlocks * static_cast<std::size_t>(shape.num_layers);
+    std::memcpy(file.data() + disk.contents.superblock.geometry.slab_offset(slot), slab.data(),
+                slab.size());
+    return {slot, slab_digest(std::span(slab).subspan(shape.slab_payload_bytes(), table)), {}};
+  }
+
   FileBytes file;
 };
 
@@ -179,7 +193,7 @@ TEST_F(NvmeTierTest, ADiskThatReadsNoHeadersIsNoTier) {
 TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   TierOnFile disk(file, 3);
   for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
-  ASSERT_TRUE(disk.load(test_name(0, 0)));
+  disk.tier->touch(test_name(0, 0));
   disk.tier->touch(test_name(0, 1));
   ASSERT_TRUE(disk.store(test_name(0, 3)));
   EXPECT_FALSE(disk.tier->knows(test_name(0, 2)));
@@ -187,12 +201,46 @@ TEST_F(NvmeTierTest, TheLeastRecentlyUsedGivesWay) {
   EXPECT_EQ(disk.tier->stat().evictions, 1);
 }
 
+// Without its first segments the rest of a prefix is of no use. Of three heads two ranks write,
+// side by side.
+TEST_F(NvmeTierTest, APrefixGivesWayFromItsEnd) {
+  constexpr std::uint32_t kSegments = 4;
+  std::mt19937 random(7);
+  for (int round = 0; round < 50; ++round) {
+    file.clear();
+    TierOnFile disk(file, kSegments * 3);
+    std::vector<std::vector<SlabName>> ranks(2);
+    for (std::uint32_t i = kSegments * 3; i-- > 0;)
+      ranks[i % 3 / 2].push_back(test_name(i % 3, i / 3));
+    while (!ranks[0].empty() || !ranks[1].empty()) {
+      std::vector<SlabName>& rank = ranks[random() % 2];
+      if (rank.empty()) continue;
+      const SlabName name = rank.back();
+      rank.pop_back();
+      std::uint32_t segment = 0;
+      std::memcpy(&segment, name.key.bytes.data(), sizeof segment);
+      const auto previous =
+          segment > 0 ? std::optional(test_name(0, segment - 1).key) : std::nullopt;
+      disk.tier->store(name, test_slab(name).data(), disk.now, previous);
+    }
+    disk.finish();
+    for (std::uint32_t left = 3 * kSegments; left-- > 1;) {
+      ASSERT_TRUE(disk.tier->lend(1, disk.now));
+      for (std::uint32_t segment = 0; segment < left / 3; ++segment) {
+        for (int head = 0; head < 3; ++head) {
+          EXPECT_TRUE(disk.tier->knows(test_name(head, segment))) << round << ' ' << left;
+        }
+      }
+    }
+  }
+}
+
 TEST_F(NvmeTierTest, ACheckIsNoUse) {
   for (int num_checks = 0; num_checks < 4; ++num_checks) {
     file.clear();
     TierOnFile disk(file, 3);
     for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
-    ASSERT_TRUE(disk.load(test_name(0, 0)));
+    disk.tier->touch(test_name(0, 0));
     for (int i = 0; i < num_checks; ++i) {
       disk.now = disk.tier->deadline().value();
       disk.finish();
@@ -206,7 +254,7 @@ TEST_F(NvmeTierTest, ASlabOfTheArenaThatIsWrongIsNotWritten) {
   TierOnFile disk(file, 3);
   auto slab = test_slab(test_name(0, 1));
   slab[100] ^= std::byte{4};
-  disk.tier->store(test_name(0, 1), slab.data(), disk.now);
+  EXPECT_FALSE(disk.tier->store(test_name(0, 1), slab.data(), disk.now));
   disk.finish();
   EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
   EXPECT_EQ(disk.tier->stat().host_checksum_failures, 1);
@@ -298,6 +346,21 @@ TEST_F(NvmeTierTest, AReadThatNeverEndsIsGivenUp) {
   EXPECT_EQ(to, std::vector<std::byte>(to.size())) << "late bytes reach nobody";
 }
 
+// What is opened on its way ends when somebody looks a second time.
+TEST_F(NvmeTierTest, TimeInWhichNobodyLookedIsNotTheDisks) {
+  TierOnFile disk(file, 2, NvmeReuse::kKeepSlabs, kTestModel, KvCipher::random());
+  ASSERT_TRUE(disk.store(test_name(0, 0)));
+  EXPECT_TRUE(disk.tier->advance(disk.now).empty());
+  std::vector<std::byte> to(kTestModel.slab_bytes());
+  disk.tier->load(test_name(0, 0), to.data(), disk.now);
+  disk.wait(milliseconds(1500));
+  const auto loaded = disk.finish();
+  ASSERT_EQ(loaded.size(), 1U);
+  EXPECT_TRUE(loaded.front().is_whole);
+  EXPECT_TRUE(same_slab(to.data(), test_name(0, 0)));
+  EXPECT_EQ(disk.tier->stat().state, NvmeState::kOnline);
+}
+
 TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
   const auto depth = static_cast<std::uint32_t>(NvmeTier::depth(kTestModel));
   TierOnFile disk(file, depth);
@@ -325,6 +388,152 @@ TEST_F(NvmeTierTest, ALoadIsGivenUpWhereAllBuffersAreOut) {
   disk.wait(seconds(2));
   EXPECT_TRUE(disk.load(test_name(0, 0)));
 }
+
+// ---- slots that are lent ------------------------------------------------------------------------
+
+TEST_F(NvmeTierTest, WhatCanNotBeLentCostsNoSlab) {
+  TierOnFile disk(file, 6);
+  const auto lent = disk.tier->lend(2, disk.now);
+  ASSERT_TRUE(lent);
+  for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  EXPECT_FALSE(disk.tier->lend(5, disk.now)) << "one is free, and three would give way";
+  for (std::uint32_t i = 0; i < 3; ++i) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
+  EXPECT_EQ(disk.tier->stat().evictions, 0);
+  const std::vector borrowed{disk.tier->borrow(test_name(0, 1))};
+  EXPECT_FALSE(disk.tier->lend(4, disk.now));
+  disk.tier->take_back(borrowed);
+  EXPECT_TRUE(disk.tier->lend(4, disk.now));
+  EXPECT_EQ(disk.tier->stat().slabs_held, 0);
+  disk.tier->check();
+}
+
+// The header is written behind, whether or not its holder is there still.
+TEST_F(NvmeTierTest, WhatIsLentIsPublishedInPlace) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1, disk.now).value();
+  const auto filled = fill_slot(disk, lent[0], test_name(0, 1));
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  disk.tier->publish(test_name(0, 1), filled, disk.now);
+  disk.tier->publish(test_name(0, 2), filled, disk.now);  // a slot has one name
+  EXPECT_FALSE(disk.tier->has(test_name(0, 1), disk.now));
+  disk.tier->take_back(lent);
+  EXPECT_FALSE(disk.tier->lend(2, disk.now)) << "its header is under way";
+  disk.device->fault = nullptr;
+  disk.device->release_held();
+  disk.finish();
+  EXPECT_TRUE(disk.load(test_name(0, 1)));
+  EXPECT_FALSE(disk.load(test_name(0, 2)));
+  EXPECT_TRUE(disk.tier->lend(2, disk.now)) << "it gives way like any other";
+}
+
+TEST_F(NvmeTierTest, WhatIsRefutedBeforeItHasItsHeaderIsNotFound) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1, disk.now).value();
+  disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
+  disk.tier->refute(lent[0], disk.now);
+  disk.device->fault = nullptr;
+  disk.device->release_held();
+  disk.finish();
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_TRUE(disk.store(test_name(0, 1))) << "the same comes anew, elsewhere";
+  EXPECT_FALSE(disk.tier->lend(2, disk.now)) << "its holder has it still";
+  disk.tier->take_back(lent);
+  EXPECT_TRUE(disk.load(test_name(0, 1)));
+  EXPECT_TRUE(disk.tier->lend(2, disk.now));
+}
+
+// While a slab is read it is refuted, and comes anew in another slot: the first one's end is
+// nothing to that.
+TEST_F(NvmeTierTest, AReadThatFailsForgetsItsOwnSlotAlone) {
+  for (const bool is_cut_off : {false, true}) {
+    file.clear();
+    TierOnFile disk(file, 2);
+    const SlabName name = test_name(0, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 0)) && disk.store(name));
+    const SlotIndex first = disk.tier->borrow(name);
+    ASSERT_EQ(first, SlotIndex{1});
+    disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+    std::vector<std::byte> to(kTestModel.slab_bytes());
+    disk.tier->load(name, to.data(), disk.now);
+    disk.tier->refute(first, disk.now);
+    disk.device->fault = nullptr;
+    ASSERT_TRUE(disk.store(name));
+    const std::uint64_t at = disk.contents.superblock.geometry.slab_offset(first);
+    if (is_cut_off) {
+      file.resize(at);
+    } else {
+      file[at] ^= std::byte{1};
+    }
+    disk.device->release_held();
+    const auto loaded = disk.finish();
+    ASSERT_EQ(loaded.size(), 1U);
+    EXPECT_FALSE(loaded.front().is_whole);
+    EXPECT_TRUE(disk.load(name)) << is_cut_off;
+  }
+}
+
+// Who has a slot writes runs to it, and leaves header and table, which are whole still.
+TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackUnderItsOldName) {
+  {
+    TierOnFile disk(file, 3);
+    for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+  }
+  for (int start = 0; start < 2; ++start) {  // by a store that has not written them itself, too
+    TierOnFile disk(file, 3);
+    EXPECT_EQ(disk.tier->stat().slabs_held, 3 - start);
+    ASSERT_TRUE(disk.tier->lend(start == 0 ? 1 : 2, disk.now));  // one that has a name
+    disk.finish();
+  }
+  TierOnFile disk(file, 3);
+  EXPECT_EQ(disk.tier->stat().slabs_held, 1);
+  EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
+  EXPECT_TRUE(disk.load(test_name(0, 2)));
+}
+
+TEST_F(NvmeTierTest, WhatWasRefutedDoesNotComeBackEither) {
+  {
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2)));
+    const std::vector borrowed{disk.tier->borrow(test_name(0, 1))};
+    disk.tier->refute(borrowed[0], disk.now);
+    disk.tier->take_back(borrowed);
+    disk.finish();
+    EXPECT_TRUE(disk.tier->lend(2, disk.now));
+  }
+  EXPECT_EQ(TierOnFile(file, 3).tier->stat().slabs_held, 1);
+}
+
+TEST_F(NvmeTierTest, ASlotsOldHeaderGoesBeforeItsNewOneComes) {
+  {
+    TierOnFile disk(file, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 1)));
+    disk.device->fault = [](const IoOperation&) { return IoFault::kHeld; };
+    const auto lent = disk.tier->lend(1, disk.now).value();
+    disk.tier->publish(test_name(0, 2), fill_slot(disk, lent[0], test_name(0, 2)), disk.now);
+    disk.device->fault = nullptr;
+    disk.finish();
+    EXPECT_FALSE(disk.tier->has(test_name(0, 2), disk.now));
+    disk.device->release_held();
+    disk.finish();
+    EXPECT_TRUE(disk.load(test_name(0, 2)));
+  }
+  EXPECT_TRUE(TierOnFile(file, 1).load(test_name(0, 2)));
+}
+
+TEST_F(NvmeTierTest, WhatCanNotBePublishedIsFreeWhenItsHolderLeaves) {
+  TierOnFile disk(file, 2);
+  const auto lent = disk.tier->lend(1, disk.now).value();
+  disk.device->fault = [](const IoOperation&) { return IoFault::kError; };
+  disk.tier->publish(test_name(0, 1), fill_slot(disk, lent[0], test_name(0, 1)), disk.now);
+  disk.finish();
+  EXPECT_FALSE(disk.tier->knows(test_name(0, 1)));
+  EXPECT_FALSE(disk.tier->lend(2, disk.now));
+  disk.tier->take_back(lent);
+  EXPECT_TRUE(disk.tier->lend(2, disk.now));
+}
+
+// ---- all the time -------------------------------------------------------------------------------
 
 TEST_F(NvmeTierTest, DamageIsFoundBeforeItIsAskedFor) {
   TierOnFile disk(file, 4);

@@ -10,12 +10,14 @@
 #include <memory>
 #include <random>
 #include <string_view>
+#include <thread>
 #include <utility>
 
 #include "kernels/checksum.h"
 #include "kvstore/internal/run_io.h"
 #include "kvstore/internal/sealed_slab.h"
 #include "kvstore/internal/sealing_device.h"
+#include "kvstore/internal/slot_table.h"
 #include "tests/kvstore/memory_device.h"
 
 namespace foretoken::kvstore {
@@ -381,6 +383,63 @@ TEST_F(OutsizedKvTest, ADeadDiskFailsTheSequenceAndSaysWhy) {
   EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
+// A sector that stays bad: its sequence is lost, and nobody else's disk.
+TEST_F(OutsizedKvTest, ABadSectorCostsItsSequenceAlone) {
+  fill_all();
+  const std::uint64_t bad = parts().slots[5] + kShape.run_bytes();
+  disk_->fault = [bad](const IoOperation& operation) {
+    return operation.offset == bad ? IoFault::kError : IoFault::kNone;
+  };
+  while (io_->is_busy()) io_->wait();  // so that nothing ends between its tries
+  const std::vector<HeadSegment> run{{0, 5}};
+  ASSERT_FALSE(kv_->is_here(1, run[0]));
+  ASSERT_FALSE(kv_->wait(1, run));
+  EXPECT_EQ(kv_->status().error().code, ErrorCode::kIo);
+  EXPECT_EQ(kv_->take_refuted(), (std::vector<HeadSegment>{{0, 5}}));
+  EXPECT_TRUE(io_->can_read() && io_->can_write());
+  kv_ = std::make_unique<OutsizedKv>(*device_, *io_, nullptr, parts());
+  disk_->fault = nullptr;
+  fill_all();
+  read_all();
+  EXPECT_TRUE(kv_->status());
+}
+
+// What a disk that fails does not give is not refuted: it may be whole.
+TEST_F(OutsizedKvTest, ATableThatIsNotReadRefutesNoSlot) {
+  constexpr KvShape kSlab{.num_layers = 6, .num_kv_heads = 1, .head_dim = 64};
+  const NvmeGeometry geometry{slot_bytes(kSlab, false), 4};
+  const SlotFile slots{kSlab, geometry.slab_offset(SlotIndex{0}), 7, nullptr};
+  file_.resize(geometry.file_bytes());
+  SlotTable table(kSlab, false);
+  std::vector<NamedSlot> named;
+  for (std::uint32_t i = 0; i < 4; ++i) {
+    named.push_back({SlotIndex{i}, {0, PrefixKey{}}});
+    const SlotHeader header{named[i].slot, 7, 1, i, table.digest(), named[i].name, {}};
+    encode(header,
+           std::span(file_).subspan(geometry.header_offset(header.slot)).first<kSectorBytes>());
+  }
+  named[1].name.head = 1;
+  disk_->fault = [&](const IoOperation& operation) {
+    return operation.offset == geometry.header_offset(SlotIndex{2}) ? IoFault::kError
+                                                                    : IoFault::kNone;
+  };
+  const auto tables = read_tables(*io_, slots, named);
+  EXPECT_TRUE(tables[0] && tables[3]);
+  EXPECT_EQ(tables[1].error().code, ErrorCode::kCorrupt);
+  EXPECT_EQ(tables[2].error().code, ErrorCode::kIo);
+  EXPECT_TRUE(refutes_slot(tables[1].error()) && refutes_slot(tables[2].error()));
+
+  disk_->fault = [](const IoOperation&) { return IoFault::kError; };
+  for (int i = 0; i < 3; ++i)
+    static_cast<void>(read_tables(*io_, slots, std::span(named).first(1)));
+  const auto none = read_tables(*io_, slots, named);
+  ASSERT_EQ(none.size(), 4U);
+  for (const auto& one : none) {
+    ASSERT_FALSE(one);
+    EXPECT_FALSE(refutes_slot(one.error())) << one.error().message;
+  }
+}
+
 TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
   disk_->fault = [](const IoOperation&) { return IoFault::kFull; };
   for (int layer = 0; layer < kShape.num_layers && kv_->status(); ++layer) {
@@ -392,6 +451,25 @@ TEST_F(OutsizedKvTest, AFullFileSystemFailsTheSequence) {
   }
   ASSERT_FALSE(kv_->status());
   EXPECT_EQ(kv_->status().error().code, ErrorCode::kExhausted);
+}
+
+// What is opened on its way ends when somebody looks a second time: a rank that has computed
+// meanwhile has not looked at all.
+TEST_F(OutsizedKvTest, TimeInWhichNobodyLookedIsNotTheDisks) {
+  seal_with(KvCipher::random());
+  fill_all();
+  while (io_->is_busy()) io_->wait();
+  std::vector<HeadSegment> away;
+  for (int segment = 0; segment < kSegments; ++segment) {
+    if (!kv_->is_here(0, {0, segment})) away.push_back({0, segment});
+  }
+  ASSERT_FALSE(away.empty());
+  ASSERT_TRUE(kv_->ask(0, away));
+  kv_->advance(0);
+  std::this_thread::sleep_for(RunIo::kStallLimit + std::chrono::milliseconds(100));
+  ASSERT_TRUE(kv_->wait(0, away)) << kv_->status().error().message;
+  for (const HeadSegment& run : away) EXPECT_TRUE(is_right(0, run));
+  EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
 TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {

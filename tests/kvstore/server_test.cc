@@ -6,11 +6,17 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <iterator>
 #include <random>
+#include <vector>
 
 #include "tests/kvstore/running_server.h"
 
@@ -89,6 +95,69 @@ class ServerTest : public testing::Test {
   RunningServer server;
   std::unique_ptr<kernels::Device> device;
 };
+
+std::size_t num_descriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(all), end(all)));
+}
+
+TEST(Seqpacket, DescriptorsThatNobodyAskedForAreClosed) {
+  int pair[2] = {};
+  ASSERT_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair), 0);
+  const FileDescriptor from(pair[0]);
+  const FileDescriptor to(pair[1]);
+  const std::size_t before = num_descriptors();
+  for (const std::size_t count : {1, 2, 3}) {
+    const std::vector<int> passed(count, from.get());
+    alignas(cmsghdr) char control[CMSG_SPACE(3 * sizeof(int))] = {};
+    char byte = 'x';
+    iovec part{&byte, 1};
+    msghdr header{};
+    header.msg_iov = &part;
+    header.msg_iovlen = 1;
+    header.msg_control = control;
+    header.msg_controllen = CMSG_SPACE(count * sizeof(int));
+    cmsghdr* rights = CMSG_FIRSTHDR(&header);
+    rights->cmsg_level = SOL_SOCKET;
+    rights->cmsg_type = SCM_RIGHTS;
+    rights->cmsg_len = CMSG_LEN(count * sizeof(int));
+    std::memcpy(CMSG_DATA(rights), passed.data(), count * sizeof(int));
+    ASSERT_EQ(sendmsg(from.get(), &header, 0), 1);
+    {
+      const auto received = receive_message(to.get(), 16);
+      EXPECT_EQ(received && received->passed, count < 3) << count;  // three are too many
+    }
+    EXPECT_EQ(num_descriptors(), before) << count;
+  }
+}
+
+TEST(Seqpacket, PeersThatNoDescriptorIsLeftForAreTurnedAway) {
+  const TestFolder folder;
+  Listener listener(folder.socket());
+  const auto connect = [&] {
+    return connect_to(folder.socket(), std::chrono::seconds(1)).value_or_throw();
+  };
+  const FileDescriptor first = connect();
+  const FileDescriptor second = connect();
+  rlimit usual{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &usual), 0);
+  const rlimit few{64, usual.rlim_max};
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+  std::vector<FileDescriptor> all;
+  do {
+    all.emplace_back(open("/dev/null", O_RDONLY | O_CLOEXEC));
+  } while (all.back());
+  EXPECT_FALSE(listener.accept());
+  EXPECT_EQ(listener.take_turned_away(), 2);
+  all.clear();
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &usual), 0);
+  for (const FileDescriptor* peer : {&first, &second}) {
+    const auto received = receive_message(peer->get(), 16);
+    EXPECT_TRUE(received && received->message.empty());
+  }
+  const FileDescriptor third = connect();
+  EXPECT_TRUE(listener.accept());
+}
 
 TEST_F(ServerTest, AKilledRanksMemoryComesBack) {
   const auto watcher = connect(1, 1).value_or_throw();

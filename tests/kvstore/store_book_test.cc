@@ -576,5 +576,20 @@ TEST_F(StoreBookTest, RefusesWhatIsNotHeld) {
   EXPECT_FALSE(book.commit(rank, SequenceId{1}, 2, key_of(1, 0)));
 }
 
+// Memory ran out while the arena was made ready: nothing is waited for that never comes.
+TEST(StoreBookSettles, WhatIsReadyIsAll) {
+  StoreBook book(2, 8);
+  const LeaseId lease = book.open_lease({0, 0, Epoch{1}, 0, 2});
+  book.set_ready(3);
+  EXPECT_EQ(book.reserve(lease, SequenceId{1}, {}, 4).error().code, ErrorCode::kExhausted);
+  EXPECT_EQ(book.stat().slabs_total, 8);
+  book.settle();
+  EXPECT_EQ(book.reserve(lease, SequenceId{1}, {}, 4).error().code, ErrorCode::kInvalidArgument);
+  EXPECT_EQ(book.stat().slabs_total, 3);
+  EXPECT_EQ(book.num_unheld(0), 3U);
+  EXPECT_TRUE(book.reserve(lease, SequenceId{1}, {}, 3));
+  book.check();
+}
+
 }  // namespace
 }  // namespace foretoken::kvstore

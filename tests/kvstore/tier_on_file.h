@@ -41,7 +41,7 @@ class TierOnFile {
   // What store() and load() of an idle tier come to. A miss: nullopt.
   bool store(const SlabName& name) {
     if (!tier->can_store(now) || tier->knows(name)) return false;
-    tier->store(name, test_slab(name, model_).data(), now);
+    if (!tier->store(name, test_slab(name, model_).data(), now)) return false;
     finish();
     return tier->knows(name);
   }
