@@ -6,9 +6,8 @@
 //            [num_layers, 16] uint64, then padding to 4 KiB
 //   slots    [num_layers, num_kv_heads, num_slots, block] device memory of one sequence
 //   maxima   [num_layers, query heads, num_slots] floats beside them: what attention found there
-//   frame    a run's place in the arena, of a sequence that is larger than it (outsized): what is
-//   in no
-//            frame is on NVMe
+//   frame    a run's place in the arena, of a sequence that is larger than it (outsized); a run
+//            without one is on NVMe
 //
 // Plain structs, read by device code: no constructors, no ownership.
 #pragma once

@@ -2,10 +2,9 @@
 //
 //   free      may be claimed; those that were given back first come first
 //   held      has a name; claimed, least recently used first, when nothing is free
-//   pinned    being read or written, or a running sequence's: not claimed. Held, or promised: it
-//   has
-//             its name and its place among the held ones, and is not found yet; or without a name:
-//             free at the last unpin
+//   pinned    being read or written, or a running sequence's: not claimed. It is held; or promised,
+//             with a name and a place among the held ones that nobody finds yet; or has no name,
+//             and is free at the last unpin
 //
 // Pure bookkeeping. Not thread-safe. Example: tests/kvstore/nvme_tier_test.cc
 #pragma once
