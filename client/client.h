@@ -10,8 +10,8 @@
 //
 // generate() runs one request to its end. submit() and receive() carry many at once over one
 // connection. The service bounds a request's life; while the client waits it asks for the status
-// once a second, so that a service that died, or restarted and forgot the request, shows as
-// kUnavailable within seconds and not at the end of the request's time.
+// after a second of silence, so that a service that died, or restarted and forgot the request,
+// shows as kUnavailable within seconds and not at the end of the request's time.
 //
 // Owns its socket. Not thread-safe: a client belongs to one thread; threads that generate at once
 // take a client each. Example: tests/client/client_test.cc

@@ -36,11 +36,11 @@ struct Client::Impl {
   std::unique_ptr<DealerSocket> socket;
   const std::string prefix = name_prefix();
   std::uint64_t last_name = 0;
-  std::set<std::string> open;          // requests whose last message has not come
-  std::set<std::string> open_at_ping;  // the same, when a status was asked for last
+  std::set<std::string> open;  // requests whose last message has not come
+  // The same, when the status was asked for that is still awaited: one at a time.
+  std::optional<std::set<std::string>> open_at_ping;
   std::deque<ServerMessage> messages;  // of requests, not yet handed out
   Clock::time_point heard = Clock::now();
-  Clock::time_point pinged = Clock::now();
 
   Error gone() const {
     return {ErrorCode::kUnavailable, "no answer from " + config.endpoint + " within " +
@@ -60,12 +60,11 @@ struct Client::Impl {
     return std::optional<ServerMessage>(std::move(message));
   }
 
-  // Asks once a second whether the service is there, while requests are open.
+  // Asks after a second of silence whether the service is there, while requests are open.
   Status stay_in_touch() {
     const auto now = Clock::now();
     if (now - heard >= config.silence_timeout) return gone();
-    if (now - heard < kPingEvery || now - pinged < kPingEvery) return Ok{};
-    pinged = now;
+    if (now - heard < kPingEvery || open_at_ping) return Ok{};
     open_at_ping = open;
     return send(StatusRequest{});
   }
@@ -95,8 +94,10 @@ struct Client::Impl {
   // A status reply comes behind all that was sent before it: requests that were open when it was
   // asked for, still are here, and are unknown there, were lost with the service that took them.
   Status check_known(const StatusReply& status) {
-    const auto still = std::count_if(open_at_ping.begin(), open_at_ping.end(),
-                                     [this](const auto& name) { return open.contains(name); });
+    const auto asked_for =
+        std::exchange(open_at_ping, std::nullopt).value_or(std::set<std::string>());
+    const auto still =
+        std::ranges::count_if(asked_for, [this](const auto& name) { return open.contains(name); });
     if (still <= status.requests_of_client) return Ok{};
     open.clear();
     return Error{ErrorCode::kUnavailable,
@@ -106,6 +107,7 @@ struct Client::Impl {
   // Waits for the one answer to a question that is no request.
   template <typename Reply>
   Result<Reply> ask(const ClientRequest& question) {
+    open_at_ping.reset();  // its answer may be taken for this one's
     FT_RETURN_IF_ERROR(send(question));
     const auto end = Clock::now() + config.silence_timeout;
     while (true) {
@@ -146,7 +148,7 @@ Result<std::string> Client::submit(GenerateRequest request) {
                                                   std::to_string(kMaxFrameBytes)};
   }
   // The service owes an answer from now on, not from when this client last spoke with it.
-  if (impl_->open.empty()) impl_->heard = impl_->pinged = Clock::now();
+  if (impl_->open.empty()) impl_->heard = Clock::now();
   FT_RETURN_IF_ERROR(impl_->socket->send(frame));
   impl_->open.insert(name);
   return name;

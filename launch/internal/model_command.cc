@@ -1,7 +1,5 @@
 // foretoken model list|show|verify|fetch|import: model folders. Fetching and importing is Python's
 // (client/python/foretoken), as the `gguf` package is.
-#include <unistd.h>
-
 #include <iostream>
 #include <nlohmann/json.hpp>
 
@@ -10,6 +8,7 @@
 #include "common/tokenizer.h"
 #include "launch/internal/cli.h"
 #include "launch/internal/files.h"
+#include "launch/internal/process.h"
 
 namespace foretoken::launch {
 namespace {
@@ -65,13 +64,9 @@ int become_python(const std::string& module, const std::vector<std::string>& arg
   const std::string python = python_program();
   std::vector<std::string> words = {python, "-m", module};
   words.insert(words.end(), arguments.begin(), arguments.end());
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
   add_python_path();
-  execvp(argv[0], argv.data());
-  throw Exception(ErrorCode::kNotFound,
-                  "can't run " + python + "; bash launch/setup.sh makes build/venv");
+  throw Exception(ErrorCode::kNotFound, "can't run " + python + ": " + become(words) +
+                                            "; bash launch/setup.sh makes build/venv");
 }
 
 void add_named(CLI::App& model, Action& action, const std::string& verb, const std::string& about,

@@ -12,14 +12,6 @@ namespace {
 constexpr std::chrono::milliseconds kPollInterval{20};
 constexpr std::chrono::seconds kStopTimeout{15};
 
-ErrorCode code_of_exit(int code) {
-  for (const ErrorCode known : {ErrorCode::kUsage, ErrorCode::kConfig, ErrorCode::kModelFile,
-                                ErrorCode::kDevice, ErrorCode::kPortInUse, ErrorCode::kExhausted}) {
-    if (exit_code(known) == code) return known;
-  }
-  return ErrorCode::kInternal;
-}
-
 Command serve_command(ServiceConfig config, const std::filesystem::path& folder) {
   config.zmq_endpoint = "ipc://" + (folder / "api.sock").string();
   Command command{.name = "the private service",
@@ -47,7 +39,7 @@ PrivateService::PrivateService(const ServiceConfig& config,
   while (!std::filesystem::exists(endpoint_path)) {
     if (interrupted()) throw Exception(ErrorCode::kCancelled, "interrupted");
     if (const auto ended = serve_->wait(kPollInterval)) {
-      throw Exception(code_of_exit(ended->code), "the service did not start");
+      throw Exception(ended->error_code(), "the service did not start");
     }
   }
   const EndpointFile endpoint = read_endpoint_file(endpoint_path).value_or_throw();

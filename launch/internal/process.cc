@@ -18,8 +18,8 @@ namespace {
 constexpr int kExecFailed = 127;
 
 // Runs in the child, between fork and exec: only calls that are safe there.
-[[noreturn]] void become(const Command& command, char* const* argv, char* const* environment,
-                         pid_t parent, int output) {
+[[noreturn]] void run_child(const Command& command, char* const* argv, char* const* environment,
+                            pid_t parent, int output) {
   setpgid(0, 0);
   prctl(PR_SET_PDEATHSIG, command.parent_death_signal);
   if (getppid() != parent) _exit(kExecFailed);  // it died before the line above
@@ -83,6 +83,19 @@ std::string ExitStatus::describe() const {
          strsignal(code - kSignalBase) + ")";
 }
 
+ErrorCode ExitStatus::error_code() const {
+  for (const ErrorCode known : {ErrorCode::kUsage, ErrorCode::kConfig, ErrorCode::kModelFile,
+                                ErrorCode::kDevice, ErrorCode::kPortInUse, ErrorCode::kExhausted}) {
+    if (signal == 0 && exit_code(known) == code) return known;
+  }
+  return ErrorCode::kInternal;
+}
+
+std::string become(const std::vector<std::string>& words) {
+  execvp(words.front().c_str(), pointers_to(words).data());
+  return std::strerror(errno);
+}
+
 Process::Process(const Command& command) : name_(command.name) {
   FT_CHECK(!command.argv.empty());
   const std::vector<char*> argv = pointers_to(command.argv);
@@ -95,7 +108,7 @@ Process::Process(const Command& command) : name_(command.name) {
   output_fd_ = output[0];
   const pid_t parent = getpid();
   pid_ = fork();
-  if (pid_ == 0) become(command, argv.data(), environment_pointers.data(), parent, output[1]);
+  if (pid_ == 0) run_child(command, argv.data(), environment_pointers.data(), parent, output[1]);
   if (command.capture_output) {
     close(output[1]);
     fcntl(output_fd_, F_SETFL, O_NONBLOCK);

@@ -32,7 +32,13 @@ struct ExitStatus {
   int signal = 0;
   bool ok() const { return code == 0 && signal == 0; }
   std::string describe() const;  // "exited with code 3", "was ended by signal 9 (Killed)"
+  // Of ours, the error that it exited over; kInternal where its code stands for several, or none.
+  ErrorCode error_code() const;
 };
+
+// Becomes another program: words[0] is a path, or looked up in $PATH. Returns only where that can't
+// be started: why.
+std::string become(const std::vector<std::string>& words);
 
 class Process {
  public:

@@ -1,12 +1,8 @@
 // foretoken kv and foretoken bench store: the store's own program does it (foretoken-kvstore
 // --help, "Tools"), in our place.
-#include <unistd.h>
-
-#include <cerrno>
-#include <cstring>
-
 #include "launch/internal/cli.h"
 #include "launch/internal/files.h"
+#include "launch/internal/process.h"
 
 namespace foretoken::launch {
 namespace {
@@ -25,11 +21,7 @@ int become_store_tool(const std::string& tool, const ToolOptions& options) {
   if (!options.bytes.empty()) words.push_back("--bench-bytes=" + options.bytes);
   if (!options.key_file.empty()) words.push_back("--key-file=" + options.key_file);
   if (options.json) words.emplace_back("--json");
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
-  execv(program.c_str(), argv.data());
-  throw Exception(ErrorCode::kIo, "can't start " + program + ": " + std::strerror(errno));
+  throw Exception(ErrorCode::kIo, "can't start " + program + ": " + become(words));
 }
 
 void add_tool(CLI::App& parent, const std::string& command, const std::string& tool,

@@ -25,15 +25,6 @@ constexpr milliseconds kStopTimeout{5'000};  // of a child after SIGTERM, before
 
 void say(const std::string& line) { std::cerr << "foretoken: " << line << std::endl; }
 
-// What a child's end means for us, as an error code: its own exit code where that is one of ours.
-ErrorCode code_of(const ExitStatus& status) {
-  for (const ErrorCode known : {ErrorCode::kUsage, ErrorCode::kConfig, ErrorCode::kModelFile,
-                                ErrorCode::kDevice, ErrorCode::kPortInUse, ErrorCode::kExhausted}) {
-    if (status.signal == 0 && exit_code(known) == status.code) return known;
-  }
-  return ErrorCode::kInternal;
-}
-
 }  // namespace
 
 std::optional<milliseconds> RestartLimit::next(Clock::time_point now) {
@@ -202,12 +193,13 @@ Supervisor::Group* Supervisor::find_group(int number) {
 void Supervisor::check_children() {
   if (const auto status = coordinator_->poll()) {
     coordinator_.reset();
-    if (!status->ok()) throw Exception(code_of(*status), "the coordinator " + status->describe());
+    if (!status->ok())
+      throw Exception(status->error_code(), "the coordinator " + status->describe());
     drained_ = true;
     return;
   }
   if (const auto status = store_->poll()) {
-    throw Exception(code_of(*status), "the KV store " + status->describe());
+    throw Exception(status->error_code(), "the KV store " + status->describe());
   }
   for (Group& group : groups_) {
     if (!group.process) continue;
@@ -226,7 +218,7 @@ void Supervisor::on_group_end(Group& group, const ExitStatus& status) {
   if (draining_) {
     group.process.reset();
   } else if (!ready_) {
-    throw Exception(code_of(status), what);
+    throw Exception(status.error_code(), what);
   } else {
     restart_group(group, what);
   }

@@ -284,6 +284,25 @@ TEST(Client, SurvivesTheDeathOfARank) {
   EXPECT_GE(client->status()->worker_restarts, 1);
 }
 
+// It answers a question about its status late, when it has been sent more than it knew then.
+TEST(Client, AServiceThatStoodStillHasForgottenNothing) {
+  TestService service(config_of(1));
+  const auto client = service.connect();
+  ASSERT_TRUE(client->submit(wish("first", 10)));
+  ASSERT_TRUE(client->status());
+  service.coordinator().signal(SIGSTOP);
+  const auto wait = [&](std::chrono::milliseconds time) {
+    const auto message = client->receive(time);
+    ASSERT_FALSE(message);
+    EXPECT_EQ(message.error().code, ErrorCode::kTimeout) << message.error().message;
+  };
+  wait(1500ms);  // long enough for the question
+  ASSERT_TRUE(client->submit(wish("second", 10)));
+  wait(1500ms);
+  service.coordinator().signal(SIGCONT);
+  wait(1000ms);
+}
+
 TEST(Client, LearnsThatARestartedServiceForgotItsRequest) {
   auto config = config_of(1);
   config.zmq_endpoint = "ipc:///tmp/foretoken_test_restart_" + std::to_string(getpid());

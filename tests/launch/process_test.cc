@@ -57,6 +57,12 @@ TEST(Process, ReportsExitCodeAndSignal) {
   EXPECT_EQ(killed.wait(10s)->signal, SIGKILL);
 }
 
+TEST(Process, AnExitCodeOfOursIsAnError) {
+  EXPECT_EQ((ExitStatus{.code = 4, .signal = 0}.error_code()), ErrorCode::kModelFile);
+  EXPECT_EQ((ExitStatus{.code = 137, .signal = 0}.error_code()), ErrorCode::kInternal);
+  EXPECT_EQ((ExitStatus{.code = 0, .signal = 9}.error_code()), ErrorCode::kInternal);
+}
+
 TEST(Process, ProgramThatIsNotThereEndsWith127) {
   Process absent({.name = "absent", .argv = {"/nowhere/program"}});
   EXPECT_EQ(absent.wait(10s)->code, 127);
