@@ -273,9 +273,9 @@ void Server::note(const Peer& peer, const Status& status) {
 }
 
 bool Server::reserve(const Peer& peer, const Reserve& request) {
-  if (request.num_segments > kMaxGrantSlabs / peer.num_heads) {
+  if (request.num_segments > kMaxGrantSlabs / peer.owner.num_heads) {
     return reply(peer, invalid(std::to_string(request.num_segments) + " segments of " +
-                               std::to_string(peer.num_heads) +
+                               std::to_string(peer.owner.num_heads) +
                                " heads are more than one sequence may have"));
   }
   if (is_outsized(request)) {
@@ -297,8 +297,8 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
 
 Status Server::commit(const Peer& peer, const Commit& request) {
   FT_RETURN_IF_ERROR(book_->commit(*peer.lease, request.sequence, request.segment, request.key));
-  for (int i = 0; mover_ && i < peer.num_heads; ++i) {
-    const int head = peer.first_head + i;
+  for (int i = 0; mover_ && i < peer.owner.num_heads; ++i) {
+    const int head = peer.owner.first_head + i;
     mover_->write_behind({head, request.key},
                          book_->key_before(*peer.lease, request.sequence, request.segment, head));
   }
@@ -324,9 +324,7 @@ bool Server::greet(Peer& peer, const Hello& hello) {
     return true;
   }
   peer.lease = book_->open_lease(hello.owner);
-  peer.rank = hello.owner.rank;
-  peer.first_head = hello.owner.first_head;
-  peer.num_heads = hello.owner.num_heads;
+  peer.owner = hello.owner;
   const ArenaLayout& layout = arena_->layout();
   return reply(
       peer, Welcome{layout.slab_bytes, layout.slabs_per_head, config_.nvme && config_.nvme->cipher},

@@ -76,9 +76,7 @@ class Server {
     FileDescriptor process;  // pidfd
     int pid = 0;
     std::optional<LeaseId> lease;
-    int rank = 0;  // of the lease, as are ...
-    int first_head = 0;
-    int num_heads = 0;
+    LeaseOwner owner = {};         // of the lease
     std::optional<Hello> waiting;  // for the end of an older lease
   };
   using PeerId = std::uint64_t;
@@ -123,8 +121,7 @@ class Server {
     std::vector<SlotIndex> slots;  // [num_heads, num_segments]
     int num_segments = 0;
     int hit_segments = 0;
-    int first_head = 0;
-    int num_heads = 0;
+    LeaseOwner owner = {};
     std::uint32_t num_slabs = 0;
 
     SlotIndex& slot(int head, int segment) {

@@ -69,7 +69,7 @@ bool Server::is_coming(const Peer& peer, const Reserve& request) {
       !book_->can_reserve(*peer.lease, request.sequence, request.keys, request.num_segments)) {
     return false;
   }
-  return promotions_->is_coming(peer.first_head, peer.num_heads, request.keys, now);
+  return promotions_->is_coming(peer.owner.first_head, peer.owner.num_heads, request.keys, now);
 }
 
 // For a sequence that is larger than the arena: on all heads of the rank, `hits` segments are
@@ -85,11 +85,11 @@ bool Server::reads_outsized(const Reserve& request, int hits) {
 void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
                                std::span<const PrefixKey> keys, std::span<const int> head_hits) {
   const TimePoint now = std::chrono::steady_clock::now();
-  if (peer.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), way, now)) return;
+  if (peer.owner.rank > 0 || keys.empty() || !choice_.is_passed_over(keys.back(), way, now)) return;
   const auto rest = keys.subspan(static_cast<std::size_t>(std::ranges::min(head_hits)));
   const auto is_there = [&](const PrefixKey& key) {
-    for (int i = 0; i < peer.num_heads; ++i) {
-      const SlabName name{peer.first_head + i, key};
+    for (int i = 0; i < peer.owner.num_heads; ++i) {
+      const SlabName name{peer.owner.first_head + i, key};
       if (mover_->place_of(name, now) != TierMover::Place::kFile) return false;
     }
     return true;
@@ -100,7 +100,7 @@ void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
 // A prefix is used from its beginning, so its end is to give way first. A group's first rank says
 // so for all heads: else those of the rank that asks first would give way before the others'.
 void Server::touch_prefix(const Peer& peer, std::span<const PrefixKey> keys) {
-  if (peer.rank > 0) return;
+  if (peer.owner.rank > 0) return;
   for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
     for (int head = 0; head < model_->total_kv_heads; ++head) tier_->touch({head, *key});
   }

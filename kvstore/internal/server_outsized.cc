@@ -33,7 +33,7 @@ std::uint32_t share_of(std::uint32_t left, std::uint32_t least) {
   return std::max(share, least);
 }
 
-bool share_a_head(const auto& a, const auto& b) {
+bool share_a_head(const LeaseOwner& a, const LeaseOwner& b) {
   return a.first_head < b.first_head + b.num_heads && b.first_head < a.first_head + a.num_heads;
 }
 
@@ -50,7 +50,7 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
   std::uint32_t num_sharers = 0;  // of a head
   std::size_t num_slots = 0;      // of all ranks
   for (const auto& [lease, owner] : group) {
-    if (share_a_head(owner, peer)) ++num_sharers;
+    if (share_a_head(owner, peer.owner)) ++num_sharers;
     num_slots += static_cast<std::size_t>(owner.num_heads * request.num_segments);
   }
   const std::uint32_t total = book_->slabs_per_head();
@@ -66,9 +66,10 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
   const std::uint32_t share = share_of(total - std::min(total, others), least);
   const std::uint32_t room = room_for(peer, group, request.sequence);
   const std::uint32_t num_slabs = std::max(least, std::min(share, room)) / num_sharers;
-  if (peer.num_heads * (request.num_segments + static_cast<int>(num_slabs)) > kMaxGrantSlabs) {
+  if (peer.owner.num_heads * (request.num_segments + static_cast<int>(num_slabs)) >
+      kMaxGrantSlabs) {
     return invalid(std::to_string(request.num_segments) + " segments of " +
-                   std::to_string(peer.num_heads) + " heads are more than can run from NVMe");
+                   std::to_string(peer.owner.num_heads) + " heads are more than can run from NVMe");
   }
   if (!tier_->may_lend(std::chrono::steady_clock::now())) {
     return Error{ErrorCode::kUnavailable,
@@ -93,29 +94,28 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   Lent lent{.slots = {},
             .num_segments = request.num_segments,
             .hit_segments = hits,
-            .first_head = peer.first_head,
-            .num_heads = peer.num_heads,
+            .owner = peer.owner,
             .num_slabs = num_slabs};
   std::vector<SlotIndex> borrowed;
-  for (int head = 0; head < peer.num_heads; ++head) {
+  for (int head = 0; head < peer.owner.num_heads; ++head) {
     for (const PrefixKey& key : std::span(request.keys).first(static_cast<std::size_t>(hits))) {
-      borrowed.push_back(tier_->borrow({peer.first_head + head, key}));
+      borrowed.push_back(tier_->borrow({peer.owner.first_head + head, key}));
     }
   }
-  auto fresh =
-      tier_->lend(static_cast<std::size_t>(peer.num_heads * (request.num_segments - hits)), now);
+  auto fresh = tier_->lend(
+      static_cast<std::size_t>(peer.owner.num_heads * (request.num_segments - hits)), now);
   if (!fresh) {
     tier_->take_back(borrowed);
     return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   }
   auto from = borrowed.begin();
   auto more = fresh->begin();
-  for (int head = 0; head < peer.num_heads; ++head) {
+  for (int head = 0; head < peer.owner.num_heads; ++head) {
     for (int i = 0; i < hits; ++i) lent.slots.push_back(*from++);
     for (int i = hits; i < request.num_segments; ++i) lent.slots.push_back(*more++);
   }
-  book_->count(std::int64_t{peer.num_heads} * hits,
-               std::int64_t{peer.num_heads} * (std::ssize(request.keys) - hits));
+  book_->count(std::int64_t{peer.owner.num_heads} * hits,
+               std::int64_t{peer.owner.num_heads} * (std::ssize(request.keys) - hits));
   Grant grant = grant_of(lent);
   count_passed_over(peer, ReadChoice::Way::kInPrefill, request.keys, grant.head_hits);
   grant.slabs =
@@ -128,7 +128,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
 
 Grant Server::grant_of(const Lent& lent) const {
   Grant grant;
-  grant.head_hits.assign(static_cast<std::size_t>(lent.num_heads), lent.hit_segments);
+  grant.head_hits.assign(static_cast<std::size_t>(lent.owner.num_heads), lent.hit_segments);
   grant.slots_offset = tier_->slots_offset();
   grant.slots = lent.slots;
   grant.file_id = tier_->file_id();
@@ -141,8 +141,8 @@ Grant Server::grant_of(const Lent& lent) const {
 // written behind, and counts from then on.
 int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoint now) const {
   const auto is_there = [&](const PrefixKey& key) {
-    for (int i = 0; i < peer.num_heads; ++i) {
-      if (!tier_->has({peer.first_head + i, key}, now)) return false;
+    for (int i = 0; i < peer.owner.num_heads; ++i) {
+      if (!tier_->has({peer.owner.first_head + i, key}, now)) return false;
     }
     return true;
   };
@@ -153,12 +153,13 @@ int Server::num_hits(const Peer& peer, std::span<const PrefixKey> keys, TimePoin
 Result<Grant> Server::use_outsized(const Peer& peer, const Use& request) {
   Lent& lent = lent_.at({*peer.lease, request.sequence});
   const int fewer = std::max(0, lent.hit_segments - request.hit_segments);
-  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.num_heads * fewer),
+  const auto fresh = tier_->lend(static_cast<std::size_t>(lent.owner.num_heads * fewer),
                                  std::chrono::steady_clock::now());
   if (!fresh) return Error{ErrorCode::kExhausted, "no slots are free on NVMe"};
   std::vector<SlotIndex> unused;
-  for (int i = 0; i < lent.num_heads * fewer; ++i) {
-    SlotIndex& slot = lent.slot(i % lent.num_heads, request.hit_segments + i / lent.num_heads);
+  for (int i = 0; i < lent.owner.num_heads * fewer; ++i) {
+    SlotIndex& slot =
+        lent.slot(i % lent.owner.num_heads, request.hit_segments + i / lent.owner.num_heads);
     unused.push_back(std::exchange(slot, (*fresh)[static_cast<std::size_t>(i)]));
   }
   tier_->take_back(unused);
@@ -176,7 +177,7 @@ Result<Server::Lent*> Server::find_lent(const Peer& peer, SequenceId sequence) {
 
 Status Server::publish(const Peer& peer, const Publish& request) {
   FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
-  const auto heads = static_cast<std::size_t>(lent->num_heads);
+  const auto heads = static_cast<std::size_t>(lent->owner.num_heads);
   if (request.segment < lent->hit_segments || request.segment >= lent->num_segments ||
       request.digests.size() != heads ||
       request.seals.size() != (config_.nvme->cipher ? heads : 0)) {
@@ -185,7 +186,7 @@ Status Server::publish(const Peer& peer, const Publish& request) {
   }
   for (std::size_t i = 0; i < heads; ++i) {
     const int head = static_cast<int>(i);
-    tier_->publish({lent->first_head + head, request.key},
+    tier_->publish({lent->owner.first_head + head, request.key},
                    {lent->slot(head, request.segment), request.digests[i],
                     request.seals.empty() ? Seal{} : request.seals[i]},
                    std::chrono::steady_clock::now());
@@ -195,7 +196,7 @@ Status Server::publish(const Peer& peer, const Publish& request) {
 
 Status Server::refute(const Peer& peer, const Refute& request) {
   FT_ASSIGN_OR_RETURN(Lent * lent, find_lent(peer, request.sequence));
-  if (request.head >= lent->num_heads || request.segment >= lent->num_segments) {
+  if (request.head >= lent->owner.num_heads || request.segment >= lent->num_segments) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " refutes what it was not lent");
   }
@@ -213,7 +214,7 @@ std::uint32_t Server::num_slabs_lent(const Peer& peer, const Group& group,
   for (const auto& [key, lent] : lent_) {
     const auto& [lease, id] = key;
     const bool is_this = id == sequence && group.contains(lease);
-    if (!is_this && share_a_head(lent, peer)) sum += lent.num_slabs;
+    if (!is_this && share_a_head(lent.owner, peer.owner)) sum += lent.num_slabs;
   }
   return sum;
 }
@@ -222,10 +223,12 @@ std::uint32_t Server::num_slabs_lent(const Peer& peer, const Group& group,
 // What is not ready yet counts: it is waited for, rather than done without for the whole sequence.
 std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId sequence) const {
   std::uint32_t room = std::numeric_limits<std::uint32_t>::max();
-  for (int head = peer.first_head; head < peer.first_head + peer.num_heads; ++head) {
+  for (int head = peer.owner.first_head; head < peer.owner.first_head + peer.owner.num_heads;
+       ++head) {
     std::uint32_t of_head = book_->num_unheld(head);
     for (const auto& [key, lent] : lent_) {
-      const bool has_head = head >= lent.first_head && head < lent.first_head + lent.num_heads;
+      const bool has_head =
+          head >= lent.owner.first_head && head < lent.owner.first_head + lent.owner.num_heads;
       if (key.second == sequence && group.contains(key.first) && has_head)
         of_head += lent.num_slabs;
     }
@@ -237,7 +240,7 @@ std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId 
 std::vector<SlotIndex> Server::Lent::by_segment() const {
   std::vector<SlotIndex> all;
   for (int segment = 0; segment < num_segments; ++segment) {
-    for (int head = 0; head < num_heads; ++head) {
+    for (int head = 0; head < owner.num_heads; ++head) {
       all.push_back(slots[static_cast<std::size_t>(head * num_segments + segment)]);
     }
   }
