@@ -13,6 +13,11 @@ struct PollLimits {
   std::chrono::milliseconds deadline;  // of the whole
 };
 
+// For the end of a connection, which a peer or a link that is gone must not hold.
+inline constexpr PollLimits kEndLimits{.busy = std::chrono::microseconds(0),
+                                       .pause = std::chrono::milliseconds(1),
+                                       .deadline = std::chrono::seconds(2)};
+
 // Whether it has happened by the deadline. In the pauses `meanwhile` is called, about every 100 ms.
 bool poll_until(const std::function<bool()>& has_happened, const PollLimits& limits,
                 const std::function<void()>& meanwhile);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/kept_blocks.h"
 #include "kernels/kv_layout.h"
 
 namespace foretoken::kernels {
@@ -30,12 +31,10 @@ struct TraceChoice {
 };
 
 constexpr TraceChoice trace_choice(int length, int count, float churn) {
-  constexpr int kFirst = kSinkTokens / kBlockTokens;
-  const int local = std::max(0, length + 1 - kLocalTokens) / kBlockTokens;
-  const int candidates = std::max(0, local - kFirst);
+  const int candidates = std::max(0, first_local_block(length) - kSinkBlocks);
   const auto moves_a_step = static_cast<std::int64_t>(churn * 65536.0F + 0.5F);
   const int chosen = std::min(count, candidates);
-  return {kFirst, candidates > count && count > 0 ? candidates / count : 0, chosen,
+  return {kSinkBlocks, candidates > count && count > 0 ? candidates / count : 0, chosen,
           moves_a_step * length};
 }
 

@@ -19,7 +19,6 @@
 
 namespace foretoken::worker {
 
-inline constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
 inline constexpr int kLocalBlocks = kLocalTokens / kBlockTokens + 1;  // it may start inside one
 
 class Sequence {

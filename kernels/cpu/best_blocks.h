@@ -6,17 +6,9 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/kept_blocks.h"
 
 namespace foretoken::kernels {
-
-inline constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
-
-// The first block of the local window of the step whose token is at `position`: every block that
-// touches the last kLocalTokens tokens, that one included, is resident anyway.
-inline int first_local_block(std::int64_t position) {
-  const std::int64_t first_token = position + 1 - kLocalTokens;
-  return first_token > 0 ? static_cast<int>(first_token / kBlockTokens) : 0;
-}
 
 // What the maps of one KV head want of the candidates, which are the columns from kSinkBlocks on.
 // One a thread: it keeps its memory from head to head.

@@ -8,23 +8,10 @@
 #include "common/check.h"
 #include "kernels/checksum.h"
 #include "kernels/cpu/cpu_device.h"
+#include "kernels/cpu/slot_table.h"
 
 namespace foretoken::kernels {
 namespace {
-
-// Where a head's tables begin in [num_layers, num_kv_heads, width].
-std::size_t row_of(const SequenceKv& kv, int layer, int head) {
-  return static_cast<std::size_t>(layer) * static_cast<std::size_t>(kv.shape.num_kv_heads) +
-         static_cast<std::size_t>(head);
-}
-std::int32_t& slot_of(const SequenceKv& kv, int layer, int head, int block) {
-  return kv.block_to_slot[row_of(kv, layer, head) * static_cast<std::size_t>(kv.max_blocks) +
-                          static_cast<std::size_t>(block)];
-}
-std::int32_t& block_of(const SequenceKv& kv, int layer, int head, int slot) {
-  return kv.slot_to_block[row_of(kv, layer, head) * static_cast<std::size_t>(kv.num_slots) +
-                          static_cast<std::size_t>(slot)];
-}
 
 std::uint64_t stored_checksum(const SequenceKv& kv, int layer, int head, int block) {
   std::uint64_t value = 0;
@@ -93,9 +80,9 @@ void pack(const PackBlocksArgs& args) {
                              block, row_bytes),
                 tokens, row_bytes);
       if (args.to_arena) write_block(kv, args.layer, head, block, packed.data());
-      const int slot = slot_of(kv, args.layer, head, block);
+      const int slot = slot_of_block(kv, args.layer, head, block);
       if (slot == kAbsent) continue;
-      std::memcpy(kv.slots + slot_offset(kv, args.layer, head, slot), packed.data(), packed.size());
+      std::memcpy(slot_bytes(kv, args.layer, head, slot), packed.data(), packed.size());
     }
   }
 }
@@ -129,9 +116,9 @@ void unpack(const UnpackBlocksArgs& args) {
 // failed their check: then what the arena holds of it is older than the sequence, and must not
 // pass for it.
 void write_filled_block(const SequenceKv& kv, int layer, int head, int block) {
-  const int slot = slot_of(kv, layer, head, block);
+  const int slot = slot_of_block(kv, layer, head, block);
   if (slot != kAbsent) {
-    write_block(kv, layer, head, block, kv.slots + slot_offset(kv, layer, head, slot));
+    write_block(kv, layer, head, block, slot_bytes(kv, layer, head, slot));
     return;
   }
   FT_CHECK(arena_checksum(kv, layer, head, block) != nullptr, layer, head, block);
@@ -149,11 +136,11 @@ void write_filled_blocks(const SequenceKv& kv) {
 }
 
 void gather_head(const SequenceKv& kv, const FetchList& fetches, int layer, int head) {
-  const std::size_t row = row_of(kv, layer, head);
+  const std::size_t row = head_index(kv, layer, head);
   const FetchEntry* entries = fetches.entries + row * static_cast<std::size_t>(fetches.max_entries);
   for (int i = 0; i < fetches.counts[row]; ++i) {
     const auto [block, slot] = entries[i];
-    std::byte* to = kv.slots + slot_offset(kv, layer, head, slot);
+    std::byte* to = slot_bytes(kv, layer, head, slot);
     if (read_block(kv, layer, head, block, to)) continue;
     const bool is_late = kv.runs != nullptr && arena_block(kv, layer, head, block) == nullptr;
     if (!is_late) count_mismatch(kv);
@@ -161,8 +148,8 @@ void gather_head(const SequenceKv& kv, const FetchList& fetches, int layer, int 
       std::memset(to, 0, kv.shape.block_bytes());
       continue;
     }
-    slot_of(kv, layer, head, block) = kAbsent;
-    block_of(kv, layer, head, slot) = kAbsent;
+    slot_of_block(kv, layer, head, block) = kAbsent;
+    block_in_slot(kv, layer, head, slot) = kAbsent;
   }
 }
 

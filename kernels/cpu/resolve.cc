@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "kernels/cpu/cpu_device.h"
+#include "kernels/kept_blocks.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -135,9 +136,9 @@ class Resolver {
       for (int block = 0; block < num_blocks_; ++block) needed_.add(block);
       return;
     }
-    const int sink_end = std::min(kSinkTokens / kBlockTokens, num_blocks_);
+    const int sink_end = std::min(kSinkBlocks, num_blocks_);
     for (int block = 0; block < sink_end; ++block) needed_.add(block);
-    const int local_begin = std::max(0, *kv_.length + 1 - kLocalTokens) / kBlockTokens;
+    const int local_begin = first_local_block(*kv_.length);
     for (int block = num_blocks_ - 1; block >= local_begin; --block) needed_.add(block);
     for (const int block : selected(layer, head)) {
       if (block >= 0 && block < num_blocks_) needed_.add(block);

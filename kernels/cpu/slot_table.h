@@ -9,11 +9,11 @@ inline std::size_t head_index(const SequenceKv& kv, int layer, int head) {
   return static_cast<std::size_t>(layer) * static_cast<std::size_t>(kv.shape.num_kv_heads) +
          static_cast<std::size_t>(head);
 }
-inline std::int32_t slot_of_block(const SequenceKv& kv, int layer, int head, int block) {
+inline std::int32_t& slot_of_block(const SequenceKv& kv, int layer, int head, int block) {
   return kv.block_to_slot[head_index(kv, layer, head) * static_cast<std::size_t>(kv.max_blocks) +
                           static_cast<std::size_t>(block)];
 }
-inline std::int32_t block_in_slot(const SequenceKv& kv, int layer, int head, int slot) {
+inline std::int32_t& block_in_slot(const SequenceKv& kv, int layer, int head, int slot) {
   return kv.slot_to_block[head_index(kv, layer, head) * static_cast<std::size_t>(kv.num_slots) +
                           static_cast<std::size_t>(slot)];
 }

@@ -115,9 +115,6 @@ constexpr std::size_t kLine = 128;
 constexpr std::uint32_t kNumbers = 1024;  // calls until a number comes again
 constexpr int kLargeCtasOfSm = 2;
 constexpr int kLargeThreads = 512;
-constexpr PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
-                                .pause = std::chrono::milliseconds(1),
-                                .deadline = std::chrono::seconds(2)};
 
 std::size_t round_up(std::size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 

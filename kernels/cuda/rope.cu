@@ -38,8 +38,7 @@ struct OpenBlockTarget {
   __device__ T* k_row(int row, int head) const {
     const SequenceKv& kv = sequences[row];
     const int length = *kv.length;
-    const auto tables = static_cast<std::size_t>(layer * kv.shape.num_kv_heads + head);
-    const int slot = kv.block_to_slot[tables * kv.max_blocks + length / kBlockTokens];
+    const int slot = block_to_slot(kv, layer, head)[length / kBlockTokens];
     require(slot != kAbsent);
     return reinterpret_cast<T*>(kv.slots + slot_offset(kv, layer, head, slot)) +
            length % kBlockTokens * head_dim;

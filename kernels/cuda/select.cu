@@ -11,20 +11,15 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/kept_blocks.h"
 #include "kernels/trace_choice.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kHeadCtas = 8;  // of a row; more KV heads take turns
-constexpr int kSinkBlocks = kSinkTokens / kBlockTokens;
+constexpr int kHeadCtas = 8;           // of a row; more KV heads take turns
 constexpr std::uint32_t kNoScore = 0;  // below the bits of every number
-
-// The first block of the local window of the step whose token is at `position`.
-__device__ int first_local_block(int position) {
-  return max(0, position + 1 - kLocalTokens) / kBlockTokens;
-}
 
 // Rises with the value; kNoScore for NaN: a column that isn't wanted.
 __device__ std::uint32_t rising_bits(float score) {

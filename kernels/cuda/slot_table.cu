@@ -11,6 +11,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/kept_blocks.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -122,8 +123,8 @@ struct Wanted {
 
   __device__ Wanted(const SequenceKv& kv, const Selection& selection, int layer, int head) {
     const int num_blocks = blocks_for(std::int64_t{*kv.length} + 1);
-    num_sink = min(kSinkTokens / kBlockTokens, num_blocks);
-    num_local = num_blocks - max(0, *kv.length + 1 - kLocalTokens) / kBlockTokens;
+    num_sink = min(kSinkBlocks, num_blocks);
+    num_local = num_blocks - first_local_block(*kv.length);
     newest = num_blocks - 1;
     const std::size_t index = head_index(kv, layer, head);
     selected = selection.blocks + index * selection.max_selected;

@@ -4,6 +4,8 @@
 #include <chrono>
 #include <functional>
 
+#include "kernels/kept_blocks.h"
+
 namespace foretoken::worker {
 namespace {
 
@@ -17,8 +19,7 @@ constexpr int kMostLate = 512;
 int step_position(const Sequence& sequence) { return sequence.length() - 2; }
 
 bool is_resident(int block, int position) {
-  const int local_begin = std::max(0, position + 1 - kLocalTokens) / kBlockTokens;
-  return block < kSinkTokens / kBlockTokens || block >= local_begin;
+  return block < kernels::kSinkBlocks || block >= kernels::first_local_block(position);
 }
 
 }  // namespace

@@ -16,9 +16,6 @@ namespace foretoken::worker {
 namespace {
 
 constexpr auto kConnecting = "connecting the ranks for sums";
-constexpr kernels::PollLimits kEndLimits{.busy = std::chrono::milliseconds(0),
-                                         .pause = std::chrono::milliseconds(1),
-                                         .deadline = std::chrono::seconds(2)};
 
 bool all_ranks(bool so) {
   int all = so ? 1 : 0;
@@ -82,7 +79,7 @@ PeerConnection::~PeerConnection() {
     MPI_Test(&all_here, &done, MPI_STATUS_IGNORE);
     return done == 1;
   };
-  kernels::poll_until(came, kEndLimits, [] {});
+  kernels::poll_until(came, kernels::kEndLimits, [] {});
 }
 
 }  // namespace foretoken::worker

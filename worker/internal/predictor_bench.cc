@@ -6,6 +6,7 @@
 
 #include "common/ids.h"
 #include "common/model_config.h"
+#include "kernels/kept_blocks.h"
 #include "kernels/op_timing.h"
 #include "predictor/policy.h"
 #include "worker/bench.h"
@@ -39,7 +40,7 @@ class SyntheticRows {
   SyntheticRows(int heads, int kv_heads, int columns, double hot_share)
       : heads_(heads), columns_(columns), hot_(static_cast<std::size_t>(kv_heads * columns)) {
     std::bernoulli_distribution is_hot(hot_share);
-    for (std::size_t i = kSinkTokens / kBlockTokens; i < hot_.size(); i += kHotColumns) {
+    for (std::size_t i = kernels::kSinkBlocks; i < hot_.size(); i += kHotColumns) {
       hot_[i] = is_hot(random_);
     }
   }

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "common/check.h"
+#include "kernels/kept_blocks.h"
 #include "kernels/key_sketch.h"
 #include "kernels/one_head.h"
 
@@ -70,7 +71,7 @@ int slots_for(const predictor::Policy& policy, int max_blocks) {
   const std::optional<int> selected = policy.selected_per_head();
   const bool is_whole = !selected && policy.config().residency != predictor::Residency::kNever;
   if (is_whole) return max_blocks;
-  return std::min(max_blocks, kSinkBlocks + kLocalBlocks + selected.value_or(0));
+  return std::min(max_blocks, kernels::kSinkBlocks + kLocalBlocks + selected.value_or(0));
 }
 
 bool keeps_sketches(const predictor::Policy& policy) {
@@ -129,7 +130,7 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
   } catch (const Exception&) {
     if (policy.selected_per_head()) throw;
     streams_all_ = true;  // dense attention over a context that doesn't fit the device
-    allocate_slots(policy, std::min(kv_.max_blocks, kSinkBlocks + kLocalBlocks));
+    allocate_slots(policy, std::min(kv_.max_blocks, kernels::kSinkBlocks + kLocalBlocks));
   }
   if (worker::keeps_sketches(policy)) {
     sketches_ = {device, all_sketch_bytes(shape, kv_.max_blocks), kernels::MemoryUse::kSketches};
@@ -238,7 +239,7 @@ void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffe
 
   // The last token's KV is not stored yet; block b lies in slot b, as nothing was ever evicted.
   const int stored = decodes() ? length_ - 1 : 0;
-  const int first_kept = std::max(0, stored + 1 - kLocalTokens) / kBlockTokens;
+  const int first_kept = kernels::first_local_block(stored);
   const int num_kept = blocks_for(stored) - first_kept;
   const int maps = kv_.shape.num_layers * kv_.shape.num_kv_heads;
   const std::size_t block = kv_.shape.block_bytes();
