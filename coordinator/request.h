@@ -82,7 +82,7 @@ class Request {
   std::optional<KvReport> report;       // kFinishing: nothing is awaited but the client's queue
   int deaths = 0;                       // of groups that it ran on
   int losses = 0;                       // of its KV, by bytes that failed their check
-  bool was_refused = false;             // there was no room for it; until it is admitted
+  bool was_refused = false;             // there was no room for it beside others
   int refusals = 0;                     // admissions that failed though nothing else ran
   int pendings = 0;                     // in a row, while its prefix came from NVMe
   std::optional<TimePoint> retry_at;    // of such a one

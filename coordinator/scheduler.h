@@ -59,6 +59,7 @@ struct Admitted {
 struct NotAdmitted {
   SequenceId sequence{};
   Error error;
+  bool device_is_full = false;
 };
 // A rank has lost its KV. The sequence is gone; tokens of the step that told it aren't counted, and
 // what it computed is not published.

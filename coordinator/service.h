@@ -132,7 +132,7 @@ class Service {
   void tell_parent(const char* event, const Group& group);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
-  bool tries_again() const;
+  bool tries_again(const Group& group) const;
   void start_waiting(TimePoint now);
   void start(Request& request, Group& group, std::size_t segments);
   Group* pick_group(const Request& request, TimePoint now);

@@ -186,8 +186,10 @@ Result<DoneMessage> Client::generate(GenerateRequest request, const OnTokens& on
   bool cancelled = false;
   while (true) {
     Result<ServerMessage> message = receive(kCallEvery);
-    const bool is_late = patience && Clock::now() - begin >= *patience;
-    if (!message && message.error().code == ErrorCode::kTimeout && !is_late) {
+    const bool is_done = message && std::holds_alternative<DoneMessage>(*message);
+    if (patience && Clock::now() - begin >= *patience && !is_done) {
+      message = Error{ErrorCode::kTimeout, "the request took longer than the client waits for it"};
+    } else if (!message && message.error().code == ErrorCode::kTimeout) {
       message = ServerMessage(TokenMessage{name, {}, {}});
     }
     if (!message) {

@@ -334,7 +334,7 @@ bool Scheduler::is_refused(const AdmitResult& answer, std::vector<StepEvent>& ev
   if (answer.device_is_full && make_room(sequence)) return true;
   sequence.releasing = true;
   sequence.wanted = false;
-  events.emplace_back(NotAdmitted{answer.sequence, *answer.error});
+  events.emplace_back(NotAdmitted{answer.sequence, *answer.error, answer.device_is_full});
   return true;
 }
 

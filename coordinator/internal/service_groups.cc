@@ -214,15 +214,16 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   wait_again(request);
   if (event.error.code == ErrorCode::kPending) return wait_for_prefix(request, now);
   const bool filling = group.ranks.store_fills();
-  // Nothing else runs that could make room.
-  if (by_sequence_.empty() && !filling) ++request.refusals;
+  // Nothing else runs that could make room. A device is its group's: what is on it is being let go.
+  const bool alone = by_sequence_.empty();
+  if (alone && !filling) request.refusals += event.device_is_full ? kMaxRefusals / 4 : 1;
   const bool never_fits =
       parts_.config.kv_nvme_path.empty() && segments_for(request.length() + request.tokens_left()) >
                                                 group.ranks.capacity().kv_slabs_total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }
-  request.was_refused = true;
+  request.was_refused = !alone && !filling;
   group.full_until = now + (filling ? kRetryFilling : kRetryFull);
 }
 
@@ -239,7 +240,7 @@ void Service::on_step_event(Group&, const Lost& event, TimePoint now) {
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
   wait_again(request);
-  metrics_.on_lost(event.checksum_failures);
+  if (event.error.code != ErrorCode::kDevice) metrics_.on_lost(event.checksum_failures);
   if (event.error.code != ErrorCode::kCorrupt) return fail(request, event.error, now);
   if (++request.losses >= kMaxLosses) {
     return fail(request,
@@ -324,6 +325,7 @@ Service::Group* Service::pick_group(const Request& request, TimePoint now) {
   Group* best = nullptr;
   for (auto& group : groups_) {
     if (!group->scheduler || (group->full_until && now < *group->full_until)) continue;
+    if (tries_again(*group)) continue;
     if (best != nullptr && group->scheduler->num_sequences() >= best->scheduler->num_sequences()) {
       continue;
     }
@@ -334,15 +336,16 @@ Service::Group* Service::pick_group(const Request& request, TimePoint now) {
 
 // Whether a request that there was no room for is being tried again. It is tried alone: where those
 // behind it came in beside it, a large one would wait until no small ones come any more.
-bool Service::tries_again() const {
-  return std::ranges::any_of(by_sequence_, [this](const auto& running) {
+bool Service::tries_again(const Group& group) const {
+  return std::ranges::any_of(by_sequence_, [&](const auto& running) {
     const auto& request = *requests_.at(running.second);
-    return request.was_refused && request.state() == RequestState::kRunning;
+    return request.was_refused && request.state() == RequestState::kRunning &&
+           request.group() == group.ranks.group();
   });
 }
 
 void Service::start_waiting(TimePoint now) {
-  for (auto place = waiting_.begin(); place != waiting_.end() && !tries_again();) {
+  for (auto place = waiting_.begin(); place != waiting_.end();) {
     auto& request = *find(*place);
     if (request.retry_at && now < *request.retry_at) {
       ++place;

@@ -406,6 +406,25 @@ TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
   for (int i = 0; i < 4; ++i) EXPECT_EQ(done[std::size_t(i)].request_id, numbered("r", i));
 }
 
+// Where nothing runs that could make room for it, others pass.
+TEST_F(ServiceTest, WhatNothingMakesRoomForHoldsNobodyBack) {
+  config_.max_num_seqs = 8;
+  start_rank();
+  store_->slabs = 1;
+  ask(wish("large", 500));  // two slabs
+  work();
+  ask(wish("small", 20));
+  for (int tries = 0; tries < 3; ++tries) {
+    pass(seconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    work(200);
+  }
+  const auto done = told<DoneMessage>();
+  ASSERT_EQ(done.size(), 1U);
+  EXPECT_EQ(done[0].request_id, "small");
+  EXPECT_TRUE(told<ErrorMessage>().empty());
+}
+
 // Its turn comes when those that run have ended, however many come after it.
 TEST_F(ServiceTest, ManySmallRequestsDoNotStarveALargeOne) {
   config_.max_num_seqs = 8;
