@@ -75,6 +75,9 @@ struct ServiceConfig {
   bool operator==(const ServiceConfig&) const = default;
 };
 
+// Of a field: kv_budget -> --kv-budget.
+std::string flag_name(std::string_view field);
+
 // The P of a --trace churn=P, as a share; nullopt for any other text.
 std::optional<float> trace_churn(std::string_view trace);
 

@@ -65,14 +65,8 @@ void visit_config(F&& f, auto& c) {
   f("insecure_bind", c.insecure_bind);
 }
 
-std::string flag(std::string_view field) {
-  std::string name = "--" + std::string(field);
-  std::replace(name.begin(), name.end(), '_', '-');
-  return name;
-}
-
 Error config_error(std::string_view field, const std::string& why) {
-  return {ErrorCode::kConfig, flag(field) + " " + why};
+  return {ErrorCode::kConfig, flag_name(field) + " " + why};
 }
 
 // ---- rules -----------------------------------------------------------------------------------
@@ -267,6 +261,12 @@ Status validate(const ServiceConfig& config) {
   FT_RETURN_IF_ERROR(check_min_recall(config));
   FT_RETURN_IF_ERROR(check_nvme(config));
   return check_budget(config);
+}
+
+std::string flag_name(std::string_view field) {
+  std::string name = "--" + std::string(field);
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
 }
 
 std::optional<float> trace_churn(std::string_view trace) {
