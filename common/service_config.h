@@ -82,6 +82,9 @@ enum class DeviceKind { kCpu, kGpu };
 // ranks of a group must have the same, so it depends on nothing else.
 int batched_tokens(const ServiceConfig& config, DeviceKind device);
 
+// Of a field: kv_budget -> --kv-budget.
+std::string flag_name(std::string_view field);
+
 // The P of a --trace churn=P, as a share; nullopt for any other text.
 std::optional<float> trace_churn(std::string_view trace);
 

@@ -66,14 +66,8 @@ void visit_config(F&& f, auto& c) {
   f("insecure_bind", c.insecure_bind);
 }
 
-std::string flag(std::string_view field) {
-  std::string name = "--" + std::string(field);
-  std::replace(name.begin(), name.end(), '_', '-');
-  return name;
-}
-
 Error config_error(std::string_view field, const std::string& why) {
-  return {ErrorCode::kConfig, flag(field) + " " + why};
+  return {ErrorCode::kConfig, flag_name(field) + " " + why};
 }
 
 // ---- rules -----------------------------------------------------------------------------------
@@ -276,6 +270,12 @@ int batched_tokens(const ServiceConfig& config, DeviceKind device) {
   constexpr int kOfGpu = 8192;
   constexpr int kOfCpu = 512;
   return device == DeviceKind::kGpu ? kOfGpu : kOfCpu;
+}
+
+std::string flag_name(std::string_view field) {
+  std::string name = "--" + std::string(field);
+  std::replace(name.begin(), name.end(), '_', '-');
+  return name;
 }
 
 std::optional<float> trace_churn(std::string_view trace) {

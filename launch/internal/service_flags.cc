@@ -119,12 +119,6 @@ constexpr std::array kFlags = {
 
 std::span<const ServiceFlag> service_flags() { return kFlags; }
 
-std::string flag_name(std::string_view field) {
-  std::string name = "--" + std::string(field);
-  std::replace(name.begin(), name.end(), '_', '-');
-  return name;
-}
-
 std::string environment_name(std::string_view field) {
   std::string name = "FORETOKEN_" + std::string(field);
   std::transform(name.begin(), name.end(), name.begin(),

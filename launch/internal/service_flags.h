@@ -17,7 +17,6 @@ struct ServiceFlag {
 // All of them, in --help's order. tests/launch/service_flags_test.cc: none is missing.
 std::span<const ServiceFlag> service_flags();
 
-std::string flag_name(std::string_view field);         // kv_budget -> --kv-budget
 std::string environment_name(std::string_view field);  // kv_budget -> FORETOKEN_KV_BUDGET
 
 }  // namespace foretoken::launch
