@@ -63,7 +63,10 @@ struct Client::Impl {
   // Asks after a second of silence whether the service is there, while requests are open.
   Status stay_in_touch() {
     const auto now = Clock::now();
-    if (now - heard >= config.silence_timeout) return gone();
+    if (now - heard >= config.silence_timeout) {
+      open_at_ping.reset();  // the next request asks anew
+      return gone();
+    }
     if (now - heard < kPingEvery || open_at_ping) return Ok{};
     open_at_ping = open;
     return send(StatusRequest{});

@@ -137,8 +137,11 @@ void Supervisor::wait_for_events(milliseconds timeout) {
 }
 
 void Supervisor::read_signals() {
+  const int before = signals_;
   signalfd_siginfo info{};
   while (read(signal_fd_, &info, sizeof info) == sizeof info) ++signals_;
+  const bool drains_already = draining_ && before == 0 && signals_ == 1;
+  if (drains_already && !config_.quiet) say("draining already; a second signal stops at once");
 }
 
 void Supervisor::read_coordinator() {

@@ -169,6 +169,7 @@ class Client:
                 if message["type"] == "status_reply":
                     self._check_known(message)
             elif time.monotonic() - heard > self._silence_timeout:
+                self._asked_for = None  # the next request asks anew
                 raise ServiceError("unavailable", "the service does not answer")
             elif self._asked_for is None:
                 self._asked_for = set(self._running)
