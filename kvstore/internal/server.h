@@ -128,7 +128,7 @@ class Server {
       return slots[static_cast<std::size_t>(head * num_segments + segment)];
     }
     // Of all heads, segment by segment: in this order they are needed.
-    std::vector<SlotIndex> by_segment() const;
+    std::vector<SlotIndex> by_segment();
   };
   bool is_outsized(const Reserve& request) const;
   Result<std::uint32_t> num_slabs_for(const Peer& peer, const Reserve& request) const;

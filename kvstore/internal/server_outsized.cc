@@ -237,12 +237,10 @@ std::uint32_t Server::room_for(const Peer& peer, const Group& group, SequenceId 
   return room;
 }
 
-std::vector<SlotIndex> Server::Lent::by_segment() const {
+std::vector<SlotIndex> Server::Lent::by_segment() {
   std::vector<SlotIndex> all;
   for (int segment = 0; segment < num_segments; ++segment) {
-    for (int head = 0; head < owner.num_heads; ++head) {
-      all.push_back(slots[static_cast<std::size_t>(head * num_segments + segment)]);
-    }
+    for (int head = 0; head < owner.num_heads; ++head) all.push_back(slot(head, segment));
   }
   return all;
 }

@@ -530,15 +530,23 @@ TEST_F(NvmeStoreTest, TheKeyIsOfAnEncryptedFileAndForRanks) {
   }
 }
 
-// Of 15 slabs a head, at twelve layers, 20 segments must have five.
-TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
-  server = std::make_unique<RunningServer>(
-      40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
-  StoreClientConfig config = test_client(server->socket(), 0);
-  config.shape.num_layers = 12;
-  const auto store = KvStore::connect(config, *device).value_or_throw();
-  ASSERT_TRUE(ready(*store));
-  ASSERT_EQ(slabs_per_head(*store), 15);
+// Twelve layers, so that 15 slabs a head are few, and 20 segments must have five.
+class FewSlabsTest : public NvmeStoreTest {
+ protected:
+  void SetUp() override {
+    NvmeStoreTest::SetUp();
+    server = std::make_unique<RunningServer>(
+        40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
+    StoreClientConfig config = test_client(server->socket(), 0);
+    config.shape.num_layers = 12;
+    store = KvStore::connect(config, *device).value_or_throw();
+    ASSERT_TRUE(ready(*store));
+    ASSERT_EQ(slabs_per_head(*store), 15);
+  }
+  std::unique_ptr<KvStore> store;
+};
+
+TEST_F(FewSlabsTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   const auto reserve_as = [&](std::uint64_t id) { return store->reserve(SequenceId{id}, {}, 20); };
   const auto free = [&] { return store->stat()->slabs_free; };
 
@@ -555,14 +563,8 @@ TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaLeavesWhatAnotherOneNeeds) {
   ASSERT_TRUE(reserve_as(4));
 }
 
-// Of 15 slabs a head others hold some: 20 segments must have five, and are given ten at most.
-TEST_F(NvmeStoreTest, ASequenceLargerThanTheArenaRunsInWhatOthersLeave) {
-  server = std::make_unique<RunningServer>(
-      40 << 20, NvmeConfig{nvme_folder(), 128 << 20, NvmeReuse::kStartAfresh});
-  StoreClientConfig config = test_client(server->socket(), 0);
-  config.shape.num_layers = 12;
-  const auto store = KvStore::connect(config, *device).value_or_throw();
-  ASSERT_TRUE(ready(*store));
+// Others hold some slabs; 20 segments are given ten at most.
+TEST_F(FewSlabsTest, ASequenceLargerThanTheArenaRunsInWhatOthersLeave) {
   for (const auto& [held, granted] : {std::pair{4, 10}, {6, 9}, {10, 5}}) {
     ASSERT_TRUE(store->reserve(SequenceId{1}, {}, held));
     ASSERT_TRUE(store->reserve(SequenceId{2}, {}, 20)) << held;
