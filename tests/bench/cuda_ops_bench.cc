@@ -1,5 +1,7 @@
 // What the ops of a decode step and of prefill cost on a GPU, in the shape of Llama-3.1-8B, beside
 // what plain kernels that copy and read memory reach. Prints one JSON object.
+//
+//   cuda_ops_bench [sampling]     sampling: that op alone
 #include <algorithm>
 #include <bit>
 #include <cstdio>
@@ -7,6 +9,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels/device.h"
@@ -226,20 +229,37 @@ void prefill_attention(Bench& bench, int rows, int context) {
          us, 0, 4.0 * pairs * kHeads * kHeadDim);
 }
 
+// Logits of a language model's spread.
+DeviceBuffer random_logits(Bench& bench, int rows) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal(0, 3);
+  std::vector<float> row(kVocab);
+  DeviceBuffer logits = bench.buffer(std::size_t{4} * rows * kVocab);
+  for (int i = 0; i < rows; ++i) {
+    for (float& logit : row) logit = normal(random);
+    bench.device().copy_in(logits.as<float>() + static_cast<std::ptrdiff_t>(i) * kVocab, row.data(),
+                           4 * row.size(), bench.stream());
+    bench.stream().synchronize();
+  }
+  return logits;
+}
+
 void sampling(Bench& bench, int rows) {
-  const DeviceBuffer logits = bench.buffer(std::size_t{4} * rows * kVocab);
-  const std::vector<SampleRow> greedy(static_cast<std::size_t>(rows),
-                                      SampleRow{.seed = 1, .position = 1});
-  for (const bool random : {false, true}) {
-    std::vector<SampleRow> asked = greedy;
-    for (SampleRow& row : asked) {
-      if (random) row.temperature = 0.8F, row.top_p = 0.9F;
-    }
+  struct Kind {
+    const char* name;
+    SampleRow row;
+  };
+  const Kind kinds[] = {{"greedy", {.seed = 1, .position = 1}},
+                        {"temperature", {.temperature = 0.8F, .seed = 1, .position = 1}},
+                        {"top-p", {.temperature = 0.8F, .top_p = 0.95F, .seed = 1, .position = 1}}};
+  const DeviceBuffer logits = random_logits(bench, rows);
+  for (const Kind& kind : kinds) {
+    const std::vector<SampleRow> asked(static_cast<std::size_t>(rows), kind.row);
     const DeviceBuffer table = bench.buffer(asked.size() * sizeof(SampleRow));
     const DeviceBuffer out = bench.buffer(asked.size() * sizeof(SampledToken));
     bench.device().copy_in(table.data(), asked.data(), table.bytes(), bench.stream());
     bench.stream().synchronize();
-    const double us = bench.time(8, [&](int) {
+    const double us = bench.time(64, [&](int) {
       bench.device().sample({.logits = logits.as<float>(),
                              .rows = table.as<SampleRow>(),
                              .num_rows = rows,
@@ -247,15 +267,12 @@ void sampling(Bench& bench, int rows) {
                              .out = out.as<SampledToken>()},
                             bench.stream());
     });
-    report(std::string("sample ") + (random ? "top-p" : "greedy") + " rows " + std::to_string(rows),
-           us, 4.0 * rows * kVocab);
+    report(std::string("sample ") + kind.name + " rows " + std::to_string(rows), us,
+           4.0 * rows * kVocab);
   }
 }
 
-void run() {
-  Bench bench;
-  std::printf("{\"device\": \"%s\", \"ops\": [\n", bench.device().info().name.c_str());
-  const Roofline before = roofline(bench);
+void products_and_attention(Bench& bench) {
   for (const int rows : {1, 2, 3, 8, 32, 64}) products(bench, rows);
   for (const int rows : {1024, 8192}) products(bench, rows);
   for (const int context : {1024, 8192, 32768, 131072}) decode_attention(bench, 1, context);
@@ -263,8 +280,14 @@ void run() {
   prefill_attention(bench, 8192, 8192);
   prefill_attention(bench, 8192, 32768);
   prefill_attention(bench, 2048, 131072);
-  sampling(bench, 1);
-  sampling(bench, 32);
+}
+
+void run(bool only_sampling) {
+  Bench bench;
+  std::printf("{\"device\": \"%s\", \"ops\": [\n", bench.device().info().name.c_str());
+  const Roofline before = roofline(bench);
+  if (!only_sampling) products_and_attention(bench);
+  for (const int rows : {1, 8, 64}) sampling(bench, rows);
   const Roofline after = roofline(bench);
   std::printf("  {}], \"copy_tb_per_s\": %.3f, \"read_tb_per_s\": %.3f}\n",
               std::max(before.copy, after.copy), std::max(before.read, after.read));
@@ -273,4 +296,6 @@ void run() {
 }  // namespace
 }  // namespace foretoken::kernels
 
-int main() { foretoken::kernels::run(); }
+int main(int argc, char** argv) {
+  foretoken::kernels::run(argc == 2 && std::string_view(argv[1]) == "sampling");
+}
