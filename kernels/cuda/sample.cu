@@ -1,17 +1,22 @@
 // Sampling, with the results of kernels/cpu/sample.cc. A cluster of CTAs a row, each with its
-// slice of the vocabulary; a greedy row reads its logits twice, the second time from the caches.
+// slice of the vocabulary. All that a greedy row needs comes of one pass, which keeps its logits in
+// registers, and one exchange between the CTAs.
 //
 // Weights are exp(logit - highest) as integers, so that their sums are exact in any order: every
 // rank draws the same token. What top-k, min-p and top-p leave is a beginning of the vocabulary in
 // the order (logit down, token up), so no sort is needed: each filter, and the draw, asks for the
 // token at which a running count or weight passes a value, and a radix search finds it.
+#include <cfloat>
 #include <climits>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "common/check.h"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/philox.h"
@@ -21,10 +26,11 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCtas = 8;                  // of a cluster: as many as every device of 9.0 can place
-constexpr double kWeightOne = 0x1p45;     // the highest logit's weight:
-constexpr int kMaxVocab = 1 << 19;        // ... so that the sum of all stays below 2^64
-constexpr int kBuckets = 1024;            // first digit of the search: logits by distance from the
+constexpr int kCtas = 8;               // of a cluster: as many as every device of 9.0 can place
+constexpr int kVectors = 8;            // 16-byte loads of a lane at once: a vocabulary of 131,072
+constexpr double kWeightOne = 0x1p45;  // the highest logit's weight:
+constexpr int kMaxVocab = 1 << 19;     // ... so that the sum of all stays below 2^64
+constexpr int kBuckets = 1024;         // first digit of the search: logits by distance from the
 constexpr float kBucketsPerUnit = 32.0F;  // highest; the last bucket holds all that are 32 below
 constexpr int kDigits = 2048;             // of the further ones: 11, 11 and 10 bits of the float
 
@@ -55,7 +61,21 @@ __device__ bool better(const Candidate& a, const Candidate& b) {
 }
 __device__ Candidate best(const Candidate& a, const Candidate& b) { return better(a, b) ? a : b; }
 
+// Of raw logits.
+struct alignas(16) Summary {
+  float highest;
+  int token;   // the first that has it
+  double sum;  // of exp(logit - highest); NaN where a logit is no number
+};
+// Of no logit, or what stands for one: beside any other it weighs nothing. Where it is the highest,
+// all are, and the first token is a real one.
+constexpr float kLowest = -FLT_MAX;
+__device__ Summary nothing() { return {kLowest, INT_MAX, 0}; }
+
 struct SharedMemory {
+  alignas(SampleRow) unsigned char row[sizeof(SampleRow)];
+  Summary warps[kWarps];
+  Exchange<Summary, kCtas>::Memory exchange;
   Histogram<kBuckets> buckets;
   Histogram<kDigits> digits;
   Reducer<kThreads, kCtas>::Memory reducer;
@@ -76,22 +96,59 @@ __device__ std::uint32_t falling_bits(float value) {
 // ---- a row's logits
 // ------------------------------------------------------------------------------
 
-constexpr std::uint32_t kInPrompt = 0x80000000U;  // beside the count of a token in the output
+// exp(x) to 2^-21 for what counts in a sum: x is in (-16, 0].
+__device__ float exp_approx(float x) {
+  constexpr float kLog2E = 1.44269504F;
+  float result = 0;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * kLog2E));
+  return result;
+}
 
-// The logits of this cluster's row, as penalties and temperature leave them.
-class Row {
+__device__ Summary merge(const Summary& a, const Summary& b) {
+  const Candidate found = best({a.highest, a.token}, {b.highest, b.token});
+  const float highest = fmaxf(a.highest, b.highest);
+  return {highest, found.token,
+          a.sum * expf(a.highest - highest) + b.sum * expf(b.highest - highest)};
+}
+
+// In pairs: a sum one by one would lose digits.
+template <int kCount>
+__device__ float sum_of(const float* values) {
+  if constexpr (kCount == 1) {
+    return *values;
+  } else {
+    return sum_of<kCount / 2>(values) + sum_of<kCount / 2>(values + kCount / 2);
+  }
+}
+
+// Ascends with values, for the reductions that a warp has for integers alone.
+__device__ int ordered_bits(int bits) { return bits ^ (bits >> 31 & INT_MAX); }
+
+// Of all lanes' logits. All lanes call it, all get the result.
+__device__ Summary merge_lanes(const Summary& own) {
+  const int bits = __reduce_max_sync(~0U, ordered_bits(__float_as_int(own.highest)));
+  const float highest = __int_as_float(ordered_bits(bits));
+  const int token = __reduce_min_sync(~0U, own.highest == highest ? own.token : INT_MAX);
+  double sum = own.sum * expf(own.highest - highest);
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0U, sum, offset);
+  return {highest, token, sum};
+}
+
+// A warp's slice of the raw logits of this cluster's row. Slices are contiguous, in the order of
+// ranks and warps, and but for the first they begin at a multiple of 16 bytes.
+class Slice {
  public:
-  __device__ Row(const SampleRow& row, const float* logits, int vocab, std::uint32_t* token_counts)
-      : row_(row), logits_(logits), counts_(has_penalty(row) ? token_counts : nullptr) {
+  __device__ Slice(const float* logits, int vocab)
+      : logits_(logits),
+        shift_(static_cast<int>(reinterpret_cast<std::uintptr_t>(logits) / 4 % 4)) {
     const int warps = kCtas * kWarps;
-    const int share = ((vocab + warps - 1) / warps + 31) / 32 * 32;
-    begin_ = min(vocab, share * (cluster_rank() * kWarps + static_cast<int>(threadIdx.x) / 32));
-    end_ = min(vocab, begin_ + share);
-    if (counts_ != nullptr) count_tokens(vocab);
+    const int share = ((vocab + shift_ + warps - 1) / warps + 31) / 32 * 32;
+    const int warp = cluster_rank() * kWarps + static_cast<int>(threadIdx.x) / 32;
+    begin_ = min(vocab, max(0, share * warp - shift_));
+    end_ = min(vocab, share * (warp + 1) - shift_);
   }
 
-  // Calls f(token) for the tokens of this warp's slice, which are contiguous, a lane each.
-  // kAtOnce loads are in flight.
+  // Calls f(token) for the slice's tokens, a lane each. kAtOnce loads are in flight.
   template <int kAtOnce = 8, typename F>
   __device__ void for_each(F f) const {
 #pragma unroll kAtOnce
@@ -101,7 +158,81 @@ class Row {
   __device__ int end() const { return end_; }
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
-  __device__ float raw(int token) const { return __ldg(logits_ + token); }
+  // No __ldg, which the compiler may move to before the wait for who writes the logits.
+  __device__ float raw(int token) const { return logits_[token]; }
+
+  // Of a lane's share of the slice.
+  __device__ Summary summarize() const {
+    // Up to 3 tokens at either end fill no 16 bytes.
+    const int whole_begin = min(end_, round_up_4(begin_));
+    const int whole_end = max(whole_begin, round_up_4(end_ - 3));
+    Summary all = nothing();
+    for (int first = whole_begin + 4 * lane(); first < whole_end; first += 128 * kVectors) {
+      all = merge(all, summarize(first, whole_end));
+    }
+    const int edge = lane() < 4 ? begin_ + lane() : whole_end + lane() - 4;
+    const bool has_edge = lane() < 4 ? edge < whole_begin : lane() < 8 && edge < end_;
+    if (has_edge) {
+      const float logit = raw(edge);
+      all = merge(all, {logit, edge, 1 + 0 * logit});
+    }
+    return all;
+  }
+
+ private:
+  // To a token whose logit begins at a multiple of 16 bytes. REQUIRES: token > -4.
+  __device__ int round_up_4(int token) const { return (token + shift_ + 3) / 4 * 4 - shift_; }
+
+  // Of a lane's logits that fill 16 bytes each, from `first` on.
+  __device__ Summary summarize(int first, int end) const {
+    constexpr int kValues = 4 * kVectors;
+    std::ptrdiff_t offset = first;
+    asm("" : "+l"(offset));  // one address for all loads: the compiler would compute eight
+    const auto* from = reinterpret_cast<const float4*>(logits_ + offset);
+    float values[kValues];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      auto four = make_float4(kLowest, kLowest, kLowest, kLowest);
+      if (first + 128 * i < end) four = from[32 * i];
+      memcpy(values + 4 * i, &four, sizeof four);
+    }
+    float highest = kLowest;
+    float nan = 0;  // or it stays 0
+#pragma unroll
+    for (const float value : values) {
+      highest = fmaxf(highest, value);
+      nan = fmaf(value, 0, nan);
+    }
+    int token = 0;
+#pragma unroll
+    for (int i = kValues - 1; i >= 0; --i) {
+      if (values[i] == highest) token = first + 128 * (i / 4) + i % 4;
+    }
+#pragma unroll
+    for (float& value : values) value = exp_approx(value - highest);
+    return {highest, token, sum_of<kValues>(values) + nan};
+  }
+
+  const float* logits_;
+  int shift_;  // from a multiple of 16 bytes to the row
+  int begin_;
+  int end_;
+};
+
+__device__ bool has_penalty(const SampleRow& row) {
+  return row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
+}
+
+constexpr std::uint32_t kInPrompt = 0x80000000U;  // beside the count of a token in the output
+
+// The logits of this warp's slice, as penalties and temperature leave them.
+class Row : public Slice {
+ public:
+  __device__ Row(const Slice& slice, const SampleRow& row, int vocab, std::uint32_t* token_counts)
+      : Slice(slice), row_(row), counts_(has_penalty(row) ? token_counts : nullptr) {
+    if (counts_ != nullptr) count_tokens(vocab);
+  }
+
   // Without contraction, as on the CPU.
   __device__ float penalized(int token) const {
     float logit = raw(token);
@@ -117,9 +248,6 @@ class Row {
   __device__ float scaled(int token) const { return __fdiv_rn(penalized(token), row_.temperature); }
 
  private:
-  __device__ static bool has_penalty(const SampleRow& row) {
-    return row.repetition_penalty != 1 || row.presence_penalty != 0 || row.frequency_penalty != 0;
-  }
   __device__ void count_tokens(int vocab) const {
     for_each([this](int token) { counts_[token] = 0; });
     cluster_sync();
@@ -138,10 +266,7 @@ class Row {
   }
 
   const SampleRow& row_;
-  const float* logits_;
   std::uint32_t* counts_;
-  int begin_;
-  int end_;
 };
 
 // ---- the draw
@@ -398,35 +523,32 @@ class Sampler {
 // ---- what is reported
 // ----------------------------------------------------------------------------
 
-struct Extremes {
-  float highest;   // of the raw logits
-  Candidate best;  // of the penalized ones
-  int finite;
-};
-
-__device__ Extremes find_extremes(const Row& logits, Reducer<kThreads, kCtas>& reducer) {
-  Extremes own{-INFINITY, {-INFINITY, INT_MAX}, 1};
-  logits.for_each([&](int token) {
-    const float raw = logits.raw(token);
-    own.highest = fmaxf(own.highest, raw);
-    own.best = best(own.best, {logits.penalized(token), token});
-    own.finite &= isfinite(raw) ? 1 : 0;
-  });
-  return reducer.over_cluster(own, [](const Extremes& a, const Extremes& b) {
-    return Extremes{fmaxf(a.highest, b.highest), best(a.best, b.best), a.finite & b.finite};
-  });
-}
-
-__device__ float log_sum_exp(const Row& logits, float highest, Reducer<kThreads, kCtas>& reducer) {
-  double sum = 0;
-  logits.for_each([&](int token) { sum += expf(logits.raw(token) - highest); });
-  sum = reducer.over_cluster(sum, [](double a, double b) { return a + b; });
-  return static_cast<float>(highest + log(sum));
+// Of the whole row. Also brings what is asked of the row to shared memory, beside the logits.
+__device__ Summary summarize(const Slice& slice, const SampleRow& row,
+                             Exchange<Summary, kCtas>& exchange, SharedMemory& shared) {
+  const int thread = static_cast<int>(threadIdx.x);
+  static_assert(sizeof row % 8 == 0);
+  if (thread < static_cast<int>(sizeof row / 8)) {
+    copy_async<8>(shared.row + 8 * thread, reinterpret_cast<const std::byte*>(&row) + 8 * thread);
+  }
+  commit_copies();
+  const Summary warp = merge_lanes(slice.summarize());
+  wait_copies<0>();  // seen by all after the barrier below
+  if (Slice::lane() == 0) shared.warps[thread / 32] = warp;
+  exchange.await_peers();
+  __syncthreads();
+  if (thread < 32) {
+    const Summary cta = merge_lanes(thread < kWarps ? shared.warps[thread] : nothing());
+    if (thread < kCtas) exchange.post(cta, thread);
+  }
+  const Summary* ctas = exchange.await();
+  return merge_lanes(Slice::lane() < kCtas ? ctas[Slice::lane()] : nothing());
 }
 
 // The `count` best raw logits, best first: those of each slice, then of these.
-__device__ void report_best(const Row& logits, int count, float normalizer, SampledToken& out,
-                            Reducer<kThreads, kCtas>& reducer, SharedMemory& shared) {
+__device__ void report_best(const Slice& logits, int count, float normalizer, SampledToken& out,
+                            SharedMemory& shared) {
+  Reducer<kThreads, kCtas> reducer(shared.reducer);
   Candidate last{INFINITY, -1};
   for (int i = 0; i < count; ++i) {
     Candidate own{-INFINITY, INT_MAX};
@@ -451,43 +573,77 @@ __device__ void report_best(const Row& logits, int count, float normalizer, Samp
   out.top_logprobs[rank] = shared.all_best[mine].logit - normalizer;
 }
 
-__device__ void write_token(const SampleRow& row, int token, float logprob, int num_top,
-                            SampledToken& out) {
+__device__ void write_state(const SampleRow& row, int num_top, SampledToken& out) {
+  out.num_top = num_top;
+  out.mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
+}
+
+__device__ void write_token(const SampleRow& row, int token, float logprob, SampledToken& out) {
   if (cluster_rank() != 0 || threadIdx.x != 0) return;
   out.token = token;
   out.logprob = logprob;
-  out.num_top = num_top;
-  out.mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
   if (row.append) row.tokens[row.num_tokens] = token;
 }
 
-__global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
-    sample_kernel(SampleArgs args, std::uint32_t* token_counts) {
-  __shared__ SharedMemory shared;
-  Reducer<kThreads, kCtas> reducer(shared.reducer);
+// What penalties and temperature make of a row whose raw logits have `highest`.
+__device__ void choose(const SampleArgs& args, std::uint32_t* token_counts, Candidate highest,
+                       float normalizer, SharedMemory& shared) {
   const std::size_t index = blockIdx.x / kCtas;
-  const SampleRow row = args.rows[index];
-  SampledToken& out = args.out[index];
-  const Row logits(row, args.logits + index * args.vocab, args.vocab,
+  const auto& row = *reinterpret_cast<const SampleRow*>(shared.row);
+  const Row logits(Slice(args.logits + index * args.vocab, args.vocab), row, args.vocab,
                    token_counts + index * args.vocab);
-  const Extremes extremes = find_extremes(logits, reducer);
-  if (extremes.finite == 0) {
-    write_token(row, 0, -INFINITY, 0, out);
-  } else {
-    const float normalizer = log_sum_exp(logits, extremes.highest, reducer);
-    int token = extremes.best.token;
-    if (row.forced >= 0 && row.forced < args.vocab) {
-      token = row.forced;
-    } else if (row.temperature > 0) {
-      const float highest = __fdiv_rn(extremes.best.logit, row.temperature);
-      token = Sampler(row, logits, highest, args.vocab, reducer, shared).draw();
-    }
-    const int num_top = min(max(row.num_logprobs, 0), min(kMaxLogprobs, args.vocab));
-    if (num_top > 0) report_best(logits, num_top, normalizer, out, reducer, shared);
-    // On other ranks `token` may be no token: only rank 0 reads its logit.
-    if (cluster_rank() == 0) write_token(row, token, logits.raw(token) - normalizer, num_top, out);
+  Reducer<kThreads, kCtas> reducer(shared.reducer);
+  if (has_penalty(row)) {
+    Candidate own{-INFINITY, INT_MAX};
+    logits.for_each([&](int token) { own = best(own, {logits.penalized(token), token}); });
+    highest = reducer.over_cluster(own, best);
   }
-  cluster_sync();  // others may still read this CTA's shared memory
+  int token = highest.token;
+  if (row.temperature > 0) {
+    const float scaled = __fdiv_rn(highest.logit, row.temperature);
+    token = Sampler(row, logits, scaled, args.vocab, reducer, shared).draw();
+  }
+  // On other ranks `token` may be no token: only rank 0 reads its logit.
+  if (cluster_rank() == 0) write_token(row, token, logits.raw(token) - normalizer, args.out[index]);
+}
+
+__global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
+    sample_kernel(const __grid_constant__ SampleArgs args, std::uint32_t* token_counts) {
+  __shared__ SharedMemory shared;
+  allow_next_kernel();
+  Exchange<Summary, kCtas> exchange(shared.exchange);
+  exchange.begin();
+  const std::size_t index = blockIdx.x / kCtas;
+  SampledToken& out = args.out[index];
+  const Slice slice(args.logits + index * args.vocab, args.vocab);
+  wait_for_earlier_kernels();
+  const Summary all = summarize(slice, args.rows[index], exchange, shared);
+  const auto& row = *reinterpret_cast<const SampleRow*>(shared.row);
+  const bool finite = isfinite(all.sum);
+  const int num_top = finite ? min(max(row.num_logprobs, 0), min(kMaxLogprobs, args.vocab)) : 0;
+  // A warp that writes no token, so that the read of the count delays none.
+  if (cluster_rank() == 0 && threadIdx.x == 32) write_state(row, num_top, out);
+  if (!finite) return write_token(row, 0, -INFINITY, out);
+
+  const auto normalizer = static_cast<float>(all.highest + log(all.sum));
+  const bool forced = row.forced >= 0 && row.forced < args.vocab;
+  const bool chooses = !forced && (row.temperature > 0 || has_penalty(row));
+  const auto write_known = [&] {
+    const float logit = forced ? slice.raw(row.forced) : all.highest;
+    write_token(row, forced ? row.forced : all.token, logit - normalizer, out);
+  };
+  // Unlikely, so that a greedy row's code ends where it stands, and not far behind all the other.
+  if (chooses || num_top > 0) [[unlikely]] {
+    if (num_top > 0) report_best(slice, num_top, normalizer, out, shared);
+    if (chooses) {
+      choose(args, token_counts, {all.highest, all.token}, normalizer, shared);
+    } else if (cluster_rank() == 0) {
+      write_known();
+    }
+    cluster_sync();  // others may still read this CTA's shared memory
+  } else if (cluster_rank() == 0) {
+    write_known();
+  }
 }
 
 }  // namespace
@@ -497,8 +653,7 @@ void sample(const SampleArgs& args, CudaStream& stream) {
   if (args.num_rows == 0) return;
   const std::size_t counts = static_cast<std::size_t>(args.num_rows) * args.vocab;
   auto* token_counts = reinterpret_cast<std::uint32_t*>(stream.scratch(counts * 4));
-  sample_kernel<<<args.num_rows * kCtas, kThreads, 0, stream.handle()>>>(args, token_counts);
-  FT_CUDA(cudaGetLastError());
+  launch_overlapped(sample_kernel, args.num_rows * kCtas, kThreads, 0, stream, args, token_counts);
 }
 
 }  // namespace foretoken::kernels::cuda

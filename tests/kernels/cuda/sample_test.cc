@@ -136,7 +136,7 @@ TEST_P(CudaSample, IsTheCpus) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Vocabularies, CudaSample,
-                         testing::Values(1, 2, 31, 129, 4096, 49152, 152'064, 151'937));
+                         testing::Values(1, 2, 31, 129, 4096, 49152, 131'072, 152'064, 151'937));
 
 class CudaSampleRow : public CudaTest {
  protected:
@@ -153,20 +153,58 @@ class CudaSampleRow : public CudaTest {
   std::unique_ptr<Pair> pair;
 };
 
+// Of the second vocabulary the ends fill no 16 bytes.
 TEST_F(CudaSampleRow, SaysLogitsThatAreNoNumbers) {
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
         -std::numeric_limits<float>::infinity()}) {
-    for (const std::size_t at : {0U, 2999U}) {
-      std::vector<float> logits(3000, 1);
-      logits[at] = bad;
-      SampleRow row = kGreedy;
-      row.num_logprobs = 3;
-      row.num_tokens = 2;
-      row.append = true;
-      expect_equal_row(logits, row, 0);
-      row.temperature = 1;
-      expect_equal_row(logits, row, 0);
+    for (const std::size_t vocab : {3000U, 3002U}) {
+      for (const std::size_t at : {std::size_t{0}, std::size_t{1501}, vocab - 1}) {
+        std::vector<float> logits(vocab, 1);
+        logits[at] = bad;
+        SampleRow row = kGreedy;
+        row.num_logprobs = 3;
+        row.num_tokens = 2;
+        row.append = true;
+        expect_equal_row(logits, row, 0);
+        row.temperature = 1;
+        expect_equal_row(logits, row, 0);
+      }
+    }
+  }
+}
+
+// What stands for no logit inside the kernel is a logit too.
+TEST_F(CudaSampleRow, TakesTheLowestNumberWhereAllAreIt) {
+  for (const std::size_t vocab : {1U, 3U, 1000U, 40'001U}) {
+    expect_equal_row(std::vector<float>(vocab, std::numeric_limits<float>::lowest()), kGreedy, 0);
+  }
+}
+
+// A row that begins at any of the four floats of 16 bytes has the same logits, and so the same
+// token and report; the best is the first, the last, or one of two that are equal.
+TEST_F(CudaSampleRow, BeginsAnywhere) {
+  Pair both;
+  const int vocab = 5003;
+  const std::vector<float> values = RowMaker(vocab).logits(1, false);
+  for (const std::size_t best : {std::size_t{0}, std::size_t{2}, std::size_t{5002}}) {
+    for (std::size_t shift = 0; shift < 4; ++shift) {
+      std::vector<float> logits(shift, 99);
+      logits.insert(logits.end(), values.begin(), values.end());
+      logits[shift + best] = logits.back() = 20;
+      logits.push_back(99);
+      std::vector<SampledToken> sampled;
+      for (DeviceUnderTest* on : {&both.cuda, &both.cpu}) {
+        const DeviceArray<float> array(*on, logits);
+        const DeviceArray<SampleRow> rows(*on, {kGreedy});
+        const DeviceArray<SampledToken> out(*on, {SampledToken{}});
+        on->run(&Device::sample,
+                SampleArgs{array.data() + shift, rows.data(), 1, vocab, out.data()});
+        sampled.push_back(out.get()[0]);
+      }
+      EXPECT_EQ(sampled[0].token, static_cast<TokenId>(best)) << shift;
+      EXPECT_EQ(sampled[1].token, static_cast<TokenId>(best)) << shift;
+      EXPECT_NEAR(sampled[0].logprob, sampled[1].logprob, kLogprobTolerance) << shift;
     }
   }
 }
