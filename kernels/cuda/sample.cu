@@ -148,10 +148,10 @@ class Slice {
     end_ = min(vocab, share * (warp + 1) - shift_);
   }
 
-  // Calls f(token) for the slice's tokens, a lane each. kAtOnce loads are in flight.
-  template <int kAtOnce = 8, typename F>
+  // Calls f(token) for the slice's tokens, a lane each. 8 loads are in flight.
+  template <typename F>
   __device__ void for_each(F f) const {
-#pragma unroll kAtOnce
+#pragma unroll 8
     for (int token = begin_ + lane(); token < end_; token += 32) f(token);
   }
   __device__ int begin() const { return begin_; }
@@ -233,10 +233,46 @@ class Row : public Slice {
     if (counts_ != nullptr) count_tokens(vocab);
   }
 
+  __device__ float penalized(int token) const { return penalize(raw(token), count(token)); }
+
+  static constexpr int kAhead = 4;
+
+  // The scaled logits of tokens 32 apart, 0 beyond the slice. All loads are in flight.
+  template <int kCount>
+  __device__ void scale(int first, float (&values)[kCount]) const {
+    std::uint32_t counts[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int token = first + 32 * i;
+      values[i] = token < end() ? raw(token) : 0;
+      counts[i] = token < end() ? count(token) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      values[i] = __fdiv_rn(penalize(values[i], counts[i]), row_.temperature);
+    }
+  }
+  // Calls f(scaled logit) for the slice's tokens, a lane each. Loads go kAhead at once, since a
+  // cluster_sync() leaves nothing in the L1 cache.
+  template <typename F>
+  __device__ void for_each_scaled(F f) const {
+#pragma unroll 1
+    for (int first = begin() + lane(); first < end(); first += 32 * kAhead) {
+      float values[kAhead];
+      scale(first, values);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + 32 * i < end()) f(values[i]);
+      }
+    }
+  }
+
+ private:
+  __device__ std::uint32_t count(int token) const {
+    return counts_ == nullptr ? 0 : __ldcg(counts_ + token);
+  }
   // Without contraction, as on the CPU.
-  __device__ float penalized(int token) const {
-    float logit = raw(token);
-    const std::uint32_t count = counts_ == nullptr ? 0 : __ldcg(counts_ + token);
+  __device__ float penalize(float logit, std::uint32_t count) const {
     if (count == 0) return logit;
     logit = logit > 0 ? __fdiv_rn(logit, row_.repetition_penalty)
                       : __fmul_rn(logit, row_.repetition_penalty);
@@ -245,9 +281,6 @@ class Row : public Slice {
     return __fsub_rn(
         logit, __fadd_rn(row_.presence_penalty, __fmul_rn(row_.frequency_penalty, in_output)));
   }
-  __device__ float scaled(int token) const { return __fdiv_rn(penalized(token), row_.temperature); }
-
- private:
   __device__ void count_tokens(int vocab) const {
     for_each([this](int token) { counts_[token] = 0; });
     cluster_sync();
@@ -294,7 +327,7 @@ class Sampler {
     const float lowest =
         row_.min_p > 0 ? highest_ + static_cast<float>(log(double{row_.min_p})) : -INFINITY;
     if (row_.top_k > 0 || row_.top_p < 1) return draw_best_first(lowest);
-    const auto weight = [=, this](int token) { return weight_from(lowest, token); };
+    const auto weight = [=, this](float scaled) { return weight_from(lowest, scaled); };
     const Sums sums = sum_up(weight);
     return token_at(sums, target_of(sums.total), weight);
   }
@@ -316,9 +349,8 @@ class Sampler {
   __device__ Weight64 weight_of(float scaled) const {
     return __double2ull_rn(exp(static_cast<double>(scaled - highest_)) * kWeightOne);
   }
-  __device__ Weight64 weight_from(float lowest, int token) const {
-    const float value = logits_.scaled(token);
-    return value >= lowest ? weight_of(value) : 0;
+  __device__ Weight64 weight_from(float lowest, float scaled) const {
+    return scaled >= lowest ? weight_of(scaled) : 0;
   }
   // Uniform in [0, total).
   __device__ Weight64 target_of(Weight64 total) const {
@@ -326,24 +358,39 @@ class Sampler {
     return __umul64hi(static_cast<Weight64>(uniform * 0x1p53) << 11, total);
   }
 
+  // What the filters keep is known by its weight; a search for its end finds it, and another the
+  // drawn token. One loop, so that the search is in the code once.
+  enum class Search : std::uint8_t { kTopK, kTopP, kDraw };
+
+  __device__ bool is_wanted(Search search) const {
+    if (search == Search::kTopK) return row_.top_k > 0 && row_.top_k < vocab_;
+    return search == Search::kDraw || row_.top_p < 1;
+  }
+  // The running count or weight that the search asks for.
+  __device__ Weight64 target_of(Search search, Weight64 kept) const {
+    if (search == Search::kTopK) return static_cast<Weight64>(row_.top_k - 1);
+    if (search == Search::kDraw) return target_of(kept);
+    const double wanted = ceil(static_cast<double>(row_.top_p) * static_cast<double>(kept));
+    return wanted < 1 ? 0 : min(static_cast<Weight64>(wanted), kept) - 1;
+  }
+
   __device__ int draw_best_first(float lowest) {
     Weight64 kept = fill_buckets();
-    if (row_.top_k > 0 && row_.top_k < vocab_) {
-      const auto last = static_cast<Weight64>(row_.top_k - 1);
-      kept = find_place</*kByCount=*/true>(last).weight_through;
-    }
+    Weight64 above_min_p = kept;
     if (row_.min_p > 0) {
-      const Sums sums = sum_up([=, this](int token) { return weight_from(lowest, token); });
-      kept = min(kept, sums.total);
+      above_min_p = sum_up([=, this](float scaled) { return weight_from(lowest, scaled); }).total;
     }
-    if (row_.top_p < 1) {
-      const double wanted = ceil(static_cast<double>(row_.top_p) * static_cast<double>(kept));
-      const Weight64 last = wanted < 1 ? 0 : min(static_cast<Weight64>(wanted), kept) - 1;
-      kept = find_place<false>(last).weight_through;
+    Place place{};
+#pragma unroll 1
+    for (int i = 0; i < 3; ++i) {
+      const auto search = static_cast<Search>(i);
+      if (!is_wanted(search)) continue;
+      kept = min(kept, above_min_p);
+      place = find_place(search == Search::kTopK, target_of(search, kept));
+      kept = place.weight_through;
     }
-    const Place place = find_place<false>(target_of(kept));
-    const auto is_tie = [=, this](int token) -> Weight64 {
-      return falling_bits(logits_.scaled(token)) == place.bits ? 1 : 0;
+    const auto is_tie = [place](float scaled) -> Weight64 {
+      return falling_bits(scaled) == place.bits ? 1 : 0;
     };
     return token_at(sum_up(is_tie), place.tie, is_tie);
   }
@@ -353,7 +400,7 @@ class Sampler {
   template <typename Measure>
   __device__ Sums sum_up(Measure measure) {
     Weight64 own = 0;
-    logits_.for_each<1>([&](int token) { own += measure(token); });
+    logits_.for_each_scaled([&](float scaled) { own += measure(scaled); });
     for (int offset = 16; offset > 0; offset /= 2) own += __shfl_xor_sync(~0U, own, offset);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     __syncthreads();  // the sums before have been read
@@ -379,17 +426,19 @@ class Sampler {
   __device__ int token_at(const Sums& sums, Weight64 target, Measure measure) {
     if (sums.before <= target && target < sums.before + sums.own) {
       Weight64 before = sums.before;
-      for (int first = logits_.begin(); first < logits_.end() && before <= target; first += 32) {
-        const int token = first + Row::lane();
-        const Weight64 own = token < logits_.end() ? measure(token) : 0;
-        Weight64 through = own;
-        for (int offset = 1; offset < 32; offset *= 2) {
-          const Weight64 lower = __shfl_up_sync(~0U, through, offset);
-          if (Row::lane() >= offset) through += lower;
+      constexpr int kAhead = Row::kAhead;
+      for (int first = logits_.begin(); first < logits_.end() && before <= target;
+           first += 32 * kAhead) {
+        float scaled[kAhead];
+        logits_.scale(first + Row::lane(), scaled);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+          const int token = first + 32 * i + Row::lane();
+          const Weight64 own = token < logits_.end() ? measure(scaled[i]) : 0;
+          const Weight64 through = before + warp_inclusive_sum(own);
+          if (through - own <= target && target < through) *at_rank(&shared_.token, 0) = token;
+          before = __shfl_sync(~0U, through, 31);
         }
-        through += before;
-        if (through - own <= target && target < through) *at_rank(&shared_.token, 0) = token;
-        before = __shfl_sync(~0U, through, 31);
       }
     }
     cluster_sync();
@@ -416,30 +465,35 @@ class Sampler {
     const Weight64 weight = weight_of(scaled);
     if (weight != 0) atomicAdd(histogram.weights + bin, weight);
   }
-  // Makes every CTA's histogram the sum of all. Each CTA adds up a share of the bins.
+  // Makes every CTA's histogram the sum of all. Each CTA adds up a share of the bins, half of its
+  // threads the counts and half the weights.
   template <int kBins>
   __device__ void merge(Histogram<kBins>& histogram) const {
+    constexpr int kShare = kBins / kCtas;
+    constexpr int kHalf = kThreads / 2;
+    static_assert(kShare <= kHalf);
     cluster_sync();
-    const int share = kBins / kCtas;
-    for (int i = threadIdx.x; i < share; i += kThreads) {
-      const int bin = cluster_rank() * share + i;
-      unsigned count = 0;
-      Weight64 weight = 0;
-      for (int rank = 0; rank < kCtas; ++rank) {
-        count += *at_rank(histogram.counts + bin, rank);
-        weight += *at_rank(histogram.weights + bin, rank);
-      }
-      for (int rank = 0; rank < kCtas; ++rank) {
-        *at_rank(histogram.counts + bin, rank) = count;
-        *at_rank(histogram.weights + bin, rank) = weight;
+    const int thread = static_cast<int>(threadIdx.x);
+    const int bin = cluster_rank() * kShare + thread % kHalf;
+    if (thread % kHalf < kShare) {
+      if (thread < kHalf) {
+        merge(histogram.counts + bin);
+      } else {
+        merge(histogram.weights + bin);
       }
     }
     cluster_sync();
   }
+  template <typename T>
+  __device__ void merge(T* bin) const {
+    T sum = 0;
+    for (int rank = 0; rank < kCtas; ++rank) sum += *at_rank(bin, rank);
+    for (int rank = 0; rank < kCtas; ++rank) *at_rank(bin, rank) = sum;
+  }
 
   // The bin in which the running count or weight passes `target`.
-  template <bool kByCount, int kBins>
-  __device__ Bin find_bin(const Histogram<kBins>& histogram, Weight64 target) const {
+  template <int kBins>
+  __device__ Bin find_bin(const Histogram<kBins>& histogram, bool by_count, Weight64 target) const {
     constexpr int kOwn = kBins / kThreads;
     const int first = static_cast<int>(threadIdx.x) * kOwn;
     Bin bin{};
@@ -457,8 +511,8 @@ class Sampler {
       bin.index = i;
       bin.count = histogram.counts[i];
       bin.weight = histogram.weights[i];
-      const Weight64 before = kByCount ? bin.count_before : bin.weight_before;
-      const Weight64 own = kByCount ? bin.count : bin.weight;
+      const Weight64 before = by_count ? bin.count_before : bin.weight_before;
+      const Weight64 own = by_count ? bin.count : bin.weight;
       if (before <= target && target < before + own) shared_.found = bin;
       bin.count_before += bin.count;
       bin.weight_before += bin.weight;
@@ -472,10 +526,8 @@ class Sampler {
   // Returns the weight of all tokens.
   __device__ Weight64 fill_buckets() {
     clear(shared_.buckets);
-    logits_.for_each<1>([this](int token) {
-      const float scaled = logits_.scaled(token);
-      add(shared_.buckets, bucket_of(scaled), scaled);
-    });
+    logits_.for_each_scaled(
+        [this](float scaled) { add(shared_.buckets, bucket_of(scaled), scaled); });
     merge(shared_.buckets);
     Weight64 weight = 0;
     for (int i = threadIdx.x; i < kBuckets; i += kThreads) weight += shared_.buckets.weights[i];
@@ -483,32 +535,30 @@ class Sampler {
   }
 
   // The first token, best first, whose running count or weight is above `target`.
-  template <bool kByCount>
-  __device__ Place find_place(Weight64 target) {
-    const Bin bucket = find_bin<kByCount>(shared_.buckets, target);
+  __device__ Place find_place(bool by_count, Weight64 target) {
+    const Bin bucket = find_bin(shared_.buckets, by_count, target);
     unsigned count = bucket.count_before;
     Weight64 weight = bucket.weight_before;
     Bin digit{};
-    std::uint32_t prefix = 0;  // of the bits of those that are looked at
-    int known = 0;             // how many bits it has
-    for (const int bits : {11, 11, 10}) {
+    std::uint32_t prefix = 0;  // of the bits of those that are looked at, `known` bits
+#pragma unroll 1
+    for (int known = 0; known < 32; known += 11) {
+      const int bits = known < 22 ? 11 : 10;
       clear(shared_.digits);
-      logits_.for_each<1>([&](int token) {
-        const float scaled = logits_.scaled(token);
+      logits_.for_each_scaled([&](float scaled) {
         if (bucket_of(scaled) != bucket.index) return;
         const std::uint32_t all = falling_bits(scaled);
         if (known > 0 && all >> (32 - known) != prefix) return;
         add(shared_.digits, static_cast<int>(all << known >> (32 - bits)), scaled);
       });
       merge(shared_.digits);
-      digit = find_bin<kByCount>(shared_.digits, target - (kByCount ? count : weight));
+      digit = find_bin(shared_.digits, by_count, target - (by_count ? count : weight));
       count += digit.count_before;
       weight += digit.weight_before;
       prefix = prefix << bits | static_cast<std::uint32_t>(digit.index);
-      known += bits;
     }
     const Weight64 each = digit.weight / digit.count;  // of equal logits
-    const Weight64 tie = kByCount ? target - count : (target - weight) / each;
+    const Weight64 tie = by_count ? target - count : (target - weight) / each;
     return {prefix, static_cast<unsigned>(tie), weight + (tie + 1) * each};
   }
 
