@@ -347,7 +347,8 @@ class Sampler {
   };
 
   __device__ Weight64 weight_of(float scaled) const {
-    return __double2ull_rn(exp(static_cast<double>(scaled - highest_)) * kWeightOne);
+    const double weight = exp(static_cast<double>(scaled - highest_)) * kWeightOne;
+    return weight >= 0 ? __double2ull_rn(weight) : 0;  // what is no number would become 2^63
   }
   __device__ Weight64 weight_from(float lowest, float scaled) const {
     return scaled >= lowest ? weight_of(scaled) : 0;
