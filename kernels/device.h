@@ -460,6 +460,8 @@ struct SelectTraceArgs {
 
 // ---- sampling --------------------------------------------------------------------------------
 
+struct SampledToken;
+
 struct SampleRow {
   float temperature = 0;         // 0: greedy
   std::int32_t top_k = 0;        // 0: off
@@ -477,6 +479,7 @@ struct SampleRow {
   std::int32_t num_logprobs = 0;  // of the best tokens, <= kMaxLogprobs
   TokenId forced = -1;            // taken instead of sampling (its logprob is reported); < 0: none
   const std::uint32_t* mismatches = nullptr;  // SequenceKv's, or null
+  SampledToken* out = nullptr;                // on the device, or pinned in host memory
 };
 inline constexpr int kMaxLogprobs = 20;
 
@@ -495,7 +498,6 @@ struct SampleArgs {
   const SampleRow* rows;  // [num_rows]
   int num_rows;
   int vocab;
-  SampledToken* out;  // [num_rows]
 };
 
 // ---- the interface ---------------------------------------------------------------------------
@@ -533,6 +535,11 @@ class Device {
   // streams; what `ops` refers to outlives the graph (a device may call it at each launch).
   virtual std::unique_ptr<Graph> record(Stream& stream, const std::function<void()>& ops) = 0;
   virtual void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) = 0;
+  // copy_in of few bytes, of which a step can't begin before it has them, in whole words of 8, from
+  // memory of allocate_pinned().
+  virtual void read_in(void* device, const void* pinned, std::size_t bytes, Stream& stream) {
+    copy_in(device, pinned, bytes, stream);
+  }
   virtual void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) = 0;
   virtual void copy(void* to, const void* from, std::size_t bytes, Stream& stream) = 0;
   virtual void fill_zero(void* device, std::size_t bytes, Stream& stream) = 0;

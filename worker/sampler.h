@@ -1,6 +1,7 @@
 // Sampler: logits to tokens, on the device. A pure function of (seed, position, logits, earlier
 // tokens), so every rank draws the same token and none is sent around. A drawn token stays on the
-// device, where the next step reads it; the host gets a copy later, when it has been drawn.
+// device, where the next step reads it; the device leaves another in host memory, which is looked
+// at later, when it has been drawn.
 //
 //   auto draw = sampler.begin(rows, stream);      // what each row's request asks for
 //   sampler.run(logits, rows.size(), stream);     // may be recorded, and launched again
@@ -49,8 +50,7 @@ class Sampler {
   kernels::Device& device_;
   const int max_rows_;
   const int vocab_;
-  kernels::DeviceBuffer rows_;     // [max_rows] SampleRow
-  kernels::DeviceBuffer sampled_;  // [max_rows] SampledToken
+  kernels::DeviceBuffer rows_;  // [max_rows] SampleRow
   std::vector<std::unique_ptr<Draw>> idle_;
 };
 

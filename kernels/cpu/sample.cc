@@ -137,9 +137,9 @@ void CpuDevice::sample(const SampleArgs& args, Stream& stream) {
     pool_.parallel_for(args.num_rows, [&](int i, int) {
       const float* logits = args.logits + static_cast<std::ptrdiff_t>(i) * args.vocab;
       const SampleRow& row = args.rows[i];
-      args.out[i] = sample_row(logits, args.vocab, row);
-      args.out[i].mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
-      if (row.append) row.tokens[row.num_tokens] = args.out[i].token;
+      *row.out = sample_row(logits, args.vocab, row);
+      row.out->mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
+      if (row.append) row.tokens[row.num_tokens] = row.out->token;
     });
   });
 }

@@ -6,6 +6,7 @@
 
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/elementwise.h"
 #include "kernels/cuda/ops.h"
 
 namespace foretoken::kernels {
@@ -192,6 +193,9 @@ std::unique_ptr<Graph> CudaDevice::record(Stream& stream, const std::function<vo
 
 void CudaDevice::copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) {
   FT_CUDA(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, as_cuda(stream).handle()));
+}
+void CudaDevice::read_in(void* device, const void* pinned, std::size_t bytes, Stream& stream) {
+  cuda::read_in(device, pinned, bytes, as_cuda(stream));
 }
 void CudaDevice::copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) {
   FT_CUDA(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, as_cuda(stream).handle()));

@@ -35,6 +35,7 @@ class CudaDevice final : public Device {
   std::unique_ptr<Event> make_event() override;
   std::unique_ptr<Graph> record(Stream& stream, const std::function<void()>& ops) override;
   void copy_in(void* device, const void* host, std::size_t bytes, Stream& stream) override;
+  void read_in(void* device, const void* pinned, std::size_t bytes, Stream& stream) override;
   void copy_out(void* host, const void* device, std::size_t bytes, Stream& stream) override;
   void copy(void* to, const void* from, std::size_t bytes, Stream& stream) override;
   void fill_zero(void* device, std::size_t bytes, Stream& stream) override;

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/waiter.h"
@@ -30,6 +31,10 @@ class CudaStream final : public Stream {
   // address that was given while it was recorded, which stays valid as long as the stream.
   std::byte* scratch(std::size_t bytes);
 
+  // The next launch_overlapped() (launch.cuh) doesn't overlap.
+  void serialize_next() { serial_ = true; }
+  bool take_serial() { return std::exchange(serial_, false); }
+
   // kNumCounters zeros, for "the last block to arrive does the rest". Who counts one up sets it
   // back to zero.
   static constexpr int kNumCounters = 16384;
@@ -43,7 +48,8 @@ class CudaStream final : public Stream {
   cudaStream_t handle_ = nullptr;
   std::byte* scratch_ = nullptr;
   std::size_t scratch_bytes_ = 0;
-  bool scratch_recorded_ = false;             // a graph has the address
+  bool scratch_recorded_ = false;  // a graph has the address
+  bool serial_ = false;
   std::vector<std::byte*> recorded_scratch_;  // outgrown, but a graph has their address
   std::uint32_t* counters_ = nullptr;
 };

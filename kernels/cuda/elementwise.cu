@@ -146,7 +146,24 @@ void embed_rows(const EmbedArgs& args, CudaStream& stream) {
   });
 }
 
+__global__ void read_in_kernel(const uint2* from, unsigned words, uint2* to) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < words) to[i] = from[i];
+}
+
 }  // namespace
+
+// Ops read what doesn't change within a step before those before them are done. So this one is
+// launched alone, and the next waits for its end.
+void read_in(void* to, const void* pinned, std::size_t bytes, CudaStream& stream) {
+  FT_CHECK(bytes % sizeof(uint2) == 0, bytes);
+  const auto words = static_cast<unsigned>(bytes / sizeof(uint2));
+  if (words == 0) return;
+  read_in_kernel<<<(words + kThreads - 1) / kThreads, kThreads, 0, stream.handle()>>>(
+      static_cast<const uint2*>(pinned), words, static_cast<uint2*>(to));
+  FT_CUDA(cudaGetLastError());
+  stream.serialize_next();
+}
 
 void embed(const EmbedArgs& args, DataType activation, CudaStream& stream) {
   if (args.num_tokens == 0) return;

@@ -34,7 +34,7 @@ void launch_overlapped(void (*kernel)(Params...), dim3 grid, dim3 block, std::si
                        CudaStream& stream, Args&&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  attribute.val.programmaticStreamSerializationAllowed = stream.take_serial() ? 0 : 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

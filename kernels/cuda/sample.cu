@@ -624,15 +624,15 @@ __device__ void report_best(const Slice& logits, int count, float normalizer, Sa
   out.top_logprobs[rank] = shared.all_best[mine].logit - normalizer;
 }
 
-__device__ void write_state(const SampleRow& row, int num_top, SampledToken& out) {
-  out.num_top = num_top;
-  out.mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
+__device__ void write_state(const SampleRow& row, int num_top) {
+  row.out->num_top = num_top;
+  row.out->mismatches = row.mismatches == nullptr ? 0 : *row.mismatches;
 }
 
-__device__ void write_token(const SampleRow& row, int token, float logprob, SampledToken& out) {
+__device__ void write_token(const SampleRow& row, int token, float logprob) {
   if (cluster_rank() != 0 || threadIdx.x != 0) return;
-  out.token = token;
-  out.logprob = logprob;
+  row.out->token = token;
+  row.out->logprob = logprob;
   if (row.append) row.tokens[row.num_tokens] = token;
 }
 
@@ -655,7 +655,7 @@ __device__ void choose(const SampleArgs& args, std::uint32_t* token_counts, Cand
     token = Sampler(row, logits, scaled, args.vocab, reducer, shared).draw();
   }
   // On other ranks `token` may be no token: only rank 0 reads its logit.
-  if (cluster_rank() == 0) write_token(row, token, logits.raw(token) - normalizer, args.out[index]);
+  if (cluster_rank() == 0) write_token(row, token, logits.raw(token) - normalizer);
 }
 
 __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
@@ -665,7 +665,6 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
   Exchange<Summary, kCtas> exchange(shared.exchange);
   exchange.begin();
   const std::size_t index = blockIdx.x / kCtas;
-  SampledToken& out = args.out[index];
   const Slice slice(args.logits + index * args.vocab, args.vocab);
   wait_for_earlier_kernels();
   const Summary all = summarize(slice, args.rows[index], exchange, shared);
@@ -673,19 +672,19 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
   const bool finite = isfinite(all.sum);
   const int num_top = finite ? min(max(row.num_logprobs, 0), min(kMaxLogprobs, args.vocab)) : 0;
   // A warp that writes no token, so that the read of the count delays none.
-  if (cluster_rank() == 0 && threadIdx.x == 32) write_state(row, num_top, out);
-  if (!finite) return write_token(row, 0, -INFINITY, out);
+  if (cluster_rank() == 0 && threadIdx.x == 32) write_state(row, num_top);
+  if (!finite) return write_token(row, 0, -INFINITY);
 
   const auto normalizer = static_cast<float>(all.highest + log(all.sum));
   const bool forced = row.forced >= 0 && row.forced < args.vocab;
   const bool chooses = !forced && (row.temperature > 0 || has_penalty(row));
   const auto write_known = [&] {
     const float logit = forced ? slice.raw(row.forced) : all.highest;
-    write_token(row, forced ? row.forced : all.token, logit - normalizer, out);
+    write_token(row, forced ? row.forced : all.token, logit - normalizer);
   };
   // Unlikely, so that a greedy row's code ends where it stands, and not far behind all the other.
   if (chooses || num_top > 0) [[unlikely]] {
-    if (num_top > 0) report_best(slice, num_top, normalizer, out, shared);
+    if (num_top > 0) report_best(slice, num_top, normalizer, *row.out, shared);
     if (chooses) {
       choose(args, token_counts, {all.highest, all.token}, normalizer, shared);
     } else if (cluster_rank() == 0) {

@@ -17,13 +17,13 @@ constexpr SampleRow kGreedy{.seed = 7};
 
 class Sample : public ::testing::Test {
  protected:
-  SampledToken draw(const std::vector<float>& logits, const SampleRow& row) {
+  SampledToken draw(const std::vector<float>& logits, SampleRow row) {
     SampledToken out{};
+    row.out = &out;
     device_->sample({.logits = logits.data(),
                      .rows = &row,
                      .num_rows = 1,
-                     .vocab = static_cast<int>(logits.size()),
-                     .out = &out},
+                     .vocab = static_cast<int>(logits.size())},
                     *stream_);
     return out;
   }

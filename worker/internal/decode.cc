@@ -181,7 +181,7 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
     host.num_columns[i] = blocks_for(rows_[i]->length());  // the step's token included
     if (rows_[i]->is_dense()) choose_nothing(host.histories[i]);
   }
-  device_.copy_in(tables_->memory.data(), base, host.bytes, compute);
+  device_.read_in(tables_->memory.data(), base, host.bytes, compute);
   tables_->copied[staging]->record(compute);
 }
 

@@ -49,9 +49,7 @@ Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
       max_rows_(max_rows),
       vocab_(vocab),
       rows_(device, sizeof(kernels::SampleRow) * static_cast<std::size_t>(max_rows),
-            kernels::MemoryUse::kTables),
-      sampled_(device, sizeof(kernels::SampledToken) * static_cast<std::size_t>(max_rows),
-               kernels::MemoryUse::kTables) {}
+            kernels::MemoryUse::kTables) {}
 
 std::unique_ptr<Sampler::Draw> Sampler::begin(std::span<Sequence* const> rows,
                                               kernels::Stream& stream) {
@@ -65,10 +63,11 @@ std::unique_ptr<Sampler::Draw> Sampler::begin(std::span<Sequence* const> rows,
   const auto staged = draw->rows.first(rows.size());
   for (std::size_t i = 0; i < rows.size(); ++i) {
     staged[i] = make_row(*rows[i]);
+    staged[i].out = draw->sampled.data() + i;
     draw->tokens.push_back({rows[i]->id(), rows[i]->length(), {}});
     rows[i]->grow();
   }
-  device_.copy_in(rows_.data(), staged.data(), staged.size_bytes(), stream);
+  device_.read_in(rows_.data(), staged.data(), staged.size_bytes(), stream);
   return draw;
 }
 
@@ -76,16 +75,11 @@ void Sampler::run(const float* logits, int num_rows, kernels::Stream& stream) {
   device_.sample({.logits = logits,
                   .rows = rows_.as<kernels::SampleRow>(),
                   .num_rows = num_rows,
-                  .vocab = vocab_,
-                  .out = sampled_.as<kernels::SampledToken>()},
+                  .vocab = vocab_},
                  stream);
 }
 
-void Sampler::end(Draw& draw, kernels::Stream& stream) {
-  const auto sampled = draw.sampled.first(draw.tokens.size());
-  device_.copy_out(sampled.data(), sampled_.data(), sampled.size_bytes(), stream);
-  draw.done->record(stream);
-}
+void Sampler::end(Draw& draw, kernels::Stream& stream) { draw.done->record(stream); }
 
 void Sampler::collect(std::unique_ptr<Draw> draw, StepResult& result) {
   draw->done->synchronize();

@@ -1,5 +1,7 @@
 // linear on the GPU against the CPU device: both of its ways (few rows, many rows), and what is
 // fused into the product.
+#include <algorithm>
+
 #include "common/result.h"
 #include "tests/kernels/cuda/cuda_test.h"
 #include "tests/kernels/test_device.h"
@@ -150,6 +152,23 @@ TEST_F(CudaTest, MemoryIsAccounted) {
     FAIL() << "16 TiB were allocated";
   } catch (const Exception& failure) {
     EXPECT_EQ(failure.error().code, ErrorCode::kExhausted) << failure.what();
+  }
+}
+
+TEST_F(CudaTest, ReadsPinnedMemoryIn) {
+  Pair pair;
+  for (DeviceUnderTest* on : {&pair.cuda, &pair.cpu}) {
+    auto* pinned = static_cast<float*>(on->device->allocate_pinned(40'000));
+    for (const std::size_t count : {std::size_t{0}, std::size_t{2}, std::size_t{10'000}}) {
+      const std::vector<float> values = random_floats(count, 7);
+      std::ranges::copy(values, pinned);
+      DeviceArray<float> to(*on, std::vector<float>(count + 1, 5));
+      on->device->read_in(to.data(), pinned, count * sizeof(float), *on->stream);
+      std::vector<float> expected = values;
+      expected.push_back(5);
+      EXPECT_EQ(to.get(), expected);
+    }
+    on->device->release_pinned(pinned);
   }
 }
 

@@ -35,15 +35,16 @@ Drawn draw(DeviceUnderTest& on, const std::vector<float>& logits, int vocab,
   const DeviceArray<float> device_logits(on, logits);
   std::deque<DeviceArray<TokenId>> tokens;
   std::vector<SampleRow> device_rows;
+  const DeviceArray<SampledToken> out(on, std::vector<SampledToken>(rows.size()));
   for (const HostRow& host : rows) {
     tokens.emplace_back(on, host.tokens);
     device_rows.push_back(host.row);
     device_rows.back().tokens = tokens.back().data();
+    device_rows.back().out = out.data() + device_rows.size() - 1;
   }
   const DeviceArray<SampleRow> row_array(on, device_rows);
-  const DeviceArray<SampledToken> out(on, std::vector<SampledToken>(rows.size()));
-  on.run(&Device::sample, SampleArgs{device_logits.data(), row_array.data(),
-                                     static_cast<int>(rows.size()), vocab, out.data()});
+  on.run(&Device::sample,
+         SampleArgs{device_logits.data(), row_array.data(), static_cast<int>(rows.size()), vocab});
   Drawn drawn{out.get(), {}};
   for (const auto& array : tokens) drawn.tokens.push_back(array.get());
   return drawn;
@@ -196,10 +197,11 @@ TEST_F(CudaSampleRow, BeginsAnywhere) {
       std::vector<SampledToken> sampled;
       for (DeviceUnderTest* on : {&both.cuda, &both.cpu}) {
         const DeviceArray<float> array(*on, logits);
-        const DeviceArray<SampleRow> rows(*on, {kGreedy});
         const DeviceArray<SampledToken> out(*on, {SampledToken{}});
-        on->run(&Device::sample,
-                SampleArgs{array.data() + shift, rows.data(), 1, vocab, out.data()});
+        SampleRow row = kGreedy;
+        row.out = out.data();
+        const DeviceArray<SampleRow> rows(*on, {row});
+        on->run(&Device::sample, SampleArgs{array.data() + shift, rows.data(), 1, vocab});
         sampled.push_back(out.get()[0]);
       }
       EXPECT_EQ(sampled[0].token, static_cast<TokenId>(best)) << shift;
@@ -270,11 +272,10 @@ TEST_F(CudaSampleRow, RunsInAGraph) {
   row.tokens = tokens.data();
   row.num_tokens = 4;
   row.append = true;
-  const DeviceArray<SampleRow> rows(both.cuda, {row});
   const DeviceArray<SampledToken> out(both.cuda, {SampledToken{}});
-  const auto step = [&] {
-    device.sample({logits.data(), rows.data(), 1, 1000, out.data()}, stream);
-  };
+  row.out = out.data();
+  const DeviceArray<SampleRow> rows(both.cuda, {row});
+  const auto step = [&] { device.sample({logits.data(), rows.data(), 1, 1000}, stream); };
   step();
   stream.synchronize();
   const TokenId first = out.get()[0].token;
