@@ -42,6 +42,10 @@ std::string_view name_of(MemoryUse use) {
   FT_CHECK(false, static_cast<int>(use));
 }
 
+void Device::linear_chain(const LinearChainArgs& args, Stream& /*stream*/) {
+  FT_CHECK(chains(args), args.products.size());
+}
+
 DeviceBuffer::DeviceBuffer(Device& device, std::size_t bytes, MemoryUse use)
     : device_(&device), data_(device.allocate(bytes, use)), bytes_(bytes), use_(use) {}
 

@@ -30,6 +30,8 @@
 
 namespace foretoken::kernels {
 
+class PeerSum;  // kernels/peer_sum.h
+
 std::string_view name_of(DataType type);
 
 // How a history value is stored. kE5m3: the fp16 bits of value * 2^12, shifted right by 7
@@ -183,6 +185,14 @@ struct LinearArgs {
   NormedInput norm = {};
   const void* residual = nullptr;  // [rows, weight.rows] activation; may be out; not with swiglu
   SwiGluOutput swiglu = {};
+};
+
+// Products one after the other: linear() of each, and after those that `summed` names (bit i: of
+// product i) the sum of its out over the ranks. The next one takes that as its x.
+struct LinearChainArgs {
+  std::span<const LinearArgs> products;
+  std::uint32_t summed = 0;
+  PeerSum* sum = nullptr;  // where something is summed
 };
 
 // out = silu(gate) * up, for gate_up = [rows, gate | up], each `columns` wide.
@@ -570,6 +580,9 @@ class Device {
   virtual void embed(const EmbedArgs& args, Stream& stream) = 0;
   virtual void rms_norm(const RmsNormArgs& args, Stream& stream) = 0;
   virtual void linear(const LinearArgs& args, Stream& stream) = 0;
+  // Without ops of the sums' own, where the device can. REQUIRES: chains(args).
+  virtual bool chains(const LinearChainArgs& /*args*/) const { return false; }
+  virtual void linear_chain(const LinearChainArgs& args, Stream& stream);
   virtual void swiglu(const SwiGluArgs& args, Stream& stream) = 0;
   virtual void rope_prefill(const RopePrefillArgs& args, Stream& stream) = 0;
   virtual void rope_decode(const RopeDecodeArgs& args, Stream& stream) = 0;

@@ -13,7 +13,7 @@ std::string why_no_cuda_device() {
   return "this program was built without CUDA; build where nvcc is found, or use --device cpu";
 }
 std::string cuda_device_id(int) { throw Exception(ErrorCode::kDevice, why_no_cuda_device()); }
-std::unique_ptr<PeerSum> make_peer_sum(Device&, int, int, std::size_t) {
+std::unique_ptr<PeerSum> make_peer_sum(Device&, int, int, const PeerSumSizes&) {
   throw Exception(ErrorCode::kDevice, why_no_cuda_device());
 }
 

@@ -1,4 +1,4 @@
-// PeerSum: sums over the GPUs of a node that have each other's memory open.
+// PeerSum: sums over the GPUs of a node that have each other's memory open, and joined logits.
 //
 // Small ones, in one kernel: decode adds 8 KiB a row up 65 times a token; there the link's latency
 // counts, and that a kernel may start early. Every rank writes its values into every other's inbox,
@@ -7,6 +7,9 @@
 // has found the values, so that there is one crossing of the link and no fence (as in NCCL's
 // protocol LL). An inbox has two halves, used in turn: a rank that writes call n has had all
 // answers of call n - 1, so that nobody still reads call n - 2.
+//
+// Or within a chain of products, as most of decode's are where a step has one or two rows: those
+// who make values send them, and those who take the sum add it up (kernels/cuda/peer_links.cuh).
 //
 // Large ones of two GPUs, in two steps: prefill adds 64 MiB up, which takes as long as a tenth of
 // its products. begin() has the copy engine bring the values into the other's inbox, which takes no
@@ -34,14 +37,14 @@ class PeerSum {
   static constexpr std::size_t kMaxBytes = std::size_t{256} << 10;  // of a tensor
 
   // How another rank finds an inbox.
-  using Address = std::array<std::byte, 80>;
+  using Address = std::array<std::byte, 96>;
 
   // Kernels that wait for others give up. REQUIRES: no rank calls run() any more.
   virtual ~PeerSum() = default;
 
   virtual Address address() const = 0;
   // Opens the others' inboxes, given every rank's address by rank. Throws Exception(kDevice) where
-  // one can't be reached.
+  // one can't be reached, or is on another kind of GPU.
   virtual void connect(std::span<const Address> addresses) = 0;
   // Closes them, which every rank does before any inbox may go.
   virtual void disconnect() = 0;
@@ -50,6 +53,16 @@ class PeerSum {
   virtual bool takes(std::size_t count) const = 0;
   // data[count] on the device becomes its sum over the ranks. REQUIRES: takes(count), connected.
   virtual void run(void* data, std::size_t count, Stream& stream) = 0;
+
+  // Whether it joins such parts: part [rows, widths[rank]] of each rank into all [rows, sum of
+  // widths], as small ones are summed.
+  virtual bool gathers(int rows, std::span<const int> widths) const = 0;
+  // REQUIRES: gathers(), connected.
+  virtual void gather(const float* part, float* all, int rows, std::span<const int> widths,
+                      Stream& stream) = 0;
+
+  // Whether it sums such values within a chain of products (Device::linear_chain).
+  virtual bool takes_in_chain(int rows, int columns) const = 0;
 
   // Whether it takes so many values in two steps.
   virtual bool begins(std::size_t count) const = 0;
@@ -60,10 +73,14 @@ class PeerSum {
   virtual void end(Stream& stream) = 0;
 };
 
-// most_bytes: of a sum in two steps; 0: there are none. REQUIRES: a CUDA device; it outlives the
-// sum. Throws Exception(kExhausted) where the device's memory, in which it has MemoryUse::kSums, is
-// full, and Exception(kDevice).
+struct PeerSumSizes {
+  std::size_t most_bytes = 0;  // of a sum in two steps; 0: there are none
+  int chain_columns = 0;       // of each sum within a chain; 0: there are none
+};
+
+// REQUIRES: a CUDA device; it outlives the sum. Throws Exception(kExhausted) where the device's
+// memory, in which it has MemoryUse::kSums, is full, and Exception(kDevice).
 std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size,
-                                       std::size_t most_bytes = 0);
+                                       const PeerSumSizes& sizes = {});
 
 }  // namespace foretoken::kernels

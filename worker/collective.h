@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/device.h"
+#include "kernels/peer_sum.h"
 
 namespace foretoken::worker {
 
@@ -31,6 +32,9 @@ class Collective {
   virtual void begin_sum(void* data, std::size_t count, kernels::Stream& stream);
   virtual void end_sum(kernels::Stream& stream);
 
+  // What sums within a chain of products (Device::linear_chain); null where these ranks can't.
+  virtual kernels::PeerSum* sum_in_chains() const { return nullptr; }
+
   // Joins columns: part [rows, widths[rank]] of each rank into all [rows, sum of widths]. fp32.
   // scratch: [world size, rows, widest of widths], the caller's, since a recorded step keeps its
   // address.
@@ -43,13 +47,13 @@ class Collective {
 std::unique_ptr<Collective> make_mpi_collective();
 std::unique_ptr<Collective> make_single_collective();
 // Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
-// it. Sums of few bytes are made by kernels/peer_sum.h where the ranks reach each other's memory,
-// and on two ranks those of up to most_begun bytes that are begun; unless they are all to be
-// NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws Exception(kDevice) when they
-// can't connect, or in a program built without CUDA.
+// it. Sums of few bytes and a few rows of logits are kernels/peer_sum.h's where the ranks reach
+// each other's memory, and on two ranks sums of up to sizes.most_bytes that are begun; unless all
+// are to be NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws Exception(kDevice) when
+// they can't connect, or in a program built without CUDA.
 enum class Sums { kByPeers, kByNccl };
 std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums sums,
-                                                 std::size_t most_begun);
+                                                 const kernels::PeerSumSizes& sizes);
 // Of the library that is loaded, as 2.28.3; empty in a program built without CUDA.
 std::string nccl_version();
 

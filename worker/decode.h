@@ -89,7 +89,8 @@ class Decode {
   void list_fetches(kernels::Stream& stream);
   void start_fetches(kernels::Stream& compute);
   void fetch_now(int layer, kernels::Stream& compute);
-  void run_layer(int layer, kernels::Stream& compute);
+  void attend_layer(int layer, kernels::Stream& compute);
+  void end_attention(kernels::Stream& compute);
   void rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute);
   void fetch_at_query(int layer, kernels::Stream& compute);
   void stream(const kernels::DecodeAttentionArgs& args, std::span<Sequence* const> rows,

@@ -88,6 +88,10 @@ class Model {
   // act.begins_sums, hidden is there for project_qkv() of the same rows, and for others after
   // end_sums().
   void finish_layer(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
+  // finish_layer(), and what follows it: project_qkv() of the next layer, or logits() after the
+  // last. As one op where the device can. REQUIRES: not act.begins_sums.
+  void finish_layer_and_next(int layer, int rows, Activations& act, void* hidden, float* logits,
+                             kernels::Stream& stream);
   void end_sums(kernels::Stream& stream);
   // The most that such a sum is of; 0 where chunks are too short for one.
   static std::size_t most_begun_bytes(const ModelConfig& config, int max_rows);
@@ -120,8 +124,21 @@ class Model {
   // Ends the sums of these rows, and those that were begun before them.
   void end_sums_of(const std::byte* hidden, int rows, kernels::Stream& stream);
   void end_oldest_sum(kernels::Stream& stream);
-  void add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias, const void* x,
-                   int rows, std::byte* hidden, kernels::Stream& stream);
+  // hidden: of all rows.
+  kernels::LinearArgs qkv_of(int layer, const Rows& rows, Activations& act,
+                             const void* hidden) const;
+  kernels::LinearArgs o_of(int layer, const Rows& rows, Activations& act, std::byte* hidden) const;
+  kernels::LinearArgs gate_up_of(int layer, const Rows& rows, Activations& act,
+                                 const std::byte* hidden) const;
+  kernels::LinearArgs down_of(int layer, const Rows& rows, Activations& act,
+                              std::byte* hidden) const;
+  kernels::LinearArgs added_product(const kernels::Weight& weight,
+                                    const kernels::DeviceBuffer& bias, const void* x,
+                                    const Rows& rows, std::byte* hidden) const;
+  kernels::LinearArgs logits_of(int rows, Activations& act, const void* hidden,
+                                float* logits) const;
+  void join_logits(int rows, Activations& act, float* logits, kernels::Stream& stream);
+  std::size_t row_bytes(int columns) const;
   void add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& stream);
   Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
         Collective& collective);

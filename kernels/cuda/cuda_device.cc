@@ -251,6 +251,10 @@ void CudaDevice::rms_norm(const RmsNormArgs& args, Stream& stream) {
 void CudaDevice::linear(const LinearArgs& args, Stream& stream) {
   linear_.run(args, as_cuda(stream));
 }
+bool CudaDevice::chains(const LinearChainArgs& args) const { return can_chain(args); }
+void CudaDevice::linear_chain(const LinearChainArgs& args, Stream& stream) {
+  run_chain(args, config_.activation_type, as_cuda(stream));
+}
 void CudaDevice::swiglu(const SwiGluArgs& args, Stream& stream) {
   cuda::swiglu(args, config_.activation_type, as_cuda(stream));
 }

@@ -53,6 +53,8 @@ class CudaDevice final : public Device {
   void embed(const EmbedArgs& args, Stream& stream) override;
   void rms_norm(const RmsNormArgs& args, Stream& stream) override;
   void linear(const LinearArgs& args, Stream& stream) override;
+  bool chains(const LinearChainArgs& args) const override;
+  void linear_chain(const LinearChainArgs& args, Stream& stream) override;
   void swiglu(const SwiGluArgs& args, Stream& stream) override;
   void rope_prefill(const RopePrefillArgs& args, Stream& stream) override;
   void rope_decode(const RopeDecodeArgs& args, Stream& stream) override;

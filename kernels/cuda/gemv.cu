@@ -10,12 +10,17 @@
 // early would share one, and leave another without.
 //
 // The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end.
+//
+// Where ranks share the work, what a product made is summed without a kernel of its own
+// (peer_links.cuh): lanes send their features to all ranks, and the product that takes the sum as
+// its x adds it up there, while its ring fills.
 #include <algorithm>
 
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/peer_links.cuh"
 #include "kernels/cuda/product_out.cuh"
 #include "kernels/cuda/types.cuh"
 
@@ -37,6 +42,8 @@ struct GemvParams {
   int rows;
   int num_features;  // of the product
   int columns;
+  PeerLinks links;
+  T* sum;  // where the CTAs store x, if it is received
 };
 
 // 8 values of x under the norm's weights; adds their squares.
@@ -50,6 +57,14 @@ __device__ uint4 apply_norm(uint4 x, const float* weight, float& squares) {
     pairs[i] = pack<T>(value.x * weight[2 * i], value.y * weight[2 * i + 1]);
   }
   return x;
+}
+
+// So that the norm's weights are near when x is there.
+__device__ void prefetch(const float* weight, int columns) {
+  constexpr int kLine = 128 / sizeof(float);
+  for (int i = kLine * static_cast<int>(threadIdx.x); i < columns; i += kLine * kThreads) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + i));
+  }
 }
 
 // Behind it: the rows of x, [kRows, columns rounded up to kStep], zeros behind each.
@@ -66,14 +81,24 @@ struct alignas(16) SharedMemory {
 
 static_assert(sizeof(SharedMemory) > (114 << 10), "two CTAs would fit an SM");
 
-template <int kRows, bool kNorm, typename T>
-__device__ void stage_x(const GemvParams<T>& p, int stride, SharedMemory& shared) {
+// 8 values of x, of which one CTA stores the sum.
+template <bool kReceives, typename T>
+__device__ uint4 load_x(const GemvParams<T>& p, std::uint32_t call, int at) {
+  if constexpr (!kReceives) return *reinterpret_cast<const uint4*>(p.x + at);
+  const uint4 x = receive_sum<T>(p.links, p.rows, call, at);
+  if (at / 8 % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(p.sum + at) = x;
+  return x;
+}
+
+template <int kRows, bool kNorm, bool kReceives, typename T>
+__device__ void stage_x(const GemvParams<T>& p, std::uint32_t call, int stride,
+                        SharedMemory& shared) {
   for (int row = 0; row < kRows; ++row) {
     float squares = 0;
     for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
       uint4 x{0, 0, 0, 0};
       if (row < p.rows && i < p.columns) {
-        x = *reinterpret_cast<const uint4*>(p.x + static_cast<std::size_t>(row) * p.columns + i);
+        x = load_x<kReceives>(p, call, row * p.columns + i);
         if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
       }
       *reinterpret_cast<uint4*>(shared.x<T>() + row * stride + i) = x;
@@ -177,8 +202,8 @@ __device__ void add_dot(uint4 a, uint4 b, float2& sum) {
 }
 
 // A feature's results, by one lane.
-template <typename Out, int kRows, int kParts, bool kNorm, typename T>
-__device__ void store_feature(const GemvParams<T>& p, int feature,
+template <typename Out, int kRows, int kParts, bool kNorm, bool kSends, typename T>
+__device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int feature,
                               const float (&sums)[kParts][kRows], const SharedMemory& shared) {
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
@@ -187,13 +212,22 @@ __device__ void store_feature(const GemvParams<T>& p, int feature,
     float scaled[kParts];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) scaled[part] = sums[part][n] * scale;
-    store_product<Out, kParts>(p.out, n, feature, scaled);
+    if constexpr (kSends) {
+      const float value = finish_product(p.out, n, feature, scaled);
+      send<T>(p.links, p.rows, call, n * p.out.columns + feature, value);
+    } else {
+      store_product<Out, kParts>(p.out, n, feature, scaled);
+    }
   }
 }
 
 // The bound of 3 keeps a thread to 40 registers: the gather and the choice run on the same SMs.
-template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu>
-__global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) gemv_kernel(const GemvParams<T> p) {
+// kLinked: x is a sum that is received, or without a norm, what is made is sent.
+template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu, bool kLinked>
+__global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
+    gemv_kernel(const GemvParams<T> p) {
+  constexpr bool kReceives = kLinked && kNorm;
+  constexpr bool kSends = kLinked && !kNorm;
   constexpr int kParts = kSwiGlu ? 2 : 1;
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<SharedMemory*>(memory);
@@ -201,10 +235,13 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) gemv_kernel(cons
   const Features features(p.num_features / kParts);
   WeightStream<T, kParts> weight(p, features, shared);
   for (int i = 0; i < weight.kAhead; ++i) weight.load();
+  if constexpr (kNorm) prefetch(p.norm_weight, p.columns);
 
   wait_for_earlier_kernels();
   const int stride = (p.columns + kStep - 1) / kStep * kStep;
-  stage_x<kRows, kNorm>(p, stride, shared);
+  std::uint32_t call = 0;
+  if constexpr (kLinked) call = calls_of(p.links, p.rows)[blockIdx.x] + (kSends ? 1 : 0);
+  stage_x<kRows, kNorm, kReceives>(p, call, stride, shared);
   const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
   for (int feature = features.first; feature < features.end; feature += kWarps) {
     float2 pairs[kParts][kRows] = {};
@@ -228,8 +265,11 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 ? 3 : 2) gemv_kernel(cons
         sums[part][n] = warp_sum(pairs[part][n].x + pairs[part][n].y);
       }
     }
-    if (threadIdx.x % 32 == 0) store_feature<Out, kRows, kParts, kNorm>(p, feature, sums, shared);
+    if (threadIdx.x % 32 == 0) {
+      store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, shared);
+    }
   }
+  if (kSends && threadIdx.x == 0) count_call(p.links, p.rows, call);
 }
 
 std::size_t shared_bytes(int rows, int columns) {
@@ -237,39 +277,63 @@ std::size_t shared_bytes(int rows, int columns) {
   return sizeof(SharedMemory) + sizeof(std::uint16_t) * static_cast<std::size_t>(rows) * stride;
 }
 
+// sum: over what a product without a norm sends, and one with a norm receives its x; null: neither.
 template <typename T, int kRows>
-void run(const LinearArgs& args, CudaStream& stream) {
+void run(const LinearArgs& args, const PeerSum* sum, CudaStream& stream) {
   const auto& weight = static_cast<const CudaWeight&>(*args.weight);
   const bool swiglu = args.swiglu.scratch != nullptr;
-  const GemvParams<T> params{static_cast<const T*>(args.x),
-                             weight.memory.as<T>(),
-                             args.norm.weight,
-                             args.norm.eps,
-                             {args.bias, static_cast<const T*>(args.residual), args.out,
-                              swiglu ? weight.rows / 2 : weight.rows},
-                             args.rows,
-                             weight.rows,
-                             weight.columns};
   const bool norm = args.norm.weight != nullptr;
   FT_CHECK(!(swiglu && args.out_fp32));
+  GemvParams<T> params{static_cast<const T*>(args.x),
+                       weight.memory.as<T>(),
+                       args.norm.weight,
+                       args.norm.eps,
+                       {args.bias, static_cast<const T*>(args.residual), args.out,
+                        swiglu ? weight.rows / 2 : weight.rows},
+                       args.rows,
+                       weight.rows,
+                       weight.columns,
+                       {},
+                       static_cast<T*>(const_cast<void*>(args.x))};
   static const int sms = num_sms();
-  const int ctas = std::min(sms, swiglu ? weight.rows / 2 : weight.rows);
+  int ctas = sms;
+  if (sum != nullptr) {
+    params.links = links_of(*sum);
+    // Who waits for a rank of the same GPU leaves it room, as do kernels that have started behind.
+    if (params.links.ranks_here > 1) ctas = std::max(1, ctas / (4 * params.links.ranks_here));
+  }
+  ctas = std::min(ctas, params.out.columns);
   const auto start = [&](auto kernel) {
     const std::size_t bytes = shared_bytes(kRows, weight.columns);
     FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(bytes)));
     launch_overlapped(kernel, ctas, kThreads, bytes, stream, params);
   };
+  if (sum != nullptr) {
+    if (!norm) return start(gemv_kernel<T, T, kRows, false, false, true>);
+    if (swiglu) return start(gemv_kernel<T, T, kRows, true, true, true>);
+    return args.out_fp32 ? start(gemv_kernel<T, float, kRows, true, false, true>)
+                         : start(gemv_kernel<T, T, kRows, true, false, true>);
+  }
   if (swiglu) {
-    return norm ? start(gemv_kernel<T, T, kRows, true, true>)
-                : start(gemv_kernel<T, T, kRows, false, true>);
+    return norm ? start(gemv_kernel<T, T, kRows, true, true, false>)
+                : start(gemv_kernel<T, T, kRows, false, true, false>);
   }
   if (args.out_fp32) {
-    return norm ? start(gemv_kernel<T, float, kRows, true, false>)
-                : start(gemv_kernel<T, float, kRows, false, false>);
+    return norm ? start(gemv_kernel<T, float, kRows, true, false, false>)
+                : start(gemv_kernel<T, float, kRows, false, false, false>);
   }
-  norm ? start(gemv_kernel<T, T, kRows, true, false>)
-       : start(gemv_kernel<T, T, kRows, false, false>);
+  norm ? start(gemv_kernel<T, T, kRows, true, false, false>)
+       : start(gemv_kernel<T, T, kRows, false, false, false>);
+}
+
+void start(const LinearArgs& args, const PeerSum* sum, DataType activation, CudaStream& stream) {
+  FT_CHECK(can_gemv(args), args.rows, args.weight->columns);
+  with_half_type(activation, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto& start_rows = args.rows == 1 ? run<T, 1> : run<T, kMaxGemvRows>;
+    start_rows(args, sum, stream);
+  });
 }
 
 }  // namespace
@@ -281,11 +345,36 @@ bool can_gemv(const LinearArgs& args) {
 }
 
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream) {
-  FT_CHECK(can_gemv(args), args.rows, args.weight->columns);
-  with_half_type(activation, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    args.rows == 1 ? run<T, 1>(args, stream) : run<T, kMaxGemvRows>(args, stream);
-  });
+  start(args, nullptr, activation, stream);
+}
+
+bool can_chain(const LinearChainArgs& args) {
+  bool receives = false;
+  for (std::size_t i = 0; i < args.products.size(); ++i) {
+    const LinearArgs& product = args.products[i];
+    const bool sends = (args.summed >> i & 1U) != 0;
+    const bool norm = product.norm.weight != nullptr;
+    if (product.rows == 0 || !can_gemv(product)) return false;
+    // What receives a sum stores it for all who come later.
+    if (receives && (!norm || product.x != args.products[i - 1].out)) return false;
+    if (sends) {
+      const bool is_plain = !norm && !product.out_fp32 && product.swiglu.scratch == nullptr;
+      if (!is_plain || args.sum == nullptr) return false;
+      if (!args.sum->takes_in_chain(product.rows, product.weight->rows)) return false;
+    }
+    receives = sends;
+  }
+  return args.summed != 0 && !receives;
+}
+
+void run_chain(const LinearChainArgs& args, DataType activation, CudaStream& stream) {
+  FT_CHECK(can_chain(args), args.products.size());
+  bool receives = false;
+  for (std::size_t i = 0; i < args.products.size(); ++i) {
+    const bool sends = (args.summed >> i & 1U) != 0;
+    start(args.products[i], sends || receives ? args.sum : nullptr, activation, stream);
+    receives = sends;
+  }
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -39,6 +39,11 @@ bool can_gemv(const LinearArgs& args);
 // REQUIRES: can_gemv(args).
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream);
 
+// Whether run_chain() takes them: few rows, and sums that the next product takes as its x.
+bool can_chain(const LinearChainArgs& args);
+// REQUIRES: can_chain(args).
+void run_chain(const LinearChainArgs& args, DataType activation, CudaStream& stream);
+
 bool can_multiply_few_rows(const LinearArgs& args);
 // With x in place of args.x, which is normed already where args has a norm. REQUIRES:
 // can_multiply_few_rows(args).

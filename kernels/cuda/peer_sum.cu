@@ -10,6 +10,7 @@
 #include "kernels/cuda/cuda_device.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/peer_links.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/peer_sum.h"
 #include "kernels/poll.h"
@@ -107,6 +108,56 @@ __global__ void __launch_bounds__(kThreads) peer_sum_kernel(const Params p) {
   if (threadIdx.x == 0) p.calls[cta] = call;
 }
 
+// ---- parts of all ranks, joined ----
+
+struct GatherParams {
+  const uint2* part;
+  uint2* all;
+  int rows;
+  int row_words;                      // of all
+  int first[PeerSum::kMaxRanks + 1];  // a rank's first word of a row, and where the last one ends
+  Params link;                        // but for its data
+};
+
+// A CTA has a run of each rank's words, and counts as those of a sum do.
+__global__ void __launch_bounds__(kThreads) peer_gather_kernel(const GatherParams p) {
+  allow_next_kernel();
+  const Params& link = p.link;
+  const int cta = blockIdx.x;
+  wait_for_earlier_kernels();
+  const std::uint32_t call = link.calls[cta] + 1;
+  // Calls f(word of the rank's, its place in the CTA's run).
+  const auto for_each = [&](int rank, const auto& f) {
+    const int count = p.rows * (p.first[rank + 1] - p.first[rank]);
+    const int per_cta = (count + gridDim.x - 1) / gridDim.x;
+    const int end = min(count, (cta + 1) * per_cta);
+    for (int word = cta * per_cta + threadIdx.x; word < end; word += kThreads) {
+      f(word, word - cta * per_cta);
+    }
+  };
+  const auto place_of = [&](int rank, int word) {
+    const int width = p.first[rank + 1] - p.first[rank];
+    return word / width * p.row_words + p.first[rank] + word % width;
+  };
+  for_each(link.rank, [&](int word, int at) {
+    const uint2 values = p.part[word];
+    for (int step = 1; step < link.world_size; ++step) {
+      const int to = (link.rank + step) % link.world_size;
+      send(link.inboxes[to] + inbox_at(call, cta, link.rank, at), values, call);
+    }
+    p.all[place_of(link.rank, word)] = values;
+  });
+  for (int step = 1; step < link.world_size; ++step) {
+    const int from = (link.rank + step) % link.world_size;
+    for_each(from, [&](int word, int at) {
+      p.all[place_of(from, word)] =
+          receive(link.inboxes[link.rank] + inbox_at(call, cta, from, at), call, link.stop);
+    });
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) link.calls[cta] = call;
+}
+
 // ---- in two steps ----
 
 constexpr int kPlaces = 4;
@@ -126,7 +177,14 @@ struct Layout {
     return sizeof(uint4) * 2 * kMaxCtas * PeerSum::kMaxRanks * std::size_t{kWordsPerCta};
   }
   static constexpr std::size_t calls() { return inbox_bytes(); }
-  static constexpr std::size_t numbers() { return calls() + kMaxCtas * sizeof(std::uint32_t); }
+  static constexpr std::size_t boxes() { return calls() + kMaxCtas * sizeof(std::uint32_t); }
+  static constexpr std::size_t chain_calls() {
+    return boxes() + sizeof(std::uint32_t) * PeerLinks::kMaxRows * 2 * PeerSum::kMaxRanks *
+                         std::size_t{PeerLinks::kMaxRows} * PeerLinks::kMaxColumns;
+  }
+  static constexpr std::size_t numbers() {
+    return chain_calls() + PeerLinks::kMaxRows * PeerLinks::kMaxCtas * sizeof(std::uint32_t);
+  }
   static constexpr std::size_t flags() { return numbers() + kNumbers * sizeof(std::uint32_t); }
   std::size_t flag(std::uint32_t call) const { return flags() + call % kPlaces * kLine; }
   std::size_t place(std::uint32_t call) const {
@@ -181,18 +239,22 @@ __global__ void __launch_bounds__(kLargeThreads) large_sum_kernel(const LargePar
 // What an Address holds.
 struct Inbox {
   cudaIpcMemHandle_t handle;  // for other processes
+  uint4* memory;              // in that one:
   pid_t process;
-  uint4* memory;  // in that one
+  int sms;
+  cudaUUID_t gpu;
 };
 static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
 
 class CudaPeerSum final : public PeerSum {
  public:
-  CudaPeerSum(Device& device, int rank, int world_size, std::size_t most_bytes)
+  CudaPeerSum(Device& device, int rank, int world_size, const PeerSumSizes& sizes)
       : device_(static_cast<CudaDevice&>(device)),
         type_(device.activation_type()),
-        layout_{world_size == 2 ? most_bytes : 0} {
+        layout_{world_size == 2 ? sizes.most_bytes : 0},
+        chain_columns_(sizes.chain_columns) {
     FT_CHECK(world_size <= kMaxRanks, world_size);
+    FT_CHECK(num_sms() <= PeerLinks::kMaxCtas, num_sms());
     params_.rank = rank;
     params_.world_size = world_size;
     memory_ =
@@ -229,7 +291,11 @@ class CudaPeerSum final : public PeerSum {
   CudaPeerSum& operator=(const CudaPeerSum&) = delete;
 
   Address address() const override {
-    Inbox inbox{.handle = {}, .process = getpid(), .memory = params_.inboxes[params_.rank]};
+    Inbox inbox{.handle = {},
+                .memory = params_.inboxes[params_.rank],
+                .process = getpid(),
+                .sms = num_sms(),
+                .gpu = own_gpu()};
     FT_CUDA(cudaIpcGetMemHandle(&inbox.handle, memory_));
     Address address{};
     std::memcpy(address.data(), &inbox, sizeof inbox);
@@ -238,10 +304,19 @@ class CudaPeerSum final : public PeerSum {
 
   void connect(std::span<const Address> addresses) override {
     FT_CHECK(static_cast<int>(addresses.size()) == params_.world_size, addresses.size());
+    links_.ranks_here = 0;
     for (int rank = 0; rank < params_.world_size; ++rank) {
-      if (rank == params_.rank) continue;
       Inbox inbox{};
       std::memcpy(&inbox, addresses[static_cast<std::size_t>(rank)].data(), sizeof inbox);
+      if (inbox.sms != num_sms()) {  // a chain's values would be other thread blocks' there
+        throw Exception(ErrorCode::kDevice, "the GPU of rank " + std::to_string(rank) + " has " +
+                                                std::to_string(inbox.sms) +
+                                                " multiprocessors, this one has " +
+                                                std::to_string(num_sms()));
+      }
+      const cudaUUID_t gpu = own_gpu();
+      if (std::memcmp(&inbox.gpu, &gpu, sizeof gpu) == 0) ++links_.ranks_here;
+      if (rank == params_.rank) continue;
       void* memory = inbox.memory;
       if (inbox.process != getpid()) {
         FT_CUDA(cudaIpcOpenMemHandle(&memory, inbox.handle, cudaIpcMemLazyEnablePeerAccess));
@@ -263,6 +338,24 @@ class CudaPeerSum final : public PeerSum {
     return bytes <= kMaxBytes && bytes % kWordBytes == 0;
   }
 
+  bool takes_in_chain(int rows, int columns) const override {
+    return rows <= PeerLinks::kMaxRows && columns == chain_columns_ && columns % 8 == 0 &&
+           columns <= PeerLinks::kMaxColumns;
+  }
+
+  PeerLinks links() const {
+    PeerLinks links = links_;
+    links.calls = reinterpret_cast<std::uint32_t*>(memory_ + Layout::chain_calls());
+    links.stop = params_.stop;
+    links.rank = params_.rank;
+    links.world_size = params_.world_size;
+    for (int rank = 0; rank < params_.world_size; ++rank) {
+      auto* memory = reinterpret_cast<std::byte*>(params_.inboxes[rank]);
+      links.boxes[rank] = reinterpret_cast<std::uint32_t*>(memory + Layout::boxes());
+    }
+    return links;
+  }
+
   void run(void* data, std::size_t count, Stream& stream) override {
     FT_CHECK(takes(count), count);
     if (count == 0) return;
@@ -274,6 +367,38 @@ class CudaPeerSum final : public PeerSum {
       launch_overlapped(peer_sum_kernel<typename decltype(tag)::type>, ctas, kThreads, 0,
                         as_cuda(stream), params);
     });
+  }
+
+  bool gathers(int rows, std::span<const int> widths) const override {
+    constexpr auto kFloats = static_cast<int>(kWordBytes / sizeof(float));
+    const auto fits = [&](int width) {
+      return width % kFloats == 0 &&
+             static_cast<std::size_t>(rows) * static_cast<std::size_t>(width) * sizeof(float) <=
+                 kMaxBytes;
+    };
+    return std::ranges::all_of(widths, fits);
+  }
+
+  void gather(const float* part, float* all, int rows, std::span<const int> widths,
+              Stream& stream) override {
+    FT_CHECK(gathers(rows, widths) && static_cast<int>(widths.size()) == params_.world_size, rows,
+             widths.size());
+    constexpr auto kFloats = static_cast<int>(kWordBytes / sizeof(float));
+    GatherParams params{};
+    params.part = reinterpret_cast<const uint2*>(part);
+    params.all = reinterpret_cast<uint2*>(all);
+    params.rows = rows;
+    params.link = params_;
+    int most = 0;
+    for (std::size_t rank = 0; rank < widths.size(); ++rank) {
+      const int words = widths[rank] / kFloats;
+      params.first[rank + 1] = params.first[rank] + words;
+      most = std::max(most, rows * words);
+    }
+    params.row_words = params.first[widths.size()];
+    if (most == 0) return;
+    const int ctas = std::min((most + kThreads - 1) / kThreads, kMaxCtas);
+    launch_overlapped(peer_gather_kernel, ctas, kThreads, 0, as_cuda(stream), params);
   }
 
   bool begins(std::size_t count) const override {
@@ -324,29 +449,41 @@ class CudaPeerSum final : public PeerSum {
     cudaEvent_t sent = nullptr;
   };
   static std::uint32_t number(std::uint32_t call) { return 1 + call % kNumbers; }
+  static cudaUUID_t own_gpu() {
+    int device = 0;
+    cudaDeviceProp properties{};
+    FT_CUDA(cudaGetDevice(&device));
+    FT_CUDA(cudaGetDeviceProperties(&properties, device));
+    return properties.uuid;
+  }
 
   CudaDevice& device_;
   DataType type_;
   Layout layout_;
+  int chain_columns_;
   cudaStream_t sender_ = nullptr;
   cudaEvent_t made_ = nullptr;
   std::array<Begun, kMaxBegun> slots_;
   std::uint32_t num_begun_ = 0;
   std::uint32_t num_ended_ = 0;
   Params params_{};
+  PeerLinks links_{};
   std::byte* memory_ = nullptr;
   int* stop_ = nullptr;
   std::vector<void*> opened_;
 };
 
 }  // namespace
+
+PeerLinks links_of(const PeerSum& sum) { return static_cast<const CudaPeerSum&>(sum).links(); }
+
 }  // namespace foretoken::kernels::cuda
 
 namespace foretoken::kernels {
 
 std::unique_ptr<PeerSum> make_peer_sum(Device& device, int rank, int world_size,
-                                       std::size_t most_bytes) {
-  return std::make_unique<cuda::CudaPeerSum>(device, rank, world_size, most_bytes);
+                                       const PeerSumSizes& sizes) {
+  return std::make_unique<cuda::CudaPeerSum>(device, rank, world_size, sizes);
 }
 
 }  // namespace foretoken::kernels

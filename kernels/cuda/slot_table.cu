@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
@@ -306,6 +307,8 @@ __global__ void __launch_bounds__(kThreads) resolve_kernel(ResolveArgs args) {
 }
 
 __global__ void advance_kernel(AdvanceArgs args) {
+  allow_next_kernel();
+  wait_for_earlier_kernels();
   const int row = blockIdx.x * blockDim.x + threadIdx.x;
   if (row < args.rows) ++*args.sequences[row].length;
 }
@@ -314,8 +317,8 @@ __global__ void advance_kernel(AdvanceArgs args) {
 
 void advance(const AdvanceArgs& args, CudaStream& stream) {
   if (args.rows == 0) return;
-  advance_kernel<<<(args.rows + kThreads - 1) / kThreads, kThreads, 0, stream.handle()>>>(args);
-  FT_CUDA(cudaGetLastError());
+  launch_overlapped(advance_kernel, (args.rows + kThreads - 1) / kThreads, kThreads, 0, stream,
+                    args);
 }
 
 void resolve(const ResolveArgs& args, CudaStream& stream) {

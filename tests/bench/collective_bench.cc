@@ -27,8 +27,8 @@ class Bench {
   explicit Bench(int rank)
       : device_(kernels::make_cuda_device({.index = rank})),
         stream_(device_->make_stream(kernels::StreamKind::kCompute)),
-        nccl_(make_nccl_collective(*device_, Sums::kByNccl, 0)),
-        peers_(make_nccl_collective(*device_, Sums::kByPeers, 0)),
+        nccl_(make_nccl_collective(*device_, Sums::kByNccl, {})),
+        peers_(make_nccl_collective(*device_, Sums::kByPeers, {})),
         data_(*device_, std::size_t{16} << 20, kernels::MemoryUse::kActivations) {}
 
   // The slowest rank's.

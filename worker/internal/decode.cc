@@ -273,12 +273,13 @@ void Decode::forward(kernels::Stream& compute) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) dense_pass(row, compute);
   }
   model_.embed_next(batch_.sequences, batch_.rows, hidden_.data(), compute);
-  for (int layer = 0; layer < model_.num_layers(); ++layer) run_layer(layer, compute);
-  device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
-  advanced_->record(compute);
-  write_through();
-  choose();
-  model_.logits(batch_.rows, act_, hidden_.data(), logits_.as<float>(), compute);
+  model_.project_qkv(0, batch_.rows, act_, hidden_.data(), compute);
+  for (int layer = 0; layer < model_.num_layers(); ++layer) {
+    attend_layer(layer, compute);
+    if (layer + 1 == model_.num_layers()) end_attention(compute);
+    model_.finish_layer_and_next(layer, batch_.rows, act_, hidden_.data(), logits_.as<float>(),
+                                 compute);
+  }
   sampler_.run(logits_.as<float>(), batch_.rows, compute);
   chosen_->wait(compute);  // the step's end: slots and lengths may change
 }
@@ -301,8 +302,16 @@ void Decode::fetch_now(int layer, kernels::Stream& compute) {
   for (Sequence* row : rows_) nvme_reads_.let_go(*row, layer);
 }
 
-void Decode::run_layer(int layer, kernels::Stream& compute) {
-  model_.project_qkv(layer, batch_.rows, act_, hidden_.data(), compute);
+// Of the whole step. What the coming one needs is made beside the last layer's products.
+void Decode::end_attention(kernels::Stream& compute) {
+  device_.advance({.sequences = batch_.sequences, .rows = batch_.rows}, compute);
+  advanced_->record(compute);
+  write_through();
+  choose();
+}
+
+// REQUIRES: the layer's q, k and v are projected.
+void Decode::attend_layer(int layer, kernels::Stream& compute) {
   if (kind_.fetches_blocks && by_layer_ && !audits_) {
     fetch_now(layer, compute);
   } else if (kind_.fetches_blocks) {
@@ -317,7 +326,6 @@ void Decode::run_layer(int layer, kernels::Stream& compute) {
     if (audits(*rows_[static_cast<std::size_t>(row)])) measure_recall(layer, row, compute);
   }
   attend_densely(layer, compute);
-  model_.finish_layer(layer, batch_.rows, act_, hidden_.data(), compute);
 }
 
 void Decode::rope(int layer, const predictor::DecodeBatch& batch, kernels::Stream& compute) {
@@ -342,7 +350,7 @@ void Decode::write_through() {
 }
 
 // What the coming step shall have. Needs nothing of the token that is being drawn, so it runs
-// beside the greatest product of the step. REQUIRES: write_through() is enqueued.
+// beside the last products of the step. REQUIRES: write_through() is enqueued.
 void Decode::choose() {
   advanced_->wait(*side_);
   if (policy_.observes()) observe_attended(*side_);

@@ -19,16 +19,16 @@ void Decode::dense_pass(int row, kernels::Stream& compute) {
   Sequence* sequence = rows_[static_cast<std::size_t>(row)];
   const predictor::DecodeBatch& batch = sequence->alone();
   model_.embed_next(batch.sequences, 1, hidden_.data(), compute);
+  model_.project_qkv(0, 1, act_, hidden_.data(), compute);
   for (int layer = 0; layer < model_.num_layers(); ++layer) {
-    model_.project_qkv(layer, 1, act_, hidden_.data(), compute);
     // Slots in flight are read and written here.
     if (kind_.fetches_blocks) store_.wait(layer, compute);
     rope(layer, batch, compute);
     stream(attention_args(layer, batch, 0), std::span(&sequence, 1), compute);
-    model_.finish_layer(layer, 1, act_, hidden_.data(), compute);
+    model_.finish_layer_and_next(layer, 1, act_, hidden_.data(),
+                                 dense_logits_.as<float>() + row * model_.config().vocab_size,
+                                 compute);
   }
-  model_.logits(1, act_, hidden_.data(),
-                dense_logits_.as<float>() + row * model_.config().vocab_size, compute);
 }
 
 // Of the choice, a KV head: the mean over its query heads. The report takes what is attended.

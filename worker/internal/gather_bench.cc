@@ -53,11 +53,10 @@ class DenseStep {
 
   void run(kernels::Stream& stream) {
     model_->embed(token_.as<TokenId>(), 1, hidden_.data(), stream);
+    model_->project_qkv(0, 1, act_, hidden_.data(), stream);
     for (int layer = 0; layer < model_->num_layers(); ++layer) {
-      model_->project_qkv(layer, 1, act_, hidden_.data(), stream);
-      model_->finish_layer(layer, 1, act_, hidden_.data(), stream);
+      model_->finish_layer_and_next(layer, 1, act_, hidden_.data(), logits_.as<float>(), stream);
     }
-    model_->logits(1, act_, hidden_.data(), logits_.as<float>(), stream);
   }
   const kernels::KvShape& kv_shape() const { return model_->kv_shape(); }
 

@@ -65,6 +65,10 @@ float Model::attention_scale() const {
   return 1.0F / std::sqrt(static_cast<float>(config_.head_dim));
 }
 
+std::size_t Model::row_bytes(int columns) const {
+  return kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(columns);
+}
+
 std::size_t Model::hidden_bytes(int rows) const {
   return kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(rows) *
          static_cast<std::size_t>(config_.hidden_size);
@@ -103,21 +107,74 @@ kernels::NormedInput Model::norm(const kernels::DeviceBuffer& weight,
   return {weight.as<float>(), static_cast<float>(config_.rms_norm_eps), act.normed.data()};
 }
 
+kernels::LinearArgs Model::qkv_of(int layer, const Rows& rows, Activations& act,
+                                  const void* hidden) const {
+  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
+  return {.x = static_cast<const std::byte*>(hidden) + hidden_bytes(rows.first),
+          .weight = weights.qkv.get(),
+          .bias = weights.qkv_bias.as<float>(),
+          .rows = rows.count,
+          .out = act.qkv.as<std::byte>() +
+                 row_bytes(weights.qkv->rows) * static_cast<std::size_t>(rows.first),
+          .norm = norm(weights.attention_norm, act)};
+}
+
+kernels::LinearArgs Model::gate_up_of(int layer, const Rows& rows, Activations& act,
+                                      const std::byte* hidden) const {
+  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
+  return {.x = hidden + hidden_bytes(rows.first),
+          .weight = weights.gate_up.get(),
+          .bias = weights.gate_up_bias.as<float>(),
+          .rows = rows.count,
+          .out = act.mlp.data(),
+          .norm = norm(weights.mlp_norm, act),
+          .swiglu = {act.gate_up.data()}};
+}
+
+kernels::LinearArgs Model::o_of(int layer, const Rows& rows, Activations& act,
+                                std::byte* hidden) const {
+  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
+  const std::byte* x = act.attn.as<std::byte>() +
+                       row_bytes(weights.o->columns) * static_cast<std::size_t>(rows.first);
+  return added_product(*weights.o, weights.o_bias, x, rows, hidden);
+}
+
+kernels::LinearArgs Model::down_of(int layer, const Rows& rows, Activations& act,
+                                   std::byte* hidden) const {
+  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
+  return added_product(*weights.down, weights.down_bias, act.mlp.data(), rows, hidden);
+}
+
+// hidden += W x. The residual is one rank's summand, so that the sum over ranks counts it once.
+kernels::LinearArgs Model::added_product(const kernels::Weight& weight,
+                                         const kernels::DeviceBuffer& bias, const void* x,
+                                         const Rows& rows, std::byte* hidden) const {
+  std::byte* out = hidden + hidden_bytes(rows.first);
+  return {.x = x,
+          .weight = &weight,
+          .bias = bias.as<float>(),
+          .rows = rows.count,
+          .out = out,
+          .residual = part_.rank == 0 ? out : nullptr};
+}
+
+kernels::LinearArgs Model::logits_of(int rows, Activations& act, const void* hidden,
+                                     float* logits) const {
+  return {.x = hidden,
+          .weight = lm_head_.get(),
+          .bias = nullptr,
+          .rows = rows,
+          .out = part_.world_size == 1 ? logits : act.logits.as<float>(),
+          .out_fp32 = true,
+          .norm = norm(final_norm_, act)};
+}
+
 void Model::project_qkv(int layer, int rows, Activations& act, const void* hidden,
                         kernels::Stream& stream) {
-  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
-  const std::size_t row =
-      kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.qkv->rows);
   for (const Rows& part : parts(rows, act)) {
-    const std::byte* x = static_cast<const std::byte*>(hidden) + hidden_bytes(part.first);
-    end_sums_of(x, part.count, stream);
-    device_.linear({.x = x,
-                    .weight = weights.qkv.get(),
-                    .bias = weights.qkv_bias.as<float>(),
-                    .rows = part.count,
-                    .out = act.qkv.as<std::byte>() + row * static_cast<std::size_t>(part.first),
-                    .norm = norm(weights.attention_norm, act)},
-                   stream);
+    end_sums_of(static_cast<const std::byte*>(hidden) + hidden_bytes(part.first), part.count,
+                stream);
+    device_.linear(qkv_of(layer, part, act, hidden), stream);
   }
 }
 
@@ -180,18 +237,6 @@ kernels::RopeArgs Model::rope_args(int layer, int rows, Activations& act) const 
   return args;
 }
 
-// hidden += W x. The residual is one rank's summand, so that the sum over ranks counts it once.
-void Model::add_product(const kernels::Weight& weight, const kernels::DeviceBuffer& bias,
-                        const void* x, int rows, std::byte* hidden, kernels::Stream& stream) {
-  device_.linear({.x = x,
-                  .weight = &weight,
-                  .bias = bias.as<float>(),
-                  .rows = rows,
-                  .out = hidden,
-                  .residual = part_.rank == 0 ? hidden : nullptr},
-                 stream);
-}
-
 void Model::add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& stream) {
   const std::size_t count =
       static_cast<std::size_t>(rows) * static_cast<std::size_t>(config_.hidden_size);
@@ -203,48 +248,50 @@ void Model::add_up(std::byte* hidden, int rows, bool begins, kernels::Stream& st
 
 void Model::finish_layer(int layer, int rows, Activations& act, void* hidden,
                          kernels::Stream& stream) {
-  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
   const std::vector<Rows> all = parts(rows, act);
   const bool begins = all.size() > 1;
-  const std::size_t attn_row =
-      kernels::bytes_of(device_.activation_type()) * static_cast<std::size_t>(weights.o->columns);
-  const auto hidden_of = [&](const Rows& part) {
-    return static_cast<std::byte*>(hidden) + hidden_bytes(part.first);
-  };
+  auto* x = static_cast<std::byte*>(hidden);
   for (const Rows& part : all) {
-    const std::byte* x = act.attn.as<std::byte>() + attn_row * static_cast<std::size_t>(part.first);
-    add_product(*weights.o, weights.o_bias, x, part.count, hidden_of(part), stream);
-    add_up(hidden_of(part), part.count, begins, stream);
+    device_.linear(o_of(layer, part, act, x), stream);
+    add_up(x + hidden_bytes(part.first), part.count, begins, stream);
   }
   for (const Rows& part : all) {
-    end_sums_of(hidden_of(part), part.count, stream);
-    device_.linear({.x = hidden_of(part),
-                    .weight = weights.gate_up.get(),
-                    .bias = weights.gate_up_bias.as<float>(),
-                    .rows = part.count,
-                    .out = act.mlp.data(),
-                    .norm = norm(weights.mlp_norm, act),
-                    .swiglu = {act.gate_up.data()}},
-                   stream);
-    add_product(*weights.down, weights.down_bias, act.mlp.data(), part.count, hidden_of(part),
-                stream);
-    add_up(hidden_of(part), part.count, begins, stream);
+    end_sums_of(x + hidden_bytes(part.first), part.count, stream);
+    device_.linear(gate_up_of(layer, part, act, x), stream);
+    device_.linear(down_of(layer, part, act, x), stream);
+    add_up(x + hidden_bytes(part.first), part.count, begins, stream);
   }
+}
+
+void Model::finish_layer_and_next(int layer, int rows, Activations& act, void* hidden,
+                                  float* logits, kernels::Stream& stream) {
+  const bool is_last = layer + 1 == num_layers();
+  const Rows all{0, rows};
+  auto* x = static_cast<std::byte*>(hidden);
+  const std::array<kernels::LinearArgs, 4> products = {
+      o_of(layer, all, act, x), gate_up_of(layer, all, act, x), down_of(layer, all, act, x),
+      is_last ? logits_of(rows, act, hidden, logits) : qkv_of(layer + 1, all, act, hidden)};
+  constexpr std::uint32_t kOAndDown = 0b0101;
+  const kernels::LinearChainArgs chain{products, part_.world_size == 1 ? 0 : kOAndDown,
+                                       collective_.sum_in_chains()};
+  if (!device_.chains(chain)) {
+    finish_layer(layer, rows, act, hidden, stream);
+    return is_last ? this->logits(rows, act, hidden, logits, stream)
+                   : project_qkv(layer + 1, rows, act, hidden, stream);
+  }
+  device_.linear_chain(chain, stream);
+  if (is_last) join_logits(rows, act, logits, stream);
 }
 
 void Model::logits(int rows, Activations& act, const void* hidden, float* logits,
                    kernels::Stream& stream) {
   FT_CHECK(rows <= act.max_logit_rows, rows, act.max_logit_rows);
-  const bool alone = part_.world_size == 1;
-  device_.linear({.x = hidden,
-                  .weight = lm_head_.get(),
-                  .bias = nullptr,
-                  .rows = rows,
-                  .out = alone ? logits : act.logits.as<float>(),
-                  .out_fp32 = true,
-                  .norm = norm(final_norm_, act)},
-                 stream);
-  if (alone) return;
+  device_.linear(logits_of(rows, act, hidden, logits), stream);
+  join_logits(rows, act, logits, stream);
+}
+
+void Model::join_logits(int rows, Activations& act, float* logits, kernels::Stream& stream) {
+  if (part_.world_size == 1) return;
   collective_.all_gather_columns(act.logits.as<float>(), logits, rows, vocab_widths_,
                                  act.gathered.as<float>(), stream);
 }

@@ -51,7 +51,8 @@ cudaStream_t handle_of(kernels::Stream& stream) {
 
 class NcclCollective final : public Collective {
  public:
-  NcclCollective(kernels::Device& device, Sums sums, std::size_t most_begun) : device_(device) {
+  NcclCollective(kernels::Device& device, Sums sums, const kernels::PeerSumSizes& sizes)
+      : device_(device) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
     ncclUniqueId id{};
@@ -63,7 +64,7 @@ class NcclCollective final : public Collective {
     config.blocking = 0;  // so that a rank that never comes is noticed
     check_started(ncclCommInitRankConfig(&comm_, world_size_, id, rank_, &config));
     wait_until_ready("connecting the ranks");
-    if (sums == Sums::kByPeers) peers_.emplace(device_, rank_, world_size_, most_begun);
+    if (sums == Sums::kByPeers) peers_.emplace(device_, rank_, world_size_, sizes);
     device_.set_wait_check([this] { check_peers(); });
   }
   ~NcclCollective() override {
@@ -85,6 +86,8 @@ class NcclCollective final : public Collective {
     wait_until_ready("all-reduce");
   }
 
+  kernels::PeerSum* sum_in_chains() const override { return peer_sum(); }
+
   bool begins_sums(std::size_t count) const override {
     return peer_sum() != nullptr && peer_sum()->begins(count);
   }
@@ -98,6 +101,10 @@ class NcclCollective final : public Collective {
   void all_gather_columns(const float* part, float* all, int rows, std::span<const int> widths,
                           float* scratch, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
+    kernels::PeerSum* peers = peer_sum();
+    if (peers != nullptr && peers->gathers(rows, widths)) {
+      return peers->gather(part, all, rows, widths, stream);
+    }
     const auto widest = static_cast<std::size_t>(*std::ranges::max_element(widths));
     const std::size_t part_floats = widest * static_cast<std::size_t>(rows);
     float* own = scratch + part_floats * static_cast<std::size_t>(rank_);
@@ -159,8 +166,8 @@ class NcclCollective final : public Collective {
 }  // namespace
 
 std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums sums,
-                                                 std::size_t most_begun) {
-  return std::make_unique<NcclCollective>(device, sums, most_begun);
+                                                 const kernels::PeerSumSizes& sizes) {
+  return std::make_unique<NcclCollective>(device, sums, sizes);
 }
 
 // NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.

@@ -4,7 +4,8 @@
 
 namespace foretoken::worker {
 
-std::unique_ptr<Collective> make_nccl_collective(kernels::Device&, Sums, std::size_t) {
+std::unique_ptr<Collective> make_nccl_collective(kernels::Device&, Sums,
+                                                 const kernels::PeerSumSizes&) {
   throw Exception(ErrorCode::kDevice, "this program was built without CUDA, and so without NCCL");
 }
 

@@ -50,12 +50,12 @@ std::string connect(kernels::PeerSum& sum, int world_size) {
 }  // namespace
 
 PeerConnection::PeerConnection(kernels::Device& device, int rank, int world_size,
-                               std::size_t most_begun) {
+                               const kernels::PeerSumSizes& sizes) {
   std::string why_not;
   if (world_size > kernels::PeerSum::kMaxRanks) {
     why_not = "there are more than " + std::to_string(kernels::PeerSum::kMaxRanks) + " ranks";
   } else {
-    sum_ = kernels::make_peer_sum(device, rank, world_size, most_begun);
+    sum_ = kernels::make_peer_sum(device, rank, world_size, sizes);
     why_not = connect(*sum_, world_size);
     if (all_ranks(why_not.empty())) return;
     sum_->disconnect();

@@ -12,8 +12,8 @@ class PeerConnection {
  public:
   // Without a sum where one can't reach another's memory; the log of a rank that can't says why.
   // REQUIRES: all ranks are on one node.
-  // most_begun: as make_peer_sum.
-  PeerConnection(kernels::Device& device, int rank, int world_size, std::size_t most_begun);
+  PeerConnection(kernels::Device& device, int rank, int world_size,
+                 const kernels::PeerSumSizes& sizes);
   ~PeerConnection();
   PeerConnection(const PeerConnection&) = delete;
   PeerConnection& operator=(const PeerConnection&) = delete;

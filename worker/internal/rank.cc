@@ -117,12 +117,14 @@ std::unique_ptr<Collective> make_collective(const ServiceConfig& config, const M
         config.max_model_len > 0 ? config.max_model_len : model.max_position;
     const std::size_t most_begun = Model::most_begun_bytes(
         model, static_cast<int>(std::min<std::int64_t>(config.max_batched_tokens, longest)));
-    return make_nccl_collective(device, Sums::kByPeers, most_begun);
+    return make_nccl_collective(
+        device, Sums::kByPeers,
+        {.most_bytes = most_begun, .chain_columns = static_cast<int>(model.hidden_size)});
   }
   if (place.rank == 0) {
     log().warn("sums go over NCCL, which is slower: the ranks are on several nodes");
   }
-  return make_nccl_collective(device, Sums::kByNccl, 0);
+  return make_nccl_collective(device, Sums::kByNccl, {});
 }
 
 // `foretoken serve` says by the environment whether its own stderr, where mpirun takes ours, is a

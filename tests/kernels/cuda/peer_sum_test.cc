@@ -27,9 +27,9 @@ TEST_F(CudaTest, ASumsMemoryIsCounted) {
     const auto small = make_peer_sum(*device, 0, 2);
     const std::size_t least = in_use();
     EXPECT_GT(least, PeerSum::kMaxBytes);
-    const auto large = make_peer_sum(*device, 0, 2, kMost);
+    const auto large = make_peer_sum(*device, 0, 2, {.most_bytes = kMost});
     EXPECT_EQ(in_use(), 2 * least + 4 * kMost);
-    EXPECT_THROW(make_peer_sum(*device, 0, 2, 4 * kMost), Exception);
+    EXPECT_THROW(make_peer_sum(*device, 0, 2, {.most_bytes = 4 * kMost}), Exception);
   }
   EXPECT_EQ(in_use(), 0U);
 }
@@ -80,6 +80,67 @@ TEST_P(CudaPeerSum, EqualsThePlainSum) {
   EXPECT_FALSE(ranks[0].sum->takes(3));
 }
 
+TEST_P(CudaPeerSum, JoinsParts) {
+  const int world_size = GetParam();
+  const auto device = make_cuda_device({});
+  std::vector<Rank> ranks;
+  std::vector<DeviceBuffer> joined;
+  std::vector<PeerSum::Address> addresses;
+  constexpr std::size_t kMost = PeerSum::kMaxBytes / sizeof(float);
+  for (int rank = 0; rank < world_size; ++rank) {
+    ranks.push_back({make_peer_sum(*device, rank, world_size),
+                     device->make_stream(StreamKind::kCompute),
+                     {*device, PeerSum::kMaxBytes, MemoryUse::kActivations}});
+    joined.emplace_back(*device, PeerSum::kMaxBytes * static_cast<std::size_t>(world_size),
+                        MemoryUse::kActivations);
+    addresses.push_back(ranks.back().sum->address());
+  }
+  for (Rank& rank : ranks) rank.sum->connect(addresses);
+
+  struct Case {
+    int rows, width, last;  // the last rank's is another width
+  };
+  int call = 0;
+  for (const Case& c : {Case{1, 64128, 64000}, Case{1, 2, 0}, Case{3, 1002, 998}, Case{1, 512, 514},
+                        Case{2, 32768, 32768}, Case{7, 10, 4}, Case{1, 65536, 2}}) {
+    ++call;
+    std::vector<int> widths(static_cast<std::size_t>(world_size), c.width);
+    widths.back() = c.last;
+    ASSERT_TRUE(ranks[0].sum->gathers(c.rows, widths));
+    std::vector<std::vector<float>> parts;
+    for (int rank = 0; rank < world_size; ++rank) {
+      Rank& own = ranks[static_cast<std::size_t>(rank)];
+      const auto count = static_cast<std::size_t>(c.rows) *
+                         static_cast<std::size_t>(widths[static_cast<std::size_t>(rank)]);
+      std::vector<float> part(count);
+      for (std::size_t i = 0; i < count; ++i) part[i] = value_of(rank, i, call);
+      device->copy_in(own.data.data(), part.data(), count * sizeof(float), *own.stream);
+      own.stream->synchronize();
+      parts.push_back(std::move(part));
+    }
+    std::vector<float> expected;
+    for (int row = 0; row < c.rows; ++row) {
+      for (std::size_t rank = 0; rank < parts.size(); ++rank) {
+        const auto first = parts[rank].begin() + row * widths[rank];
+        expected.insert(expected.end(), first, first + widths[rank]);
+      }
+    }
+    for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
+      ranks[rank].sum->gather(ranks[rank].data.as<float>(), joined[rank].as<float>(), c.rows,
+                              widths, *ranks[rank].stream);
+    }
+    for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
+      std::vector<float> all(expected.size());
+      device->copy_out(all.data(), joined[rank].data(), all.size() * sizeof(float),
+                       *ranks[rank].stream);
+      ranks[rank].stream->synchronize();
+      ASSERT_EQ(all, expected) << "call " << call << ", rank " << rank;
+    }
+  }
+  EXPECT_FALSE(ranks[0].sum->gathers(1, std::vector{3}));
+  EXPECT_FALSE(ranks[0].sum->gathers(1, std::vector{static_cast<int>(kMost) + 2}));
+}
+
 // Two begun at a time, more calls than there are places, of any lengths.
 TEST_F(CudaTest, PeerSumInTwoStepsEqualsThePlainSum) {
   constexpr DataType kType = DataType::kBf16;
@@ -90,7 +151,7 @@ TEST_F(CudaTest, PeerSumInTwoStepsEqualsThePlainSum) {
   std::vector<DeviceBuffer> others;  // a rank's second tensor
   std::vector<PeerSum::Address> addresses;
   for (int rank = 0; rank < kRanks; ++rank) {
-    ranks.push_back({make_peer_sum(*device, rank, kRanks, kMost),
+    ranks.push_back({make_peer_sum(*device, rank, kRanks, {.most_bytes = kMost}),
                      device->make_stream(StreamKind::kCompute),
                      {*device, kMost, MemoryUse::kActivations}});
     others.emplace_back(*device, kMost, MemoryUse::kActivations);
@@ -163,8 +224,8 @@ TEST_F(CudaTest, PeerSumInTwoStepsGivesUpAtItsEnd) {
   const auto device = make_cuda_device({});
   const auto stream = device->make_stream(StreamKind::kCompute);
   const DeviceBuffer data(*device, kBytes, MemoryUse::kActivations);
-  auto own = make_peer_sum(*device, 0, 2, kBytes);
-  const auto other = make_peer_sum(*device, 1, 2, kBytes);
+  auto own = make_peer_sum(*device, 0, 2, {.most_bytes = kBytes});
+  const auto other = make_peer_sum(*device, 1, 2, {.most_bytes = kBytes});
   own->connect(std::vector{own->address(), other->address()});
   own->begin(data.data(), kBytes / 2, *stream);
   own->end(*stream);
