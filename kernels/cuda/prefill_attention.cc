@@ -61,6 +61,7 @@ void check_cudnn(cudnnStatus_t status, const char* what) {
 // What a plan is made for.
 struct Shape {
   std::int64_t rows;
+  std::int64_t max_rows;
   std::int64_t tokens;  // begin + rows
   std::int64_t scratch_tokens;
   std::int64_t num_heads;
@@ -111,7 +112,8 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
   out->set_uid(kOut).set_output(true).set_dim(q_dims).set_stride(q_strides);
   if (!s.with_lse) return;
   lse->set_uid(kLse).set_output(true).set_data_type(fe::DataType_t::FLOAT);
-  lse->set_dim({1, s.num_heads, s.rows, 1}).set_stride({s.num_heads * s.rows, s.rows, 1, 1});
+  lse->set_dim({1, s.num_heads, s.rows, 1})
+      .set_stride({s.num_heads * s.max_rows, s.max_rows, 1, 1});
 }
 
 }  // namespace
@@ -187,6 +189,7 @@ void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation
   FT_CHECK(args.kv_type != DataType::kFp32);
   FT_CHECK(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0, args.num_heads,
            args.num_kv_heads);
+  FT_CHECK(args.rows <= args.max_rows, args.rows, args.max_rows);
   FT_CHECK(args.begin + args.rows <= args.scratch_tokens, args.begin, args.rows,
            args.scratch_tokens);
   if (args.kv_type != activation) {
@@ -196,6 +199,7 @@ void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation
   }
   if (args.rows == 0) return;
   const Shape shape = {.rows = args.rows,
+                       .max_rows = args.max_rows,
                        .tokens = args.begin + args.rows,
                        .scratch_tokens = args.scratch_tokens,
                        .num_heads = args.num_heads,

@@ -81,8 +81,8 @@ class Bench {
   }
   void attend() {
     device_->prefill_attention(
-        {q_.data(), k_.data(), v_.data(), DataType::kBf16, o_.tokens(), o_.begin, o_.rows, o_.heads,
-         o_.kv_heads, o_.head_dim, scale(), out_.data(), nullptr},
+        {q_.data(), k_.data(), v_.data(), DataType::kBf16, o_.tokens(), o_.begin, o_.rows, o_.rows,
+         o_.heads, o_.kv_heads, o_.head_dim, scale(), out_.data(), nullptr},
         *stream_);
   }
   void find_block_max() {

@@ -71,8 +71,8 @@ Attended attend(DeviceUnderTest& on, const Shape& s, const Chunk& chunk, bool wi
       on, std::vector<float>(static_cast<std::size_t>(heads * chunk.rows), -99.0F));
   on.run(&Device::prefill_attention,
          PrefillAttentionArgs{in.q.data(), in.k.data(), in.v.data(), s.type, in.scratch_tokens,
-                              chunk.begin, chunk.rows, heads, s.num_kv_heads, s.head_dim,
-                              1 / std::sqrt(static_cast<float>(s.head_dim)), out.data(),
+                              chunk.begin, chunk.rows, chunk.rows, heads, s.num_kv_heads,
+                              s.head_dim, 1 / std::sqrt(static_cast<float>(s.head_dim)), out.data(),
                               with_lse ? lse.data() : nullptr});
   return {floats_of(out, type), lse.get()};
 }
