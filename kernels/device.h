@@ -227,12 +227,12 @@ struct RopeDecodeArgs : RopeArgs {
 };
 
 // Causal attention of tokens [begin, begin + rows) over keys [0, begin + rows) of the scratch.
-// q, out and lse have room for max_rows rows. What lies behind `rows` of out and lse may be
-// overwritten.
+// q, out and lse have room for max_rows rows. What lies behind `rows` of out and lse, and behind
+// begin + rows of v, may be overwritten.
 struct PrefillAttentionArgs {
   const void* q;  // [max_rows, num_heads, head_dim] activation
   const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
-  const void* v;
+  void* v;
   DataType kv_type;
   int scratch_tokens;
   int begin;

@@ -127,7 +127,7 @@ class Bench {
     const auto count = static_cast<std::size_t>(tokens);
     const std::vector<float> q(count * kNumHeads * kHeadDim, 0.1F);
     std::vector<float> out(q.size());
-    const std::vector<std::uint16_t> kv(count * kNumKvHeads * kHeadDim, 0x2000);
+    std::vector<std::uint16_t> kv(count * kNumKvHeads * kHeadDim, 0x2000);
     const PrefillAttentionArgs args{q.data(), kv.data(), kv.data(),  DataType::kFp16, tokens,
                                     0,        tokens,    tokens,     kNumHeads,       kNumKvHeads,
                                     kHeadDim, 0.125F,    out.data(), nullptr};

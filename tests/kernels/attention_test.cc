@@ -81,7 +81,7 @@ class Prefill : public testing::TestWithParam<Shape> {
         query, begin + row + 1, scale, [&](int t, int d) { return at(k, t, d); },
         [&](int t, int d) { return at(v, t, d); });
   }
-  PrefillAttentionArgs args(int begin, int rows, float* out, float* lse) const {
+  PrefillAttentionArgs args(int begin, int rows, float* out, float* lse) {
     return {q.data(), k.data(),  v.data(),       s.kv_type,  scratch_tokens, begin, rows,
             max_rows, num_heads, s.num_kv_heads, s.head_dim, scale,          out,   lse};
   }
@@ -166,7 +166,7 @@ INSTANTIATE_TEST_SUITE_P(Shapes, Prefill, testing::ValuesIn(kShapes));
 TEST(PrefillAttention, LargeLogitsStayFinite) {
   // Logits of +-6400 overflow any exponential that isn't taken relative to the maximum.
   const std::vector<float> ones(64 * 20, 10);
-  const auto keys = reference::encode(ones, DataType::kFp16);
+  auto keys = reference::encode(ones, DataType::kFp16);
   std::vector<float> out(64);
   float lse = 0;
   TestDevice test;
