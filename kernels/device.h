@@ -237,20 +237,23 @@ struct RopeDecodeArgs : RopeArgs {
 };
 
 // Causal attention of tokens [begin, begin + rows) over keys [0, begin + rows) of the scratch.
+// q, out and lse have room for max_rows rows. What lies behind `rows` of out and lse, and behind
+// begin + rows of v, may be overwritten.
 struct PrefillAttentionArgs {
-  const void* q;  // [rows, num_heads, head_dim] activation
+  const void* q;  // [max_rows, num_heads, head_dim] activation
   const void* k;  // [num_kv_heads, scratch_tokens, head_dim] KV type
-  const void* v;
+  void* v;
   DataType kv_type;
   int scratch_tokens;
   int begin;
   int rows;
+  int max_rows;
   int num_heads;
   int num_kv_heads;
   int head_dim;
   float scale;
-  void* out;   // [rows, num_heads, head_dim] activation
-  float* lse;  // [num_heads, rows] natural log of the sum of exponentials, or null
+  void* out;   // [max_rows, num_heads, head_dim] activation
+  float* lse;  // [num_heads, max_rows] natural log of the sum of exponentials, or null
 };
 
 // Block maxima of the logits (scaled scores) of the last queries: what history rows are made of.

@@ -22,6 +22,11 @@ void decode_attention(const DecodeAttentionArgs& args, DataType activation, Cuda
 void streamed_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 void sketched_attention(const DecodeAttentionArgs& args, DataType activation, CudaStream& stream);
 
+// begin_prefill_attention.cu. What a padded plan finds on the device: lengths = {rows, begin +
+// rows}, and V finite as far as it is read.
+void begin_prefill_attention(const PrefillAttentionArgs& args, std::int32_t* lengths,
+                             CudaStream& stream);
+
 // prefill_block_max.cu
 void prefill_block_max(const PrefillBlockMaxArgs& args, DataType activation, CudaStream& stream);
 

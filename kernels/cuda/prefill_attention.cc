@@ -1,10 +1,22 @@
 // PrefillAttention over cuDNN. The cudnn-frontend headers take most of a minute to compile, so they
 // are included here alone. libcudnn is loaded when a GPU is there to use it, not linked.
+//
+// A plan takes up to 76 ms to make (docs/measurements.md), nearly all of it the compilation of a
+// kernel, and nobody gets a token meanwhile. cuDNN 9.14 has no dynamic shapes for attention, so
+// there are plans of two kinds:
+//   exact   3 to 10 % faster, for chunks that come again and again: whole ones that begin at a
+//           multiple of their size, as a prompt has them that nothing cuts
+//   padded  for the others, which are cut anywhere: keys are the whole scratch, and the lengths
+//           that count are read on the device (cuDNN's padding mask), where the causal mask's
+//           diagonal ends too. All rows of the plan are computed, so there are several sizes.
+// Both kinds are few enough that none needs to be forgotten.
 #include "kernels/cuda/prefill_attention.h"
 
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <bit>
 #include <list>
 #include <mutex>
 #include <string>
@@ -12,6 +24,7 @@
 
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
+#include "kernels/cuda/ops.h"
 
 namespace cudnn_frontend {
 void* cudnn_dlhandle = nullptr;  // declared by the headers, which look up libcudnn's symbols in it
@@ -60,8 +73,10 @@ void check_cudnn(cudnnStatus_t status, const char* what) {
 
 // What a plan is made for.
 struct Shape {
+  bool padded;
   std::int64_t rows;
-  std::int64_t tokens;  // begin + rows
+  std::int64_t tokens;
+  std::int64_t max_rows;
   std::int64_t scratch_tokens;
   std::int64_t num_heads;
   std::int64_t num_kv_heads;
@@ -72,7 +87,38 @@ struct Shape {
   bool operator==(const Shape&) const = default;
 };
 
-enum TensorId : std::int64_t { kQ = 1, kK, kV, kOut, kLse };
+enum TensorId : std::int64_t { kQ = 1, kK, kV, kOut, kLse, kRows, kTokens };
+
+bool wants_exact(const PrefillAttentionArgs& args) {
+  constexpr int kMostExact = 512;  // what a plan takes of memory is not measured
+  return args.rows == args.max_rows && args.begin % args.max_rows == 0 &&
+         args.begin / args.max_rows < kMostExact;
+}
+
+// Eleven sizes where 8,192 rows have room.
+int padded_rows(const PrefillAttentionArgs& args) {
+  constexpr int kLeast = 128;
+  constexpr int kStep = 1024;
+  const int rows = args.rows <= kStep
+                       ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(args.rows)))
+                       : (args.rows + kStep - 1) / kStep * kStep;
+  return std::min(args.max_rows, std::max(kLeast, rows));
+}
+
+Shape shape_for(const PrefillAttentionArgs& args) {
+  const bool exact = wants_exact(args);
+  return {.padded = !exact,
+          .rows = exact ? args.rows : padded_rows(args),
+          .tokens = exact ? args.begin + args.rows : args.scratch_tokens,
+          .max_rows = args.max_rows,
+          .scratch_tokens = args.scratch_tokens,
+          .num_heads = args.num_heads,
+          .num_kv_heads = args.num_kv_heads,
+          .head_dim = args.head_dim,
+          .type = args.kv_type,
+          .scale = args.scale,
+          .with_lse = args.lse != nullptr};
+}
 
 struct Plan {
   Shape shape;
@@ -85,6 +131,10 @@ fe::graph::Tensor_attributes input(TensorId id, const char* name, const Strides&
                                    const Strides& strides) {
   return fe::graph::Tensor_attributes().set_uid(id).set_name(name).set_dim(dims).set_stride(
       strides);
+}
+
+fe::graph::Tensor_attributes length(TensorId id, const char* name) {
+  return input(id, name, {1, 1, 1, 1}, {1, 1, 1, 1}).set_data_type(fe::DataType_t::INT32);
 }
 
 // [batch = 1, heads, tokens, head_dim] of what PrefillAttentionArgs describes.
@@ -101,6 +151,11 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
   graph.set_compute_data_type(fe::DataType_t::FLOAT);
   auto attention = fe::graph::SDPA_attributes();
   attention.set_name("prefill_attention").set_generate_stats(s.with_lse).set_attn_scale(s.scale);
+  if (s.padded) {
+    attention.set_padding_mask(true)
+        .set_seq_len_q(graph.tensor(length(kRows, "rows")))
+        .set_seq_len_kv(graph.tensor(length(kTokens, "tokens")));
+  }
   if (s.rows > 1) {  // one row sees all tokens
     attention.set_diagonal_alignment(fe::DiagonalAlignment_t::BOTTOM_RIGHT)
         .set_diagonal_band_right_bound(0);
@@ -111,20 +166,16 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
   out->set_uid(kOut).set_output(true).set_dim(q_dims).set_stride(q_strides);
   if (!s.with_lse) return;
   lse->set_uid(kLse).set_output(true).set_data_type(fe::DataType_t::FLOAT);
-  lse->set_dim({1, s.num_heads, s.rows, 1}).set_stride({s.num_heads * s.rows, s.rows, 1, 1});
+  lse->set_dim({1, s.num_heads, s.rows, 1})
+      .set_stride({s.num_heads * s.max_rows, s.max_rows, 1, 1});
 }
 
 }  // namespace
 
 struct PrefillAttention::Impl {
-  // A plan takes 76 ms to make (docs/measurements.md). The layers of a chunk share one, as do
-  // prompts that are cut alike. More than a layer has chunks, or none would be found again: enough
-  // for four million tokens at 8,192 a step. What a plan takes of memory is not measured.
-  static constexpr std::size_t kMaxPlans = 512;
-
   std::mutex mutex;  // guards all below: streams share the handle
   cudnnHandle_t handle = nullptr;
-  std::list<Plan> plans;  // the last used first
+  std::list<Plan> plans;
 
   Impl() {
     static void* const library = load_cudnn();
@@ -142,17 +193,9 @@ struct PrefillAttention::Impl {
   Impl(const Impl&) = delete;
   Impl& operator=(const Impl&) = delete;
 
-  // Its kernel may be queued, on the stream that all of prefill is on.
-  void forget_oldest(CudaStream& stream) {
-    stream.synchronize();
-    plans.pop_back();
-  }
-
-  Plan& plan_for(const Shape& shape, CudaStream& stream) {
-    for (auto plan = plans.begin(); plan != plans.end(); ++plan) {
-      if (plan->shape != shape) continue;
-      plans.splice(plans.begin(), plans, plan);
-      return *plan;
+  const Plan& plan_for(const Shape& shape) {
+    for (const Plan& plan : plans) {
+      if (plan.shape == shape) return plan;
     }
     std::list<Plan> made;
     Plan& plan = made.emplace_back();
@@ -160,21 +203,30 @@ struct PrefillAttention::Impl {
     describe(shape, plan.graph);
     check_cudnn(plan.graph.build(handle, {fe::HeurMode_t::A}), "no plan for prefill attention");
     check_cudnn(plan.graph.get_workspace_size(plan.workspace_bytes), "workspace");
-    if (plans.size() == kMaxPlans) forget_oldest(stream);
     plans.splice(plans.begin(), made);
     return plan;
   }
 
-  void run(const PrefillAttentionArgs& args, const Shape& shape, CudaStream& stream) {
+  void run(const PrefillAttentionArgs& args, CudaStream& stream) {
     const std::scoped_lock lock(mutex);
     check_cudnn(fe::detail::set_stream(handle, stream.handle()), "cudnnSetStream");
-    const Plan& plan = plan_for(shape, stream);
+    const Shape shape = shape_for(args);
+    const Plan& plan = plan_for(shape);
+    constexpr std::size_t kLengthsBytes = 256;  // of scratch, so that the workspace is aligned
+    std::byte* const scratch =
+        stream.scratch(kLengthsBytes + static_cast<std::size_t>(plan.workspace_bytes));
     std::unordered_map<std::int64_t, void*> tensors = {{kQ, const_cast<void*>(args.q)},
                                                        {kK, const_cast<void*>(args.k)},
-                                                       {kV, const_cast<void*>(args.v)},
+                                                       {kV, args.v},
                                                        {kOut, args.out}};
     if (shape.with_lse) tensors.emplace(kLse, args.lse);
-    void* workspace = stream.scratch(static_cast<std::size_t>(plan.workspace_bytes));
+    if (shape.padded) {
+      auto* const lengths = reinterpret_cast<std::int32_t*>(scratch);
+      begin_prefill_attention(args, lengths, stream);
+      tensors.emplace(kRows, lengths);
+      tensors.emplace(kTokens, lengths + 1);
+    }
+    void* const workspace = scratch + kLengthsBytes;
     check_cudnn(plan.graph.execute(handle, tensors, workspace), "prefill attention");
   }
 };
@@ -182,11 +234,17 @@ struct PrefillAttention::Impl {
 PrefillAttention::PrefillAttention() : impl_(std::make_unique<Impl>()) {}
 PrefillAttention::~PrefillAttention() = default;
 
+std::size_t PrefillAttention::num_plans() const {
+  const std::scoped_lock lock(impl_->mutex);
+  return impl_->plans.size();
+}
+
 void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation,
                            CudaStream& stream) {
   FT_CHECK(args.kv_type != DataType::kFp32);
   FT_CHECK(args.num_kv_heads > 0 && args.num_heads % args.num_kv_heads == 0, args.num_heads,
            args.num_kv_heads);
+  FT_CHECK(args.rows <= args.max_rows, args.rows, args.max_rows);
   FT_CHECK(args.begin + args.rows <= args.scratch_tokens, args.begin, args.rows,
            args.scratch_tokens);
   if (args.kv_type != activation) {
@@ -195,17 +253,8 @@ void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation
                         std::string(name_of(activation)) + ": cuDNN's attention wants one type");
   }
   if (args.rows == 0) return;
-  const Shape shape = {.rows = args.rows,
-                       .tokens = args.begin + args.rows,
-                       .scratch_tokens = args.scratch_tokens,
-                       .num_heads = args.num_heads,
-                       .num_kv_heads = args.num_kv_heads,
-                       .head_dim = args.head_dim,
-                       .type = activation,
-                       .scale = args.scale,
-                       .with_lse = args.lse != nullptr};
   try {
-    impl_->run(args, shape, stream);
+    impl_->run(args, stream);
   } catch (const Exception&) {
     throw;
   } catch (const std::exception& error) {  // the headers throw what libcudnn lacks

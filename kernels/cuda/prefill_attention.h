@@ -1,5 +1,5 @@
 // PrefillAttention: causal attention over the prefill scratch by cuDNN's scaled-dot-product
-// attention. Owns the cuDNN handle and the plans, one for each shape of the problem.
+// attention. Owns the cuDNN handle and the plans, of which a worker needs few.
 #pragma once
 
 #include <memory>
@@ -14,7 +14,9 @@ class PrefillAttention {
   // Loads libcudnn. Throws Exception(kDevice) when it is missing or too old.
   PrefillAttention();
   ~PrefillAttention();
+  // The first call that needs a plan makes it, which takes up to 76 ms.
   void run(const PrefillAttentionArgs& args, DataType activation, CudaStream& stream);
+  std::size_t num_plans() const;
 
  private:
   struct Impl;

@@ -127,10 +127,10 @@ class Bench {
     const auto count = static_cast<std::size_t>(tokens);
     const std::vector<float> q(count * kNumHeads * kHeadDim, 0.1F);
     std::vector<float> out(q.size());
-    const std::vector<std::uint16_t> kv(count * kNumKvHeads * kHeadDim, 0x2000);
-    const PrefillAttentionArgs args{q.data(), kv.data(),  kv.data(), DataType::kFp16, tokens,
-                                    0,        tokens,     kNumHeads, kNumKvHeads,     kHeadDim,
-                                    0.125F,   out.data(), nullptr};
+    std::vector<std::uint16_t> kv(count * kNumKvHeads * kHeadDim, 0x2000);
+    const PrefillAttentionArgs args{q.data(), kv.data(), kv.data(),  DataType::kFp16, tokens,
+                                    0,        tokens,    tokens,     kNumHeads,       kNumKvHeads,
+                                    kHeadDim, 0.125F,    out.data(), nullptr};
     const double seconds = best_seconds(3, [&] { device_->prefill_attention(args, *stream_); });
     return 2.0 * tokens * tokens * kNumHeads * kHeadDim / seconds / 1e9;  // half of the square
   }

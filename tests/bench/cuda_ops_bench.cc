@@ -217,6 +217,7 @@ void prefill_attention(Bench& bench, int rows, int context) {
                                       .scratch_tokens = context,
                                       .begin = context - rows,
                                       .rows = rows,
+                                      .max_rows = rows,
                                       .num_heads = kHeads,
                                       .num_kv_heads = kKvHeads,
                                       .head_dim = kHeadDim,

@@ -2,7 +2,9 @@
 //
 //   cuda_prefill_bench --begin 122880 --rows 8192 --heads 32 --kv-heads 8 --head-dim 128
 //
-// Also the time that a shape costs once, for its plan.
+// Also the time of the first call, which makes the plan. --max-rows and --max-tokens are the memory
+// that there is; by default, no more than the chunk needs. Where --begin is a multiple of the
+// chunk's --rows, and these are --max-rows, the plan is exact; else it is padded.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cmath>
@@ -27,8 +29,12 @@ struct Options {
   int kv_heads = 8;
   int head_dim = 128;
   int runs = 10;
+  int max_rows = 0;
+  int max_tokens = 0;
 
   int tokens() const { return begin + rows; }
+  int room_rows() const { return std::max(rows, max_rows); }
+  int room_tokens() const { return std::max(tokens(), max_tokens); }
   // Two products of each query with each key that it sees.
   double flops() const {
     const double keys = begin + 0.5 * rows;
@@ -42,9 +48,9 @@ class Bench {
       : o_(o),
         device_(make_cuda_device({})),
         stream_(device_->make_stream(StreamKind::kCompute)),
-        q_(random_values(static_cast<std::size_t>(o.rows) * o.heads)),
-        k_(random_values(static_cast<std::size_t>(o.tokens()) * o.kv_heads)),
-        v_(random_values(static_cast<std::size_t>(o.tokens()) * o.kv_heads)),
+        q_(random_values(static_cast<std::size_t>(o.room_rows()) * o.heads)),
+        k_(random_values(static_cast<std::size_t>(o.room_tokens()) * o.kv_heads)),
+        v_(random_values(static_cast<std::size_t>(o.room_tokens()) * o.kv_heads)),
         out_(*device_, q_.bytes(), MemoryUse::kPrefill),
         block_max_(*device_, static_cast<std::size_t>(o.heads) * kHistoryRows * pitch() * 4,
                    MemoryUse::kPrefill) {}
@@ -81,14 +87,14 @@ class Bench {
   }
   void attend() {
     device_->prefill_attention(
-        {q_.data(), k_.data(), v_.data(), DataType::kBf16, o_.tokens(), o_.begin, o_.rows, o_.heads,
-         o_.kv_heads, o_.head_dim, scale(), out_.data(), nullptr},
+        {q_.data(), k_.data(), v_.data(), DataType::kBf16, o_.room_tokens(), o_.begin, o_.rows,
+         o_.room_rows(), o_.heads, o_.kv_heads, o_.head_dim, scale(), out_.data(), nullptr},
         *stream_);
   }
   void find_block_max() {
     device_->prefill_block_max(
-        {q_.data(), k_.data(), DataType::kBf16, o_.tokens(), o_.tokens() - last_rows(), last_rows(),
-         o_.heads, o_.kv_heads, o_.head_dim, scale(), block_max_.as<float>(),
+        {q_.data(), k_.data(), DataType::kBf16, o_.room_tokens(), o_.tokens() - last_rows(),
+         last_rows(), o_.heads, o_.kv_heads, o_.head_dim, scale(), block_max_.as<float>(),
          static_cast<int>(pitch())},
         *stream_);
   }
@@ -111,6 +117,10 @@ int main(int argc, char** argv) {
   CLI::App app("Time of a layer's prefill attention and block maxima on the GPU");
   app.add_option("--begin", o.begin, "tokens before the chunk")->check(CLI::NonNegativeNumber);
   app.add_option("--rows", o.rows, "tokens of the chunk")->check(CLI::PositiveNumber);
+  app.add_option("--max-rows", o.max_rows, "rows that there is room for")
+      ->check(CLI::NonNegativeNumber);
+  app.add_option("--max-tokens", o.max_tokens, "tokens that there is room for")
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--heads", o.heads)->check(CLI::PositiveNumber);
   app.add_option("--kv-heads", o.kv_heads)->check(CLI::PositiveNumber);
   app.add_option("--head-dim", o.head_dim)->check(CLI::PositiveNumber);

@@ -162,6 +162,7 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
                              .scratch_tokens = max_tokens_,
                              .begin = begin,
                              .rows = rows,
+                             .max_rows = act_.max_rows,
                              .num_heads = model_.partition().heads.count,
                              .num_kv_heads = model_.kv_shape().num_kv_heads,
                              .head_dim = model_.kv_shape().head_dim,
@@ -188,7 +189,7 @@ void Prefill::keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream
                q_row * static_cast<std::size_t>(count), stream);
   for (int head = 0; head < heads; ++head) {
     device_.copy(tail_lse_.as<float>() + head * tail + (first - tail_begin),
-                 lse_.as<float>() + head * rows + (first - begin),
+                 lse_.as<float>() + head * act_.max_rows + (first - begin),
                  sizeof(float) * static_cast<std::size_t>(count), stream);
   }
 }

@@ -98,7 +98,7 @@ class AttentionTile {
         to[dim] = out_[row * args_.head_dim + dim] * inverse;
       }
       if (args_.lse == nullptr) continue;
-      args_.lse[static_cast<std::ptrdiff_t>(tile_.head(row)) * args_.rows + tile_.token(row)] =
+      args_.lse[static_cast<std::ptrdiff_t>(tile_.head(row)) * args_.max_rows + tile_.token(row)] =
           natural_lse(maximum_[row], sum_[row]);
     }
   }
