@@ -52,6 +52,7 @@ struct ServerConfig {
   std::size_t arena_bytes = 0;
   NumaPlacement placement = NumaPlacement::kSpread;
   std::optional<NvmeConfig> nvme = std::nullopt;
+  Arena::Populate populate = kvstore::populate;  // another one for tests: memory that runs out
 };
 
 class Server {

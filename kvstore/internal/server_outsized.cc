@@ -39,9 +39,10 @@ bool share_a_head(const LeaseOwner& a, const LeaseOwner& b) {
 
 }  // namespace
 
+// Of an arena that has settled for fewer slabs than it was to have, those are all.
 bool Server::is_outsized(const Reserve& request) const {
   return tier_ != nullptr &&
-         static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
+         static_cast<std::uint32_t>(request.num_segments) > book_->slabs_per_head();
 }
 
 // Slabs a head for this rank, if all ranks of its group can run it, now or ever.

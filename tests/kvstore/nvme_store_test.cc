@@ -725,6 +725,37 @@ TEST_F(SharedHeadTest, WhatAllRanksNeedIsWhatMustFit) {
   EXPECT_TRUE(reserve(*high, 1));
 }
 
+// Pieces are 56 slabs of each head here, and memory is there for the first ones.
+TEST_F(NvmeStoreTest, WhatIsLargerThanTheArenaHasBecomeRunsFromNvme) {
+  const std::vector keys{key_of(1), key_of(2)};
+  const Slabs slabs(keys, kDeep);
+  const auto first_pieces = [](std::byte*, std::size_t bytes) {
+    errno = ENOMEM;
+    return bytes == 56 * kDeep.slab_bytes();
+  };
+  for (const auto& cipher : {std::shared_ptr<const KvCipher>(), KvCipher::random()}) {
+    server = std::make_unique<RunningServer>(
+        ArenaLayout{3, kDeep.slab_bytes(), 100}.arena_bytes(),
+        NvmeConfig{nvme_folder(), 256 << 20, NvmeReuse::kStartAfresh, cipher}, first_pieces);
+    StoreClientConfig config = test_client(server->socket(), 0);
+    config.shape.num_layers = kDeep.num_layers;
+    const auto store = KvStore::connect(config, *device).value_or_throw();
+    ASSERT_TRUE(eventually(*store, [](const StoreStat& stat) { return stat.slabs_total == 56; }));
+
+    auto kv = store->reserve(SequenceId{1}, keys, 57);
+    ASSERT_TRUE(kv) << kv.error().message;
+    ASSERT_NE(kv->outsized, nullptr);
+    fill(*kv, slabs);
+    publish(*store, *kv, keys);
+    EXPECT_TRUE(written(*store, 4));
+    EXPECT_TRUE(holds(*kv, slabs, 11));
+    kv->outsized.reset();
+    ASSERT_TRUE(store->release(SequenceId{1}));
+    EXPECT_EQ(store->reserve(SequenceId{2}, {}, 56).value().outsized, nullptr);
+    server.reset();
+  }
+}
+
 TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {
   start();
   const auto store = connect();
