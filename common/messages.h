@@ -190,6 +190,7 @@ struct Hello {
   int world_size = 0;
   std::int64_t pid = 0;
   std::string host;
+  int life = 0;  // of the group, as the parent that starts it counts them; 0: nobody does
 };
 struct Welcome {
   Epoch epoch{};

@@ -74,6 +74,7 @@ class WorkerGroup {
   bool is_assembled() const { return peers().size() == ranks_.size(); }
   Epoch epoch() const { return epoch_; }
   int group() const { return group_; }
+  std::optional<int> life() const;         // Hello::life of those that said hello in this epoch
   std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
   std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()

@@ -231,6 +231,7 @@ void visit_fields(F&& f, Is<Hello> auto& m) {
   f("world_size", m.world_size);
   f("pid", m.pid);
   f("host", m.host);
+  f("life", m.life);
 }
 
 template <typename F>

@@ -117,13 +117,13 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
       ready.max_batched_tokens, ready.kv_slabs_total);
-  tell_parent("group_ready", group);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   log().error("group {} is dead in epoch {}: {}", group.ranks.group(), raw(group.ranks.epoch()),
               event.error.message);
   group.last_death = event.error.message;
+  const auto life = group.ranks.life();
   group.ranks.begin_epoch(Epoch{raw(group.ranks.epoch()) + 1});
   ++restarts_;
   metrics_.on_restart();
@@ -131,20 +131,21 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
   if (event.must_be_killed) {
-    ask_for_restart(group);
+    ask_for_restart(group, life);
   } else {
-    tell_parent("group_dead", group);
+    tell_parent("group_dead", group, life);
   }
 }
 
-void Service::ask_for_restart(Group& group) {
+void Service::ask_for_restart(Group& group, std::optional<int> life) {
   group.kill_at.reset();
-  tell_parent("restart_group", group);
+  tell_parent("restart_group", group, life);
 }
 
-void Service::tell_parent(const char* event, const Group& group) {
+void Service::tell_parent(const char* event, const Group& group, std::optional<int> life) {
   nlohmann::json line = {
       {"event", event}, {"group", group.ranks.group()}, {"epoch", raw(group.ranks.epoch())}};
+  if (life) line["life"] = *life;
   if (!group.last_death.empty()) line["reason"] = group.last_death;
   outbox_.to_parent(line.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
 }

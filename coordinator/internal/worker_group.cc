@@ -40,11 +40,17 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
                 hello.world_size, group_, ranks_.size());
     return {};
   }
+  const auto known = life();
+  if (known && hello.life < *known) {
+    log().info("rank {} of group {} said hello, of a life that is over", hello.rank, group_);
+    return {};
+  }
   if (ready_) {
     // Its parent has started the group anew: the one we knew is no more.
     return {dead(ErrorCode::kUnavailable, hello.rank, "was started again",
                  /*must_be_killed=*/false)};
   }
+  if (known && hello.life > *known) std::ranges::fill(ranks_, Rank{});
   auto& rank = ranks_[static_cast<std::size_t>(hello.rank)];
   rank = Rank{};
   rank.peer = peer;
@@ -169,6 +175,13 @@ Events WorkerGroup::on_time(TimePoint now) {
                       /*must_be_killed=*/true}};
   }
   return events;
+}
+
+std::optional<int> WorkerGroup::life() const {
+  const auto joined =
+      std::ranges::find_if(ranks_, [](const Rank& rank) { return rank.hello.has_value(); });
+  if (joined == ranks_.end()) return std::nullopt;
+  return joined->hello->life;
 }
 
 std::vector<std::string> WorkerGroup::peers() const {

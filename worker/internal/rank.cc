@@ -50,7 +50,7 @@ struct Place {
 };
 
 Welcome join(Line& line, const RankConfig& config, const Place& place) {
-  line.send(Hello{config.group, place.rank, place.world_size, getpid(), host_name()});
+  line.send(Hello{config.group, place.rank, place.world_size, getpid(), host_name(), config.life});
   const auto answer = line.receive(kWelcomeTimeout);
   if (!answer) {
     throw Exception(ErrorCode::kUnavailable,
