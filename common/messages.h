@@ -206,13 +206,8 @@ struct Ready {
   std::string device;
   std::int64_t max_model_len = 0;
   int max_batched_tokens = 0;  // of prefill, a step: only ranks know what suits their device
-  std::int64_t device_bytes_total = 0;
-  std::int64_t device_bytes_weights = 0;
-  std::int64_t device_bytes_free = 0;
-  std::int64_t kv_slabs_total = 0;  // of the fullest head of this rank
-  // Device bytes of a sequence of n tokens are at most fixed + per_token * n.
-  std::int64_t sequence_bytes_fixed = 0;
-  std::int64_t sequence_bytes_per_token = 0;
+  std::int64_t device_bytes_free = 0;  // for sequences
+  std::int64_t kv_slabs_total = 0;     // of the fullest head of this rank
 };
 
 // A sequence comes in: ranks reserve its KV, and answer with AdmitResult.
@@ -312,7 +307,6 @@ struct Heartbeat {
   Epoch epoch{};
   int group = 0;
   int rank = 0;
-  StepNumber step{};  // the last one completed
 };
 // The rank can't go on; it exits after this.
 struct WorkerFailed {

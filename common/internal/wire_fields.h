@@ -250,12 +250,8 @@ void visit_fields(F&& f, Is<Ready> auto& m) {
   f("device", m.device);
   f("max_model_len", m.max_model_len);
   f("max_batched_tokens", m.max_batched_tokens);
-  f("device_bytes_total", m.device_bytes_total);
-  f("device_bytes_weights", m.device_bytes_weights);
   f("device_bytes_free", m.device_bytes_free);
   f("kv_slabs_total", m.kv_slabs_total);
-  f("sequence_bytes_fixed", m.sequence_bytes_fixed);
-  f("sequence_bytes_per_token", m.sequence_bytes_per_token);
 }
 
 template <typename F>
@@ -368,7 +364,6 @@ void visit_fields(F&& f, Is<Heartbeat> auto& m) {
   f("epoch", m.epoch);
   f("group", m.group);
   f("rank", m.rank);
-  f("step", m.step);
 }
 
 template <typename F>

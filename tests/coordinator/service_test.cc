@@ -307,7 +307,7 @@ TEST_F(ServiceTest, MetricsCountTheKvOfRequestsThatEndBadlyToo) {
   gone_ = "q";
   work(2);
   pass(seconds(2));
-  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+  say(Heartbeat{Epoch{1}, 0, 0});
   pass(seconds(9));
   work();
   EXPECT_EQ(told<ErrorMessage>().at(0).code, "timeout");
@@ -325,7 +325,7 @@ TEST_F(ServiceTest, ASlowClientHoldsUpNobodyAndIsCancelled) {
   EXPECT_EQ(told<DoneMessage>().size(), 1U);
   for (int i = 0; i < 31 && service().num_requests() > 0; ++i) {
     pass(seconds(1));
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
   }
   EXPECT_EQ(service().num_requests(), 0U);
   work();
@@ -372,7 +372,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   ask(wish("r1", 500));
   const auto wait = [this] {
     work();
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
     pass(seconds(1));
   };
   for (int i = 0; i < 3; ++i) wait();
@@ -396,7 +396,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
   work();
   for (int tries = 0; tries < 2; ++tries) {
     pass(seconds(1));
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
     work();
   }
   store_->slabs = 2;
@@ -417,7 +417,7 @@ TEST_F(ServiceTest, WhatNothingMakesRoomForHoldsNobodyBack) {
   ask(wish("small", 20));
   for (int tries = 0; tries < 3; ++tries) {
     pass(seconds(1));
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
     work(200);
   }
   const auto done = told<DoneMessage>();
@@ -446,7 +446,7 @@ TEST_F(ServiceTest, ManySmallRequestsDoNotStarveALargeOne) {
   while (done < 50 && (done == 0 || told<DoneMessage>().back().request_id != "large")) {
     work(1);
     pass(milliseconds(1));
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
     for (; done < told<DoneMessage>().size(); ++done) ask_small();
   }
   EXPECT_LT(done, 10U);
@@ -523,7 +523,7 @@ TEST_F(ServiceTest, ARequestStartsAsSoonAsTheStoreHasMadeRoomReady) {
   ask(wish("r1", 500));
   const auto wait = [this](milliseconds time) {
     work();
-    say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
+    say(Heartbeat{Epoch{1}, 0, 0});
     pass(time);
   };
   for (int i = 0; i < 150; ++i) wait(milliseconds(50));  // more often than others are refused
@@ -588,8 +588,8 @@ TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) 
 
 TEST_F(ServiceTest, AnswersTheHeartbeatsOfItsRanksOnly) {
   start_rank();
-  say(Heartbeat{Epoch{1}, 0, 0, StepNumber{1}});
-  say(Heartbeat{Epoch{7}, 0, 0, StepNumber{1}});  // of a life before: that rank must end
+  say(Heartbeat{Epoch{1}, 0, 0});
+  say(Heartbeat{Epoch{7}, 0, 0});  // of a life before: that rank must end
   work();
   EXPECT_EQ(echoes_, 1);
 }
@@ -714,7 +714,7 @@ TEST_F(ServiceTest, FramesOfRanksThatCanNotBeReadHarmNobody) {
     service().on_worker_frame({"rank", "", junk}, now_);
   }
   say(Hello{7, 0, 1, 1, "here"});
-  say(Heartbeat{Epoch{1}, -1, 0, StepNumber{1}});
+  say(Heartbeat{Epoch{1}, -1, 0});
   ask(wish("r1"));
   work();
   EXPECT_EQ(told<DoneMessage>().size(), 1U);

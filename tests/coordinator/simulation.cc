@@ -267,9 +267,7 @@ void Simulation::work(Rank& rank) {
     send(rank, rank.fake->ready(rank.epoch));
   } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
     if (plan->epoch != rank.epoch) return;
-    const auto result = rank.fake->run(*plan);
-    rank.step = raw(result.step);
-    send(rank, result);
+    send(rank, rank.fake->run(*plan));
   }
 }
 
@@ -324,7 +322,7 @@ void Simulation::advance(milliseconds time) {
     for (const auto& group : groups_) {
       for (const auto& rank : group.ranks) {
         if (rank.stopped || rank.epoch == Epoch{}) continue;
-        send(rank, Heartbeat{rank.epoch, rank.group, rank.number, StepNumber{rank.step}});
+        send(rank, Heartbeat{rank.epoch, rank.group, rank.number});
       }
     }
   }

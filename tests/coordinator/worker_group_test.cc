@@ -35,9 +35,7 @@ class WorkerGroupTest : public ::testing::Test {
     message.step = StepNumber(step);
     return group_.on_result(peer(rank), message);
   }
-  void beat(int rank, Epoch epoch = Epoch{1}) {
-    group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
-  }
+  void beat(int rank, Epoch epoch = Epoch{1}) { group_.on_heartbeat({epoch, 0, rank}); }
   void assemble() {
     hello(0);
     hello(1);
@@ -160,7 +158,7 @@ TEST_F(WorkerGroupTest, SilenceIsSuspectedThenFenced) {
 
 TEST_F(WorkerGroupTest, KnowsTheHeartbeatsOfItsOwnRanks) {
   const auto knows = [this](int rank, Epoch epoch) {
-    return group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
+    return group_.on_heartbeat({epoch, 0, rank});
   };
   EXPECT_FALSE(knows(0, Epoch{1}));  // it has not said hello
   assemble();
