@@ -117,6 +117,7 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
       ready.max_batched_tokens, ready.kv_slabs_total);
+  metrics_.set_device_free(group.ranks.group(), ready.device_bytes_free);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
@@ -192,6 +193,9 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   const KvSlabs& slabs = group.ranks.kv_slabs();
   metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
   metrics_.set_nvme(slabs.nvme);
+  metrics_.set_device_free(
+      group.ranks.group(),
+      std::ranges::min(done.ranks, {}, &StepResult::device_bytes_free).device_bytes_free);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);

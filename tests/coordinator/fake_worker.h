@@ -49,6 +49,7 @@ struct FakeRankConfig {
   std::int64_t token_layer_us = 10;
 };
 
+inline constexpr std::int64_t kFakeDeviceBytes = 1000;       // each sequence takes one
 inline constexpr std::chrono::microseconds kFakeStep{2500};  // what every step says it took
 
 // The token that follows these.

@@ -152,6 +152,20 @@ TEST_F(ServiceTest, StreamsTokensAndThenDone) {
   EXPECT_THAT(metrics, HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 2"));
 }
 
+TEST_F(ServiceTest, MetricsSayWhatTheDeviceHasLeft) {
+  const auto left = [](std::int64_t bytes) {
+    return HasSubstr("foretoken_device_free_bytes{model_name=\"m\",group=\"0\"} " +
+                     std::to_string(bytes) + "\n");
+  };
+  start_rank();
+  EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes));
+  ask(wish("r1", 30));
+  work(10);
+  EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes - 1));
+  work();
+  EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes));
+}
+
 TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {
   start_rank();
   auto request = wish("r1");
