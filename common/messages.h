@@ -277,6 +277,7 @@ struct SequenceStats {
 // Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
 // pre-faults its arena in the background, and an admission takes ready ones only.
 struct KvSlabs {
+  std::int64_t total = 0;  // of an arena whose memory ran out while it was touched: what there is
   std::int64_t free = 0;
   std::int64_t cached = 0;
   std::int64_t ready = 0;

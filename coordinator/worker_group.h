@@ -81,7 +81,7 @@ class WorkerGroup {
   std::string describe() const;  // "1 of 2 ranks ready"
   const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
   // A rank's store is still making slabs ready: room may come at any moment.
-  bool store_fills() const { return is_ready() && kv_slabs_.ready < capacity().kv_slabs_total; }
+  bool store_fills() const { return is_ready() && kv_slabs_.ready < kv_slabs_.total; }
 
  private:
   using Duration = TimePoint::duration;

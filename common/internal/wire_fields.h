@@ -337,6 +337,7 @@ void visit_fields(F&& f, Is<LostSequence> auto& m) {
 
 template <typename F>
 void visit_fields(F&& f, Is<KvSlabs> auto& m) {
+  f("total", m.total);
   f("free", m.free);
   f("cached", m.cached);
   f("ready", m.ready);

@@ -191,7 +191,7 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   group.last_step = std::chrono::microseconds(slowest_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
   const KvSlabs& slabs = group.ranks.kv_slabs();
-  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
+  metrics_.set_kv(slabs.total, slabs.free, slabs.cached);
   metrics_.set_nvme(slabs.nvme);
   metrics_.set_device_free(
       group.ranks.group(),
@@ -223,8 +223,8 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   const bool alone = by_sequence_.empty();
   if (alone && !filling) request.refusals += event.device_is_full ? kMaxRefusals / 4 : 1;
   const bool never_fits =
-      parts_.config.kv_nvme_path.empty() && segments_for(request.length() + request.tokens_left()) >
-                                                group.ranks.capacity().kv_slabs_total;
+      parts_.config.kv_nvme_path.empty() &&
+      segments_for(request.length() + request.tokens_left()) > group.ranks.kv_slabs().total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }

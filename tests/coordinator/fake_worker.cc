@@ -131,7 +131,10 @@ StepResult FakeRank::run(const StepPlan& plan) {
   if (config_.rank != 0) result.tokens.clear();
   result.step_us = kFakeStep.count();
   result.device_bytes_free = kFakeDeviceBytes - std::ssize(sequences_);
-  result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
+  result.kv_slabs = {.total = store_->slabs,
+                     .free = store_->slabs - store_->used,
+                     .cached = 0,
+                     .ready = store_->ready};
   return result;
 }
 

@@ -382,7 +382,7 @@ TEST_F(ServiceTest, WhatNeverFitsIsRefusedWithTheRanksReason) {
 
 TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
   start_rank();
-  store_->slabs = 1;  // a dead rank, say, still holds the rest
+  store_->used = 1023;  // by a dead rank, say
   ask(wish("r1", 500));
   const auto wait = [this] {
     work();
@@ -390,12 +390,12 @@ TEST_F(ServiceTest, WhatDoesNotFitYetIsTriedAgainButNotForEver) {
     pass(seconds(1));
   };
   for (int i = 0; i < 3; ++i) wait();
-  store_->slabs = 1024;
+  store_->used -= 1023;
   wait();
   work();
   EXPECT_EQ(told<DoneMessage>().size(), 1U);
 
-  store_->slabs = 1;
+  store_->used += 1023;
   ask(wish("r2", 500));
   for (int i = 0; i < 200 && told<ErrorMessage>().empty(); ++i) wait();
   EXPECT_EQ(told<ErrorMessage>().size(), 1U);
@@ -405,7 +405,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
   config_.max_num_seqs = 8;
   config_.max_requests_per_client = 4;
   start_rank();
-  store_->slabs = 1;
+  store_->used = 1023;
   for (int i = 0; i < 4; ++i) ask(wish(numbered("r", i), 500));  // two slabs each
   work();
   for (int tries = 0; tries < 2; ++tries) {
@@ -413,7 +413,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
     say(Heartbeat{Epoch{1}, 0, 0});
     work();
   }
-  store_->slabs = 2;
+  store_->used = 1022;
   pass(seconds(1));
   work(5000);
   const auto done = told<DoneMessage>();
@@ -425,7 +425,7 @@ TEST_F(ServiceTest, WhatDoesNotFitYetKeepsItsPlaceInTheQueue) {
 TEST_F(ServiceTest, WhatNothingMakesRoomForHoldsNobodyBack) {
   config_.max_num_seqs = 8;
   start_rank();
-  store_->slabs = 1;
+  store_->used = 1023;
   ask(wish("large", 500));  // two slabs
   work();
   ask(wish("small", 20));
@@ -657,6 +657,16 @@ TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   EXPECT_EQ(told<StatusReply>().at(0).state, "ready");
   EXPECT_EQ(told<StatusReply>().at(0).detail, "");
   EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
+}
+
+TEST_F(ServiceTest, TheStatusTellsOfTheArenaThatThereIs) {
+  start_rank(/*slabs=*/10);
+  store_->slabs = 6;  // its memory ran out
+  ask(wish("r1"));
+  work();
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 6);
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_used, 0);
 }
 
 TEST_F(ServiceTest, AFailureWhileLoadingShowsInTheStatus) {

@@ -172,14 +172,13 @@ StepResult Engine::collect() {
   return std::move(result);
 }
 
-// Slabs that aren't ready yet count as free: they will be. Once all are that will be, none is
-// waited for, though the arena was to have more.
+// Slabs that aren't ready yet count as free: they will be.
 KvSlabs Engine::count_slabs() {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
-  const bool is_filled = stat.slabs_ready == stat.slabs_total;
-  return {.free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
+  return {.total = stat.slabs_total,
+          .free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
           .cached = stat.slabs_cached,
-          .ready = is_filled ? store_.slabs_per_head() : stat.slabs_ready,
+          .ready = stat.slabs_ready,
           .nvme = nvme_of(stat.nvme)};
 }
 
