@@ -75,11 +75,11 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       device_(std::move(device)),
       cipher_(std::move(cipher)),
       index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
-      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()) {
+      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()),
+      next_number_(contents.last_number + 1) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
   stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
-  if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
 }
 
 // ---- what there is ----------------------------------------------------------------------------
@@ -204,7 +204,13 @@ bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
   const SlotIndex slot = *index_.claim();
   index_.promise(slot, name);
   place(name, previous);
-  start(index, {Kind::kStoreSlab, name, slot, nullptr, digest_of(copy)}, now);
+  start(index,
+        {.kind = Kind::kStoreSlab,
+         .name = name,
+         .slot = slot,
+         .digest = digest_of(copy),
+         .previous = previous},
+        now);
   return true;
 }
 
@@ -220,7 +226,7 @@ void NvmeTier::write_header(std::size_t index) {
   transfer.moved = 0;
   is_blank_[raw(transfer.slot)] = false;
   encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
-                    transfer.digest, transfer.name, transfer.slab.seal},
+                    transfer.digest, transfer.name, transfer.slab.seal, transfer.previous},
          header, cipher_.get());
   submit(index);
 }
@@ -309,6 +315,7 @@ void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now
                       .name = name,
                       .slot = filled.slot,
                       .digest = filled.digest,
+                      .previous = filled.previous,
                       .slab = {{}, filled.seal}});
   start_headers(now);
 }
@@ -342,7 +349,12 @@ void NvmeTier::load(const SlabName& name, std::byte* to, TimePoint now) {
   const auto entry = index_.find(name);
   FT_CHECK(entry.has_value());
   index_.pin(entry->slot);
-  waiting_.push_back({Kind::kLoad, name, entry->slot, to, entry->digest, {{}, entry->seal}});
+  waiting_.push_back({.kind = Kind::kLoad,
+                      .name = name,
+                      .slot = entry->slot,
+                      .to = to,
+                      .digest = entry->digest,
+                      .slab = {{}, entry->seal}});
   start_loads(now);
 }
 
@@ -393,12 +405,11 @@ void NvmeTier::start_scrub(TimePoint now) {
   scrubbed_ = SlotIndex{raw(held->entry.slot) + 1};
   next_scrub_ = now + kScrubPause;
   start(*free_buffer(),
-        {Kind::kScrub,
-         held->name,
-         held->entry.slot,
-         nullptr,
-         held->entry.digest,
-         {{}, held->entry.seal}},
+        {.kind = Kind::kScrub,
+         .name = held->name,
+         .slot = held->entry.slot,
+         .digest = held->entry.digest,
+         .slab = {{}, held->entry.seal}},
         now);
 }
 

@@ -85,8 +85,9 @@ class NvmeTier {
   // keeps it. Does nothing where the slab is here already, or the slot has a name.
   struct Filled {
     SlotIndex slot{};
-    std::uint64_t digest = 0;  // of the slab's checksums
-    Seal seal;                 // of its table, in an encrypted file
+    std::uint64_t digest = 0;                // of the slab's checksums
+    Seal seal;                               // of its table, in an encrypted file
+    std::optional<PrefixKey> previous = {};  // as of store()
   };
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
@@ -126,6 +127,7 @@ class NvmeTier {
     SlotIndex slot{};
     std::byte* to = nullptr;   // kLoad
     std::uint64_t digest = 0;  // of the slab's checksums
+    std::optional<PrefixKey> previous = {};
     SealedUnit slab{};         // in its buffer
     std::size_t moved = 0;     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
@@ -186,7 +188,7 @@ class NvmeTier {
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
   TimePoint last_look_{};  // advance()
-  std::uint64_t next_number_ = 1;
+  std::uint64_t next_number_;
   SlotIndex scrubbed_{};  // the next slab to check is here or behind
   TimePoint next_scrub_{};
   NvmeStat stat_;

@@ -414,22 +414,32 @@ TEST_F(NvmeStoreTest, WhatFindsNoSlotIsWrittenWhenThereIsOne) {
 
 // The file is full when eight prompts are beside the prefix.
 TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
-  const std::uint32_t num_slots = 2 * kSomeSegments;
-  server = std::make_unique<RunningServer>(
-      kArenaBytes,
-      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), num_slots}.file_bytes(),
-                 NvmeReuse::kStartAfresh});
-  const auto store = connect();
   const std::vector keys{key_of(1), key_of(2), key_of(3)};
-  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
-  fill(first, Slabs(keys));
-  publish(*store, first, keys);
-  ASSERT_TRUE(written(*store, 6));
-  first.outsized.reset();
-  ASSERT_TRUE(store->release(SequenceId{100}));
-  for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
-  ASSERT_TRUE(written(*store, 6 + 18));
-  EXPECT_EQ(reserve_slots(*store, SequenceId{101}, keys, kSomeSegments).hit_segments, 2);
+  for (const bool restarts : {false, true}) {
+    std::unique_ptr<KvStore> store;
+    const auto start = [&](NvmeReuse reuse) {
+      store.reset();
+      server.reset();
+      const NvmeGeometry geometry{kModel.slab_bytes(), 2 * kSomeSegments};
+      server = std::make_unique<RunningServer>(
+          kArenaBytes, NvmeConfig{nvme_folder(), geometry.file_bytes(), reuse});
+      store = connect();
+    };
+    start(NvmeReuse::kKeepSlabs);
+    auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+    EXPECT_EQ(first.hit_segments, 0);
+    fill(first, Slabs(keys));
+    publish(*store, first, keys);
+    ASSERT_TRUE(written(*store, 6));
+    first.outsized.reset();
+    ASSERT_TRUE(store->release(SequenceId{100}));
+    if (restarts) start(NvmeReuse::kKeepSlabs);
+    const auto before = store->stat()->nvme.slabs_written;
+    for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
+    ASSERT_TRUE(written(*store, before + 18));
+    EXPECT_EQ(reserve_slots(*store, SequenceId{101}, keys, kSomeSegments).hit_segments, 2);
+    start(NvmeReuse::kStartAfresh);  // and its end leaves no file
+  }
 }
 
 // The rank opens what the store has sealed, and the store what the rank has.
