@@ -225,7 +225,8 @@ void NvmeTier::write_header(std::size_t index) {
   transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
   is_blank_[raw(transfer.slot)] = false;
-  encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
+  const std::uint64_t number = transfer.number ? *transfer.number : next_number_++;
+  encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, number,
                     transfer.digest, transfer.name, transfer.slab.seal, transfer.previous},
          header, cipher_.get());
   submit(index);
@@ -234,11 +235,32 @@ void NvmeTier::write_header(std::size_t index) {
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
   if (index_.is_promised(transfer.slot, transfer.name)) {  // else it was refuted meanwhile
-    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal);
+    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal, transfer.previous);
     ++stat_.slabs_written;
   }
   index_.unpin(transfer.slot);
   end(index);
+}
+
+bool NvmeTier::note_use(const SlabName& name) {
+  if (!index_.find(name)) return false;
+  index_.note_use(name, next_number_++);
+  return true;
+}
+
+// Their headers as they are, but for the number.
+void NvmeTier::save_uses(TimePoint now) {
+  for (const auto& [slab, number] : index_.take_uses()) {
+    index_.pin(slab.entry.slot);
+    headers_.push_back({.kind = Kind::kStoreHeader,
+                        .name = slab.name,
+                        .slot = slab.entry.slot,
+                        .digest = slab.entry.digest,
+                        .previous = slab.entry.previous,
+                        .number = number,
+                        .slab = {{}, slab.entry.seal}});
+  }
+  start_headers(now);
 }
 
 // All heads of a segment stand together, before those of the segment that comes before it. Ranks

@@ -62,6 +62,12 @@ class NvmeTier {
   // It was wanted: it is the last to give way. Of a prefix, the first segment is touched last.
   void touch(const SlabName& name) { index_.touch(name); }
 
+  // A prefix was asked for, and this is the last of it that is here: for the order in which the
+  // next store finds prefixes. False: it is not here.
+  bool note_use(const SlabName& name);
+  // Writes that order behind, at the store's end: a header for each prefix that was asked for.
+  void save_uses(TimePoint now);
+
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.
   // REQUIRES: has(name, now), no load of it is under way.
   void load(const SlabName& name, std::byte* to, TimePoint now);
@@ -128,8 +134,9 @@ class NvmeTier {
     std::byte* to = nullptr;   // kLoad
     std::uint64_t digest = 0;  // of the slab's checksums
     std::optional<PrefixKey> previous = {};
-    SealedUnit slab{};         // in its buffer
-    std::size_t moved = 0;     // bytes so far
+    std::optional<std::uint64_t> number = {};  // of a header; nullopt: the next one
+    SealedUnit slab{};                         // in its buffer
+    std::size_t moved = 0;                     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
   };
 

@@ -168,6 +168,30 @@ TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
   EXPECT_EQ(hits(), 1) << "of what was found, too";
 }
 
+// Two of three prompts fill the file, and the one that was written first is asked for again.
+TEST_F(NvmeStoreTest, WhatWasUsedLastIsThereLongestAfterARestartToo) {
+  std::unique_ptr<KvStore> store;
+  const auto restart = [&] {
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 4}.file_bytes(),
+                                NvmeReuse::kKeepSlabs});
+    store = connect();
+  };
+  restart();
+  write(*store, 1);
+  write(*store, 2);
+  ASSERT_TRUE(written(*store, 4));
+  EXPECT_TRUE(finds(*store, 1));
+  restart();
+  write(*store, 3);
+  ASSERT_TRUE(written(*store, 2));
+  restart();
+  EXPECT_TRUE(finds(*store, 1));
+  EXPECT_FALSE(finds(*store, 2));
+}
+
 // It was written behind, and found bad: nobody reads it from the arena either, and it is computed
 // anew elsewhere.
 TEST_F(NvmeStoreTest, ASlabThatIsFoundBadServesNobody) {

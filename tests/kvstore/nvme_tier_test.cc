@@ -105,6 +105,37 @@ TEST_F(NvmeTierTest, AfterARestartTooAPrefixGivesWayFromItsEnd) {
   }
 }
 
+// ... or its last use, where the store had time to say so. Nothing else of the slabs changes.
+TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  for (const auto& cipher : {std::shared_ptr<const KvCipher>(), KvCipher::random()}) {
+    for (const bool saves : {false, true}) {
+      file.clear();
+      const auto open = [&] {
+        return TierOnFile(file, 7, NvmeReuse::kKeepSlabs, kTestModel, cipher);
+      };
+      {
+        TierOnFile disk = open();
+        ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
+        ASSERT_TRUE(disk.store(test_name(0, 11)) && disk.store(test_name(0, 12), key_of(11)));
+        EXPECT_TRUE(disk.tier->note_use(test_name(0, 2)));
+        EXPECT_FALSE(disk.tier->note_use(test_name(0, 3)));
+        ASSERT_TRUE(disk.store(test_name(0, 21)));  // later than that use
+        if (saves) disk.tier->save_uses(disk.now);
+        disk.finish();
+        EXPECT_EQ(disk.tier->stat().slabs_written, 5);
+      }
+      TierOnFile disk = open();
+      ASSERT_TRUE(disk.tier->lend(4, disk.now));  // two are free
+      for (const std::uint32_t number : {1, 2, 11, 12, 21}) {
+        const bool is_there = number == 21 || (number < 11) == saves;
+        EXPECT_EQ(disk.load(test_name(0, number)).has_value(), is_there) << number << ' ' << saves;
+      }
+      EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
+    }
+  }
+}
+
 // Keys that no store writes, in a file that is not encrypted: the opening ends, with all of them.
 TEST_F(NvmeTierTest, SegmentsThatGoInACircleAreFoundToo) {
   {
