@@ -129,7 +129,6 @@ StepResult FakeRank::run(const StepPlan& plan) {
   result.step_us = config_.token_layer_us * cost;
   if (!plan.decodes.empty()) result.step_us += config_.decode_us;
   if (config_.rank != 0) result.tokens.clear();
-  result.step_us = kFakeStep.count();
   result.device_bytes_free = kFakeDeviceBytes - std::ssize(sequences_);
   result.kv_slabs = {.total = store_->slabs,
                      .free = store_->slabs - store_->used,

@@ -146,7 +146,7 @@ TEST_F(ServiceTest, StreamsTokensAndThenDone) {
   EXPECT_EQ(done[0].kv.budget_tokens, config_.kv_budget);
   EXPECT_EQ(service().num_requests(), 0U);
   EXPECT_EQ(done[0].kv.predictor_fallbacks, 2);
-  EXPECT_EQ(done[0].timing.step_ms, 2.5);
+  EXPECT_EQ(done[0].timing.step_ms, 1.0);
   const std::string metrics = metrics_.text();
   EXPECT_THAT(metrics, HasSubstr("foretoken_generation_tokens_total{model_name=\"m\"} 3"));
   EXPECT_THAT(metrics, HasSubstr("foretoken_predictor_fallbacks_total{model_name=\"m\"} 2"));
