@@ -190,6 +190,7 @@ struct Hello {
   int world_size = 0;
   std::int64_t pid = 0;
   std::string host;
+  int life = 0;  // of the group, as the parent that starts it counts them; 0: nobody does
 };
 struct Welcome {
   Epoch epoch{};
@@ -205,13 +206,8 @@ struct Ready {
   std::string device;
   std::int64_t max_model_len = 0;
   int max_batched_tokens = 0;  // of prefill, a step: only ranks know what suits their device
-  std::int64_t device_bytes_total = 0;
-  std::int64_t device_bytes_weights = 0;
-  std::int64_t device_bytes_free = 0;
-  std::int64_t kv_slabs_total = 0;  // of the fullest head of this rank
-  // Device bytes of a sequence of n tokens are at most fixed + per_token * n.
-  std::int64_t sequence_bytes_fixed = 0;
-  std::int64_t sequence_bytes_per_token = 0;
+  std::int64_t device_bytes_free = 0;  // for sequences
+  std::int64_t kv_slabs_total = 0;     // of the fullest head of this rank
 };
 
 // A sequence comes in: ranks reserve its KV, and answer with AdmitResult.
@@ -281,6 +277,7 @@ struct SequenceStats {
 // Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
 // pre-faults its arena in the background, and an admission takes ready ones only.
 struct KvSlabs {
+  std::int64_t total = 0;  // of an arena whose memory ran out while it was touched: what there is
   std::int64_t free = 0;
   std::int64_t cached = 0;
   std::int64_t ready = 0;
@@ -311,7 +308,6 @@ struct Heartbeat {
   Epoch epoch{};
   int group = 0;
   int rank = 0;
-  StepNumber step{};  // the last one completed
 };
 // The rank can't go on; it exits after this.
 struct WorkerFailed {

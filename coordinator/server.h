@@ -32,10 +32,9 @@ class Server : public Outbox {
 
   // Runs until it is drained, or a second signal comes. Writes events for its parent to stdout, one
   // JSON object a line: {"event":"listening","endpoint":...,"worker_endpoint":...} at once,
-  // {"event":"group_ready","group":...,"epoch":...} for a group whose ranks have loaded the model,
-  // {"event":"group_dead","group":...,"epoch":...,"reason":...} for a group that ends by itself,
-  // {"event":"restart_group","group":...,"epoch":...,"reason":...} for one that must be killed and
-  // started anew, {"event":"draining"} once nothing new is taken.
+  // {"event":"group_dead","group":...,"life":...,"epoch":...,"reason":...} for a group that ends by
+  // itself, {"event":"restart_group","group":...,"life":...,"epoch":...,"reason":...} for one that
+  // must be killed and started anew, {"event":"draining"} once nothing new is taken.
   void run();
 
  private:

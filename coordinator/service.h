@@ -128,8 +128,9 @@ class Service {
   void wait_for_prefix(Request& request, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void wait_again(Request& request);
-  void ask_for_restart(Group& group);
-  void tell_parent(const char* event, const Group& group);
+  // life: the one that is meant; nullopt: whatever there is.
+  void ask_for_restart(Group& group, std::optional<int> life);
+  void tell_parent(const char* event, const Group& group, std::optional<int> life);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   bool tries_again(const Group& group) const;

@@ -74,13 +74,14 @@ class WorkerGroup {
   bool is_assembled() const { return peers().size() == ranks_.size(); }
   Epoch epoch() const { return epoch_; }
   int group() const { return group_; }
+  std::optional<int> life() const;         // Hello::life of those that said hello in this epoch
   std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
   std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
   std::string describe() const;  // "1 of 2 ranks ready"
   const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
   // A rank's store is still making slabs ready: room may come at any moment.
-  bool store_fills() const { return is_ready() && kv_slabs_.ready < capacity().kv_slabs_total; }
+  bool store_fills() const { return is_ready() && kv_slabs_.ready < kv_slabs_.total; }
 
  private:
   using Duration = TimePoint::duration;

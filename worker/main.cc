@@ -59,6 +59,8 @@ int main(int argc, char** argv) {
   });
   app.add_option("--key-file", config.key_file, "CURVE keys to connect with");
   app.add_option("--group", config.group, "number of this worker group")->capture_default_str();
+  app.add_option("--life", config.life,
+                 "how often this group has been started, this time included");
   app.add_option_function<int>(
          "--coordinator-timeout-s",
          [&config](int seconds) { config.coordinator_timeout = std::chrono::seconds(seconds); },

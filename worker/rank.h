@@ -14,6 +14,7 @@ struct RankConfig {
   std::string coordinator;         // ZeroMQ endpoint
   std::filesystem::path key_file;  // empty: no CURVE (ipc)
   int group = 0;
+  int life = 0;                                  // of the group: Hello::life
   std::chrono::seconds coordinator_timeout{30};  // of silence, before this rank ends by itself
 };
 

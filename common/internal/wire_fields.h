@@ -231,6 +231,7 @@ void visit_fields(F&& f, Is<Hello> auto& m) {
   f("world_size", m.world_size);
   f("pid", m.pid);
   f("host", m.host);
+  f("life", m.life);
 }
 
 template <typename F>
@@ -249,12 +250,8 @@ void visit_fields(F&& f, Is<Ready> auto& m) {
   f("device", m.device);
   f("max_model_len", m.max_model_len);
   f("max_batched_tokens", m.max_batched_tokens);
-  f("device_bytes_total", m.device_bytes_total);
-  f("device_bytes_weights", m.device_bytes_weights);
   f("device_bytes_free", m.device_bytes_free);
   f("kv_slabs_total", m.kv_slabs_total);
-  f("sequence_bytes_fixed", m.sequence_bytes_fixed);
-  f("sequence_bytes_per_token", m.sequence_bytes_per_token);
 }
 
 template <typename F>
@@ -340,6 +337,7 @@ void visit_fields(F&& f, Is<LostSequence> auto& m) {
 
 template <typename F>
 void visit_fields(F&& f, Is<KvSlabs> auto& m) {
+  f("total", m.total);
   f("free", m.free);
   f("cached", m.cached);
   f("ready", m.ready);
@@ -367,7 +365,6 @@ void visit_fields(F&& f, Is<Heartbeat> auto& m) {
   f("epoch", m.epoch);
   f("group", m.group);
   f("rank", m.rank);
-  f("step", m.step);
 }
 
 template <typename F>

@@ -187,6 +187,15 @@ void Metrics::set_kv(std::int64_t total, std::int64_t free, std::int64_t cached)
   impl_->kv_cached.Set(static_cast<double>(cached));
 }
 
+void Metrics::set_device_free(int group, std::int64_t bytes) {
+  impl_
+      ->labelled_gauge(
+          "foretoken_device_free_bytes",
+          "Device memory that sequences may still take, on the rank that has the least", "group",
+          std::to_string(group))
+      .Set(static_cast<double>(bytes));
+}
+
 void Metrics::set_nvme(const KvNvme& nvme) {
   if (nvme.state == "off") return;
   for (const char* state : {"online", "read-only", "offline"}) {

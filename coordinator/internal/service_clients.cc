@@ -145,7 +145,7 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
       any_ready = true;
       const auto& slabs = ranks.kv_slabs();  // the node's store's, whichever group tells
       reply.device = ranks.capacity().device;
-      reply.kv_slabs_total = ranks.capacity().kv_slabs_total;
+      reply.kv_slabs_total = slabs.total;
       reply.kv_slabs_cached = slabs.cached;
       reply.kv_slabs_used = reply.kv_slabs_total - slabs.free - slabs.cached;
       reply.kv_nvme = slabs.nvme;

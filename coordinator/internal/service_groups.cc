@@ -117,13 +117,14 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
       ready.max_batched_tokens, ready.kv_slabs_total);
-  tell_parent("group_ready", group);
+  metrics_.set_device_free(group.ranks.group(), ready.device_bytes_free);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   log().error("group {} is dead in epoch {}: {}", group.ranks.group(), raw(group.ranks.epoch()),
               event.error.message);
   group.last_death = event.error.message;
+  const auto life = group.ranks.life();
   group.ranks.begin_epoch(Epoch{raw(group.ranks.epoch()) + 1});
   ++restarts_;
   metrics_.on_restart();
@@ -131,20 +132,21 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
   if (event.must_be_killed) {
-    ask_for_restart(group);
+    ask_for_restart(group, life);
   } else {
-    tell_parent("group_dead", group);
+    tell_parent("group_dead", group, life);
   }
 }
 
-void Service::ask_for_restart(Group& group) {
+void Service::ask_for_restart(Group& group, std::optional<int> life) {
   group.kill_at.reset();
-  tell_parent("restart_group", group);
+  tell_parent("restart_group", group, life);
 }
 
-void Service::tell_parent(const char* event, const Group& group) {
+void Service::tell_parent(const char* event, const Group& group, std::optional<int> life) {
   nlohmann::json line = {
       {"event", event}, {"group", group.ranks.group()}, {"epoch", raw(group.ranks.epoch())}};
+  if (life) line["life"] = *life;
   if (!group.last_death.empty()) line["reason"] = group.last_death;
   outbox_.to_parent(line.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace));
 }
@@ -189,8 +191,11 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   group.last_step = std::chrono::microseconds(slowest_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
   const KvSlabs& slabs = group.ranks.kv_slabs();
-  metrics_.set_kv(group.ranks.capacity().kv_slabs_total, slabs.free, slabs.cached);
+  metrics_.set_kv(slabs.total, slabs.free, slabs.cached);
   metrics_.set_nvme(slabs.nvme);
+  metrics_.set_device_free(
+      group.ranks.group(),
+      std::ranges::min(done.ranks, {}, &StepResult::device_bytes_free).device_bytes_free);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);
@@ -218,8 +223,8 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   const bool alone = by_sequence_.empty();
   if (alone && !filling) request.refusals += event.device_is_full ? kMaxRefusals / 4 : 1;
   const bool never_fits =
-      parts_.config.kv_nvme_path.empty() && segments_for(request.length() + request.tokens_left()) >
-                                                group.ranks.capacity().kv_slabs_total;
+      parts_.config.kv_nvme_path.empty() &&
+      segments_for(request.length() + request.tokens_left()) > group.ranks.kv_slabs().total;
   if (event.error.code != ErrorCode::kExhausted || never_fits || request.refusals >= kMaxRefusals) {
     return fail(request, event.error, now);
   }

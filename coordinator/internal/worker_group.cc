@@ -40,11 +40,17 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
                 hello.world_size, group_, ranks_.size());
     return {};
   }
+  const auto known = life();
+  if (known && hello.life < *known) {
+    log().info("rank {} of group {} said hello, of a life that is over", hello.rank, group_);
+    return {};
+  }
   if (ready_) {
     // Its parent has started the group anew: the one we knew is no more.
     return {dead(ErrorCode::kUnavailable, hello.rank, "was started again",
                  /*must_be_killed=*/false)};
   }
+  if (known && hello.life > *known) std::ranges::fill(ranks_, Rank{});
   auto& rank = ranks_[static_cast<std::size_t>(hello.rank)];
   rank = Rank{};
   rank.peer = peer;
@@ -58,7 +64,7 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   if (rank == nullptr || rank->ready) return {};
   rank->ready = ready;
   rank->heard = watched_;
-  kv_slabs_ = {.free = ready.kv_slabs_total};
+  kv_slabs_ = {.total = ready.kv_slabs_total, .free = ready.kv_slabs_total};
   if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
   for (const auto& other : ranks_) {
     if (other.ready->model_hash != capacity().model_hash) {
@@ -169,6 +175,13 @@ Events WorkerGroup::on_time(TimePoint now) {
                       /*must_be_killed=*/true}};
   }
   return events;
+}
+
+std::optional<int> WorkerGroup::life() const {
+  const auto joined =
+      std::ranges::find_if(ranks_, [](const Rank& rank) { return rank.hello.has_value(); });
+  if (joined == ranks_.end()) return std::nullopt;
+  return joined->hello->life;
 }
 
 std::vector<std::string> WorkerGroup::peers() const {

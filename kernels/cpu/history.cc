@@ -8,6 +8,7 @@
 #include "common/check.h"
 #include "kernels/cpu/cpu_device.h"
 #include "kernels/cpu/history_rows.h"
+#include "kernels/cpu/slot_table.h"
 
 namespace foretoken::kernels {
 namespace {
@@ -41,8 +42,7 @@ struct Place {
 ColumnMap column_map(const HistoryAppendArgs& args, const Place& place, int kv_head, int columns) {
   if (args.block_max != nullptr) return {nullptr, columns};
   const SequenceKv& kv = args.sequences[place.sequence];
-  const std::ptrdiff_t head = (args.layer + place.layer) * kv.shape.num_kv_heads + kv_head;
-  return {kv.slot_to_block + head * kv.num_slots, kv.num_slots};
+  return {&block_in_slot(kv, args.layer + place.layer, kv_head, 0), kv.num_slots};
 }
 
 // at: of the head and row, in lse.

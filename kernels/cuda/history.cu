@@ -11,6 +11,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/history_value.cuh"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/slot_table.cuh"
 #include "kernels/predict_limits.h"
 
 namespace foretoken::kernels::cuda {
@@ -46,9 +47,8 @@ __device__ void find_columns(const Job& job, int first, std::int32_t* places) {
   if (args.block_max != nullptr) return;
   __syncthreads();
   const SequenceKv& kv = args.sequences[job.sequence];
-  const int head =
-      (args.layer + job.layer) * kv.shape.num_kv_heads + job.map / job.state.maps_per_kv_head;
-  const std::int32_t* blocks = kv.slot_to_block + static_cast<std::ptrdiff_t>(head) * kv.num_slots;
+  const std::int32_t* blocks =
+      slot_to_block(kv, args.layer + job.layer, job.map / job.state.maps_per_kv_head);
   for (int slot = static_cast<int>(threadIdx.x); slot < kv.num_slots; slot += kThreads) {
     const int i = blocks[slot] - first;
     if (i >= 0 && i < kSpanColumns && blocks[slot] < columns) places[i] = slot;
@@ -202,9 +202,7 @@ __device__ void append_attended(const HistoryAppendArgs& args, int layer, int se
   __syncthreads();
   const int columns = args.num_columns[sequence];
   const int slots = kv.num_slots;
-  const std::int32_t* blocks =
-      kv.slot_to_block +
-      static_cast<std::ptrdiff_t>((args.layer + layer) * kv.shape.num_kv_heads + kv_head) * slots;
+  const std::int32_t* blocks = slot_to_block(kv, args.layer + layer, kv_head);
   const int heads_per_map = args.num_heads / num_maps(state);
   const int first_head = first_map * heads_per_map;
   const float* maxima = block_max_of(kv, args.layer + layer, args.num_heads, first_head);

@@ -54,7 +54,7 @@ struct KvStore::Impl {
       : config(client), device(on), connection(std::move(socket)) {}
 
   Status greet();
-  Status ask_for_key();
+  Status have_key();
   Status tell_faults();
   void prepare_device();
   Result<Reservation> translate(SequenceId sequence, const Grant& grant, int num_segments) const;
@@ -97,7 +97,9 @@ Status KvStore::Impl::greet() {
   return Ok{};
 }
 
-Status KvStore::Impl::ask_for_key() {
+// Of an encrypted file, before this rank has its first runs there.
+Status KvStore::Impl::have_key() {
+  if (!encrypts_nvme || cipher) return Ok{};
   FileDescriptor pipe;
   FT_ASSIGN_OR_RETURN(const FileKey key, connection.ask_for<FileKey>(FindKey{}, &pipe));
   FT_ASSIGN_OR_RETURN(cipher, KvCipher::from_pipe(pipe.get(), key.cipher));
@@ -257,15 +259,15 @@ Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const Prefix
                                                   std::to_string(kMaxSegments) + " at most, of " +
                                                   std::to_string(kSegmentTokens) + " tokens"};
   }
-  // What is larger than the arena runs from NVMe, if at all.
-  if (impl_->encrypts_nvme && !impl_->cipher && num_segments > slabs_per_head()) {
-    FT_RETURN_IF_ERROR(impl_->ask_for_key());
-  }
   FileDescriptor file;
   FT_ASSIGN_OR_RETURN(const Grant grant,
                       impl_->connection.ask_for<Grant>(
                           Reserve{sequence, num_segments, {keys.begin(), keys.end()}}, &file));
   if (grant.slots.empty()) return impl_->translate(sequence, grant, num_segments);
+  if (Status status = impl_->have_key(); !status) {
+    FT_RETURN_IF_ERROR(release(sequence));
+    return status.error();
+  }
   FT_ASSIGN_OR_RETURN(Reservation kv,
                       impl_->translate_outsized(sequence, grant, num_segments, std::move(file)));
   FT_RETURN_IF_ERROR(impl_->read_prefix(kv, grant, keys));

@@ -7,6 +7,8 @@
 #include <map>
 #include <random>
 #include <string>
+#include <unordered_map>
+#include <utility>
 
 #include "common/check.h"
 #include "common/ids.h"
@@ -187,12 +189,34 @@ Status scan_each(BlockDevice& device, std::span<std::byte> memory, const KvCiphe
 }
 
 // A slab that was written twice keeps its later place.
-void order_by_age(std::vector<SlotHeader>& slabs) {
+void keep_latest(std::vector<SlotHeader>& slabs) {
   std::ranges::sort(slabs, std::greater(), &SlotHeader::number);
   std::map<SlabName, bool> seen;
   std::erase_if(slabs,
                 [&](const SlotHeader& header) { return !seen.emplace(header.name, true).second; });
-  std::ranges::reverse(slabs);
+}
+
+// Of slabs that are ordered by their writing, the latest first: what a segment builds on was used
+// when it was written, and gives way after it.
+std::vector<SlotHeader> order_by_use(const std::vector<SlotHeader>& slabs) {
+  std::unordered_map<PrefixKey, std::vector<SlotHeader>> segments;  // of all heads
+  for (const SlotHeader& header : slabs) segments[header.name.key].push_back(header);
+  std::vector<SlotHeader> latest_first;
+  for (const SlotHeader& header : slabs) {
+    std::vector<std::vector<SlotHeader>> chain;
+    for (std::optional key = header.name.key; key;) {
+      auto segment = segments.extract(*key);  // each once, even if keys went in a circle
+      if (!segment) break;
+      key = segment.mapped().front().previous;
+      chain.push_back(std::move(segment.mapped()));
+    }
+    std::ranges::reverse(chain);
+    for (const auto& segment : chain) {
+      latest_first.insert(latest_first.end(), segment.begin(), segment.end());
+    }
+  }
+  std::ranges::reverse(latest_first);
+  return latest_first;
 }
 
 bool is_damage(const Error& error) { return error.code == ErrorCode::kCorrupt; }
@@ -211,7 +235,7 @@ Result<Superblock> read_superblock(BlockDevice& device, std::span<std::byte> mem
 
 Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memory,
                                   const Superblock& superblock, const KvCipher* cipher) {
-  NvmeContents contents{superblock, {}, 0, {}};
+  NvmeContents contents{.superblock = superblock};
   const std::uint64_t end = superblock.geometry.num_slots;
   const std::size_t step = std::min(memory.size(), kScanBytes) / kSectorBytes;
   for (std::uint64_t slot = 0; slot < end; slot += step) {
@@ -222,7 +246,9 @@ Result<NvmeContents> scan_headers(BlockDevice& device, std::span<std::byte> memo
     }
     if (!scanned) return scanned.error();
   }
-  order_by_age(contents.slabs);
+  keep_latest(contents.slabs);
+  if (!contents.slabs.empty()) contents.last_number = contents.slabs.front().number;
+  contents.slabs = order_by_use(contents.slabs);
   return contents;
 }
 

@@ -29,9 +29,12 @@ struct NvmeOpening {
 
 struct NvmeContents {
   Superblock superblock;
-  std::vector<SlotHeader> slabs;  // each name once; least recently written first
+  // Each name once, least recently used first, as far as headers tell: what was written last, with
+  // all that it builds on, stands last, and of a prefix the end stands first.
+  std::vector<SlotHeader> slabs = {};
+  std::uint64_t last_number = 0;  // the highest of theirs
   std::int64_t bad_headers = 0;
-  std::vector<SlotIndex> unreadable;  // slots whose header the disk can't read; in order
+  std::vector<SlotIndex> unreadable = {};  // slots whose header the disk can't read; in order
 };
 
 // kKeepSlabs keeps the file's slabs, where it holds this model's KV and has the size that is asked

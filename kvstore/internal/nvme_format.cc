@@ -45,9 +45,11 @@ struct DiskHeader {
   std::uint64_t digest = 0;
   std::uint64_t head = 0;
   std::array<std::uint8_t, 32> key{};
+  // Without a segment before, the checksum stands here.
+  std::array<std::uint8_t, 32> previous{};
   std::uint64_t checksum = 0;
 };
-static_assert(sizeof(DiskHeader) == 96 && offsetof(DiskHeader, key) == 56);
+static_assert(sizeof(DiskHeader) == 128 && offsetof(DiskHeader, previous) == 88);
 
 // Of an encrypted file: the same superblock, and behind it the proof that the key is the file's.
 struct DiskSealedSuperblock {
@@ -66,6 +68,7 @@ struct DiskSlab {
   std::uint64_t head = 0;
   std::array<std::uint8_t, 32> key{};
   Seal seal;
+  std::array<std::uint8_t, 32> previous{};  // not sealed where there is no segment before
 };
 struct DiskSealedHeader {
   std::array<char, 8> magic = kHeaderMagic;
@@ -75,7 +78,7 @@ struct DiskSealedHeader {
   Seal seal;  // of `slab`, at the bytes before
   DiskSlab slab;
 };
-static_assert(sizeof(DiskSealedHeader) == 168 && offsetof(DiskSealedHeader, slab) == 64);
+static_assert(sizeof(DiskSealedHeader) == 200 && offsetof(DiskSealedHeader, slab) == 64);
 
 // The bytes of a sector's struct that stand before its seal.
 template <typename Disk>
@@ -83,9 +86,8 @@ std::span<const std::byte> place_of(const Disk& disk) {
   return std::as_bytes(std::span(&disk, 1)).first(offsetof(Disk, seal));
 }
 
-template <typename Disk>
-std::uint64_t checksum_of(const Disk& disk) {
-  return XXH3_64bits(&disk, offsetof(Disk, checksum));
+std::uint64_t checksum_of(const DiskSuperblock& disk) {
+  return XXH3_64bits(&disk, offsetof(DiskSuperblock, checksum));
 }
 
 template <typename Disk>
@@ -111,15 +113,6 @@ Status check_version(const Disk& disk, std::uint32_t version, const char* name) 
   if (disk.magic != Disk{}.magic) return corrupt(name, "has no magic");
   if (disk.version != version) return corrupt(name, "is of another version");
   return Ok{};
-}
-
-// What both kinds of sectors have in common.
-template <typename Disk>
-Result<Disk> read_sector(ConstSector sector, std::uint32_t version, const char* name) {
-  const auto disk = from_sector<Disk>(sector);
-  FT_RETURN_IF_ERROR(check_version(disk, version, name));
-  if (disk.checksum != checksum_of(disk)) return corrupt(name, "has a wrong checksum");
-  return disk;
 }
 
 bool is_count(std::uint32_t value) { return value >= 1 && value <= kMaxCount; }
@@ -195,12 +188,12 @@ Result<CipherKind> prove(const DiskSealedSuperblock& sealed, const KvCipher* cip
 
 Result<Superblock> decode_superblock(ConstSector sector, const KvCipher* cipher) {
   constexpr auto kName = "superblock";
-  const std::uint32_t version = from_sector<DiskSuperblock>(sector).version;
+  const auto disk = from_sector<DiskSuperblock>(sector);
+  const std::uint32_t version = disk.version;
   const bool is_old = version == kOldSealedNvmeVersion;
   const bool is_sealed = is_old || version == kSealedNvmeVersion;
-  FT_ASSIGN_OR_RETURN(
-      const DiskSuperblock disk,
-      read_sector<DiskSuperblock>(sector, is_sealed ? version : kNvmeVersion, kName));
+  FT_RETURN_IF_ERROR(check_version(disk, is_sealed ? version : kNvmeVersion, kName));
+  if (disk.checksum != checksum_of(disk)) return corrupt(kName, "has a wrong checksum");
   if (!is_count(disk.total_kv_heads) || !is_count(disk.num_layers) || !is_count(disk.head_dim)) {
     return corrupt(kName, "has a shape out of range");
   }
@@ -231,46 +224,22 @@ namespace {
 
 constexpr auto kHeaderName = "slot header";
 
-void encode_sealed(const SlotHeader& header, Sector sector, const KvCipher& cipher) {
-  DiskSealedHeader disk;
-  disk.slot = raw(header.slot);
-  disk.file_id = header.file_id;
-  disk.slab = {header.generation,     header.number,
-               header.digest,         static_cast<std::uint64_t>(header.name.head),
-               header.name.key.bytes, header.seal};
-  disk.seal = cipher.seal(std::as_writable_bytes(std::span(&disk.slab, 1)), place_of(disk));
-  write_sector(disk, sector);
+// What the checksum stands behind.
+constexpr std::size_t proven_bytes(bool is_chained) {
+  return is_chained ? offsetof(DiskHeader, checksum) : offsetof(DiskHeader, previous);
 }
 
-Result<SlotHeader> header_of(std::uint32_t slot, std::uint64_t file_id, const DiskSlab& slab) {
-  if (slab.head >= kMaxCount) return corrupt(kHeaderName, "has a KV head out of range");
-  return SlotHeader{SlotIndex{slot}, file_id,
-                    slab.generation, slab.number,
-                    slab.digest,     {static_cast<int>(slab.head), PrefixKey{slab.key}},
-                    slab.seal};
+std::span<std::byte> sealed_bytes(DiskSlab& slab, bool is_chained) {
+  return std::as_writable_bytes(std::span(&slab, 1))
+      .first(is_chained ? sizeof slab : offsetof(DiskSlab, previous));
 }
 
-Result<SlotHeader> decode_plain(ConstSector sector) {
-  FT_ASSIGN_OR_RETURN(const DiskHeader disk,
-                      read_sector<DiskHeader>(sector, kNvmeVersion, kHeaderName));
-  return header_of(disk.slot, disk.file_id,
-                   {disk.generation, disk.number, disk.digest, disk.head, disk.key, {}});
-}
-
-Result<SlotHeader> decode_sealed(ConstSector sector, const KvCipher& cipher) {
-  auto disk = from_sector<DiskSealedHeader>(sector);
-  FT_RETURN_IF_ERROR(check_version(disk, kSealedNvmeVersion, kHeaderName));
-  if (!cipher.open(std::as_writable_bytes(std::span(&disk.slab, 1)), place_of(disk), disk.seal)) {
-    return corrupt(kHeaderName, "does not open");
-  }
-  return header_of(disk.slot, disk.file_id, disk.slab);
-}
-
-}  // namespace
-
-void encode(const SlotHeader& header, Sector sector, const KvCipher* cipher) {
-  if (cipher != nullptr) return encode_sealed(header, sector, *cipher);
+void encode_plain(const SlotHeader& header, Sector sector) {
   DiskHeader disk;
+  if (header.previous) {
+    disk.version = kChainedVersion;
+    disk.previous = header.previous->bytes;
+  }
   disk.slot = raw(header.slot);
   disk.file_id = header.file_id;
   disk.generation = header.generation;
@@ -278,8 +247,72 @@ void encode(const SlotHeader& header, Sector sector, const KvCipher* cipher) {
   disk.digest = header.digest;
   disk.head = static_cast<std::uint64_t>(header.name.head);
   disk.key = header.name.key.bytes;
-  disk.checksum = checksum_of(disk);
   write_sector(disk, sector);
+  const std::size_t bytes = proven_bytes(header.previous.has_value());
+  const std::uint64_t checksum = XXH3_64bits(sector.data(), bytes);
+  std::memcpy(sector.data() + bytes, &checksum, sizeof checksum);
+}
+
+void encode_sealed(const SlotHeader& header, Sector sector, const KvCipher& cipher) {
+  DiskSealedHeader disk;
+  disk.slot = raw(header.slot);
+  disk.file_id = header.file_id;
+  disk.slab.generation = header.generation;
+  disk.slab.number = header.number;
+  disk.slab.digest = header.digest;
+  disk.slab.head = static_cast<std::uint64_t>(header.name.head);
+  disk.slab.key = header.name.key.bytes;
+  disk.slab.seal = header.seal;
+  if (header.previous) {
+    disk.version = kSealedChainedVersion;
+    disk.slab.previous = header.previous->bytes;
+  }
+  disk.seal = cipher.seal(sealed_bytes(disk.slab, header.previous.has_value()), place_of(disk));
+  write_sector(disk, sector);
+}
+
+Result<SlotHeader> header_of(std::uint32_t slot, std::uint64_t file_id, const DiskSlab& slab,
+                             bool is_chained) {
+  if (slab.head >= kMaxCount) return corrupt(kHeaderName, "has a KV head out of range");
+  SlotHeader header{SlotIndex{slot}, file_id,
+                    slab.generation, slab.number,
+                    slab.digest,     {static_cast<int>(slab.head), PrefixKey{slab.key}},
+                    slab.seal};
+  if (is_chained) header.previous = PrefixKey{slab.previous};
+  return header;
+}
+
+Result<SlotHeader> decode_plain(ConstSector sector) {
+  const auto disk = from_sector<DiskHeader>(sector);
+  const bool is_chained = disk.version == kChainedVersion;
+  FT_RETURN_IF_ERROR(check_version(disk, is_chained ? kChainedVersion : kNvmeVersion, kHeaderName));
+  std::uint64_t due = 0;
+  std::memcpy(&due, sector.data() + proven_bytes(is_chained), sizeof due);
+  if (XXH3_64bits(sector.data(), proven_bytes(is_chained)) != due) {
+    return corrupt(kHeaderName, "has a wrong checksum");
+  }
+  return header_of(
+      disk.slot, disk.file_id,
+      {disk.generation, disk.number, disk.digest, disk.head, disk.key, {}, disk.previous},
+      is_chained);
+}
+
+Result<SlotHeader> decode_sealed(ConstSector sector, const KvCipher& cipher) {
+  auto disk = from_sector<DiskSealedHeader>(sector);
+  const bool is_chained = disk.version == kSealedChainedVersion;
+  FT_RETURN_IF_ERROR(
+      check_version(disk, is_chained ? kSealedChainedVersion : kSealedNvmeVersion, kHeaderName));
+  if (!cipher.open(sealed_bytes(disk.slab, is_chained), place_of(disk), disk.seal)) {
+    return corrupt(kHeaderName, "does not open");
+  }
+  return header_of(disk.slot, disk.file_id, disk.slab, is_chained);
+}
+
+}  // namespace
+
+void encode(const SlotHeader& header, Sector sector, const KvCipher* cipher) {
+  if (cipher != nullptr) return encode_sealed(header, sector, *cipher);
+  encode_plain(header, sector);
 }
 
 Result<std::optional<SlotHeader>> decode_slot_header(ConstSector sector, SlotIndex slot,

@@ -33,6 +33,9 @@ inline constexpr std::size_t kSectorBytes = 4096;  // what O_DIRECT reads and wr
 inline constexpr std::uint32_t kNvmeVersion = 1;
 inline constexpr std::uint32_t kSealedNvmeVersion = 3;     // of an encrypted file
 inline constexpr std::uint32_t kOldSealedNvmeVersion = 2;  // whose slabs were sealed as a whole
+// Of headers that name the segment before theirs; others have the file's version.
+inline constexpr std::uint32_t kChainedVersion = 4;
+inline constexpr std::uint32_t kSealedChainedVersion = 5;
 
 enum class SlotIndex : std::uint32_t {};
 
@@ -85,6 +88,7 @@ struct SlotHeader {
   std::uint64_t digest = 0;      // of the slab's checksums
   SlabName name;
   Seal seal;  // of what stands behind the slab's runs, in an encrypted file
+  std::optional<PrefixKey> previous = {};  // of the segment before, on which this one builds
   bool operator==(const SlotHeader&) const = default;
 };
 

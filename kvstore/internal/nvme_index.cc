@@ -15,7 +15,7 @@ NvmeIndex::NvmeIndex(std::uint32_t num_slots, std::span<const SlotHeader> held,
     : slots_(num_slots), num_usable_(num_slots - static_cast<std::uint32_t>(left_out.size())) {
   for (const SlotHeader& header : held) {
     promise(header.slot, header.name);
-    hold(header.slot, header.digest, header.seal);
+    hold(header.slot, header.digest, header.seal, header.previous);
   }
   for (std::uint32_t i = 0; i < num_slots; ++i) {
     const bool is_left_out = std::ranges::binary_search(left_out, SlotIndex{i});
@@ -31,17 +31,19 @@ NvmeIndex::Slot& NvmeIndex::at(SlotIndex slot) {
 std::optional<NvmeIndex::Entry> NvmeIndex::find(const SlabName& name) const {
   const auto found = by_name_.find(name);
   if (found == by_name_.end()) return std::nullopt;
-  const Slot& slot = slots_[raw(found->second)];
-  if (!slot.is_held) return std::nullopt;
-  return Entry{found->second, slot.digest, slot.seal};
+  if (!slots_[raw(found->second)].is_held) return std::nullopt;
+  return entry_of(found->second);
+}
+
+NvmeIndex::Entry NvmeIndex::entry_of(SlotIndex index) const {
+  const Slot& slot = slots_[raw(index)];
+  return {index, slot.digest, slot.seal, slot.previous};
 }
 
 std::optional<NvmeIndex::Held> NvmeIndex::held_from(SlotIndex from) const {
   for (std::uint32_t i = 0; i < num_slots(); ++i) {
     const std::uint32_t at = (raw(from) % num_slots() + i) % num_slots();
-    if (slots_[at].is_held) {
-      return Held{*slots_[at].name, {SlotIndex{at}, slots_[at].digest, slots_[at].seal}};
-    }
+    if (slots_[at].is_held) return Held{*slots_[at].name, entry_of(SlotIndex{at})};
   }
   return std::nullopt;
 }
@@ -53,6 +55,21 @@ NvmeIndex::Slot* NvmeIndex::find_slot(const SlabName& name) {
 
 void NvmeIndex::touch(const SlabName& name) {
   if (const Slot* slot = find_slot(name)) used_.splice(used_.end(), used_, slot->place);
+}
+
+void NvmeIndex::note_use(const SlabName& name, std::uint64_t number) {
+  Slot* slot = find_slot(name);
+  FT_CHECK(slot != nullptr && slot->is_held);
+  slot->use = number;
+}
+
+std::vector<NvmeIndex::Use> NvmeIndex::take_uses() {
+  std::vector<Use> uses;
+  for (std::uint32_t i = 0; i < num_slots(); ++i) {
+    const auto use = std::exchange(slots_[i].use, std::nullopt);
+    if (use) uses.push_back({{*slots_[i].name, entry_of(SlotIndex{i})}, *use});
+  }
+  return uses;
 }
 
 void NvmeIndex::place_before(const SlabName& name, const SlabName& other) {
@@ -99,12 +116,14 @@ bool NvmeIndex::is_promised(SlotIndex index, const SlabName& name) const {
   return slot.name == name && !slot.is_held;
 }
 
-void NvmeIndex::hold(SlotIndex index, std::uint64_t digest, const Seal& seal) {
+void NvmeIndex::hold(SlotIndex index, std::uint64_t digest, const Seal& seal,
+                     const std::optional<PrefixKey>& previous) {
   Slot& slot = at(index);
   FT_CHECK(slot.name && !slot.is_held, raw(index));
   slot.is_held = true;
   slot.digest = digest;
   slot.seal = seal;
+  slot.previous = previous;
   ++num_held_;
 }
 
@@ -132,6 +151,7 @@ void NvmeIndex::erase(const SlabName& name) {
   const SlotIndex index = found->second;
   Slot& slot = at(index);
   slot.name.reset();
+  slot.use.reset();
   if (std::exchange(slot.is_held, false)) --num_held_;
   by_name_.erase(found);
   used_.erase(slot.place);

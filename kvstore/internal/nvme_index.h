@@ -33,6 +33,7 @@ class NvmeIndex {
     SlotIndex slot{};
     std::uint64_t digest = 0;
     Seal seal;
+    std::optional<PrefixKey> previous = {};  // of the segment before
   };
   std::optional<Entry> find(const SlabName& name) const;
   // Held, or promised.
@@ -45,6 +46,15 @@ class NvmeIndex {
   std::optional<Held> held_from(SlotIndex from) const;
   // The slab was wanted: it is the last to give way. No-op for a name that is not there.
   void touch(const SlabName& name);
+  // The last use of a prefix that ends with this slab, numbered as slabs are that are written.
+  // REQUIRES: it is held.
+  void note_use(const SlabName& name, std::uint64_t number);
+  struct Use {
+    Held slab;
+    std::uint64_t number = 0;
+  };
+  // All that were noted since, of slabs that are there.
+  std::vector<Use> take_uses();
   // The slab gives way just before the other one, or just behind it. No-op where one of them is not
   // there.
   void place_before(const SlabName& name, const SlabName& other);
@@ -58,7 +68,8 @@ class NvmeIndex {
   void promise(SlotIndex slot, const SlabName& name);
   bool is_promised(SlotIndex slot, const SlabName& name) const;
   // ... and does. REQUIRES: it is promised.
-  void hold(SlotIndex slot, std::uint64_t digest, const Seal& seal = {});
+  void hold(SlotIndex slot, std::uint64_t digest, const Seal& seal = {},
+            const std::optional<PrefixKey>& previous = std::nullopt);
 
   // Pins count. They say nothing of use: touch() does. REQUIRES: held, or pinned already.
   void pin(SlotIndex slot);
@@ -87,12 +98,15 @@ class NvmeIndex {
     bool is_held = false;
     std::uint64_t digest = 0;
     Seal seal;
+    std::optional<PrefixKey> previous;
+    std::optional<std::uint64_t> use;  // that was noted
     int pins = 0;
     std::list<SlotIndex>::iterator place;  // in used_, with a name
   };
   Slot& at(SlotIndex slot);
   void add_pin(Slot& slot);
   Slot* find_slot(const SlabName& name);
+  Entry entry_of(SlotIndex slot) const;
 
   std::vector<Slot> slots_;
   std::uint32_t num_usable_;      // of them, that are not left out

@@ -75,11 +75,11 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       device_(std::move(device)),
       cipher_(std::move(cipher)),
       index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
-      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()) {
+      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()),
+      next_number_(contents.last_number + 1) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
   stat_.io_errors = static_cast<std::int64_t>(contents.unreadable.size());
-  if (!contents.slabs.empty()) next_number_ = contents.slabs.back().number + 1;
 }
 
 // ---- what there is ----------------------------------------------------------------------------
@@ -204,7 +204,13 @@ bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
   const SlotIndex slot = *index_.claim();
   index_.promise(slot, name);
   place(name, previous);
-  start(index, {Kind::kStoreSlab, name, slot, nullptr, digest_of(copy)}, now);
+  start(index,
+        {.kind = Kind::kStoreSlab,
+         .name = name,
+         .slot = slot,
+         .digest = digest_of(copy),
+         .previous = previous},
+        now);
   return true;
 }
 
@@ -219,8 +225,9 @@ void NvmeTier::write_header(std::size_t index) {
   transfer.kind = Kind::kStoreHeader;
   transfer.moved = 0;
   is_blank_[raw(transfer.slot)] = false;
-  encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, next_number_++,
-                    transfer.digest, transfer.name, transfer.slab.seal},
+  const std::uint64_t number = transfer.number ? *transfer.number : next_number_++;
+  encode(SlotHeader{transfer.slot, superblock_.file_id, superblock_.generation, number,
+                    transfer.digest, transfer.name, transfer.slab.seal, transfer.previous},
          header, cipher_.get());
   submit(index);
 }
@@ -228,11 +235,32 @@ void NvmeTier::write_header(std::size_t index) {
 void NvmeTier::finish_store(std::size_t index) {
   const Transfer& transfer = *transfers_[index];
   if (index_.is_promised(transfer.slot, transfer.name)) {  // else it was refuted meanwhile
-    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal);
+    index_.hold(transfer.slot, transfer.digest, transfer.slab.seal, transfer.previous);
     ++stat_.slabs_written;
   }
   index_.unpin(transfer.slot);
   end(index);
+}
+
+bool NvmeTier::note_use(const SlabName& name) {
+  if (!index_.find(name)) return false;
+  index_.note_use(name, next_number_++);
+  return true;
+}
+
+// Their headers as they are, but for the number.
+void NvmeTier::save_uses(TimePoint now) {
+  for (const auto& [slab, number] : index_.take_uses()) {
+    index_.pin(slab.entry.slot);
+    headers_.push_back({.kind = Kind::kStoreHeader,
+                        .name = slab.name,
+                        .slot = slab.entry.slot,
+                        .digest = slab.entry.digest,
+                        .previous = slab.entry.previous,
+                        .number = number,
+                        .slab = {{}, slab.entry.seal}});
+  }
+  start_headers(now);
 }
 
 // All heads of a segment stand together, before those of the segment that comes before it. Ranks
@@ -309,6 +337,7 @@ void NvmeTier::publish(const SlabName& name, const Filled& filled, TimePoint now
                       .name = name,
                       .slot = filled.slot,
                       .digest = filled.digest,
+                      .previous = filled.previous,
                       .slab = {{}, filled.seal}});
   start_headers(now);
 }
@@ -342,7 +371,12 @@ void NvmeTier::load(const SlabName& name, std::byte* to, TimePoint now) {
   const auto entry = index_.find(name);
   FT_CHECK(entry.has_value());
   index_.pin(entry->slot);
-  waiting_.push_back({Kind::kLoad, name, entry->slot, to, entry->digest, {{}, entry->seal}});
+  waiting_.push_back({.kind = Kind::kLoad,
+                      .name = name,
+                      .slot = entry->slot,
+                      .to = to,
+                      .digest = entry->digest,
+                      .slab = {{}, entry->seal}});
   start_loads(now);
 }
 
@@ -393,12 +427,11 @@ void NvmeTier::start_scrub(TimePoint now) {
   scrubbed_ = SlotIndex{raw(held->entry.slot) + 1};
   next_scrub_ = now + kScrubPause;
   start(*free_buffer(),
-        {Kind::kScrub,
-         held->name,
-         held->entry.slot,
-         nullptr,
-         held->entry.digest,
-         {{}, held->entry.seal}},
+        {.kind = Kind::kScrub,
+         .name = held->name,
+         .slot = held->entry.slot,
+         .digest = held->entry.digest,
+         .slab = {{}, held->entry.seal}},
         now);
 }
 

@@ -62,6 +62,12 @@ class NvmeTier {
   // It was wanted: it is the last to give way. Of a prefix, the first segment is touched last.
   void touch(const SlabName& name) { index_.touch(name); }
 
+  // A prefix was asked for, and this is the last of it that is here: for the order in which the
+  // next store finds prefixes. False: it is not here.
+  bool note_use(const SlabName& name);
+  // Writes that order behind, at the store's end: a header for each prefix that was asked for.
+  void save_uses(TimePoint now);
+
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.
   // REQUIRES: has(name, now), no load of it is under way.
   void load(const SlabName& name, std::byte* to, TimePoint now);
@@ -85,8 +91,9 @@ class NvmeTier {
   // keeps it. Does nothing where the slab is here already, or the slot has a name.
   struct Filled {
     SlotIndex slot{};
-    std::uint64_t digest = 0;  // of the slab's checksums
-    Seal seal;                 // of its table, in an encrypted file
+    std::uint64_t digest = 0;                // of the slab's checksums
+    Seal seal;                               // of its table, in an encrypted file
+    std::optional<PrefixKey> previous = {};  // as of store()
   };
   void publish(const SlabName& name, const Filled& filled, TimePoint now);
   // Lent and borrowed ones. Of what has a name, the last one is given up first.
@@ -126,8 +133,10 @@ class NvmeTier {
     SlotIndex slot{};
     std::byte* to = nullptr;   // kLoad
     std::uint64_t digest = 0;  // of the slab's checksums
-    SealedUnit slab{};         // in its buffer
-    std::size_t moved = 0;     // bytes so far
+    std::optional<PrefixKey> previous = {};
+    std::optional<std::uint64_t> number = {};  // of a header; nullopt: the next one
+    SealedUnit slab{};                         // in its buffer
+    std::size_t moved = 0;                     // bytes so far
     bool is_given_up = false;  // it only keeps its buffer and its slot until it ends
   };
 
@@ -186,7 +195,7 @@ class NvmeTier {
   std::size_t num_given_up_ = 0;
   TimePoint last_progress_{};
   TimePoint last_look_{};  // advance()
-  std::uint64_t next_number_ = 1;
+  std::uint64_t next_number_;
   SlotIndex scrubbed_{};  // the next slab to check is here or behind
   TimePoint next_scrub_{};
   NvmeStat stat_;

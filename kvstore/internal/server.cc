@@ -81,7 +81,7 @@ Status Server::open_arena(const ModelIdentity& model) {
                                          " to give; ask for a smaller one"};
   }
   try {
-    arena_ = std::make_unique<Arena>(layout, config_.placement);
+    arena_ = std::make_unique<Arena>(layout, config_.placement, config_.populate);
   } catch (const Exception& failure) {
     return failure.error();
   }

@@ -52,6 +52,7 @@ struct ServerConfig {
   std::size_t arena_bytes = 0;
   NumaPlacement placement = NumaPlacement::kSpread;
   std::optional<NvmeConfig> nvme = std::nullopt;
+  Arena::Populate populate = kvstore::populate;  // another one for tests: memory that runs out
 };
 
 class Server {
@@ -119,6 +120,7 @@ class Server {
   // others lent; and so many slabs a head.
   struct Lent {
     std::vector<SlotIndex> slots;  // [num_heads, num_segments]
+    std::vector<PrefixKey> keys;   // of the first segments, as far as they are known
     int num_segments = 0;
     int hit_segments = 0;
     LeaseOwner owner = {};

@@ -39,9 +39,10 @@ bool share_a_head(const LeaseOwner& a, const LeaseOwner& b) {
 
 }  // namespace
 
+// Of an arena that has settled for fewer slabs than it was to have, those are all.
 bool Server::is_outsized(const Reserve& request) const {
   return tier_ != nullptr &&
-         static_cast<std::uint32_t>(request.num_segments) > arena_->layout().slabs_per_head;
+         static_cast<std::uint32_t>(request.num_segments) > book_->slabs_per_head();
 }
 
 // Slabs a head for this rank, if all ranks of its group can run it, now or ever.
@@ -92,6 +93,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   const int found = num_hits(peer, request.keys, now);
   const int hits = reads_outsized(request, found) ? found : 0;
   Lent lent{.slots = {},
+            .keys = request.keys,
             .num_segments = request.num_segments,
             .hit_segments = hits,
             .owner = peer.owner,
@@ -184,11 +186,15 @@ Status Server::publish(const Peer& peer, const Publish& request) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " publishes what it was not lent");
   }
+  const auto segment = static_cast<std::size_t>(request.segment);
+  if (segment == lent->keys.size()) lent->keys.push_back(request.key);
+  std::optional<PrefixKey> previous;
+  if (segment > 0 && segment <= lent->keys.size()) previous = lent->keys[segment - 1];
   for (std::size_t i = 0; i < heads; ++i) {
     const int head = static_cast<int>(i);
     tier_->publish({lent->owner.first_head + head, request.key},
                    {lent->slot(head, request.segment), request.digests[i],
-                    request.seals.empty() ? Seal{} : request.seals[i]},
+                    request.seals.empty() ? Seal{} : request.seals[i], previous},
                    std::chrono::steady_clock::now());
   }
   return Ok{};

@@ -47,13 +47,14 @@ Command coordinator_command(const ServiceConfig&, const ServiceFiles& files) {
           .capture_output = true};
 }
 
-Command worker_group_command(const ServiceConfig& config, const ServiceFiles& files, int group,
-                             Launcher launcher) {
-  Command command{.name = "worker group " + std::to_string(group),
+Command worker_group_command(const ServiceConfig& config, const ServiceFiles& files,
+                             const GroupLife& which, Launcher launcher) {
+  Command command{.name = "worker group " + std::to_string(which.group),
                   .argv = launcher_words(launcher, config.tensor_parallel_size)};
   for (const std::string& word :
        {sibling_program("foretoken-worker").string(), std::string("--coordinator"),
-        files.worker_endpoint(), std::string("--group"), std::to_string(group)}) {
+        files.worker_endpoint(), std::string("--group"), std::to_string(which.group),
+        std::string("--life"), std::to_string(which.life)}) {
     command.argv.push_back(word);
   }
   // libgomp would spin for 5 ms after each parallel region otherwise.

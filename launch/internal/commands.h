@@ -11,7 +11,11 @@ enum class Launcher { kMpirun, kSrun };
 
 Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files);
 Command coordinator_command(const ServiceConfig& config, const ServiceFiles& files);
-Command worker_group_command(const ServiceConfig& config, const ServiceFiles& files, int group,
-                             Launcher launcher);
+struct GroupLife {
+  int group = 0;
+  int life = 0;  // 1: its first start
+};
+Command worker_group_command(const ServiceConfig& config, const ServiceFiles& files,
+                             const GroupLife& which, Launcher launcher);
 
 }  // namespace foretoken::launch

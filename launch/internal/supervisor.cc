@@ -87,8 +87,8 @@ void Supervisor::start() {
 void Supervisor::start_group(Group& group) {
   group.start_at.reset();
   group.cause.clear();
-  Command command =
-      worker_group_command(config_.service, config_.files, group.number, config_.launcher);
+  Command command = worker_group_command(config_.service, config_.files,
+                                         {group.number, ++group.life}, config_.launcher);
   // Through mpirun's pipes a rank can't see it.
   if (!config_.quiet && isatty(STDERR_FILENO) == 1) {
     command.environment.emplace_back("FORETOKEN_PROGRESS", "bar");
@@ -167,15 +167,10 @@ void Supervisor::on_coordinator_line(const std::string& line) {
     for (Group& group : groups_) start_group(group);
   } else if (event == "draining") {
     expect_end();  // also where a client has asked for it
-  } else if (event == "group_ready") {
-    // A word on the life before may have come when this one had begun.
-    if (Group* group = find_group(json.value("group", -1))) group->cause.clear();
   } else if (event == "group_dead") {
-    if (Group* group = find_group(json.value("group", -1))) {
-      group->cause = json.value("reason", "");
-    }
+    if (Group* group = group_of(json)) group->cause = json.value("reason", "");
   } else if (event == "restart_group") {
-    Group* group = find_group(json.value("group", -1));
+    Group* group = group_of(json);
     if (group != nullptr && group->process) {
       restart_group(*group, json.value("reason", "the coordinator asked for it"));
     }
@@ -184,9 +179,11 @@ void Supervisor::on_coordinator_line(const std::string& line) {
   }
 }
 
-Supervisor::Group* Supervisor::find_group(int number) {
+// A word on a life may come when we have seen its end, and have begun the next one.
+Supervisor::Group* Supervisor::group_of(const nlohmann::json& line) {
   for (Group& group : groups_) {
-    if (group.number == number) return &group;
+    if (group.number != line.value("group", -1)) continue;
+    return line.value("life", group.life) == group.life ? &group : nullptr;
   }
   return nullptr;
 }

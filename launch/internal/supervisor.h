@@ -10,6 +10,7 @@
 #include <deque>
 #include <filesystem>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -56,6 +57,7 @@ class Supervisor {
  private:
   struct Group {
     int number = 0;
+    int life = 0;  // the newest one's number
     std::unique_ptr<Process> process = {};
     RestartLimit limit = {};
     std::string cause = {};  // of its death, if the coordinator has said it
@@ -73,7 +75,8 @@ class Supervisor {
   void on_coordinator_line(const std::string& line);
   void check_children();
   void on_group_end(Group& group, const ExitStatus& status);
-  Group* find_group(int number);
+  // The group that a line speaks of; null: it is none of ours, or the line is of a life before.
+  Group* group_of(const nlohmann::json& line);
   // "worker group 0 exited with code 5: rank 0 (pid 7 on host) of group 0 failed: ..."
   std::string describe_end(const Group& group, const ExitStatus& status) const;
   void restart_group(Group& group, const std::string& reason);

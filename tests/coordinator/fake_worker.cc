@@ -65,6 +65,7 @@ Ready FakeRank::ready(Epoch epoch) const {
   ready.device = "fake";
   ready.max_model_len = config_.max_model_len;
   ready.max_batched_tokens = config_.max_batched_tokens;
+  ready.device_bytes_free = kFakeDeviceBytes;
   ready.kv_slabs_total = store_->slabs;
   return ready;
 }
@@ -128,8 +129,11 @@ StepResult FakeRank::run(const StepPlan& plan) {
   result.step_us = config_.token_layer_us * cost;
   if (!plan.decodes.empty()) result.step_us += config_.decode_us;
   if (config_.rank != 0) result.tokens.clear();
-  result.step_us = kFakeStep.count();
-  result.kv_slabs = {.free = store_->slabs - store_->used, .cached = 0, .ready = store_->ready};
+  result.device_bytes_free = kFakeDeviceBytes - std::ssize(sequences_);
+  result.kv_slabs = {.total = store_->slabs,
+                     .free = store_->slabs - store_->used,
+                     .cached = 0,
+                     .ready = store_->ready};
   return result;
 }
 

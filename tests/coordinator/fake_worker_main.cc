@@ -32,11 +32,10 @@ int main(int argc, char** argv) {
   coordinator::FakeRank rank(config, std::make_shared<coordinator::FakeStore>());
   send(Hello{config.group, config.rank, config.world_size, getpid(), "here"});
   Epoch epoch{};
-  StepNumber step{};
   while (true) {
     const auto frame = socket->receive(milliseconds(100));
     if (!frame) {
-      send(Heartbeat{epoch, config.group, config.rank, step});
+      send(Heartbeat{epoch, config.group, config.rank});
       continue;
     }
     const auto message = decode_coordinator_message(*frame).value_or_throw();
@@ -47,9 +46,7 @@ int main(int argc, char** argv) {
       send(rank.ready(epoch));
     } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
       std::this_thread::sleep_for(step_time);
-      auto result = rank.run(*plan);
-      step = result.step;
-      send(result);
+      send(rank.run(*plan));
     }
   }
 }

@@ -134,10 +134,11 @@ Status Simulation::to_worker(const std::string& peer, std::string_view frame) {
 
 void Simulation::to_parent(const std::string& line) {
   const auto event = nlohmann::json::parse(line);
-  if (event.at("event") == "group_ready") return;
   if (event.at("event") == "group_dead") return;  // its processes show that themselves
   EXPECT_EQ(event.at("event"), "restart_group");
-  kill_group(event.at("group").get<std::size_t>(), milliseconds(50));
+  const auto number = event.at("group").get<std::size_t>();
+  const int lives = groups_[number].lives;
+  if (event.value("life", lives) == lives) kill_group(number, milliseconds(50));
 }
 
 // ---- clients ---------------------------------------------------------------------------------
@@ -241,7 +242,7 @@ void Simulation::start_group(std::size_t number) {
     rank.group = config.group;
     rank.number = i;
     rank.fake = std::make_unique<FakeRank>(config, group.store);
-    send(rank, Hello{config.group, i, config_.world_size, num_ranks_, "here"});
+    send(rank, Hello{config.group, i, config_.world_size, num_ranks_, "here", group.lives});
     group.ranks.push_back(std::move(rank));
   }
 }
@@ -266,9 +267,7 @@ void Simulation::work(Rank& rank) {
     send(rank, rank.fake->ready(rank.epoch));
   } else if (const auto* plan = std::get_if<StepPlan>(&message)) {
     if (plan->epoch != rank.epoch) return;
-    const auto result = rank.fake->run(*plan);
-    rank.step = raw(result.step);
-    send(rank, result);
+    send(rank, rank.fake->run(*plan));
   }
 }
 
@@ -323,7 +322,7 @@ void Simulation::advance(milliseconds time) {
     for (const auto& group : groups_) {
       for (const auto& rank : group.ranks) {
         if (rank.stopped || rank.epoch == Epoch{}) continue;
-        send(rank, Heartbeat{rank.epoch, rank.group, rank.number, StepNumber{rank.step}});
+        send(rank, Heartbeat{rank.epoch, rank.group, rank.number});
       }
     }
   }

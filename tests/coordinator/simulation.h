@@ -52,7 +52,6 @@ class Simulation : public Outbox {
     int number = 0;
     std::unique_ptr<FakeRank> fake;
     Epoch epoch{};
-    std::uint64_t step = 0;
     std::deque<std::string> inbox;
     bool stopped = false;
   };

@@ -17,8 +17,8 @@ class WorkerGroupTest : public ::testing::Test {
   ~WorkerGroupTest() override { log().set_level(spdlog::level::info); }
 
   static std::string peer(int rank) { return "peer" + std::to_string(rank); }
-  std::vector<GroupEvent> hello(int rank, int world_size = 2) {
-    return group_.on_hello(peer(rank), {0, rank, world_size, 100 + rank, "here"});
+  std::vector<GroupEvent> hello(int rank, int world_size = 2, int life = 0) {
+    return group_.on_hello(peer(rank), {0, rank, world_size, 100 + rank, "here", life});
   }
   std::vector<GroupEvent> ready(int rank, Epoch epoch = Epoch{1}, std::string hash = "m") {
     Ready message;
@@ -35,9 +35,7 @@ class WorkerGroupTest : public ::testing::Test {
     message.step = StepNumber(step);
     return group_.on_result(peer(rank), message);
   }
-  void beat(int rank, Epoch epoch = Epoch{1}) {
-    group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
-  }
+  void beat(int rank, Epoch epoch = Epoch{1}) { group_.on_heartbeat({epoch, 0, rank}); }
   void assemble() {
     hello(0);
     hello(1);
@@ -160,7 +158,7 @@ TEST_F(WorkerGroupTest, SilenceIsSuspectedThenFenced) {
 
 TEST_F(WorkerGroupTest, KnowsTheHeartbeatsOfItsOwnRanks) {
   const auto knows = [this](int rank, Epoch epoch) {
-    return group_.on_heartbeat({epoch, 0, rank, StepNumber{0}});
+    return group_.on_heartbeat({epoch, 0, rank});
   };
   EXPECT_FALSE(knows(0, Epoch{1}));  // it has not said hello
   assemble();
@@ -288,6 +286,22 @@ TEST_F(WorkerGroupTest, AHelloToAReadyGroupIsItsDeath) {
   EXPECT_FALSE(dead->must_be_killed);
   group_.begin_epoch(Epoch{2});
   EXPECT_NE(find<SendWelcome>(hello(1)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, RanksOfTheNewestLifeAreTheGroup) {
+  EXPECT_EQ(group_.life(), std::nullopt);
+  hello(0, 2, /*life=*/3);
+  hello(1, 2, /*life=*/4);  // rank 0 has died meanwhile
+  EXPECT_EQ(group_.peers(), std::vector<std::string>{"peer1"});
+  EXPECT_TRUE(hello(0, 2, /*life=*/3).empty());
+  EXPECT_EQ(group_.life(), 4);
+  EXPECT_NE(find<SendWelcome>(hello(0, 2, /*life=*/4)), nullptr);
+  ready(0);
+  ready(1);
+  ASSERT_TRUE(group_.is_ready());
+  EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
+  EXPECT_NE(find<GroupDead>(hello(1, 2, /*life=*/5)), nullptr);
+  EXPECT_EQ(group_.life(), 4);  // whose death it is
 }
 
 TEST_F(WorkerGroupTest, ARankThatComesAgainWhileLoadingTakesItsPlace) {

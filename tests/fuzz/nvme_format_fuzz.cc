@@ -8,6 +8,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   decode_both(sector);
   write_checksum(sector, kSuperblockBytes);
   decode_both(sector);
+  write_checksum(sector, kChainedHeaderBytes);
+  decode_both(sector);
   write_checksum(sector, kHeaderBytes);
   decode_both(sector);
   return 0;

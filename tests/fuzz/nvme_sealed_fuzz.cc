@@ -7,14 +7,18 @@ namespace {
 using namespace foretoken::kvstore;
 
 // Where docs/formats.md has the seals: at 208 of a superblock, of nothing; at 24 of a header, of
-// bytes 64 to 167.
+// bytes 64 to 167, or 199 where it names a segment before.
 void seal_both(Sector sector, const KvCipher& cipher) {
   Seal seal = cipher.seal({}, sector.first(208));
   std::memcpy(sector.data() + 208, &seal, sizeof seal);
   decode_both(sector, &cipher);
-  seal = cipher.seal(sector.subspan(64, 104), sector.first(24));
-  std::memcpy(sector.data() + 24, &seal, sizeof seal);
-  decode_both(sector, &cipher);
+  for (const std::size_t bytes : {104, 136}) {
+    SectorBytes sealed{};
+    std::ranges::copy(sector, sealed.begin());
+    seal = cipher.seal(std::span(sealed).subspan(64, bytes), std::span(sealed).first(24));
+    std::memcpy(sealed.data() + 24, &seal, sizeof seal);
+    decode_both(sealed, &cipher);
+  }
 }
 
 }  // namespace

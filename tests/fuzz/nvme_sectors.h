@@ -16,6 +16,7 @@ namespace foretoken::kvstore {
 // The bytes that a checksum stands behind (docs/formats.md).
 inline constexpr std::size_t kSuperblockBytes = 192;
 inline constexpr std::size_t kHeaderBytes = 88;
+inline constexpr std::size_t kChainedHeaderBytes = 120;
 
 using SectorBytes = std::array<std::byte, kSectorBytes>;
 

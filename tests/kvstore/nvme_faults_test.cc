@@ -197,18 +197,22 @@ TEST(NvmeFaults, DamageOfAnEncryptedFileIsAMiss) {
   }
 }
 
-// Every bit of a header, and every word of a slab, counts.
+// Every bit of a header of either kind, and every word of a slab, counts.
 TEST(NvmeFaults, EachBitOfAHeaderAndEachWordOfASlabCounts) {
   FileBytes file;
   const SlabName name = test_name(1, 7);
-  { ASSERT_TRUE(TierOnFile(file, 1).store(name)); }
   const std::size_t header = NvmeGeometry{geometry().slot_bytes, 1}.header_offset(SlotIndex{0});
-  for (std::size_t bit = 0; bit < 96 * 8; ++bit) {
-    FileBytes damaged = file;
-    damaged[header + bit / 8] ^= std::byte{1} << (bit % 8);
-    TierOnFile disk(damaged, 1);
-    EXPECT_FALSE(disk.load(name)) << "bit " << bit;
-    EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+  for (const std::size_t bytes : {96, 128}) {
+    const auto previous = bytes == 128 ? std::optional(test_name(1, 6).key) : std::nullopt;
+    file.clear();
+    { ASSERT_TRUE(TierOnFile(file, 1).store(name, previous)); }
+    for (std::size_t bit = 0; bit < bytes * 8; ++bit) {
+      FileBytes damaged = file;
+      damaged[header + bit / 8] ^= std::byte{1} << (bit % 8);
+      TierOnFile disk(damaged, 1);
+      EXPECT_FALSE(disk.load(name)) << "bit " << bit << " of " << bytes << " bytes";
+      EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+    }
   }
   const std::size_t slab = NvmeGeometry{geometry().slot_bytes, 1}.slab_offset(SlotIndex{0});
   const kernels::KvShape shape = kTestModel.slab_shape();

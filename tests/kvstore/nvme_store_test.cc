@@ -168,6 +168,30 @@ TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
   EXPECT_EQ(hits(), 1) << "of what was found, too";
 }
 
+// Two of three prompts fill the file, and the one that was written first is asked for again.
+TEST_F(NvmeStoreTest, WhatWasUsedLastIsThereLongestAfterARestartToo) {
+  std::unique_ptr<KvStore> store;
+  const auto restart = [&] {
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 4}.file_bytes(),
+                                NvmeReuse::kKeepSlabs});
+    store = connect();
+  };
+  restart();
+  write(*store, 1);
+  write(*store, 2);
+  ASSERT_TRUE(written(*store, 4));
+  EXPECT_TRUE(finds(*store, 1));
+  restart();
+  write(*store, 3);
+  ASSERT_TRUE(written(*store, 2));
+  restart();
+  EXPECT_TRUE(finds(*store, 1));
+  EXPECT_FALSE(finds(*store, 2));
+}
+
 // It was written behind, and found bad: nobody reads it from the arena either, and it is computed
 // anew elsewhere.
 TEST_F(NvmeStoreTest, ASlabThatIsFoundBadServesNobody) {
@@ -414,22 +438,32 @@ TEST_F(NvmeStoreTest, WhatFindsNoSlotIsWrittenWhenThereIsOne) {
 
 // The file is full when eight prompts are beside the prefix.
 TEST_F(NvmeStoreTest, WhatRanFromNvmeGivesWayFromItsEnd) {
-  const std::uint32_t num_slots = 2 * kSomeSegments;
-  server = std::make_unique<RunningServer>(
-      kArenaBytes,
-      NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), num_slots}.file_bytes(),
-                 NvmeReuse::kStartAfresh});
-  const auto store = connect();
   const std::vector keys{key_of(1), key_of(2), key_of(3)};
-  auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
-  fill(first, Slabs(keys));
-  publish(*store, first, keys);
-  ASSERT_TRUE(written(*store, 6));
-  first.outsized.reset();
-  ASSERT_TRUE(store->release(SequenceId{100}));
-  for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
-  ASSERT_TRUE(written(*store, 6 + 18));
-  EXPECT_EQ(reserve_slots(*store, SequenceId{101}, keys, kSomeSegments).hit_segments, 2);
+  for (const bool restarts : {false, true}) {
+    std::unique_ptr<KvStore> store;
+    const auto start = [&](NvmeReuse reuse) {
+      store.reset();
+      server.reset();
+      const NvmeGeometry geometry{kModel.slab_bytes(), 2 * kSomeSegments};
+      server = std::make_unique<RunningServer>(
+          kArenaBytes, NvmeConfig{nvme_folder(), geometry.file_bytes(), reuse});
+      store = connect();
+    };
+    start(NvmeReuse::kKeepSlabs);
+    auto first = store->reserve(SequenceId{100}, keys, kSomeSegments).value();
+    EXPECT_EQ(first.hit_segments, 0);
+    fill(first, Slabs(keys));
+    publish(*store, first, keys);
+    ASSERT_TRUE(written(*store, 6));
+    first.outsized.reset();
+    ASSERT_TRUE(store->release(SequenceId{100}));
+    if (restarts) start(NvmeReuse::kKeepSlabs);
+    const auto before = store->stat()->nvme.slabs_written;
+    for (std::uint32_t i = 0; i < 9; ++i) write(*store, 11 + i);
+    ASSERT_TRUE(written(*store, before + 18));
+    EXPECT_EQ(reserve_slots(*store, SequenceId{101}, keys, kSomeSegments).hit_segments, 2);
+    start(NvmeReuse::kStartAfresh);  // and its end leaves no file
+  }
 }
 
 // The rank opens what the store has sealed, and the store what the rank has.
@@ -723,6 +757,37 @@ TEST_F(SharedHeadTest, WhatAllRanksNeedIsWhatMustFit) {
   const auto high = connect(1);
   EXPECT_TRUE(reserve(*low, 1));
   EXPECT_TRUE(reserve(*high, 1));
+}
+
+// Pieces are 56 slabs of each head here, and memory is there for the first ones.
+TEST_F(NvmeStoreTest, WhatIsLargerThanTheArenaHasBecomeRunsFromNvme) {
+  const std::vector keys{key_of(1), key_of(2)};
+  const Slabs slabs(keys, kDeep);
+  const auto first_pieces = [](std::byte*, std::size_t bytes) {
+    errno = ENOMEM;
+    return bytes == 56 * kDeep.slab_bytes();
+  };
+  for (const auto& cipher : {std::shared_ptr<const KvCipher>(), KvCipher::random()}) {
+    server = std::make_unique<RunningServer>(
+        ArenaLayout{3, kDeep.slab_bytes(), 100}.arena_bytes(),
+        NvmeConfig{nvme_folder(), 256 << 20, NvmeReuse::kStartAfresh, cipher}, first_pieces);
+    StoreClientConfig config = test_client(server->socket(), 0);
+    config.shape.num_layers = kDeep.num_layers;
+    const auto store = KvStore::connect(config, *device).value_or_throw();
+    ASSERT_TRUE(eventually(*store, [](const StoreStat& stat) { return stat.slabs_total == 56; }));
+
+    auto kv = store->reserve(SequenceId{1}, keys, 57);
+    ASSERT_TRUE(kv) << kv.error().message;
+    ASSERT_NE(kv->outsized, nullptr);
+    fill(*kv, slabs);
+    publish(*store, *kv, keys);
+    EXPECT_TRUE(written(*store, 4));
+    EXPECT_TRUE(holds(*kv, slabs, 11));
+    kv->outsized.reset();
+    ASSERT_TRUE(store->release(SequenceId{1}));
+    EXPECT_EQ(store->reserve(SequenceId{2}, {}, 56).value().outsized, nullptr);
+    server.reset();
+  }
 }
 
 TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {

@@ -66,6 +66,87 @@ TEST_F(NvmeTierTest, ARestartFindsTheSlabsInTheirOrder) {
   for (std::uint32_t i = 1; i < 4; ++i) EXPECT_TRUE(disk.load(test_name(0, i))) << i;
 }
 
+// Segments of three prefixes, two of which begin alike: as the last write of each left them, and
+// each from its end. Of three heads.
+TEST_F(NvmeTierTest, AfterARestartTooAPrefixGivesWayFromItsEnd) {
+  struct Segment {
+    std::uint32_t number;
+    std::optional<std::uint32_t> previous;
+  };
+  const std::array<Segment, 7> written{
+      {{21, {}}, {1, {}}, {2, 1}, {3, 2}, {22, 21}, {11, 1}, {12, 11}}};
+  const std::array<std::uint32_t, 7> gives_way{3, 2, 22, 21, 12, 11, 1};
+  for (const auto& cipher : {std::shared_ptr<const KvCipher>(), KvCipher::random()}) {
+    file.clear();
+    const auto open = [&] {
+      return TierOnFile(file, 3 * written.size(), NvmeReuse::kKeepSlabs, kTestModel, cipher);
+    };
+    {
+      TierOnFile disk = open();
+      for (const auto& [number, previous] : written) {
+        for (int head = 0; head < 3; ++head) {
+          const auto key = previous ? std::optional(test_name(0, *previous).key) : std::nullopt;
+          ASSERT_TRUE(disk.store(test_name(head, number), key));
+        }
+      }
+    }
+    TierOnFile disk = open();
+    for (auto next = gives_way.begin(); next != gives_way.end(); ++next) {
+      ASSERT_TRUE(disk.tier->lend(3, disk.now));
+      for (const auto& segment : written) {
+        const bool is_there =
+            std::find(next + 1, gives_way.end(), segment.number) != gives_way.end();
+        for (int head = 0; head < 3; ++head) {
+          EXPECT_EQ(disk.tier->knows(test_name(head, segment.number)), is_there)
+              << segment.number << " when " << *next << " gives way";
+        }
+      }
+    }
+  }
+}
+
+// ... or its last use, where the store had time to say so. Nothing else of the slabs changes.
+TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  for (const auto& cipher : {std::shared_ptr<const KvCipher>(), KvCipher::random()}) {
+    for (const bool saves : {false, true}) {
+      file.clear();
+      const auto open = [&] {
+        return TierOnFile(file, 7, NvmeReuse::kKeepSlabs, kTestModel, cipher);
+      };
+      {
+        TierOnFile disk = open();
+        ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
+        ASSERT_TRUE(disk.store(test_name(0, 11)) && disk.store(test_name(0, 12), key_of(11)));
+        EXPECT_TRUE(disk.tier->note_use(test_name(0, 2)));
+        EXPECT_FALSE(disk.tier->note_use(test_name(0, 3)));
+        ASSERT_TRUE(disk.store(test_name(0, 21)));  // later than that use
+        if (saves) disk.tier->save_uses(disk.now);
+        disk.finish();
+        EXPECT_EQ(disk.tier->stat().slabs_written, 5);
+      }
+      TierOnFile disk = open();
+      ASSERT_TRUE(disk.tier->lend(4, disk.now));  // two are free
+      for (const std::uint32_t number : {1, 2, 11, 12, 21}) {
+        const bool is_there = number == 21 || (number < 11) == saves;
+        EXPECT_EQ(disk.load(test_name(0, number)).has_value(), is_there) << number << ' ' << saves;
+      }
+      EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
+    }
+  }
+}
+
+// Keys that no store writes, in a file that is not encrypted: the opening ends, with all of them.
+TEST_F(NvmeTierTest, SegmentsThatGoInACircleAreFoundToo) {
+  {
+    TierOnFile disk(file, 3);
+    for (std::uint32_t i = 0; i < 3; ++i) {
+      ASSERT_TRUE(disk.store(test_name(0, i), test_name(0, (i + 1) % 3).key));
+    }
+  }
+  EXPECT_EQ(TierOnFile(file, 3).tier->stat().slabs_held, 3);
+}
+
 TEST_F(NvmeTierTest, AFreshStartFindsNothing) {
   { EXPECT_TRUE(TierOnFile(file, 4).store(test_name(0, 1))); }
   TierOnFile disk(file, 4, NvmeReuse::kStartAfresh);

@@ -36,9 +36,11 @@ class TestFolder {
 
 class RunningServer {
  public:
-  explicit RunningServer(std::size_t arena_bytes, std::optional<NvmeConfig> nvme = std::nullopt)
+  explicit RunningServer(std::size_t arena_bytes, std::optional<NvmeConfig> nvme = std::nullopt,
+                         Arena::Populate populate = kvstore::populate)
       : stop_(eventfd(0, EFD_CLOEXEC)),
-        server_({folder_.socket(), arena_bytes, NumaPlacement::kSpread, std::move(nvme)}),
+        server_({folder_.socket(), arena_bytes, NumaPlacement::kSpread, std::move(nvme),
+                 std::move(populate)}),
         thread_([this] { server_.run(stop_.get()); }) {}
   ~RunningServer() {
     eventfd_write(stop_.get(), 1);

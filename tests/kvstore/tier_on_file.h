@@ -39,9 +39,9 @@ class TierOnFile {
   }
 
   // What store() and load() of an idle tier come to. A miss: nullopt.
-  bool store(const SlabName& name) {
+  bool store(const SlabName& name, const std::optional<PrefixKey>& previous = std::nullopt) {
     if (!tier->can_store(now) || tier->knows(name)) return false;
-    if (!tier->store(name, test_slab(name, model_).data(), now)) return false;
+    if (!tier->store(name, test_slab(name, model_).data(), now, previous)) return false;
     finish();
     return tier->knows(name);
   }

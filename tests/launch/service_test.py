@@ -309,15 +309,25 @@ def test_a_coordinator_that_starves_drains_all_the_same(model):
         assert running.process.wait(30) == 0
 
 
-def test_ranks_that_end_before_their_coordinator_are_not_restarted(model, tmp_path, monkeypatch):
+@pytest.fixture
+def set_coordinator(tmp_path, monkeypatch):
+    """Takes a shell script: services that start from then on have it in the coordinator's place."""
+
+    def set_to(script):
+        shutil.copy(BIN / "foretoken", tmp_path)
+        for program in ("foretoken-kvstore", "foretoken-worker"):
+            (tmp_path / program).symlink_to(BIN / program)
+        coordinator = tmp_path / "foretoken-coordinator"
+        coordinator.write_text(f"#!/bin/sh\n{script}")
+        coordinator.chmod(0o755)
+        monkeypatch.setattr(service_helper, "FORETOKEN", tmp_path / "foretoken")
+
+    return set_to
+
+
+def test_ranks_that_end_before_their_coordinator_are_not_restarted(model, set_coordinator):
     """As where it still has words for a client that reads nothing."""
-    shutil.copy(BIN / "foretoken", tmp_path)
-    for program in ("foretoken-kvstore", "foretoken-worker"):
-        (tmp_path / program).symlink_to(BIN / program)
-    slow = tmp_path / "foretoken-coordinator"
-    slow.write_text(f'#!/bin/sh\n{BIN}/foretoken-coordinator "$@"\ncode=$?\nsleep 2\nexit $code\n')
-    slow.chmod(0o755)
-    monkeypatch.setattr(service_helper, "FORETOKEN", tmp_path / "foretoken")
+    set_coordinator(f'{BIN}/foretoken-coordinator "$@"\ncode=$?\nsleep 2\nexit $code\n')
     with Service(model, FULL) as running:
         assert run("drain", *running.connect).returncode == 0
         assert running.process.wait(30) == 0
@@ -414,3 +424,22 @@ def test_a_rank_that_stands_still_is_replaced(model):
             wait_until(lambda: client.status()["state"] == "ready", 60)
             assert client.generate("x", max_tokens=3, ignore_eos=True).usage["completion_tokens"] == 3
             assert client.status()["worker_restarts"] == 1
+
+
+def test_a_word_on_a_life_that_is_over_harms_not_the_next_one(model, set_coordinator):
+    """As where the group has died by itself, and was started anew, before it was to be killed."""
+    set_coordinator(f"""
+        setpriv --pdeathsig KILL {BIN}/foretoken-coordinator "$@" | while read -r line; do
+        printf '%s\\n' "$line"
+        case $line in *restart_group*) (sleep 3; printf '%s\\n' "$line") & ;; esac
+        done""")
+    with Service(model, FULL) as running:
+        os.kill(running.pids("foretoken-worker")[0], signal.SIGSTOP)
+        wait_until(lambda: "restarting" in running.log.read_text(), what="the restart")
+        time.sleep(4)  # until it has been told again
+        with Client(running.endpoint, running.key_file, silence_timeout=60) as client:
+            assert len(client.generate("x", max_tokens=3, ignore_eos=True).ids) == 3
+            assert client.status()["worker_restarts"] == 1
+        assert running.log.read_text().count("restarting") == 1
+        assert run("drain", *running.connect).returncode == 0
+        assert running.process.wait(30) == 0

@@ -172,14 +172,13 @@ StepResult Engine::collect() {
   return std::move(result);
 }
 
-// Slabs that aren't ready yet count as free: they will be. Once all are that will be, none is
-// waited for, though the arena was to have more.
+// Slabs that aren't ready yet count as free: they will be.
 KvSlabs Engine::count_slabs() {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
-  const bool is_filled = stat.slabs_ready == stat.slabs_total;
-  return {.free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
+  return {.total = stat.slabs_total,
+          .free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
           .cached = stat.slabs_cached,
-          .ready = is_filled ? store_.slabs_per_head() : stat.slabs_ready,
+          .ready = stat.slabs_ready,
           .nvme = nvme_of(stat.nvme)};
 }
 
@@ -356,22 +355,11 @@ std::int64_t Engine::device_bytes_free() const {
 
 Ready Engine::capacity() const {
   Ready ready;
-  const kernels::DeviceInfo info = device_.info();
-  const std::size_t longest = sequence_bytes(model_.kv_shape(), policy_, max_model_len_).total();
-  const std::size_t shortest = sequence_bytes(model_.kv_shape(), policy_, kSegmentTokens).total();
-  ready.device = info.name;
+  ready.device = device_.info().name;
   ready.max_model_len = max_model_len_;
   ready.max_batched_tokens = max_batched_tokens_;
-  ready.device_bytes_total = static_cast<std::int64_t>(info.memory_bytes);
-  ready.device_bytes_weights =
-      static_cast<std::int64_t>(device_.memory_in_use(kernels::MemoryUse::kWeights));
   ready.device_bytes_free = device_bytes_free();
   ready.kv_slabs_total = store_.slabs_per_head();
-  // The line through the two ends; slots are bounded by the budget, so it lies above in between.
-  const int span = std::max(1, max_model_len_ - kSegmentTokens);
-  ready.sequence_bytes_per_token = static_cast<std::int64_t>(
-      (longest - std::min(longest, shortest)) / static_cast<std::size_t>(span));
-  ready.sequence_bytes_fixed = static_cast<std::int64_t>(shortest);
   return ready;
 }
 

@@ -42,7 +42,7 @@ void Heart::beat_on(const RankConfig& config, Epoch epoch, int rank, const std::
   const std::int64_t most = config.coordinator_timeout / kInterval;
   for (std::int64_t unanswered = 0; unanswered < most;) {
     if (stop.stop_requested()) return;
-    line.send(Heartbeat{epoch, config.group, rank, StepNumber{step_.load()}});
+    line.send(Heartbeat{epoch, config.group, rank});
     unanswered = is_answered(line) ? 0 : unanswered + 1;
   }
   why_ = "the coordinator at " + config.coordinator + " was silent for " +

@@ -1,9 +1,8 @@
-// Heart: the thread that says every 250 ms that this rank lives, and which step it completed last.
+// Heart: the thread that says every 250 ms that this rank lives.
 #pragma once
 
 #include <atomic>
 #include <chrono>
-#include <cstdint>
 #include <string>
 #include <thread>
 
@@ -19,7 +18,6 @@ class Heart {
       : thread_([this, config, epoch, rank](const std::stop_token& stop) {
           beat(config, epoch, rank, stop);
         }) {}
-  void completed(StepNumber step) { step_ = raw(step); }
   // Throws Exception(kUnavailable) where the coordinator is lost, or the thread has failed: without
   // beats this rank is given up, and nobody would tell it.
   void check() const;
@@ -28,7 +26,6 @@ class Heart {
   void beat(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop);
   void beat_on(const RankConfig& config, Epoch epoch, int rank, const std::stop_token& stop);
 
-  std::atomic<std::uint64_t> step_{0};
   std::string why_;
   std::atomic<bool> lost_{false};  // then why_ stands
   std::jthread thread_;            // last: it starts when all else is ready

@@ -50,7 +50,7 @@ struct Place {
 };
 
 Welcome join(Line& line, const RankConfig& config, const Place& place) {
-  line.send(Hello{config.group, place.rank, place.world_size, getpid(), host_name()});
+  line.send(Hello{config.group, place.rank, place.world_size, getpid(), host_name(), config.life});
   const auto answer = line.receive(kWelcomeTimeout);
   if (!answer) {
     throw Exception(ErrorCode::kUnavailable,
@@ -241,12 +241,12 @@ bool only_computes(const StepPlan& plan) {
          plan.admits.empty() && plan.starts.empty();
 }
 
-void serve_plans(Line& line, Heart& heart, Engine& engine, Epoch epoch, const RankConfig& config) {
+void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
+                 const RankConfig& config) {
   const auto finish_one = [&] {
     StepResult result = engine.collect();
     result.group = config.group;
     line.send(result);
-    heart.completed(result.step);
   };
   for (;; heart.check()) {
     // The next plan comes while this one runs, but not at once: who waits for the device first
