@@ -8,8 +8,8 @@
 // protocol LL). An inbox has two halves, used in turn: a rank that writes call n has had all
 // answers of call n - 1, so that nobody still reads call n - 2.
 //
-// Or within a chain of products, as most of decode's are where a step has one or two rows: those
-// who make values send them, and those who take the sum add it up (kernels/cuda/peer_links.cuh).
+// Or within a chain of products, as all but one of decode's are where a step has one row: those who
+// make values send them, and those who take the sum add it up (kernels/cuda/peer_links.cuh).
 //
 // Large ones of two GPUs, in two steps: prefill adds 64 MiB up, which takes as long as a tenth of
 // its products. begin() has the copy engine bring the values into the other's inbox, which takes no
@@ -61,8 +61,8 @@ class PeerSum {
   virtual void gather(const float* part, float* all, int rows, std::span<const int> widths,
                       Stream& stream) = 0;
 
-  // Whether it sums such values within a chain of products (Device::linear_chain).
-  virtual bool takes_in_chain(int rows, int columns) const = 0;
+  // Whether it sums so many values, of one row, within a chain of products (Device::linear_chain).
+  virtual bool takes_in_chain(int columns) const = 0;
 
   // Whether it takes so many values in two steps.
   virtual bool begins(std::size_t count) const = 0;

@@ -83,11 +83,15 @@ static_assert(sizeof(SharedMemory) > (114 << 10), "two CTAs would fit an SM");
 
 // 8 values of x, of which one CTA stores the sum.
 template <bool kReceives, typename T>
-__device__ uint4 load_x(const GemvParams<T>& p, std::uint32_t call, int at) {
-  if constexpr (!kReceives) return *reinterpret_cast<const uint4*>(p.x + at);
-  const uint4 x = receive_sum<T>(p.links, p.rows, call, at);
-  if (at / 8 % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(p.sum + at) = x;
-  return x;
+__device__ uint4 load_x(const GemvParams<T>& p, std::uint32_t call, int row, int column) {
+  if constexpr (!kReceives) {
+    return *reinterpret_cast<const uint4*>(p.x + static_cast<std::size_t>(row) * p.columns +
+                                           column);
+  } else {
+    const uint4 x = receive_sum<T>(p.links, call, column);
+    if (column / 8 % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(p.sum + column) = x;
+    return x;
+  }
 }
 
 template <int kRows, bool kNorm, bool kReceives, typename T>
@@ -98,7 +102,7 @@ __device__ void stage_x(const GemvParams<T>& p, std::uint32_t call, int stride,
     for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
       uint4 x{0, 0, 0, 0};
       if (row < p.rows && i < p.columns) {
-        x = load_x<kReceives>(p, call, row * p.columns + i);
+        x = load_x<kReceives>(p, call, row, i);
         if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
       }
       *reinterpret_cast<uint4*>(shared.x<T>() + row * stride + i) = x;
@@ -214,7 +218,7 @@ __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int fe
     for (int part = 0; part < kParts; ++part) scaled[part] = sums[part][n] * scale;
     if constexpr (kSends) {
       const float value = finish_product(p.out, n, feature, scaled);
-      send<T>(p.links, p.rows, call, n * p.out.columns + feature, value);
+      send<T>(p.links, call, feature, value);
     } else {
       store_product<Out, kParts>(p.out, n, feature, scaled);
     }
@@ -222,7 +226,7 @@ __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int fe
 }
 
 // The bound of 3 keeps a thread to 40 registers: the gather and the choice run on the same SMs.
-// kLinked: x is a sum that is received, or without a norm, what is made is sent.
+// kLinked, of one row: x is a sum that is received, or without a norm, what is made is sent.
 template <typename T, typename Out, int kRows, bool kNorm, bool kSwiGlu, bool kLinked>
 __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
     gemv_kernel(const GemvParams<T> p) {
@@ -240,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
   wait_for_earlier_kernels();
   const int stride = (p.columns + kStep - 1) / kStep * kStep;
   std::uint32_t call = 0;
-  if constexpr (kLinked) call = calls_of(p.links, p.rows)[blockIdx.x] + (kSends ? 1 : 0);
+  if constexpr (kLinked) call = p.links.calls[blockIdx.x] + (kSends ? 1 : 0);
   stage_x<kRows, kNorm, kReceives>(p, call, stride, shared);
   const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
   for (int feature = features.first; feature < features.end; feature += kWarps) {
@@ -269,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
       store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, shared);
     }
   }
-  if (kSends && threadIdx.x == 0) count_call(p.links, p.rows, call);
+  if (kSends && threadIdx.x == 0) count_call(p.links, call);
 }
 
 std::size_t shared_bytes(int rows, int columns) {
@@ -309,11 +313,13 @@ void run(const LinearArgs& args, const PeerSum* sum, CudaStream& stream) {
                                  static_cast<int>(bytes)));
     launch_overlapped(kernel, ctas, kThreads, bytes, stream, params);
   };
-  if (sum != nullptr) {
-    if (!norm) return start(gemv_kernel<T, T, kRows, false, false, true>);
-    if (swiglu) return start(gemv_kernel<T, T, kRows, true, true, true>);
-    return args.out_fp32 ? start(gemv_kernel<T, float, kRows, true, false, true>)
-                         : start(gemv_kernel<T, T, kRows, true, false, true>);
+  if constexpr (kRows == 1) {
+    if (sum != nullptr) {
+      if (!norm) return start(gemv_kernel<T, T, 1, false, false, true>);
+      if (swiglu) return start(gemv_kernel<T, T, 1, true, true, true>);
+      return args.out_fp32 ? start(gemv_kernel<T, float, 1, true, false, true>)
+                           : start(gemv_kernel<T, T, 1, true, false, true>);
+    }
   }
   if (swiglu) {
     return norm ? start(gemv_kernel<T, T, kRows, true, true, false>)
@@ -354,13 +360,13 @@ bool can_chain(const LinearChainArgs& args) {
     const LinearArgs& product = args.products[i];
     const bool sends = (args.summed >> i & 1U) != 0;
     const bool norm = product.norm.weight != nullptr;
-    if (product.rows == 0 || !can_gemv(product)) return false;
+    if (product.rows != 1 || !can_gemv(product)) return false;
     // What receives a sum stores it for all who come later.
     if (receives && (!norm || product.x != args.products[i - 1].out)) return false;
     if (sends) {
       const bool is_plain = !norm && !product.out_fp32 && product.swiglu.scratch == nullptr;
       if (!is_plain || args.sum == nullptr) return false;
-      if (!args.sum->takes_in_chain(product.rows, product.weight->rows)) return false;
+      if (!args.sum->takes_in_chain(product.weight->rows)) return false;
     }
     receives = sends;
   }

@@ -39,7 +39,7 @@ bool can_gemv(const LinearArgs& args);
 // REQUIRES: can_gemv(args).
 void gemv(const LinearArgs& args, DataType activation, CudaStream& stream);
 
-// Whether run_chain() takes them: few rows, and sums that the next product takes as its x.
+// Whether run_chain() takes them: one row, and sums that the next product takes as its x.
 bool can_chain(const LinearChainArgs& args);
 // REQUIRES: can_chain(args).
 void run_chain(const LinearChainArgs& args, DataType activation, CudaStream& stream);

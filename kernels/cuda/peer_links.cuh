@@ -1,12 +1,12 @@
-// PeerLinks: how products add values up over the ranks of a PeerSum (gemv.cu), without a kernel of
-// the sum's own: the one that makes values sends each to every rank, and the one that takes the sum
-// receives them all.
+// PeerLinks: how products of one row add values up over the ranks of a PeerSum (gemv.cu), without a
+// kernel of the sum's own: the one that makes values sends each to every rank, and the one that
+// takes the sum receives them all.
 //
 // A value travels with the number of its call beside it, in one word: who finds the number has
 // found the value, with no fence (as in peer_sum.cu). There are two boxes for each value and rank,
 // used in turn: who sends call n is after the kernel that has received call n - 1, for which the
 // others were after theirs that had received call n - 2. A number has 16 bits, so no word may be
-// older than the last call of its box: all calls of so many rows have the same columns.
+// older than the last call of its box: all calls have the same columns.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,11 @@
 namespace foretoken::kernels::cuda {
 
 struct PeerLinks {
-  static constexpr int kMaxRows = 2;
   static constexpr int kMaxColumns = 16384;
   static constexpr int kMaxCtas = 256;
 
-  std::uint32_t* boxes[PeerSum::kMaxRanks];  // in each rank's memory: [rows, 2, rank, row, column]
-  std::uint32_t* calls;                      // [rows, kMaxCtas]: sent so far; of all CTAs the same
+  std::uint32_t* boxes[PeerSum::kMaxRanks];  // in each rank's memory: [2, rank, kMaxColumns]
+  std::uint32_t* calls;                      // [kMaxCtas]: sent so far; of all CTAs the same
   const volatile int* stop;                  // in host memory: gives up waiting
   int rank;
   int world_size;
@@ -33,31 +32,25 @@ struct PeerLinks {
 // REQUIRES: `sum` is connected.
 PeerLinks links_of(const PeerSum& sum);
 
-__device__ inline std::uint32_t* calls_of(const PeerLinks& links, int rows) {
-  return links.calls + (rows - 1) * PeerLinks::kMaxCtas;
-}
 // By one thread of each CTA that has sent, at its end.
-__device__ inline void count_call(const PeerLinks& links, int rows, std::uint32_t call) {
-  for (unsigned i = blockIdx.x; i < PeerLinks::kMaxCtas; i += gridDim.x) {
-    calls_of(links, rows)[i] = call;
-  }
+__device__ inline void count_call(const PeerLinks& links, std::uint32_t call) {
+  for (unsigned i = blockIdx.x; i < PeerLinks::kMaxCtas; i += gridDim.x) links.calls[i] = call;
 }
 
 __device__ inline std::uint32_t number_of(std::uint32_t call) { return (1 + call % 0xFFFF) << 16; }
 
-__device__ inline std::size_t box_at(int rows, std::uint32_t call, int rank) {
-  const std::size_t box = ((rows - 1) * 2 + call % 2) * PeerSum::kMaxRanks + rank;
-  return box * PeerLinks::kMaxRows * PeerLinks::kMaxColumns;
+__device__ inline std::size_t box_at(std::uint32_t call, int rank, int column) {
+  const std::size_t box = call % 2 * PeerSum::kMaxRanks + static_cast<unsigned>(rank);
+  return box * PeerLinks::kMaxColumns + static_cast<unsigned>(column);
 }
 
-// at: row * columns + column.
 template <typename T>
-__device__ void send(const PeerLinks& links, int rows, std::uint32_t call, int at, float value) {
+__device__ void send(const PeerLinks& links, std::uint32_t call, int column, float value) {
   const std::uint32_t word = (pack<T>(value, 0) & 0xFFFF) | number_of(call);
-  const std::size_t box = box_at(rows, call, links.rank) + at;
+  const std::size_t at = box_at(call, links.rank, column);
   for (int i = 1; i <= links.world_size; ++i) {
     const int to = (links.rank + i) % links.world_size;
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(links.boxes[to] + box), "r"(word)
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(links.boxes[to] + at), "r"(word)
                  : "memory");
   }
 }
@@ -105,17 +98,15 @@ class Received {
   uint4 low_, high_;
 };
 
-// Eight neighbouring sums, in the order of ranks, so that all get equal bits.
+// The sums of eight neighbouring columns, in the order of ranks, so that all get equal bits.
 template <typename T>
-__device__ uint4 receive_sum(const PeerLinks& links, int rows, std::uint32_t call, int at) {
+__device__ uint4 receive_sum(const PeerLinks& links, std::uint32_t call, int column) {
   const std::uint32_t number = number_of(call);
-  const auto box_of = [&](int rank) {
-    return links.boxes[links.rank] + box_at(rows, call, rank) + at;
-  };
+  const auto from = [&](int rank) { return links.boxes[links.rank] + box_at(call, rank, column); };
   float sum[8] = {};
   for (int rank = 0; rank < links.world_size; rank += 2) {
-    Received first(box_of(rank));
-    Received second(box_of(min(rank + 1, links.world_size - 1)));
+    Received first(from(rank));
+    Received second(from(min(rank + 1, links.world_size - 1)));
     first.add_to<T>(sum, number, links.stop);
     if (rank + 1 < links.world_size) second.add_to<T>(sum, number, links.stop);
   }

@@ -179,11 +179,11 @@ struct Layout {
   static constexpr std::size_t calls() { return inbox_bytes(); }
   static constexpr std::size_t boxes() { return calls() + kMaxCtas * sizeof(std::uint32_t); }
   static constexpr std::size_t chain_calls() {
-    return boxes() + sizeof(std::uint32_t) * PeerLinks::kMaxRows * 2 * PeerSum::kMaxRanks *
-                         std::size_t{PeerLinks::kMaxRows} * PeerLinks::kMaxColumns;
+    return boxes() +
+           sizeof(std::uint32_t) * 2 * PeerSum::kMaxRanks * std::size_t{PeerLinks::kMaxColumns};
   }
   static constexpr std::size_t numbers() {
-    return chain_calls() + PeerLinks::kMaxRows * PeerLinks::kMaxCtas * sizeof(std::uint32_t);
+    return chain_calls() + PeerLinks::kMaxCtas * sizeof(std::uint32_t);
   }
   static constexpr std::size_t flags() { return numbers() + kNumbers * sizeof(std::uint32_t); }
   std::size_t flag(std::uint32_t call) const { return flags() + call % kPlaces * kLine; }
@@ -338,9 +338,8 @@ class CudaPeerSum final : public PeerSum {
     return bytes <= kMaxBytes && bytes % kWordBytes == 0;
   }
 
-  bool takes_in_chain(int rows, int columns) const override {
-    return rows <= PeerLinks::kMaxRows && columns == chain_columns_ && columns % 8 == 0 &&
-           columns <= PeerLinks::kMaxColumns;
+  bool takes_in_chain(int columns) const override {
+    return columns == chain_columns_ && columns % 8 == 0 && columns <= PeerLinks::kMaxColumns;
   }
 
   PeerLinks links() const {
