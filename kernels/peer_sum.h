@@ -1,4 +1,4 @@
-// PeerSum: sums over the GPUs of a node that have each other's memory open, and joined logits.
+// PeerSum: sums over the GPUs of a node that have each other's memory open, and joined rows of logits.
 //
 // Small ones, in one kernel: decode adds 8 KiB a row up 65 times a token; there the link's latency
 // counts, and that a kernel may start early. Every rank writes its values into every other's inbox,
@@ -54,11 +54,11 @@ class PeerSum {
   // data[count] on the device becomes its sum over the ranks. REQUIRES: takes(count), connected.
   virtual void run(void* data, std::size_t count, Stream& stream) = 0;
 
-  // Whether it joins such parts: part [rows, widths[rank]] of each rank into all [rows, sum of
-  // widths], as small ones are summed.
-  virtual bool gathers(int rows, std::span<const int> widths) const = 0;
+  // Whether it joins such parts of one row: part[widths[rank]] of each rank into all[sum of
+  // widths].
+  virtual bool gathers(std::span<const int> widths) const = 0;
   // REQUIRES: gathers(), connected.
-  virtual void gather(const float* part, float* all, int rows, std::span<const int> widths,
+  virtual void gather(const float* part, float* all, std::span<const int> widths,
                       Stream& stream) = 0;
 
   // Whether it sums so many values, of one row, within a chain of products (Device::linear_chain).
