@@ -236,7 +236,6 @@ struct Inbox {
   cudaIpcMemHandle_t handle;  // for other processes
   uint4* memory;              // in that one:
   pid_t process;
-  int sms;
   cudaUUID_t gpu;
 };
 static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
@@ -289,7 +288,6 @@ class CudaPeerSum final : public PeerSum {
     Inbox inbox{.handle = {},
                 .memory = params_.inboxes[params_.rank],
                 .process = getpid(),
-                .sms = num_sms(),
                 .gpu = own_gpu()};
     FT_CUDA(cudaIpcGetMemHandle(&inbox.handle, memory_));
     Address address{};
@@ -303,12 +301,6 @@ class CudaPeerSum final : public PeerSum {
     for (int rank = 0; rank < params_.world_size; ++rank) {
       Inbox inbox{};
       std::memcpy(&inbox, addresses[static_cast<std::size_t>(rank)].data(), sizeof inbox);
-      if (inbox.sms != num_sms()) {  // a chain's values would be other thread blocks' there
-        throw Exception(ErrorCode::kDevice, "the GPU of rank " + std::to_string(rank) + " has " +
-                                                std::to_string(inbox.sms) +
-                                                " multiprocessors, this one has " +
-                                                std::to_string(num_sms()));
-      }
       const cudaUUID_t gpu = own_gpu();
       if (std::memcmp(&inbox.gpu, &gpu, sizeof gpu) == 0) ++links_.ranks_here;
       if (rank == params_.rank) continue;
@@ -365,7 +357,7 @@ class CudaPeerSum final : public PeerSum {
 
   bool gathers(std::span<const int> widths) const override {
     return std::ranges::all_of(widths, [](int width) {
-      return width % kWordFloats == 0 && width * sizeof(float) <= kMaxBytes;
+      return width > 0 && width % kWordFloats == 0 && width * sizeof(float) <= kMaxBytes;
     });
   }
 
@@ -382,7 +374,6 @@ class CudaPeerSum final : public PeerSum {
       params.first[rank + 1] = params.first[rank] + words;
       most = std::max(most, words);
     }
-    if (most == 0) return;
     const int ctas = std::min((most + kThreads - 1) / kThreads, kMaxCtas);
     launch_overlapped(peer_gather_kernel, ctas, kThreads, 0, as_cuda(stream), params);
   }
