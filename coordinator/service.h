@@ -129,7 +129,7 @@ class Service {
   void requeue(Group& group, TimePoint now);
   void wait_again(Request& request);
   // life: the one that is meant; nullopt: whatever there is.
-  void ask_for_restart(Group& group, std::optional<int> life);
+  void ask_for_restart(Group& group, std::optional<int> life, TimePoint now);
   void tell_parent(const char* event, const Group& group, std::optional<int> life);
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;

@@ -1,4 +1,5 @@
-// PeerSum: sums over the GPUs of a node that have each other's memory open, and joined logits.
+// PeerSum: sums over the GPUs of a node that have each other's memory open, and joined rows of
+// logits.
 //
 // Small ones, in one kernel: decode adds 8 KiB a row up 65 times a token; there the link's latency
 // counts, and that a kernel may start early. Every rank writes its values into every other's inbox,
@@ -34,7 +35,7 @@ namespace foretoken::kernels {
 class PeerSum {
  public:
   static constexpr int kMaxRanks = 8;
-  static constexpr std::size_t kMaxBytes = std::size_t{256} << 10;  // of a tensor
+  static constexpr std::size_t kMaxBytes = std::size_t{256} << 10;  // of a tensor, or a part
 
   // How another rank finds an inbox.
   using Address = std::array<std::byte, 96>;
@@ -44,7 +45,7 @@ class PeerSum {
 
   virtual Address address() const = 0;
   // Opens the others' inboxes, given every rank's address by rank. Throws Exception(kDevice) where
-  // one can't be reached, or is on another kind of GPU.
+  // one can't be reached.
   virtual void connect(std::span<const Address> addresses) = 0;
   // Closes them, which every rank does before any inbox may go.
   virtual void disconnect() = 0;
@@ -54,11 +55,11 @@ class PeerSum {
   // data[count] on the device becomes its sum over the ranks. REQUIRES: takes(count), connected.
   virtual void run(void* data, std::size_t count, Stream& stream) = 0;
 
-  // Whether it joins such parts: part [rows, widths[rank]] of each rank into all [rows, sum of
-  // widths], as small ones are summed.
-  virtual bool gathers(int rows, std::span<const int> widths) const = 0;
+  // Whether it joins such parts of one row, none of them empty: part[widths[rank]] of each rank
+  // into all[sum of widths].
+  virtual bool gathers(std::span<const int> widths) const = 0;
   // REQUIRES: gathers(), connected.
-  virtual void gather(const float* part, float* all, int rows, std::span<const int> widths,
+  virtual void gather(const float* part, float* all, std::span<const int> widths,
                       Stream& stream) = 0;
 
   // Whether it sums so many values, of one row, within a chain of products (Device::linear_chain).

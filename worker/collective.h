@@ -47,7 +47,7 @@ class Collective {
 std::unique_ptr<Collective> make_mpi_collective();
 std::unique_ptr<Collective> make_single_collective();
 // Over NCCL, for ranks whose device is CUDA's; MPI tells them where to meet. The device outlives
-// it. Sums of few bytes and a few rows of logits are kernels/peer_sum.h's where the ranks reach
+// it. Sums of few bytes and one row of logits are kernels/peer_sum.h's where the ranks reach
 // each other's memory, and on two ranks sums of up to sizes.most_bytes that are begun; unless all
 // are to be NCCL's. REQUIRES of kByPeers: all ranks are on one node. Throws Exception(kDevice) when
 // they can't connect, or in a program built without CUDA.

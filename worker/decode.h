@@ -61,7 +61,7 @@ class Decode {
   void spill(Sequence& sequence, kernels::Stream& compute);
 
   // The token after each sequence's last one, whose KV is stored on the way.
-  std::unique_ptr<Sampler::Draw> step(std::span<Sequence* const> rows, kernels::Stream& compute);
+  Sampler::Draw* step(std::span<Sequence* const> rows, kernels::Stream& compute);
 
   // Waits for copies in flight, so that a sequence may be freed or its slabs published.
   void drain();
@@ -132,7 +132,7 @@ class Decode {
   predictor::Policy& policy_;
   Sampler& sampler_;
   std::unique_ptr<kernels::Stream> copy_;
-  std::unique_ptr<kernels::Stream> side_;     // a step's choice, beside its logits
+  std::unique_ptr<kernels::Stream> side_;     // a step's choice, beside its last products
   std::unique_ptr<kernels::Event> resolved_;  // compute: fetch lists stand
   std::unique_ptr<kernels::Event> written_;   // copy: write-through has read its slots
   std::unique_ptr<kernels::Event> advanced_;  // compute: lengths count the step's token

@@ -56,7 +56,7 @@ class Engine {
   // A plan that was launched: what is known of its result, and what is still being drawn.
   struct Pending {
     StepResult result;
-    std::vector<std::unique_ptr<Sampler::Draw>> draws;
+    std::vector<Sampler::Draw*> draws;
     kernels::Event* ended = nullptr;
     std::chrono::steady_clock::time_point launched;
     kvstore::PrefillTimes prefilled;

@@ -7,7 +7,7 @@
 //   sampler.run(logits, rows.size(), stream);     // may be recorded, and launched again
 //   sampler.end(*draw, stream);
 //   ... next step ...
-//   sampler.collect(std::move(draw), result);     // waits
+//   sampler.collect(draw, result);     // waits
 //
 // With a token comes how often the sequence has read KV that failed its check: then the token is
 // worth nothing, nor is any later one.
@@ -39,19 +39,21 @@ class Sampler {
 
   // A position more in each sequence: it is drawn here (a forced token instead, where the request
   // has one).
-  std::unique_ptr<Draw> begin(std::span<Sequence* const> rows, kernels::Stream& stream);
+  Draw* begin(std::span<Sequence* const> rows, kernels::Stream& stream);
   // logits [num_rows, vocab] (device), row i is rows[i]'s.
   void run(const float* logits, int num_rows, kernels::Stream& stream);
   void end(Draw& draw, kernels::Stream& stream);
   // Adds to the result's tokens, and to its `lost`.
-  void collect(std::unique_ptr<Draw> draw, StepResult& result);
+  void collect(Draw* draw, StepResult& result);
 
  private:
   kernels::Device& device_;
   const int max_rows_;
   const int vocab_;
   kernels::DeviceBuffer rows_;  // [max_rows] SampleRow
-  std::vector<std::unique_ptr<Draw>> idle_;
+  // The device writes to a draw until it is done, whatever fails meanwhile: so they are kept here.
+  std::vector<std::unique_ptr<Draw>> draws_;
+  std::vector<Draw*> idle_;
 };
 
 }  // namespace foretoken::worker

@@ -83,7 +83,9 @@ void Service::on_time(TimePoint now) {
   }
   for (auto& group : groups_) {
     on_events(*group, group->ranks.on_time(now), now);
-    if (group->kill_at && now >= *group->kill_at) ask_for_restart(*group, group->ranks.life());
+    if (group->kill_at && now >= *group->kill_at) {
+      ask_for_restart(*group, group->ranks.life(), now);
+    }
   }
   pump(now);
   finish_drain(now);

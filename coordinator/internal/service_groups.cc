@@ -15,6 +15,8 @@ constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each
 // With a parent that saw the death itself: more than its longest pause before a restart (8 s) and
 // the start of MPI take together.
 constexpr std::chrono::seconds kRestartPatience{20};
+// With the start of a life that was asked for: a machine under load, a slow file system.
+constexpr std::chrono::seconds kStartPatience{60};
 constexpr int kMaxLosses = 3;  // of a request's KV, before it is told
 constexpr int kMaxDeaths = 3;  // of groups under a request, before it counts as their cause
 // Of a request that has a group to itself, one a second: other groups of the node, or a dead rank
@@ -132,14 +134,15 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
   if (event.must_be_killed) {
-    ask_for_restart(group, life);
+    ask_for_restart(group, life, now);
   } else {
     tell_parent("group_dead", group, life);
   }
 }
 
-void Service::ask_for_restart(Group& group, std::optional<int> life) {
-  group.kill_at.reset();
+// Again, where nobody comes of the life that is begun then.
+void Service::ask_for_restart(Group& group, std::optional<int> life, TimePoint now) {
+  group.kill_at = now + kStartPatience;
   tell_parent("restart_group", group, life);
 }
 

@@ -63,7 +63,7 @@ class Received {
   // Anything where it is told to stop.
   template <typename T>
   __device__ void add_to(float (&sum)[8], std::uint32_t number, const volatile int* stop) {
-    constexpr int kTriesPerLook = 4096;
+    constexpr int kTriesPerLook = 512;
     for (int tries = 1; !has_come(number); ++tries) {
       if (tries % kTriesPerLook == 0 && *stop != 0) break;
       load();

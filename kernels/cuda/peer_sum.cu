@@ -21,6 +21,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kMaxCtas = 32;
 constexpr std::size_t kWordBytes = 8;  // of values; 16 on the way
+constexpr int kWordFloats = kWordBytes / sizeof(float);
 constexpr int kWordsPerCta = PeerSum::kMaxBytes / kWordBytes / kMaxCtas;
 constexpr int kWordsPerThread = kWordsPerCta / kThreads;
 
@@ -113,9 +114,7 @@ __global__ void __launch_bounds__(kThreads) peer_sum_kernel(const Params p) {
 struct GatherParams {
   const uint2* part;
   uint2* all;
-  int rows;
-  int row_words;                      // of all
-  int first[PeerSum::kMaxRanks + 1];  // a rank's first word of a row, and where the last one ends
+  int first[PeerSum::kMaxRanks + 1];  // a rank's first word, and where the last one ends
   Params link;                        // but for its data
 };
 
@@ -128,16 +127,12 @@ __global__ void __launch_bounds__(kThreads) peer_gather_kernel(const GatherParam
   const std::uint32_t call = link.calls[cta] + 1;
   // Calls f(word of the rank's, its place in the CTA's run).
   const auto for_each = [&](int rank, const auto& f) {
-    const int count = p.rows * (p.first[rank + 1] - p.first[rank]);
+    const int count = p.first[rank + 1] - p.first[rank];
     const int per_cta = (count + gridDim.x - 1) / gridDim.x;
     const int end = min(count, (cta + 1) * per_cta);
     for (int word = cta * per_cta + threadIdx.x; word < end; word += kThreads) {
       f(word, word - cta * per_cta);
     }
-  };
-  const auto place_of = [&](int rank, int word) {
-    const int width = p.first[rank + 1] - p.first[rank];
-    return word / width * p.row_words + p.first[rank] + word % width;
   };
   for_each(link.rank, [&](int word, int at) {
     const uint2 values = p.part[word];
@@ -145,12 +140,12 @@ __global__ void __launch_bounds__(kThreads) peer_gather_kernel(const GatherParam
       const int to = (link.rank + step) % link.world_size;
       send(link.inboxes[to] + inbox_at(call, cta, link.rank, at), values, call);
     }
-    p.all[place_of(link.rank, word)] = values;
+    p.all[p.first[link.rank] + word] = values;
   });
   for (int step = 1; step < link.world_size; ++step) {
     const int from = (link.rank + step) % link.world_size;
     for_each(from, [&](int word, int at) {
-      p.all[place_of(from, word)] =
+      p.all[p.first[from] + word] =
           receive(link.inboxes[link.rank] + inbox_at(call, cta, from, at), call, link.stop);
     });
   }
@@ -241,7 +236,6 @@ struct Inbox {
   cudaIpcMemHandle_t handle;  // for other processes
   uint4* memory;              // in that one:
   pid_t process;
-  int sms;
   cudaUUID_t gpu;
 };
 static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
@@ -294,7 +288,6 @@ class CudaPeerSum final : public PeerSum {
     Inbox inbox{.handle = {},
                 .memory = params_.inboxes[params_.rank],
                 .process = getpid(),
-                .sms = num_sms(),
                 .gpu = own_gpu()};
     FT_CUDA(cudaIpcGetMemHandle(&inbox.handle, memory_));
     Address address{};
@@ -308,12 +301,6 @@ class CudaPeerSum final : public PeerSum {
     for (int rank = 0; rank < params_.world_size; ++rank) {
       Inbox inbox{};
       std::memcpy(&inbox, addresses[static_cast<std::size_t>(rank)].data(), sizeof inbox);
-      if (inbox.sms != num_sms()) {  // a chain's values would be other thread blocks' there
-        throw Exception(ErrorCode::kDevice, "the GPU of rank " + std::to_string(rank) + " has " +
-                                                std::to_string(inbox.sms) +
-                                                " multiprocessors, this one has " +
-                                                std::to_string(num_sms()));
-      }
       const cudaUUID_t gpu = own_gpu();
       if (std::memcmp(&inbox.gpu, &gpu, sizeof gpu) == 0) ++links_.ranks_here;
       if (rank == params_.rank) continue;
@@ -368,34 +355,25 @@ class CudaPeerSum final : public PeerSum {
     });
   }
 
-  bool gathers(int rows, std::span<const int> widths) const override {
-    constexpr auto kFloats = static_cast<int>(kWordBytes / sizeof(float));
-    const auto fits = [&](int width) {
-      return width % kFloats == 0 &&
-             static_cast<std::size_t>(rows) * static_cast<std::size_t>(width) * sizeof(float) <=
-                 kMaxBytes;
-    };
-    return std::ranges::all_of(widths, fits);
+  bool gathers(std::span<const int> widths) const override {
+    return std::ranges::all_of(widths, [](int width) {
+      return width > 0 && width % kWordFloats == 0 && width * sizeof(float) <= kMaxBytes;
+    });
   }
 
-  void gather(const float* part, float* all, int rows, std::span<const int> widths,
-              Stream& stream) override {
-    FT_CHECK(gathers(rows, widths) && static_cast<int>(widths.size()) == params_.world_size, rows,
+  void gather(const float* part, float* all, std::span<const int> widths, Stream& stream) override {
+    FT_CHECK(gathers(widths) && static_cast<int>(widths.size()) == params_.world_size,
              widths.size());
-    constexpr auto kFloats = static_cast<int>(kWordBytes / sizeof(float));
     GatherParams params{};
     params.part = reinterpret_cast<const uint2*>(part);
     params.all = reinterpret_cast<uint2*>(all);
-    params.rows = rows;
     params.link = params_;
     int most = 0;
     for (std::size_t rank = 0; rank < widths.size(); ++rank) {
-      const int words = widths[rank] / kFloats;
+      const int words = widths[rank] / kWordFloats;
       params.first[rank + 1] = params.first[rank] + words;
-      most = std::max(most, rows * words);
+      most = std::max(most, words);
     }
-    params.row_words = params.first[widths.size()];
-    if (most == 0) return;
     const int ctas = std::min((most + kThreads - 1) / kThreads, kMaxCtas);
     launch_overlapped(peer_gather_kernel, ctas, kThreads, 0, as_cuda(stream), params);
   }

@@ -90,7 +90,7 @@ struct Shape {
 enum TensorId : std::int64_t { kQ = 1, kK, kV, kOut, kLse, kRows, kTokens };
 
 bool wants_exact(const PrefillAttentionArgs& args) {
-  constexpr int kMostExact = 512;  // what a plan takes of memory is not measured
+  constexpr int kMostExact = 64;  // what a plan takes of memory is not measured
   return args.rows == args.max_rows && args.begin % args.max_rows == 0 &&
          args.begin / args.max_rows < kMostExact;
 }

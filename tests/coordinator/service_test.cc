@@ -646,6 +646,22 @@ TEST_F(ServiceTest, AParentThatSawADeathIsLeftTimeToStartTheGroup) {
   EXPECT_THAT(last(), Not(HasSubstr("\"life\"")));  // whichever it has begun since
 }
 
+TEST_F(ServiceTest, ALifeOfWhichNobodyComesIsEndedToo) {
+  start_rank();
+  for (int i = 0; i < 40; ++i) pass(milliseconds(100));
+  ASSERT_EQ(parent_.size(), 1U);  // it is silent
+  pass(seconds(50));
+  EXPECT_EQ(parent_.size(), 1U);  // that may take so long
+  pass(seconds(15));
+  ASSERT_EQ(parent_.size(), 2U);
+  EXPECT_THAT(parent_[1], HasSubstr("\"event\":\"restart_group\""));
+  pass(seconds(65));
+  EXPECT_EQ(parent_.size(), 3U);
+  start_rank();
+  pass(seconds(1));
+  EXPECT_EQ(parent_.size(), 3U);
+}
+
 TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   config_.num_groups = 2;
   start_rank(/*slabs=*/10);

@@ -36,10 +36,12 @@ def answer_of(asking):
 def agrees(answer, first):
     """Equal tokens up to the first where the choice was not clear: what comes behind a prefix is
     computed in other shapes than the whole prompt, and so rounded otherwise."""
+    if len(answer["token_ids"]) != len(first["token_ids"]):
+        return False
     for place, (ours, theirs) in enumerate(zip(answer["token_ids"], first["token_ids"])):
         if ours != theirs:
-            (_, best), (_, second) = first["logprobs"][place]["top"][:2]
-            return best - second <= CLEAR
+            (best, best_logprob), (second, second_logprob) = first["logprobs"][place]["top"][:2]
+            return ours in (best, second) and best_logprob - second_logprob <= CLEAR
     return True
 
 

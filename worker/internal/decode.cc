@@ -185,11 +185,10 @@ void Decode::bind(std::span<Sequence* const> rows, kernels::Stream& compute) {
   tables_->copied[staging]->record(compute);
 }
 
-std::unique_ptr<Sampler::Draw> Decode::step(std::span<Sequence* const> rows,
-                                            kernels::Stream& compute) {
+Sampler::Draw* Decode::step(std::span<Sequence* const> rows, kernels::Stream& compute) {
   await_last_step(rows);
   bind(rows, compute);
-  auto draw = sampler_.begin(rows, compute);
+  Sampler::Draw* draw = sampler_.begin(rows, compute);
   by_layer_ = outsized_ && brings_by_layer();
   run(compute);
   sampler_.end(*draw, compute);

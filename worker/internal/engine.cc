@@ -158,7 +158,7 @@ StepResult Engine::collect() {
   pending_.pop_front();
   StepResult& result = pending.result;
   pending.ended->synchronize();
-  for (auto& draw : pending.draws) sampler_.collect(std::move(draw), result);
+  for (Sampler::Draw* draw : pending.draws) sampler_.collect(draw, result);
   keep_errors_of_disks(result.lost);
   note_overflows(result);
   result.token_digest = digest(result.tokens);
@@ -303,10 +303,10 @@ void Engine::prefill(const PrefillItem& item, Pending& pending) {
   model_.logits(1, prefill_.activations(), prefill_.last_token(sequence), first_logits_.as<float>(),
                 *compute_);
   Sequence* row = &sequence;
-  auto draw = sampler_.begin(std::span(&row, 1), *compute_);
+  Sampler::Draw* draw = sampler_.begin(std::span(&row, 1), *compute_);
   sampler_.run(first_logits_.as<float>(), 1, *compute_);
   sampler_.end(*draw, *compute_);
-  pending.draws.push_back(std::move(draw));
+  pending.draws.push_back(draw);
 }
 
 // What is left to compute behind a long prefix takes more time a token than a prompt does. Of an

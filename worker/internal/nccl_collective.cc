@@ -102,8 +102,8 @@ class NcclCollective final : public Collective {
                           float* scratch, kernels::Stream& stream) override {
     FT_CHECK(static_cast<int>(widths.size()) == world_size_, widths.size(), world_size_);
     kernels::PeerSum* peers = peer_sum();
-    if (peers != nullptr && peers->gathers(rows, widths)) {
-      return peers->gather(part, all, rows, widths, stream);
+    if (rows == 1 && peers != nullptr && peers->gathers(widths)) {
+      return peers->gather(part, all, widths, stream);
     }
     const auto widest = static_cast<std::size_t>(*std::ranges::max_element(widths));
     const std::size_t part_floats = widest * static_cast<std::size_t>(rows);

@@ -47,6 +47,11 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
              device_.make_event(),
              device_.make_event(),
              device_.make_event()};
+  if (!device_.runs_at_once()) {
+    // What lies behind a prompt's tokens weighs nothing, unless it is no number.
+    for (LayerKv& layer : kv_) device_.fill_zero(layer.v.data(), kv, *copy_);
+    copy_->synchronize();
+  }
   if (!policy_.observes()) return;
   const std::size_t rows = kernels::kHistoryRows;
   const auto columns = static_cast<std::size_t>(blocks_for(max_tokens));

@@ -51,13 +51,13 @@ Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
       rows_(device, sizeof(kernels::SampleRow) * static_cast<std::size_t>(max_rows),
             kernels::MemoryUse::kTables) {}
 
-std::unique_ptr<Sampler::Draw> Sampler::begin(std::span<Sequence* const> rows,
-                                              kernels::Stream& stream) {
+Sampler::Draw* Sampler::begin(std::span<Sequence* const> rows, kernels::Stream& stream) {
   FT_CHECK(static_cast<int>(rows.size()) <= max_rows_, rows.size(), max_rows_);
   if (idle_.empty()) {
-    idle_.push_back(std::make_unique<Draw>(device_, static_cast<std::size_t>(max_rows_)));
+    draws_.push_back(std::make_unique<Draw>(device_, static_cast<std::size_t>(max_rows_)));
+    idle_.push_back(draws_.back().get());
   }
-  std::unique_ptr<Draw> draw = std::move(idle_.back());
+  Draw* draw = idle_.back();
   idle_.pop_back();
   draw->tokens.clear();
   const auto staged = draw->rows.first(rows.size());
@@ -81,7 +81,7 @@ void Sampler::run(const float* logits, int num_rows, kernels::Stream& stream) {
 
 void Sampler::end(Draw& draw, kernels::Stream& stream) { draw.done->record(stream); }
 
-void Sampler::collect(std::unique_ptr<Draw> draw, StepResult& result) {
+void Sampler::collect(Draw* draw, StepResult& result) {
   draw->done->synchronize();
   for (std::size_t i = 0; i < draw->tokens.size(); ++i) {
     const kernels::SampledToken& sampled = draw->sampled.data()[i];
@@ -90,7 +90,7 @@ void Sampler::collect(std::unique_ptr<Draw> draw, StepResult& result) {
     result.tokens.push_back(token);
     if (sampled.mismatches > 0) result.lost.push_back(lost(token.sequence, sampled.mismatches));
   }
-  idle_.push_back(std::move(draw));
+  idle_.push_back(draw);
 }
 
 }  // namespace foretoken::worker

@@ -1,11 +1,18 @@
 // linear_chain on several ranks, which share one GPU here, against the same products one by one and
 // plain sums, bit for bit.
+#include <cmath>
+#include <cstdlib>
+
 #include "kernels/peer_sum.h"
 #include "tests/kernels/cuda/cuda_test.h"
 #include "tests/kernels/test_device.h"
 
 namespace foretoken::kernels {
 namespace {
+
+// Ranks that wait for each other on one GPU must not share one of its queues. Read when CUDA
+// starts.
+const bool kManyQueues = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0) == 0;
 
 // Of the products of a layer: o, gate and up, down, and q, k and v or the logits.
 struct Shape {
@@ -43,6 +50,12 @@ class Layer {
   void set_hidden(int seed) {
     const auto all = random_floats(static_cast<std::size_t>(s_.rows * s_.hidden), 100U + seed);
     hidden_.set(reference::encode(all, s_.type));
+  }
+  // What is not written from now on is no number.
+  void forget_results() {
+    mlp_.set(
+        std::vector<std::byte>(2 * static_cast<std::size_t>(s_.rows * s_.mlp), std::byte{0xFF}));
+    next_.set(std::vector<float>(static_cast<std::size_t>(s_.rows * s_.next), NAN));
   }
   std::vector<float> hidden_values() const { return floats_of(hidden_, s_.type); }
   std::vector<float> next_values() const {
@@ -132,6 +145,7 @@ class CudaChainOfRanks : public CudaTest,
 // The sums as PeerSum makes all of them: of each rank's values, in the order of ranks.
 TEST_P(CudaChainOfRanks, EqualsProductsAndSums) {
   const auto [world_size, s] = GetParam();
+  ASSERT_TRUE(kManyQueues);
   struct Rank {
     std::unique_ptr<Stream> stream;
     std::unique_ptr<PeerSum> sum;
@@ -185,7 +199,10 @@ TEST_P(CudaChainOfRanks, EqualsProductsAndSums) {
     for (Rank& rank : ranks) on.run(&Device::linear, rank.layer->next());
     const auto expected = results();
 
-    for (Rank& rank : ranks) rank.layer->set_hidden(seed);
+    for (Rank& rank : ranks) {
+      rank.layer->set_hidden(seed);
+      rank.layer->forget_results();
+    }
     for (Rank& rank : ranks) {
       const auto products = rank.layer->products();
       const LinearChainArgs chain{products, 0b0101, rank.sum.get()};
