@@ -196,6 +196,13 @@ void keep_latest(std::vector<SlotHeader>& slabs) {
                 [&](const SlotHeader& header) { return !seen.emplace(header.name, true).second; });
 }
 
+// The first head's that has one: headers of an older store name none.
+std::optional<PrefixKey> previous_of(std::span<const SlotHeader> segment) {
+  const auto named = std::ranges::find_if(
+      segment, [](const SlotHeader& header) { return header.previous.has_value(); });
+  return named == segment.end() ? std::nullopt : named->previous;
+}
+
 // Of slabs that are ordered by their writing, the latest first: what a segment builds on was used
 // when it was written, and gives way after it.
 std::vector<SlotHeader> order_by_use(const std::vector<SlotHeader>& slabs) {
@@ -207,7 +214,7 @@ std::vector<SlotHeader> order_by_use(const std::vector<SlotHeader>& slabs) {
     for (std::optional key = header.name.key; key;) {
       auto segment = segments.extract(*key);  // each once, even if keys went in a circle
       if (!segment) break;
-      key = segment.mapped().front().previous;
+      key = previous_of(segment.mapped());
       chain.push_back(std::move(segment.mapped()));
     }
     std::ranges::reverse(chain);

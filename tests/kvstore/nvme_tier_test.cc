@@ -105,6 +105,21 @@ TEST_F(NvmeTierTest, AfterARestartTooAPrefixGivesWayFromItsEnd) {
   }
 }
 
+// A header of one head is enough, as where an older store has written the other's.
+TEST_F(NvmeTierTest, WhatOneHeadSaysOfASegmentIsOfAll) {
+  {
+    TierOnFile disk(file, 4);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(1, 1)));
+    ASSERT_TRUE(disk.store(test_name(0, 2), test_name(0, 1).key) && disk.store(test_name(1, 2)));
+  }
+  TierOnFile disk(file, 4);
+  ASSERT_TRUE(disk.tier->lend(2, disk.now));
+  for (int head = 0; head < 2; ++head) {
+    EXPECT_TRUE(disk.tier->knows(test_name(head, 1))) << head;
+    EXPECT_FALSE(disk.tier->knows(test_name(head, 2))) << head;
+  }
+}
+
 // ... or its last use, where the store had time to say so. Nothing else of the slabs changes.
 TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
   const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
