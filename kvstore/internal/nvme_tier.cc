@@ -75,7 +75,8 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       device_(std::move(device)),
       cipher_(std::move(cipher)),
       index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
-      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()),
+      is_blank_(superblock_.geometry.num_slots,
+                contents.slabs.empty() && contents.bad_headers == 0),
       next_number_(contents.last_number + 1) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;

@@ -587,6 +587,26 @@ TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackUnderItsOldName) {
   EXPECT_TRUE(disk.load(test_name(0, 2)));
 }
 
+// A header that this store can't read may be a newer one's, and all of them may be.
+TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackToAStoreThatReadsIt) {
+  std::byte* version = nullptr;
+  {
+    TierOnFile disk(file, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 1)));
+    const NvmeGeometry& geometry = disk.contents.superblock.geometry;
+    version = file.data() + geometry.header_offset(SlotIndex{0}) + 8;
+  }
+  *version ^= std::byte{64};
+  {
+    TierOnFile disk(file, 1);
+    EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    disk.finish();
+  }
+  *version ^= std::byte{64};
+  EXPECT_FALSE(TierOnFile(file, 1).tier->knows(test_name(0, 1)));
+}
+
 TEST_F(NvmeTierTest, WhatWasRefutedDoesNotComeBackEither) {
   {
     TierOnFile disk(file, 3);
