@@ -151,6 +151,31 @@ TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
   }
 }
 
+// A header's number that leaves no room for the next ones, in a file that is not encrypted.
+TEST_F(NvmeTierTest, ANumberThatNoStoreWritesHarmsNoOrder) {
+  for (const std::uint64_t number : {UINT64_MAX, UINT64_MAX - 1}) {
+    file.clear();
+    {
+      TierOnFile disk(file, 3);
+      for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+      const auto at = disk.contents.superblock.geometry.header_offset(SlotIndex{0});
+      const Sector sector(file.data() + at, kSectorBytes);
+      auto header =
+          *decode_slot_header(sector, SlotIndex{0}, disk.contents.superblock.file_id).value();
+      header.number = number;
+      encode(header, sector);
+    }
+    {
+      TierOnFile disk(file, 3);
+      ASSERT_TRUE(disk.store(test_name(0, 3)) && disk.store(test_name(0, 4)));
+    }
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, 2))) << "the oldest";
+    EXPECT_TRUE(disk.tier->knows(test_name(0, 3)) && disk.tier->knows(test_name(0, 4)));
+  }
+}
+
 // Keys that no store writes, in a file that is not encrypted: the opening ends, with all of them.
 TEST_F(NvmeTierTest, SegmentsThatGoInACircleAreFoundToo) {
   {
