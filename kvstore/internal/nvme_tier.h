@@ -65,7 +65,8 @@ class NvmeTier {
   // A prefix was asked for, and this is the last of it that is here: for the order in which the
   // next store finds prefixes. False: it is not here.
   bool note_use(const SlabName& name);
-  // Writes that order behind, at the store's end: a header for each prefix that was asked for.
+  // Writes that order behind, at the store's end: a header for each prefix that was asked for, the
+  // last one first.
   void save_uses(TimePoint now);
 
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.

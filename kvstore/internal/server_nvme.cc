@@ -51,10 +51,8 @@ void Server::close_tier() {
   if (!nvme_file_) return;
   if (config_.nvme->reuse == NvmeReuse::kStartAfresh) return nvme_file_->remove();
   const TimePoint end = std::chrono::steady_clock::now() + kCloseLimit;
-  if (tier_) tier_->save_uses(std::chrono::steady_clock::now());
   for (TimePoint now{}; mover_ && now < end; now = std::chrono::steady_clock::now()) {
-    static_cast<void>(mover_->advance(std::chrono::steady_clock::now()));
-    if (mover_->is_idle(std::chrono::steady_clock::now())) return;
+    if (mover_->finish(std::chrono::steady_clock::now())) return;
     pollfd ready{mover_->completion_fd(), POLLIN, 0};
     if (!mover_->has_more(std::chrono::steady_clock::now())) poll(&ready, 1, 10);
   }
