@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "common/check.h"
@@ -243,10 +244,10 @@ void NvmeTier::finish_store(std::size_t index) {
   end(index);
 }
 
-bool NvmeTier::note_use(const SlabName& name) {
-  if (!index_.find(name)) return false;
-  index_.note_use(name, next_number_++);
-  return true;
+void NvmeTier::note_use(std::span<const PrefixKey> keys) {
+  const auto is_here = [this](const PrefixKey& key) { return index_.find({0, key}).has_value(); };
+  const auto end = std::ranges::find_if_not(keys, is_here);
+  if (end != keys.begin()) index_.note_use({0, *std::prev(end)}, next_number_++);
 }
 
 // Their headers as they are, but for the number.

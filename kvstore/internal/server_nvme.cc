@@ -100,11 +100,10 @@ void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
 // so for all heads: else those of the rank that asks first would give way before the others'.
 void Server::touch_prefix(const Peer& peer, std::span<const PrefixKey> keys) {
   if (peer.owner.rank > 0) return;
-  bool is_noted = false;
   for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
     for (int head = 0; head < model_->total_kv_heads; ++head) tier_->touch({head, *key});
-    is_noted = is_noted || tier_->note_use({0, *key});
   }
+  tier_->note_use(keys);
 }
 
 void Server::note_prefill(const PrefillTimes& times) {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <random>
 
@@ -133,9 +134,8 @@ TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
         TierOnFile disk = open();
         ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
         ASSERT_TRUE(disk.store(test_name(0, 11)) && disk.store(test_name(0, 12), key_of(11)));
-        EXPECT_TRUE(disk.tier->note_use(test_name(0, 2)));
-        EXPECT_FALSE(disk.tier->note_use(test_name(0, 3)));
-        ASSERT_TRUE(disk.store(test_name(0, 21)));  // later than that use
+        disk.tier->note_use(std::array{key_of(1), key_of(2), key_of(3)});  // which is not here
+        ASSERT_TRUE(disk.store(test_name(0, 21)));                         // later than that use
         if (saves) disk.tier->save_uses(disk.now);
         disk.finish();
         EXPECT_EQ(disk.tier->stat().slabs_written, 5);
@@ -174,6 +174,27 @@ TEST_F(NvmeTierTest, ANumberThatNoStoreWritesHarmsNoOrder) {
     EXPECT_FALSE(disk.tier->knows(test_name(0, 2))) << "the oldest";
     EXPECT_TRUE(disk.tier->knows(test_name(0, 3)) && disk.tier->knows(test_name(0, 4)));
   }
+}
+
+// What stands behind a gap serves nobody, whoever asks for it.
+TEST_F(NvmeTierTest, AUseIsOfThePrefixUpToItsFirstGap) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  {
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 3), key_of(2)));
+    ASSERT_TRUE(disk.store(test_name(0, 11)));
+    disk.tier->note_use(std::array{key_of(1), key_of(2), key_of(3)});
+    disk.tier->note_use(std::array{key_of(2), key_of(3)});
+    disk.tier->note_use({});
+    disk.tier->save_uses(disk.now);
+    disk.finish();
+  }
+  TierOnFile disk(file, 3);
+  for (const std::uint32_t number : {3, 11}) {
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, number))) << number;
+  }
+  EXPECT_TRUE(disk.tier->knows(test_name(0, 1)));
 }
 
 // Keys that no store writes, in a file that is not encrypted: the opening ends, with all of them.

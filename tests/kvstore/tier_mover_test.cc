@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -40,7 +41,7 @@ class TierMoverTest : public testing::Test {
 TEST_F(TierMoverTest, AtTheEndSlabsComeBeforeUses) {
   for (std::uint32_t i = 0; i < 2; ++i) {
     ASSERT_TRUE(disk.store(test_name(0, i)));
-    EXPECT_TRUE(disk.tier->note_use(test_name(0, i)));
+    disk.tier->note_use(std::array{test_name(0, i).key});
   }
   publish(test_name(0, 2));
   publish(test_name(0, 3));
