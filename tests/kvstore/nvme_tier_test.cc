@@ -197,6 +197,25 @@ TEST_F(NvmeTierTest, AUseIsOfThePrefixUpToItsFirstGap) {
   EXPECT_TRUE(disk.tier->knows(test_name(0, 1)));
 }
 
+// A prefix whose beginning is gone serves nobody, whenever it was written.
+TEST_F(NvmeTierTest, AfterARestartWhatBuildsOnNothingGivesWayFirst) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  {
+    TierOnFile disk(file, 6);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
+    ASSERT_TRUE(disk.store(test_name(0, 3), key_of(1)));
+    ASSERT_TRUE(disk.store(test_name(0, 22), key_of(21)));
+    ASSERT_TRUE(disk.store(test_name(0, 23), key_of(22)));
+    ASSERT_TRUE(disk.store(test_name(0, 24), key_of(22)));
+  }
+  TierOnFile disk(file, 6);
+  for (const std::uint32_t number : {23, 24, 22, 2, 3}) {
+    ASSERT_TRUE(disk.tier->knows(test_name(0, number))) << number;
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, number))) << number;
+  }
+}
+
 // Keys that no store writes, in a file that is not encrypted: the opening ends, with all of them.
 TEST_F(NvmeTierTest, SegmentsThatGoInACircleAreFoundToo) {
   {
