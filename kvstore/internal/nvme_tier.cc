@@ -250,7 +250,7 @@ void NvmeTier::note_use(std::span<const PrefixKey> keys) {
   if (end != keys.begin()) index_.note_use({0, *std::prev(end)}, next_number_++);
 }
 
-// Their headers as they are, but for the number.
+// Their headers as they are, but for the number and the generation.
 void NvmeTier::save_uses(TimePoint now) {
   for (const auto& [slab, number] : index_.take_uses()) {
     index_.pin(slab.entry.slot);
