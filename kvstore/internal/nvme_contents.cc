@@ -8,6 +8,7 @@
 #include <random>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "common/check.h"
@@ -196,25 +197,40 @@ void keep_latest(std::vector<SlotHeader>& slabs) {
                 [&](const SlotHeader& header) { return !seen.emplace(header.name, true).second; });
 }
 
+// The first head's that has one: headers of an older store name none.
+std::optional<PrefixKey> previous_of(std::span<const SlotHeader> segment) {
+  const auto named = std::ranges::find_if(
+      segment, [](const SlotHeader& header) { return header.previous.has_value(); });
+  return named == segment.end() ? std::nullopt : named->previous;
+}
+
 // Of slabs that are ordered by their writing, the latest first: what a segment builds on was used
-// when it was written, and gives way after it.
+// when it was written, and gives way after it. Without that a segment serves nobody, and gives way
+// first.
 std::vector<SlotHeader> order_by_use(const std::vector<SlotHeader>& slabs) {
   std::unordered_map<PrefixKey, std::vector<SlotHeader>> segments;  // of all heads
   for (const SlotHeader& header : slabs) segments[header.name.key].push_back(header);
+  std::unordered_set<PrefixKey> reached;  // from a prefix's beginning
   std::vector<SlotHeader> latest_first;
+  std::vector<SlotHeader> orphans;
   for (const SlotHeader& header : slabs) {
     std::vector<std::vector<SlotHeader>> chain;
-    for (std::optional key = header.name.key; key;) {
+    std::optional key = header.name.key;
+    while (key) {
       auto segment = segments.extract(*key);  // each once, even if keys went in a circle
       if (!segment) break;
-      key = segment.mapped().front().previous;
+      key = previous_of(segment.mapped());
       chain.push_back(std::move(segment.mapped()));
     }
+    const bool is_reached = !key || reached.contains(*key);
+    std::vector<SlotHeader>& order = is_reached ? latest_first : orphans;
     std::ranges::reverse(chain);
     for (const auto& segment : chain) {
-      latest_first.insert(latest_first.end(), segment.begin(), segment.end());
+      if (is_reached) reached.insert(segment.front().name.key);
+      order.insert(order.end(), segment.begin(), segment.end());
     }
   }
+  latest_first.insert(latest_first.end(), orphans.begin(), orphans.end());
   std::ranges::reverse(latest_first);
   return latest_first;
 }

@@ -30,7 +30,8 @@ struct NvmeOpening {
 struct NvmeContents {
   Superblock superblock;
   // Each name once, least recently used first, as far as headers tell: what was written last, with
-  // all that it builds on, stands last, and of a prefix the end stands first.
+  // all that it builds on, stands last, and of a prefix the end stands first. Before all others
+  // stands what builds on a segment that is not there.
   std::vector<SlotHeader> slabs = {};
   std::uint64_t last_number = 0;  // the highest of theirs
   std::int64_t bad_headers = 0;

@@ -16,6 +16,7 @@ namespace {
 constexpr std::array<char, 8> kSuperblockMagic = {'F', 'T', 'K', 'V', 'F', 'I', 'L', 'E'};
 constexpr std::array<char, 8> kHeaderMagic = {'F', 'T', 'K', 'V', 'S', 'L', 'A', 'B'};
 constexpr std::uint32_t kMaxCount = 1'024;  // heads, layers, head_dim: as the store's protocol
+constexpr std::uint64_t kMaxNumber = std::uint64_t{1} << 63;  // no store writes so many slabs
 
 // The sectors as they lie on disk (little-endian); zeros follow up to kSectorBytes.
 struct DiskSuperblock {
@@ -274,6 +275,7 @@ void encode_sealed(const SlotHeader& header, Sector sector, const KvCipher& ciph
 Result<SlotHeader> header_of(std::uint32_t slot, std::uint64_t file_id, const DiskSlab& slab,
                              bool is_chained) {
   if (slab.head >= kMaxCount) return corrupt(kHeaderName, "has a KV head out of range");
+  if (slab.number > kMaxNumber) return corrupt(kHeaderName, "has a number out of range");
   SlotHeader header{SlotIndex{slot}, file_id,
                     slab.generation, slab.number,
                     slab.digest,     {static_cast<int>(slab.head), PrefixKey{slab.key}},

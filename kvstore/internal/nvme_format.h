@@ -84,7 +84,7 @@ struct SlotHeader {
   SlotIndex slot{};
   std::uint64_t file_id = 0;
   std::uint64_t generation = 0;  // of the opening that wrote it
-  std::uint64_t number = 0;      // rises with each slab that is written to the file
+  std::uint64_t number = 0;      // rises with each slab that is written, and each use of a prefix
   std::uint64_t digest = 0;      // of the slab's checksums
   SlabName name;
   Seal seal;  // of what stands behind the slab's runs, in an encrypted file

@@ -1,6 +1,7 @@
 #include "kvstore/internal/nvme_index.h"
 
 #include <algorithm>
+#include <functional>
 #include <iterator>
 #include <set>
 #include <utility>
@@ -69,6 +70,7 @@ std::vector<NvmeIndex::Use> NvmeIndex::take_uses() {
     const auto use = std::exchange(slots_[i].use, std::nullopt);
     if (use) uses.push_back({{*slots_[i].name, entry_of(SlotIndex{i})}, *use});
   }
+  std::ranges::sort(uses, std::greater(), &Use::number);
   return uses;
 }
 

@@ -53,7 +53,7 @@ class NvmeIndex {
     Held slab;
     std::uint64_t number = 0;
   };
-  // All that were noted since, of slabs that are there.
+  // All that were noted since, of slabs that are there; the latest first.
   std::vector<Use> take_uses();
   // The slab gives way just before the other one, or just behind it. No-op where one of them is not
   // there.

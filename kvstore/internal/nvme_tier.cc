@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "common/check.h"
@@ -75,7 +76,8 @@ NvmeTier::NvmeTier(IoMemory memory, std::unique_ptr<BlockDevice> device,
       device_(std::move(device)),
       cipher_(std::move(cipher)),
       index_(superblock_.geometry.num_slots, contents.slabs, contents.unreadable),
-      is_blank_(superblock_.geometry.num_slots, contents.slabs.empty()),
+      is_blank_(superblock_.geometry.num_slots,
+                contents.slabs.empty() && contents.bad_headers == 0),
       next_number_(contents.last_number + 1) {
   FT_CHECK(memory_.bytes().size() >= transfers_.size() * buffer_stride(shape_));
   stat_.checksum_failures = contents.bad_headers;
@@ -242,13 +244,13 @@ void NvmeTier::finish_store(std::size_t index) {
   end(index);
 }
 
-bool NvmeTier::note_use(const SlabName& name) {
-  if (!index_.find(name)) return false;
-  index_.note_use(name, next_number_++);
-  return true;
+void NvmeTier::note_use(std::span<const PrefixKey> keys) {
+  const auto is_here = [this](const PrefixKey& key) { return index_.find({0, key}).has_value(); };
+  const auto end = std::ranges::find_if_not(keys, is_here);
+  if (end != keys.begin()) index_.note_use({0, *std::prev(end)}, next_number_++);
 }
 
-// Their headers as they are, but for the number.
+// Their headers as they are, but for the number and the generation.
 void NvmeTier::save_uses(TimePoint now) {
   for (const auto& [slab, number] : index_.take_uses()) {
     index_.pin(slab.entry.slot);

@@ -62,10 +62,11 @@ class NvmeTier {
   // It was wanted: it is the last to give way. Of a prefix, the first segment is touched last.
   void touch(const SlabName& name) { index_.touch(name); }
 
-  // A prefix was asked for, and this is the last of it that is here: for the order in which the
-  // next store finds prefixes. False: it is not here.
-  bool note_use(const SlabName& name);
-  // Writes that order behind, at the store's end: a header for each prefix that was asked for.
+  // A prefix was asked for, of which the leading segments that are here are of use: for the order
+  // in which the next store finds prefixes. Head 0 stands for all.
+  void note_use(std::span<const PrefixKey> keys);
+  // Writes that order behind, at the store's end: a header for each prefix that was asked for, the
+  // last one first.
   void save_uses(TimePoint now);
 
   // Reads it to `to`, a slab's bytes, which are the tier's until its Loaded.

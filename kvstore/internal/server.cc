@@ -297,10 +297,9 @@ bool Server::reserve(const Peer& peer, const Reserve& request) {
 
 Status Server::commit(const Peer& peer, const Commit& request) {
   FT_RETURN_IF_ERROR(book_->commit(*peer.lease, request.sequence, request.segment, request.key));
+  const auto previous = book_->key_before(*peer.lease, request.sequence, request.segment);
   for (int i = 0; mover_ && i < peer.owner.num_heads; ++i) {
-    const int head = peer.owner.first_head + i;
-    mover_->write_behind({head, request.key},
-                         book_->key_before(*peer.lease, request.sequence, request.segment, head));
+    mover_->write_behind({peer.owner.first_head + i, request.key}, previous);
   }
   return Ok{};
 }

@@ -51,10 +51,8 @@ void Server::close_tier() {
   if (!nvme_file_) return;
   if (config_.nvme->reuse == NvmeReuse::kStartAfresh) return nvme_file_->remove();
   const TimePoint end = std::chrono::steady_clock::now() + kCloseLimit;
-  if (tier_) tier_->save_uses(std::chrono::steady_clock::now());
   for (TimePoint now{}; mover_ && now < end; now = std::chrono::steady_clock::now()) {
-    static_cast<void>(mover_->advance(std::chrono::steady_clock::now()));
-    if (mover_->is_idle(std::chrono::steady_clock::now())) return;
+    if (mover_->finish(std::chrono::steady_clock::now())) return;
     pollfd ready{mover_->completion_fd(), POLLIN, 0};
     if (!mover_->has_more(std::chrono::steady_clock::now())) poll(&ready, 1, 10);
   }
@@ -102,11 +100,10 @@ void Server::count_passed_over(const Peer& peer, ReadChoice::Way way,
 // so for all heads: else those of the rank that asks first would give way before the others'.
 void Server::touch_prefix(const Peer& peer, std::span<const PrefixKey> keys) {
   if (peer.owner.rank > 0) return;
-  bool is_noted = false;
   for (auto key = keys.rbegin(); key != keys.rend(); ++key) {
     for (int head = 0; head < model_->total_kv_heads; ++head) tier_->touch({head, *key});
-    is_noted = is_noted || tier_->note_use({0, *key});
   }
+  tier_->note_use(keys);
 }
 
 void Server::note_prefill(const PrefillTimes& times) {

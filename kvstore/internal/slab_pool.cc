@@ -70,12 +70,6 @@ std::optional<SlabIndex> SlabPool::peek(const PrefixKey& key) const {
   return found->second;
 }
 
-std::optional<PrefixKey> SlabPool::key_of(SlabIndex index) const {
-  const Slab& slab = slabs_[raw(index)];
-  if (!slab.published) return std::nullopt;
-  return slab.key;
-}
-
 SlabPool::Run SlabPool::longest_run(std::span<const PrefixKey> keys) const {
   Run run;
   for (const PrefixKey& key : keys) {

@@ -45,9 +45,6 @@ class SlabPool {
   // The same without holding it.
   std::optional<SlabIndex> peek(const PrefixKey& key) const;
 
-  // What a published slab holds.
-  std::optional<PrefixKey> key_of(SlabIndex slab) const;
-
   // How many of the leading keys are there; nothing is held. `cached` counts those nobody holds
   // now.
   struct Run {

@@ -39,7 +39,7 @@ LeaseId StoreBook::open_lease(const LeaseOwner& owner) {
 
 void StoreBook::close_lease(LeaseId id) {
   const Lease& lease = at(id);
-  for (const auto& [sequence, holder] : lease.sequences) drop_all(lease.owner, holder);
+  for (const auto& [name, sequence] : lease.sequences) drop_all(lease.owner, sequence.holder);
   leases_.erase(id);
 }
 
@@ -77,7 +77,7 @@ Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<cons
   for (int i = 0; i < owner.num_heads; ++i) {
     hold(holder, owner.first_head + i, keys, num_segments);
   }
-  lease.sequences.emplace(sequence, holder);
+  lease.sequences.emplace(sequence, Sequence{holder, {keys.begin(), keys.end()}});
   return grant_of(owner, holder);
 }
 
@@ -154,7 +154,7 @@ Result<Grant> StoreBook::use(LeaseId id, SequenceId sequence, int hit_segments) 
   const auto found = lease.sequences.find(sequence);
   if (found == lease.sequences.end()) return not_reserved(sequence);
   if (hit_segments < 0) return invalid("hit_segments is negative");
-  const Holder& holder = found->second;
+  const Holder& holder = found->second.holder;
   const auto each_head = [&](auto&& act) {
     for (int i = 0; i < lease.owner.num_heads; ++i) {
       const int head = lease.owner.first_head + i;
@@ -198,17 +198,19 @@ void StoreBook::trim(Allocation& allocation, int head, int hit_segments) {
 }
 
 Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const PrefixKey& key) {
-  const Lease& lease = at(id);
+  Lease& lease = at(id);
   const auto found = lease.sequences.find(sequence);
   if (found == lease.sequences.end()) return not_reserved(sequence);
   for (int i = 0; i < lease.owner.num_heads; ++i) {
     const int head = lease.owner.first_head + i;
-    const Allocation& allocation = *find(found->second, head);
+    const Allocation& allocation = *find(found->second.holder, head);
     if (segment < 0 || static_cast<std::size_t>(segment) >= allocation.slabs.size()) {
       return invalid(name_of(sequence) + " has no segment " + std::to_string(segment));
     }
     pool(head).publish(allocation.slabs[static_cast<std::size_t>(segment)], key);
   }
+  std::vector<PrefixKey>& keys = found->second.keys;
+  if (static_cast<std::size_t>(segment) == keys.size()) keys.push_back(key);
   return Ok{};
 }
 
@@ -218,7 +220,7 @@ Status StoreBook::distrust(LeaseId id, SequenceId sequence) {
   if (found == lease.sequences.end()) return not_reserved(sequence);
   for (int i = 0; i < lease.owner.num_heads; ++i) {
     const int head = lease.owner.first_head + i;
-    for (const SlabIndex slab : find(found->second, head)->slabs) {
+    for (const SlabIndex slab : find(found->second.holder, head)->slabs) {
       pool(head).distrust(slab);
     }
   }
@@ -229,7 +231,7 @@ Status StoreBook::release(LeaseId id, SequenceId sequence) {
   Lease& lease = at(id);
   const auto found = lease.sequences.find(sequence);
   if (found == lease.sequences.end()) return not_reserved(sequence);
-  drop_all(lease.owner, found->second);
+  drop_all(lease.owner, found->second.holder);
   lease.sequences.erase(found);
   return Ok{};
 }
@@ -266,11 +268,10 @@ Grant StoreBook::grant_of(const LeaseOwner& owner, const Holder& holder) {
 
 // ---- the tier below ---------------------------------------------------------------------------
 
-std::optional<PrefixKey> StoreBook::key_before(LeaseId lease, SequenceId sequence, int segment,
-                                               int head) {
-  if (segment == 0) return std::nullopt;
-  const Allocation& allocation = *find(at(lease).sequences.at(sequence), head);
-  return pool(head).key_of(allocation.slabs[static_cast<std::size_t>(segment - 1)]);
+std::optional<PrefixKey> StoreBook::key_before(LeaseId lease, SequenceId sequence, int segment) {
+  const std::vector<PrefixKey>& keys = at(lease).sequences.at(sequence).keys;
+  if (segment == 0 || static_cast<std::size_t>(segment) > keys.size()) return std::nullopt;
+  return keys[static_cast<std::size_t>(segment - 1)];
 }
 
 std::optional<SlabIndex> StoreBook::find_published(int head, const PrefixKey& key) const {
@@ -316,8 +317,10 @@ void StoreBook::check() const {
   for (const SlabPool& pool : pools_) pool.check();
   std::map<std::pair<Holder, int>, int> held;
   for (const auto& [id, lease] : leases_) {
-    for (const auto& [sequence, holder] : lease.sequences) {
-      for (int i = 0; i < lease.owner.num_heads; ++i) ++held[{holder, lease.owner.first_head + i}];
+    for (const auto& [name, sequence] : lease.sequences) {
+      for (int i = 0; i < lease.owner.num_heads; ++i) {
+        ++held[{sequence.holder, lease.owner.first_head + i}];
+      }
     }
   }
   FT_CHECK(held.size() == allocations_.size(), held.size(), allocations_.size());

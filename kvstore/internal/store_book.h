@@ -83,9 +83,9 @@ class StoreBook {
     return pool.num_slabs() - pool.num_used();
   }
 
-  // For the tier below. What the segment before this one holds, if it is published.
-  // REQUIRES: commit() has taken this one.
-  std::optional<PrefixKey> key_before(LeaseId lease, SequenceId sequence, int segment, int head);
+  // For the tier below. The key of the segment before this one, if the sequence has said it: also
+  // where another one's slab is published with it. REQUIRES: commit() has taken this one.
+  std::optional<PrefixKey> key_before(LeaseId lease, SequenceId sequence, int segment);
   // The published slab that holds `key`; refresh() also makes it the last one
   // to be evicted.
   std::optional<SlabIndex> find_published(int head, const PrefixKey& key) const;
@@ -129,9 +129,13 @@ class StoreBook {
     int hits = 0;
     int num_leases = 0;  // that hold them
   };
+  struct Sequence {
+    Holder holder;
+    std::vector<PrefixKey> keys;  // of the first segments, as far as they are known
+  };
   struct Lease {
     LeaseOwner owner;
-    std::map<SequenceId, Holder> sequences;
+    std::map<SequenceId, Sequence> sequences;
   };
 
   Lease& at(LeaseId lease);

@@ -71,6 +71,12 @@ std::vector<SlabName> TierMover::advance(TimePoint now) {
   return ended;
 }
 
+bool TierMover::finish(TimePoint now) {
+  static_cast<void>(advance(now));
+  if (is_idle(now) && !std::exchange(has_saved_uses_, true)) tier_.save_uses(now);
+  return is_idle(now);
+}
+
 NvmeStat TierMover::stat() const {
   NvmeStat stat = tier_.stat();
   stat.dropped = num_dropped_;

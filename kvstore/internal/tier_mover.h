@@ -46,8 +46,9 @@ class TierMover {
   std::optional<TimePoint> deadline() const { return tier_.deadline(); }
   int completion_fd() const { return tier_.completion_fd(); }
 
-  // Nothing is left to write that can be written now.
-  bool is_idle(TimePoint now) const { return tier_.is_idle() && !can_write(now); }
+  // At the store's end, in place of advance(), until it is true: writes what waits, and then which
+  // prefixes were used last.
+  bool finish(TimePoint now);
   NvmeStat stat() const;
 
  private:
@@ -57,6 +58,8 @@ class TierMover {
   };
 
   void end_promotion(const NvmeTier::Loaded& loaded);
+  // Nothing is left to write that can be written now.
+  bool is_idle(TimePoint now) const { return tier_.is_idle() && !can_write(now); }
   bool can_write(TimePoint now) const { return !to_write_.empty() && tier_.can_store(now); }
   void write_next(TimePoint now);
 
@@ -67,6 +70,7 @@ class TierMover {
   std::deque<Unwritten> to_write_;
   std::map<SlabName, SlabIndex> promoting_;  // into which slab of its head
   std::int64_t num_dropped_ = 0;
+  bool has_saved_uses_ = false;
 };
 
 }  // namespace foretoken::kvstore

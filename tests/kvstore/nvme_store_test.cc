@@ -168,6 +168,44 @@ TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
   EXPECT_EQ(hits(), 1) << "of what was found, too";
 }
 
+// The second of two sequences with the same prompt goes on: what it adds builds on a segment that
+// the arena holds in the first one's slabs.
+TEST_F(NvmeStoreTest, WhatBuildsOnAnothersSegmentGivesWayBeforeIt) {
+  std::unique_ptr<KvStore> store;
+  const auto restart = [&] {
+    store.reset();
+    server.reset();
+    server = std::make_unique<RunningServer>(
+        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 4}.file_bytes(),
+                                NvmeReuse::kKeepSlabs});
+    store = connect();
+  };
+  const auto fill = [&](SequenceId sequence, const Reservation& kv, int segment, std::uint32_t id) {
+    for (int head = 0; head < 2; ++head) {
+      const auto slab = test_slab({head, key_of(id)}, kModel);
+      const std::size_t place = static_cast<std::size_t>(head) * kv.slabs.size() / 2;
+      std::memcpy(kv.slabs[place + static_cast<std::size_t>(segment)], slab.data(), slab.size());
+    }
+    ASSERT_TRUE(store->commit(sequence, segment, key_of(id)));
+  };
+  restart();
+  {
+    const auto first = store->reserve(SequenceId{100}, {}, 1).value();
+    const auto second = store->reserve(SequenceId{101}, {}, 2).value();
+    fill(SequenceId{100}, first, 0, 1);
+    fill(SequenceId{101}, second, 0, 1);
+    fill(SequenceId{101}, second, 1, 2);
+    ASSERT_TRUE(written(*store, 4));
+    ASSERT_TRUE(store->release(SequenceId{100}) && store->release(SequenceId{101}));
+  }
+  restart();
+  write(*store, 11);  // over the two slabs that give way first
+  ASSERT_TRUE(written(*store, 2));
+  restart();
+  EXPECT_TRUE(finds(*store, 1));
+  EXPECT_FALSE(finds(*store, 2));
+}
+
 // Two of three prompts fill the file, and the one that was written first is asked for again.
 TEST_F(NvmeStoreTest, WhatWasUsedLastIsThereLongestAfterARestartToo) {
   std::unique_ptr<KvStore> store;

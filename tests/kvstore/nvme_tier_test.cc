@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <random>
 
@@ -105,6 +106,21 @@ TEST_F(NvmeTierTest, AfterARestartTooAPrefixGivesWayFromItsEnd) {
   }
 }
 
+// A header of one head is enough, as where an older store has written the other's.
+TEST_F(NvmeTierTest, WhatOneHeadSaysOfASegmentIsOfAll) {
+  {
+    TierOnFile disk(file, 4);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(1, 1)));
+    ASSERT_TRUE(disk.store(test_name(0, 2), test_name(0, 1).key) && disk.store(test_name(1, 2)));
+  }
+  TierOnFile disk(file, 4);
+  ASSERT_TRUE(disk.tier->lend(2, disk.now));
+  for (int head = 0; head < 2; ++head) {
+    EXPECT_TRUE(disk.tier->knows(test_name(head, 1))) << head;
+    EXPECT_FALSE(disk.tier->knows(test_name(head, 2))) << head;
+  }
+}
+
 // ... or its last use, where the store had time to say so. Nothing else of the slabs changes.
 TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
   const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
@@ -118,9 +134,8 @@ TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
         TierOnFile disk = open();
         ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
         ASSERT_TRUE(disk.store(test_name(0, 11)) && disk.store(test_name(0, 12), key_of(11)));
-        EXPECT_TRUE(disk.tier->note_use(test_name(0, 2)));
-        EXPECT_FALSE(disk.tier->note_use(test_name(0, 3)));
-        ASSERT_TRUE(disk.store(test_name(0, 21)));  // later than that use
+        disk.tier->note_use(std::array{key_of(1), key_of(2), key_of(3)});  // which is not here
+        ASSERT_TRUE(disk.store(test_name(0, 21)));                         // later than that use
         if (saves) disk.tier->save_uses(disk.now);
         disk.finish();
         EXPECT_EQ(disk.tier->stat().slabs_written, 5);
@@ -133,6 +148,71 @@ TEST_F(NvmeTierTest, AfterARestartTheLeastRecentlyUsedGivesWay) {
       }
       EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
     }
+  }
+}
+
+// A header's number that leaves no room for the next ones, in a file that is not encrypted.
+TEST_F(NvmeTierTest, ANumberThatNoStoreWritesHarmsNoOrder) {
+  for (const std::uint64_t number : {UINT64_MAX, UINT64_MAX - 1}) {
+    file.clear();
+    {
+      TierOnFile disk(file, 3);
+      for (std::uint32_t i = 0; i < 3; ++i) ASSERT_TRUE(disk.store(test_name(0, i)));
+      const auto at = disk.contents.superblock.geometry.header_offset(SlotIndex{0});
+      const Sector sector(file.data() + at, kSectorBytes);
+      auto header =
+          *decode_slot_header(sector, SlotIndex{0}, disk.contents.superblock.file_id).value();
+      header.number = number;
+      encode(header, sector);
+    }
+    {
+      TierOnFile disk(file, 3);
+      ASSERT_TRUE(disk.store(test_name(0, 3)) && disk.store(test_name(0, 4)));
+    }
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, 2))) << "the oldest";
+    EXPECT_TRUE(disk.tier->knows(test_name(0, 3)) && disk.tier->knows(test_name(0, 4)));
+  }
+}
+
+// What stands behind a gap serves nobody, whoever asks for it.
+TEST_F(NvmeTierTest, AUseIsOfThePrefixUpToItsFirstGap) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  {
+    TierOnFile disk(file, 3);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 3), key_of(2)));
+    ASSERT_TRUE(disk.store(test_name(0, 11)));
+    disk.tier->note_use(std::array{key_of(1), key_of(2), key_of(3)});
+    disk.tier->note_use(std::array{key_of(2), key_of(3)});
+    disk.tier->note_use({});
+    disk.tier->save_uses(disk.now);
+    disk.finish();
+  }
+  TierOnFile disk(file, 3);
+  for (const std::uint32_t number : {3, 11}) {
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, number))) << number;
+  }
+  EXPECT_TRUE(disk.tier->knows(test_name(0, 1)));
+}
+
+// A prefix whose beginning is gone serves nobody, whenever it was written.
+TEST_F(NvmeTierTest, AfterARestartWhatBuildsOnNothingGivesWayFirst) {
+  const auto key_of = [](std::uint32_t number) { return test_name(0, number).key; };
+  {
+    TierOnFile disk(file, 6);
+    ASSERT_TRUE(disk.store(test_name(0, 1)) && disk.store(test_name(0, 2), key_of(1)));
+    ASSERT_TRUE(disk.store(test_name(0, 3), key_of(1)));
+    ASSERT_TRUE(disk.store(test_name(0, 22), key_of(21)));
+    ASSERT_TRUE(disk.store(test_name(0, 23), key_of(22)));
+    ASSERT_TRUE(disk.store(test_name(0, 24), key_of(22)));
+  }
+  TierOnFile disk(file, 6);
+  for (const std::uint32_t number : {23, 24, 22, 2, 3}) {
+    ASSERT_TRUE(disk.tier->knows(test_name(0, number))) << number;
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    EXPECT_FALSE(disk.tier->knows(test_name(0, number))) << number;
   }
 }
 
@@ -570,6 +650,26 @@ TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackUnderItsOldName) {
   EXPECT_EQ(disk.tier->stat().slabs_held, 1);
   EXPECT_EQ(disk.tier->stat().checksum_failures, 0);
   EXPECT_TRUE(disk.load(test_name(0, 2)));
+}
+
+// A header that this store can't read may be a newer one's, and all of them may be.
+TEST_F(NvmeTierTest, WhatWasLentDoesNotComeBackToAStoreThatReadsIt) {
+  std::byte* version = nullptr;
+  {
+    TierOnFile disk(file, 1);
+    ASSERT_TRUE(disk.store(test_name(0, 1)));
+    const NvmeGeometry& geometry = disk.contents.superblock.geometry;
+    version = file.data() + geometry.header_offset(SlotIndex{0}) + 8;
+  }
+  *version ^= std::byte{64};
+  {
+    TierOnFile disk(file, 1);
+    EXPECT_EQ(disk.tier->stat().checksum_failures, 1);
+    ASSERT_TRUE(disk.tier->lend(1, disk.now));
+    disk.finish();
+  }
+  *version ^= std::byte{64};
+  EXPECT_FALSE(TierOnFile(file, 1).tier->knows(test_name(0, 1)));
 }
 
 TEST_F(NvmeTierTest, WhatWasRefutedDoesNotComeBackEither) {

@@ -528,6 +528,20 @@ TEST_F(StoreBookTest, AKeyThatIsThereStaysWithItsFirstSlab) {
   EXPECT_EQ(book.stat().slabs_free, 9);
 }
 
+TEST_F(StoreBookTest, KnowsWhatASegmentBuildsOnWhoeverHoldsThat) {
+  const LeaseId rank = lease(0, 0);
+  cache(rank, SequenceId{1}, 1, 1);
+  ASSERT_TRUE(book.reserve(rank, SequenceId{2}, {}, 4));
+  for (int i = 0; i < 2; ++i) ASSERT_TRUE(book.commit(rank, SequenceId{2}, i, key_of(1, i)));
+  EXPECT_EQ(book.key_before(rank, SequenceId{2}, 0), std::nullopt);
+  EXPECT_EQ(book.key_before(rank, SequenceId{2}, 1), key_of(1, 0)) << "of the other's slab";
+  ASSERT_TRUE(book.commit(rank, SequenceId{2}, 3, key_of(1, 3)));
+  EXPECT_EQ(book.key_before(rank, SequenceId{2}, 3), std::nullopt) << "2 has no key yet";
+  ASSERT_TRUE(book.reserve(rank, SequenceId{3}, keys_of(1, 2), 3));
+  ASSERT_TRUE(book.commit(rank, SequenceId{3}, 2, key_of(1, 2)));
+  EXPECT_EQ(book.key_before(rank, SequenceId{3}, 2), key_of(1, 1)) << "as it was reserved";
+}
+
 TEST_F(StoreBookTest, WhatIsDistrustedServesNobodyAndIsTakenLast) {
   const LeaseId rank = lease(0, 0);
   cache(rank, SequenceId{1}, 7, 4);
