@@ -53,8 +53,9 @@ class WorkerGroup {
 
   WorkerGroup(int group, int world_size) : group_(group), ranks_(size_t(world_size)) {}
 
-  // REQUIRES: message.group is this group. A Hello to a ready group is its death: the caller begins
-  // the next epoch and hands in the Hello again.
+  // REQUIRES: hello.group is this group. Of an older life, it is refused: no event. Of a newer one,
+  // or to a ready group, it is the group's death: the caller begins the next epoch and hands it in
+  // again.
   std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
   std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready);
   std::vector<GroupEvent> on_result(const std::string& peer, StepResult result);

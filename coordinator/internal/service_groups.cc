@@ -52,8 +52,9 @@ Service::Group* Service::find_group(int number) {
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
-  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  const auto epoch = group->ranks.epoch();
+  on_events(*group, group->ranks.on_hello(peer, hello), now);
+  if (group->ranks.epoch() != epoch) on_events(*group, group->ranks.on_hello(peer, hello), now);
   // Until all have come, one of them may belong to a life that is over.
   if (group->ranks.is_assembled()) {
     group->kill_at.reset();

@@ -45,12 +45,11 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
     log().info("rank {} of group {} said hello, of a life that is over", hello.rank, group_);
     return {};
   }
-  if (ready_) {
+  if (ready_ || (known && hello.life > *known)) {
     // Its parent has started the group anew: the one we knew is no more.
     return {dead(ErrorCode::kUnavailable, hello.rank, "was started again",
                  /*must_be_killed=*/false)};
   }
-  if (known && hello.life > *known) std::ranges::fill(ranks_, Rank{});
   auto& rank = ranks_[static_cast<std::size_t>(hello.rank)];
   rank = Rank{};
   rank.peer = peer;

@@ -662,6 +662,27 @@ TEST_F(ServiceTest, ALifeOfWhichNobodyComesIsEndedToo) {
   EXPECT_EQ(parent_.size(), 3U);
 }
 
+// The store and heartbeats tell lives apart by their epochs alone.
+TEST_F(ServiceTest, ALifeThatBeginsWhileTheLastOneLoadsHasAnEpochOfItsOwn) {
+  config_.tensor_parallel_size = 2;
+  say(Hello{0, 0, 2, 1, "here", /*life=*/1});
+  say(Hello{0, 1, 2, 2, "here", /*life=*/2});
+  std::vector<Epoch> epochs;
+  for (const auto& frame : plans_) {
+    const auto message = decode_coordinator_message(frame).value_or_throw();
+    epochs.push_back(std::get<Welcome>(message).epoch);
+  }
+  EXPECT_EQ(epochs, (std::vector{Epoch{1}, Epoch{2}}));
+  plans_.clear();
+  say(Heartbeat{Epoch{1}, 0, 0});  // the rank that is left over
+  say(Heartbeat{Epoch{2}, 0, 1});
+  work();
+  EXPECT_EQ(echoes_, 1);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 1);
+  EXPECT_THAT(told<StatusReply>().at(0).detail, HasSubstr("1 of 2 ranks have joined"));
+}
+
 TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   config_.num_groups = 2;
   start_rank(/*slabs=*/10);

@@ -290,14 +290,17 @@ TEST_F(WorkerGroupTest, AHelloToAReadyGroupIsItsDeath) {
 
 TEST_F(WorkerGroupTest, RanksOfTheNewestLifeAreTheGroup) {
   EXPECT_EQ(group_.life(), std::nullopt);
-  hello(0, 2, /*life=*/3);
-  hello(1, 2, /*life=*/4);  // rank 0 has died meanwhile
-  EXPECT_EQ(group_.peers(), std::vector<std::string>{"peer1"});
+  EXPECT_NE(find<SendWelcome>(hello(0, 2, /*life=*/3)), nullptr);
+  EXPECT_NE(find<GroupDead>(hello(1, 2, /*life=*/4)), nullptr);  // lives share no epoch
+  EXPECT_EQ(group_.life(), 3);                                   // whose death it is
+  group_.begin_epoch(Epoch{2});
+  EXPECT_NE(find<SendWelcome>(hello(1, 2, /*life=*/4)), nullptr);
   EXPECT_TRUE(hello(0, 2, /*life=*/3).empty());
+  EXPECT_EQ(group_.peers(), std::vector<std::string>{"peer1"});
   EXPECT_EQ(group_.life(), 4);
   EXPECT_NE(find<SendWelcome>(hello(0, 2, /*life=*/4)), nullptr);
-  ready(0);
-  ready(1);
+  ready(0, Epoch{2});
+  ready(1, Epoch{2});
   ASSERT_TRUE(group_.is_ready());
   EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
   EXPECT_NE(find<GroupDead>(hello(1, 2, /*life=*/5)), nullptr);
