@@ -53,9 +53,9 @@ class WorkerGroup {
 
   WorkerGroup(int group, int world_size) : group_(group), ranks_(size_t(world_size)) {}
 
-  // REQUIRES: hello.group is this group. Of an older life, it is refused: no event. Of a newer one,
-  // or to a ready group, it is the group's death: the caller begins the next epoch and hands it in
-  // again.
+  // REQUIRES: hello.group is this group. Of an older life or a dead one, it is refused: no event.
+  // Of a newer one, or to a ready group, it is the group's death: the caller begins the next epoch
+  // and hands it in again.
   std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
   std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready);
   std::vector<GroupEvent> on_result(const std::string& peer, StepResult result);
@@ -103,6 +103,7 @@ class WorkerGroup {
   GroupDead dead(ErrorCode code, int rank, const std::string& why, bool must_be_killed) const;
 
   const int group_;
+  std::optional<int> dead_life_;  // the last one that had a number
   std::vector<Rank> ranks_;
   Epoch epoch_{1};
   bool ready_ = false;

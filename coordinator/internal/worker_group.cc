@@ -10,6 +10,7 @@ namespace foretoken::coordinator {
 using Events = std::vector<GroupEvent>;
 
 void WorkerGroup::begin_epoch(Epoch epoch) {
+  if (const auto ended = life(); ended && *ended > 0) dead_life_ = ended;
   epoch_ = epoch;
   ready_ = false;
   due_.clear();
@@ -41,7 +42,8 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
     return {};
   }
   const auto known = life();
-  if (known && hello.life < *known) {
+  const bool is_dead = hello.life > 0 && dead_life_ && hello.life <= *dead_life_;
+  if (is_dead || (known && hello.life < *known)) {
     log().info("rank {} of group {} said hello, of a life that is over", hello.rank, group_);
     return {};
   }

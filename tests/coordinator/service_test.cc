@@ -94,7 +94,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
     store_ = std::make_shared<FakeStore>();
     store_->slabs = slabs;
     rank_ = std::make_unique<FakeRank>(FakeRankConfig{}, store_);
-    say(Hello{0, 0, 1, 1, "here", /*life=*/1});
+    say(Hello{0, 0, 1, 1, "here", ++lives_});
     work();
   }
   // The rank does all that it was told, and hears of no more.
@@ -129,6 +129,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   std::vector<std::string> parent_;
   std::string slow_;
   std::string gone_;
+  int lives_ = 0;
   int shutdowns_ = 0;
   int echoes_ = 0;
 };

@@ -307,6 +307,25 @@ TEST_F(WorkerGroupTest, RanksOfTheNewestLifeAreTheGroup) {
   EXPECT_EQ(group_.life(), 4);  // whose death it is
 }
 
+TEST_F(WorkerGroupTest, ALateRankOfADeadLifeBeginsNoGroup) {
+  hello(0, 2, /*life=*/3);
+  group_.begin_epoch(Epoch{2});
+  EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
+  EXPECT_TRUE(hello(1, 2, /*life=*/2).empty());
+  EXPECT_EQ(group_.life(), std::nullopt);
+  group_.begin_epoch(Epoch{3});  // one of which nobody had come
+  EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
+  EXPECT_NE(find<SendWelcome>(hello(1, 2, /*life=*/4)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, LivesThatNobodyCountsAreNeverRefused) {
+  hello(0, 2, /*life=*/3);
+  for (int epoch = 2; epoch < 5; ++epoch) {
+    group_.begin_epoch(Epoch(epoch));
+    EXPECT_NE(find<SendWelcome>(hello(0)), nullptr) << epoch;
+  }
+}
+
 TEST_F(WorkerGroupTest, ARankThatComesAgainWhileLoadingTakesItsPlace) {
   hello(0);
   hello(1);
