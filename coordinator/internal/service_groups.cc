@@ -53,14 +53,13 @@ void Service::on_message(const std::string& peer, const Hello& hello, TimePoint 
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
   const auto epoch = group->ranks.epoch();
-  on_events(*group, group->ranks.on_hello(peer, hello), now);
+  auto events = group->ranks.on_hello(peer, hello);
+  if (events.empty()) return;  // not welcome
+  on_events(*group, std::move(events), now);
   if (group->ranks.epoch() != epoch) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  // Until all have come, one of them may belong to a life that is over.
-  if (group->ranks.is_assembled()) {
-    group->kill_at.reset();
-  } else if (group->kill_at) {
-    group->kill_at = now + kRestartPatience;
-  }
+  group->kill_at.reset();
+  // Its other ranks are as near as this one, or will never come.
+  if (!group->ranks.is_assembled()) group->kill_at = now + kRestartPatience;
 }
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {

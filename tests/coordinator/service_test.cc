@@ -663,6 +663,32 @@ TEST_F(ServiceTest, ALifeOfWhichNobodyComesIsEndedToo) {
   EXPECT_EQ(parent_.size(), 3U);
 }
 
+TEST_F(ServiceTest, ALifeOfWhichNotAllComeIsEndedToo) {
+  config_.tensor_parallel_size = 2;
+  const auto join = [this](int rank, int life) { say(Hello{0, rank, 2, 1, "here", life}); };
+  join(0, 1);
+  pass(seconds(15));
+  EXPECT_TRUE(parent_.empty());
+  pass(seconds(10));
+  ASSERT_EQ(parent_.size(), 1U);
+  EXPECT_THAT(parent_[0], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[0], HasSubstr("\"life\":1"));
+  join(0, 2);
+  ASSERT_EQ(parent_.size(), 2U);  // that the first life has ended
+  pass(seconds(15));
+  join(1, 1);  // not one of those that are waited for
+  pass(seconds(10));
+  ASSERT_EQ(parent_.size(), 3U);
+  EXPECT_THAT(parent_[2], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[2], HasSubstr("\"life\":2"));
+  join(0, 3);
+  pass(seconds(15));
+  join(1, 3);
+  ASSERT_EQ(parent_.size(), 4U);
+  pass(seconds(100));
+  EXPECT_EQ(parent_.size(), 4U);
+}
+
 // The store and heartbeats tell lives apart by their epochs alone.
 TEST_F(ServiceTest, ALifeThatBeginsWhileTheLastOneLoadsHasAnEpochOfItsOwn) {
   config_.tensor_parallel_size = 2;
