@@ -78,8 +78,9 @@ class WorkerGroup {
   std::optional<int> life() const;         // Hello::life of those that said hello in this epoch
   std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
-  std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
-  std::string describe() const;  // "1 of 2 ranks ready"
+  std::int64_t context() const;            // the least over ranks. REQUIRES: is_ready()
+  std::int64_t device_bytes_free() const;  // the same, when they became ready
+  std::string describe() const;            // "1 of 2 ranks ready"
   const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
   // A rank's store is still making slabs ready: room may come at any moment.
   bool store_fills() const { return is_ready() && kv_slabs_.ready < kv_slabs_.total; }

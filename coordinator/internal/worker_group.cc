@@ -201,6 +201,12 @@ std::int64_t WorkerGroup::context() const {
   return least->ready->max_model_len;
 }
 
+std::int64_t WorkerGroup::device_bytes_free() const {
+  FT_CHECK(ready_);
+  const auto free = [](const Rank& rank) { return rank.ready->device_bytes_free; };
+  return free(*std::ranges::min_element(ranks_, {}, free));
+}
+
 std::string WorkerGroup::describe() const {
   const auto count = [this](auto has) {
     return std::to_string(std::count_if(ranks_.begin(), ranks_.end(), has));

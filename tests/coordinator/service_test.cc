@@ -167,6 +167,37 @@ TEST_F(ServiceTest, MetricsSayWhatTheDeviceHasLeft) {
   EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes));
 }
 
+TEST_F(ServiceTest, MetricsTellOfTheFullestDeviceOfALivingGroup) {
+  const auto gauge = [](const std::string& end) {
+    return HasSubstr("foretoken_device_free_bytes{model_name=\"m\",group=\"0\"}" + end);
+  };
+  config_.tensor_parallel_size = 3;
+  const std::vector<std::int64_t> free{30, 10, 20};
+  store_ = std::make_shared<FakeStore>();
+  for (int rank = 0; rank < 3; ++rank) say(Hello{0, rank, 3, 1, "here", 1});
+  for (int rank = 0; rank < 3; ++rank) {
+    FakeRankConfig fake;
+    fake.rank = rank;
+    auto ready = FakeRank(fake, store_).ready(Epoch{1});
+    ready.device_bytes_free = free[static_cast<std::size_t>(rank)];
+    say(ready);
+  }
+  EXPECT_THAT(metrics_.text(), gauge(" 10\n"));
+  ask(wish("r1"));
+  for (int rank = 0; rank < 3; ++rank) {
+    StepResult result;
+    result.epoch = Epoch{1};
+    result.step = StepNumber{1};
+    result.rank = rank;
+    result.device_bytes_free = free[static_cast<std::size_t>(rank)] - 5;
+    result.admits = {{SequenceId{1}, 0, std::nullopt}};
+    say(result);
+  }
+  EXPECT_THAT(metrics_.text(), gauge(" 5\n"));
+  say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kDevice, "a GPU fell off"}});
+  EXPECT_THAT(metrics_.text(), Not(gauge("")));
+}
+
 TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {
   start_rank();
   auto request = wish("r1");
