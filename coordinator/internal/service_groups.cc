@@ -118,7 +118,7 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   log().info(
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
-      ready.max_batched_tokens, ready.kv_slabs_total);
+      ready.max_batched_tokens, group.ranks.kv_slabs().total);
   metrics_.set_device_free(group.ranks.group(), group.ranks.device_bytes_free());
 }
 

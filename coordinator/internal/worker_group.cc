@@ -65,7 +65,7 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   if (rank == nullptr || rank->ready) return {};
   rank->ready = ready;
   rank->heard = watched_;
-  kv_slabs_ = {.total = ready.kv_slabs_total, .free = ready.kv_slabs_total};
+  kv_slabs_ = ready.kv_slabs;
   if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
   for (const auto& other : ranks_) {
     if (other.ready->model_hash != capacity().model_hash) {

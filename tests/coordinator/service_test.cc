@@ -754,6 +754,18 @@ TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
 }
 
+TEST_F(ServiceTest, TheStatusTellsWhatTheStoreHoldsBeforeTheFirstStep) {
+  store_ = std::make_shared<FakeStore>();
+  say(Hello{0, 0, 1, 1, "here"});
+  auto ready = FakeRank(FakeRankConfig{}, store_).ready(Epoch{1});
+  ready.kv_slabs = {.total = 10, .free = 5, .cached = 3, .ready = 10};
+  say(ready);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_used, 2);  // by another group
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_cached, 3);
+}
+
 TEST_F(ServiceTest, TheStatusTellsOfTheArenaThatThereIs) {
   start_rank(/*slabs=*/10);
   store_->slabs = 6;  // its memory ran out
