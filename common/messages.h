@@ -197,6 +197,15 @@ struct Welcome {
   std::string config_json;   // ServiceConfig
   std::string store_socket;  // path of the node's kvstore
 };
+// Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
+// pre-faults its arena in the background, and an admission takes ready ones only.
+struct KvSlabs {
+  std::int64_t total = 0;  // of an arena whose memory ran out while it was touched: what there is
+  std::int64_t free = 0;
+  std::int64_t cached = 0;
+  std::int64_t ready = 0;
+  KvNvme nvme = {};
+};
 // The model is loaded; the rank waits for plans.
 struct Ready {
   Epoch epoch{};
@@ -207,7 +216,7 @@ struct Ready {
   std::int64_t max_model_len = 0;
   int max_batched_tokens = 0;  // of prefill, a step: only ranks know what suits their device
   std::int64_t device_bytes_free = 0;  // for sequences
-  std::int64_t kv_slabs_total = 0;     // of the fullest head of this rank
+  KvSlabs kv_slabs;
 };
 
 // A sequence comes in: ranks reserve its KV, and answer with AdmitResult.
@@ -273,15 +282,6 @@ struct SequenceToken {
 struct SequenceStats {
   SequenceId sequence{};
   KvReport kv;  // policy and budget left empty
-};
-// Slabs a head of the head that has the fewest to give. Free ones may not be ready yet: the store
-// pre-faults its arena in the background, and an admission takes ready ones only.
-struct KvSlabs {
-  std::int64_t total = 0;  // of an arena whose memory ran out while it was touched: what there is
-  std::int64_t free = 0;
-  std::int64_t cached = 0;
-  std::int64_t ready = 0;
-  KvNvme nvme = {};
 };
 // KV of it failed its check (kCorrupt), a disk failed, or its logits are not finite (kDevice). The
 // step's token of it, and those of later steps, count for nothing.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "common/messages.h"
@@ -36,8 +37,8 @@ class Metrics {
   void on_step(double seconds);
   void set_requests(std::size_t running, std::size_t waiting);
   void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);
-  // For sequences, on the rank of the group that has the least.
-  void set_device_free(int group, std::int64_t bytes);
+  // For sequences, on the rank of the group that has the least. None: the group is dead.
+  void set_device_free(int group, std::optional<std::int64_t> bytes);
   // Counts of the store's life. Groups tell them in turn, and one may do so late: of less than
   // before.
   void set_nvme(const KvNvme& nvme);

@@ -34,7 +34,8 @@ class Server : public Outbox {
   // JSON object a line: {"event":"listening","endpoint":...,"worker_endpoint":...} at once,
   // {"event":"group_dead","group":...,"life":...,"epoch":...,"reason":...} for a group that ends by
   // itself, {"event":"restart_group","group":...,"life":...,"epoch":...,"reason":...} for one that
-  // must be killed and started anew, {"event":"draining"} once nothing new is taken.
+  // must be killed and started anew, {"event":"draining"} once nothing new is taken. Without
+  // "life": of a group of which no rank has come since its last end.
   void run();
 
  private:

@@ -53,8 +53,9 @@ class WorkerGroup {
 
   WorkerGroup(int group, int world_size) : group_(group), ranks_(size_t(world_size)) {}
 
-  // REQUIRES: message.group is this group. A Hello to a ready group is its death: the caller begins
-  // the next epoch and hands in the Hello again.
+  // REQUIRES: hello.group is this group. Of an older life or a dead one, it is refused: no event.
+  // Of a newer one, or to a ready group, it is the group's death: the caller begins the next epoch
+  // and hands it in again.
   std::vector<GroupEvent> on_hello(const std::string& peer, const Hello& hello);
   std::vector<GroupEvent> on_ready(const std::string& peer, const Ready& ready);
   std::vector<GroupEvent> on_result(const std::string& peer, StepResult result);
@@ -77,8 +78,9 @@ class WorkerGroup {
   std::optional<int> life() const;         // Hello::life of those that said hello in this epoch
   std::vector<std::string> peers() const;  // of the ranks that said hello, in rank order
   const Ready& capacity() const { return *ranks_.front().ready; }  // REQUIRES: is_ready()
-  std::int64_t context() const;  // the least over ranks. REQUIRES: is_ready()
-  std::string describe() const;  // "1 of 2 ranks ready"
+  std::int64_t context() const;            // the least over ranks. REQUIRES: is_ready()
+  std::int64_t device_bytes_free() const;  // the same, when they became ready
+  std::string describe() const;            // "1 of 2 ranks ready"
   const KvSlabs& kv_slabs() const { return kv_slabs_; }  // as last told
   // A rank's store is still making slabs ready: room may come at any moment.
   bool store_fills() const { return is_ready() && kv_slabs_.ready < kv_slabs_.total; }
@@ -102,6 +104,7 @@ class WorkerGroup {
   GroupDead dead(ErrorCode code, int rank, const std::string& why, bool must_be_killed) const;
 
   const int group_;
+  std::optional<int> dead_life_;  // the last one that had a number
   std::vector<Rank> ranks_;
   Epoch epoch_{1};
   bool ready_ = false;

@@ -68,7 +68,7 @@ class Engine {
   void publish(const PublishSegment& segment);
   void publish_written(Sequence& sequence);
   void spill(SequenceId id);
-  KvSlabs count_slabs();
+  KvSlabs count_slabs() const;
   AdmitResult admit(const AdmitSequence& admit);
   AdmitResult start(const StartSequence& start);
   void note_lost(const StepPlan& plan, StepResult& result);

@@ -242,6 +242,15 @@ void visit_fields(F&& f, Is<Welcome> auto& m) {
 }
 
 template <typename F>
+void visit_fields(F&& f, Is<KvSlabs> auto& m) {
+  f("total", m.total);
+  f("free", m.free);
+  f("cached", m.cached);
+  f("ready", m.ready);
+  f("nvme", m.nvme);
+}
+
+template <typename F>
 void visit_fields(F&& f, Is<Ready> auto& m) {
   f("epoch", m.epoch);
   f("group", m.group);
@@ -251,7 +260,7 @@ void visit_fields(F&& f, Is<Ready> auto& m) {
   f("max_model_len", m.max_model_len);
   f("max_batched_tokens", m.max_batched_tokens);
   f("device_bytes_free", m.device_bytes_free);
-  f("kv_slabs_total", m.kv_slabs_total);
+  f("kv_slabs", m.kv_slabs);
 }
 
 template <typename F>
@@ -333,15 +342,6 @@ void visit_fields(F&& f, Is<LostSequence> auto& m) {
   f("sequence", m.sequence);
   f("error", m.error);
   f("checksum_failures", m.checksum_failures);
-}
-
-template <typename F>
-void visit_fields(F&& f, Is<KvSlabs> auto& m) {
-  f("total", m.total);
-  f("free", m.free);
-  f("cached", m.cached);
-  f("ready", m.ready);
-  f("nvme", m.nvme);
 }
 
 template <typename F>

@@ -16,6 +16,7 @@ using prometheus::BuildCounter;
 using prometheus::BuildGauge;
 using prometheus::BuildHistogram;
 using prometheus::Counter;
+using prometheus::Family;
 using prometheus::Gauge;
 using prometheus::Histogram;
 
@@ -37,9 +38,7 @@ struct Metrics::Impl {
   Counter& counter(const char* name, const char* help) {
     return BuildCounter().Name(name).Help(help).Labels(labels).Register(*registry).Add({});
   }
-  Gauge& gauge(const char* name, const char* help) {
-    return BuildGauge().Name(name).Help(help).Labels(labels).Register(*registry).Add({});
-  }
+  Gauge& gauge(const char* name, const char* help) { return gauges(name, help).Add({}); }
   Histogram& histogram(const char* name, const char* help) {
     return BuildHistogram().Name(name).Help(help).Labels(labels).Register(*registry).Add({},
                                                                                          kSeconds);
@@ -51,10 +50,8 @@ struct Metrics::Impl {
         {{label, value}});
   }
 
-  Gauge& labelled_gauge(const char* name, const char* help, const char* label,
-                        const std::string& value) {
-    return BuildGauge().Name(name).Help(help).Labels(labels).Register(*registry).Add(
-        {{label, value}});
+  Family<Gauge>& gauges(const char* name, const char* help) {
+    return BuildGauge().Name(name).Help(help).Labels(labels).Register(*registry);
   }
 
   const std::map<std::string, std::string> labels;
@@ -187,21 +184,20 @@ void Metrics::set_kv(std::int64_t total, std::int64_t free, std::int64_t cached)
   impl_->kv_cached.Set(static_cast<double>(cached));
 }
 
-void Metrics::set_device_free(int group, std::int64_t bytes) {
-  impl_
-      ->labelled_gauge(
-          "foretoken_device_free_bytes",
-          "Device memory that sequences may still take, on the rank that has the least", "group",
-          std::to_string(group))
-      .Set(static_cast<double>(bytes));
+void Metrics::set_device_free(int group, std::optional<std::int64_t> bytes) {
+  auto& groups =
+      impl_->gauges("foretoken_device_free_bytes",
+                    "Device memory that sequences may still take, on the rank that has the least");
+  auto& gauge = groups.Add({{"group", std::to_string(group)}});
+  if (!bytes) return groups.Remove(&gauge);
+  gauge.Set(static_cast<double>(*bytes));
 }
 
 void Metrics::set_nvme(const KvNvme& nvme) {
   if (nvme.state == "off") return;
   for (const char* state : {"online", "read-only", "offline"}) {
-    impl_
-        ->labelled_gauge("foretoken_kv_nvme_state", "1 for the state of the NVMe tier", "state",
-                         state)
+    impl_->gauges("foretoken_kv_nvme_state", "1 for the state of the NVMe tier")
+        .Add({{"state", state}})
         .Set(nvme.state == state ? 1 : 0);
   }
   impl_->nvme_slabs.Set(static_cast<double>(nvme.slabs_held));

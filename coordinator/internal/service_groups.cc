@@ -52,14 +52,14 @@ Service::Group* Service::find_group(int number) {
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
-  if (group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  if (!group->ranks.is_ready()) on_events(*group, group->ranks.on_hello(peer, hello), now);
-  // Until all have come, one of them may belong to a life that is over.
-  if (group->ranks.is_assembled()) {
-    group->kill_at.reset();
-  } else if (group->kill_at) {
-    group->kill_at = now + kRestartPatience;
-  }
+  const auto epoch = group->ranks.epoch();
+  auto events = group->ranks.on_hello(peer, hello);
+  if (events.empty()) return;  // not welcome
+  on_events(*group, std::move(events), now);
+  if (group->ranks.epoch() != epoch) on_events(*group, group->ranks.on_hello(peer, hello), now);
+  group->kill_at.reset();
+  // Its other ranks are as near as this one, or will never come.
+  if (!group->ranks.is_assembled()) group->kill_at = now + kRestartPatience;
 }
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {
@@ -118,8 +118,8 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
   log().info(
       "group {} ready: epoch {}, {}, context {}, {} prefill tokens a step, {} KV slabs a head",
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
-      ready.max_batched_tokens, ready.kv_slabs_total);
-  metrics_.set_device_free(group.ranks.group(), ready.device_bytes_free);
+      ready.max_batched_tokens, group.ranks.kv_slabs().total);
+  metrics_.set_device_free(group.ranks.group(), group.ranks.device_bytes_free());
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
@@ -130,6 +130,7 @@ void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
   group.ranks.begin_epoch(Epoch{raw(group.ranks.epoch()) + 1});
   ++restarts_;
   metrics_.on_restart();
+  metrics_.set_device_free(group.ranks.group(), std::nullopt);
   requeue(group, now);
   group.scheduler.reset();
   group.kill_at = now + kRestartPatience;
@@ -196,9 +197,8 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   const KvSlabs& slabs = group.ranks.kv_slabs();
   metrics_.set_kv(slabs.total, slabs.free, slabs.cached);
   metrics_.set_nvme(slabs.nvme);
-  metrics_.set_device_free(
-      group.ranks.group(),
-      std::ranges::min(done.ranks, {}, &StepResult::device_bytes_free).device_bytes_free);
+  const auto fullest = std::ranges::min_element(done.ranks, {}, &StepResult::device_bytes_free);
+  metrics_.set_device_free(group.ranks.group(), fullest->device_bytes_free);
   const auto epoch = group.ranks.epoch();
   for (const auto& event : *events) {
     std::visit([&](const auto& e) { on_step_event(group, e, now); }, event);

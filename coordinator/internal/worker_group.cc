@@ -10,6 +10,7 @@ namespace foretoken::coordinator {
 using Events = std::vector<GroupEvent>;
 
 void WorkerGroup::begin_epoch(Epoch epoch) {
+  if (const auto ended = life(); ended && *ended > 0) dead_life_ = ended;
   epoch_ = epoch;
   ready_ = false;
   due_.clear();
@@ -41,16 +42,16 @@ Events WorkerGroup::on_hello(const std::string& peer, const Hello& hello) {
     return {};
   }
   const auto known = life();
-  if (known && hello.life < *known) {
+  const bool is_dead = hello.life > 0 && dead_life_ && hello.life <= *dead_life_;
+  if (is_dead || (known && hello.life < *known)) {
     log().info("rank {} of group {} said hello, of a life that is over", hello.rank, group_);
     return {};
   }
-  if (ready_) {
+  if (ready_ || (known && hello.life > *known)) {
     // Its parent has started the group anew: the one we knew is no more.
     return {dead(ErrorCode::kUnavailable, hello.rank, "was started again",
                  /*must_be_killed=*/false)};
   }
-  if (known && hello.life > *known) std::ranges::fill(ranks_, Rank{});
   auto& rank = ranks_[static_cast<std::size_t>(hello.rank)];
   rank = Rank{};
   rank.peer = peer;
@@ -64,7 +65,7 @@ Events WorkerGroup::on_ready(const std::string& peer, const Ready& ready) {
   if (rank == nullptr || rank->ready) return {};
   rank->ready = ready;
   rank->heard = watched_;
-  kv_slabs_ = {.total = ready.kv_slabs_total, .free = ready.kv_slabs_total};
+  kv_slabs_ = ready.kv_slabs;
   if (!std::all_of(ranks_.begin(), ranks_.end(), [](const Rank& r) { return r.ready; })) return {};
   for (const auto& other : ranks_) {
     if (other.ready->model_hash != capacity().model_hash) {
@@ -198,6 +199,12 @@ std::int64_t WorkerGroup::context() const {
       ranks_.begin(), ranks_.end(),
       [](const Rank& a, const Rank& b) { return a.ready->max_model_len < b.ready->max_model_len; });
   return least->ready->max_model_len;
+}
+
+std::int64_t WorkerGroup::device_bytes_free() const {
+  FT_CHECK(ready_);
+  const auto free = [](const Rank& rank) { return rank.ready->device_bytes_free; };
+  return free(*std::ranges::min_element(ranks_, {}, free));
 }
 
 std::string WorkerGroup::describe() const {

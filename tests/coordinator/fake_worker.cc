@@ -56,6 +56,13 @@ std::int64_t FakeRank::device_tokens(std::int64_t max_length, bool dense) const 
   return dense ? max_length : std::min(max_length, config_.budget_tokens);
 }
 
+KvSlabs FakeRank::count_slabs() const {
+  return {.total = store_->slabs,
+          .free = store_->slabs - store_->used,
+          .cached = 0,
+          .ready = store_->ready};
+}
+
 Ready FakeRank::ready(Epoch epoch) const {
   Ready ready;
   ready.epoch = epoch;
@@ -66,7 +73,7 @@ Ready FakeRank::ready(Epoch epoch) const {
   ready.max_model_len = config_.max_model_len;
   ready.max_batched_tokens = config_.max_batched_tokens;
   ready.device_bytes_free = kFakeDeviceBytes;
-  ready.kv_slabs_total = store_->slabs;
+  ready.kv_slabs = count_slabs();
   return ready;
 }
 
@@ -130,10 +137,7 @@ StepResult FakeRank::run(const StepPlan& plan) {
   if (!plan.decodes.empty()) result.step_us += config_.decode_us;
   if (config_.rank != 0) result.tokens.clear();
   result.device_bytes_free = kFakeDeviceBytes - std::ssize(sequences_);
-  result.kv_slabs = {.total = store_->slabs,
-                     .free = store_->slabs - store_->used,
-                     .cached = 0,
-                     .ready = store_->ready};
+  result.kv_slabs = count_slabs();
   return result;
 }
 

@@ -89,6 +89,7 @@ class FakeRank {
   void prefill(const PrefillItem& item, StepResult& result);
   void sample(SequenceId id, StepResult& result);
   void free(const Sequence& sequence);
+  KvSlabs count_slabs() const;
   std::int64_t device_tokens(std::int64_t max_length, bool dense) const;
 
   const FakeRankConfig config_;

@@ -94,7 +94,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
     store_ = std::make_shared<FakeStore>();
     store_->slabs = slabs;
     rank_ = std::make_unique<FakeRank>(FakeRankConfig{}, store_);
-    say(Hello{0, 0, 1, 1, "here", /*life=*/1});
+    say(Hello{0, 0, 1, 1, "here", ++lives_});
     work();
   }
   // The rank does all that it was told, and hears of no more.
@@ -129,6 +129,7 @@ class ServiceTest : public ::testing::Test, public Outbox {
   std::vector<std::string> parent_;
   std::string slow_;
   std::string gone_;
+  int lives_ = 0;
   int shutdowns_ = 0;
   int echoes_ = 0;
 };
@@ -164,6 +165,37 @@ TEST_F(ServiceTest, MetricsSayWhatTheDeviceHasLeft) {
   EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes - 1));
   work();
   EXPECT_THAT(metrics_.text(), left(kFakeDeviceBytes));
+}
+
+TEST_F(ServiceTest, MetricsTellOfTheFullestDeviceOfALivingGroup) {
+  const auto gauge = [](const std::string& end) {
+    return HasSubstr("foretoken_device_free_bytes{model_name=\"m\",group=\"0\"}" + end);
+  };
+  config_.tensor_parallel_size = 3;
+  const std::vector<std::int64_t> free{30, 10, 20};
+  store_ = std::make_shared<FakeStore>();
+  for (int rank = 0; rank < 3; ++rank) say(Hello{0, rank, 3, 1, "here", 1});
+  for (int rank = 0; rank < 3; ++rank) {
+    FakeRankConfig fake;
+    fake.rank = rank;
+    auto ready = FakeRank(fake, store_).ready(Epoch{1});
+    ready.device_bytes_free = free[static_cast<std::size_t>(rank)];
+    say(ready);
+  }
+  EXPECT_THAT(metrics_.text(), gauge(" 10\n"));
+  ask(wish("r1"));
+  for (int rank = 0; rank < 3; ++rank) {
+    StepResult result;
+    result.epoch = Epoch{1};
+    result.step = StepNumber{1};
+    result.rank = rank;
+    result.device_bytes_free = free[static_cast<std::size_t>(rank)] - 5;
+    result.admits = {{SequenceId{1}, 0, std::nullopt}};
+    say(result);
+  }
+  EXPECT_THAT(metrics_.text(), gauge(" 5\n"));
+  say(WorkerFailed{Epoch{1}, 0, 0, {ErrorCode::kDevice, "a GPU fell off"}});
+  EXPECT_THAT(metrics_.text(), Not(gauge("")));
 }
 
 TEST_F(ServiceTest, WithoutStreamOnlyDoneComes) {
@@ -662,6 +694,53 @@ TEST_F(ServiceTest, ALifeOfWhichNobodyComesIsEndedToo) {
   EXPECT_EQ(parent_.size(), 3U);
 }
 
+TEST_F(ServiceTest, ALifeOfWhichNotAllComeIsEndedToo) {
+  config_.tensor_parallel_size = 2;
+  const auto join = [this](int rank, int life) { say(Hello{0, rank, 2, 1, "here", life}); };
+  join(0, 1);
+  pass(seconds(15));
+  EXPECT_TRUE(parent_.empty());
+  pass(seconds(10));
+  ASSERT_EQ(parent_.size(), 1U);
+  EXPECT_THAT(parent_[0], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[0], HasSubstr("\"life\":1"));
+  join(0, 2);
+  ASSERT_EQ(parent_.size(), 2U);  // that the first life has ended
+  pass(seconds(15));
+  join(1, 1);  // not one of those that are waited for
+  pass(seconds(10));
+  ASSERT_EQ(parent_.size(), 3U);
+  EXPECT_THAT(parent_[2], HasSubstr("\"event\":\"restart_group\""));
+  EXPECT_THAT(parent_[2], HasSubstr("\"life\":2"));
+  join(0, 3);
+  pass(seconds(15));
+  join(1, 3);
+  ASSERT_EQ(parent_.size(), 4U);
+  pass(seconds(100));
+  EXPECT_EQ(parent_.size(), 4U);
+}
+
+// The store and heartbeats tell lives apart by their epochs alone.
+TEST_F(ServiceTest, ALifeThatBeginsWhileTheLastOneLoadsHasAnEpochOfItsOwn) {
+  config_.tensor_parallel_size = 2;
+  say(Hello{0, 0, 2, 1, "here", /*life=*/1});
+  say(Hello{0, 1, 2, 2, "here", /*life=*/2});
+  std::vector<Epoch> epochs;
+  for (const auto& frame : plans_) {
+    const auto message = decode_coordinator_message(frame).value_or_throw();
+    epochs.push_back(std::get<Welcome>(message).epoch);
+  }
+  EXPECT_EQ(epochs, (std::vector{Epoch{1}, Epoch{2}}));
+  plans_.clear();
+  say(Heartbeat{Epoch{1}, 0, 0});  // the rank that is left over
+  say(Heartbeat{Epoch{2}, 0, 1});
+  work();
+  EXPECT_EQ(echoes_, 1);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).worker_restarts, 1);
+  EXPECT_THAT(told<StatusReply>().at(0).detail, HasSubstr("1 of 2 ranks have joined"));
+}
+
 TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   config_.num_groups = 2;
   start_rank(/*slabs=*/10);
@@ -673,6 +752,18 @@ TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   EXPECT_EQ(told<StatusReply>().at(0).state, "ready");
   EXPECT_EQ(told<StatusReply>().at(0).detail, "");
   EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
+}
+
+TEST_F(ServiceTest, TheStatusTellsWhatTheStoreHoldsBeforeTheFirstStep) {
+  store_ = std::make_shared<FakeStore>();
+  say(Hello{0, 0, 1, 1, "here"});
+  auto ready = FakeRank(FakeRankConfig{}, store_).ready(Epoch{1});
+  ready.kv_slabs = {.total = 10, .free = 5, .cached = 3, .ready = 10};
+  say(ready);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_used, 2);  // by another group
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_cached, 3);
 }
 
 TEST_F(ServiceTest, TheStatusTellsOfTheArenaThatThereIs) {

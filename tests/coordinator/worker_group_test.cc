@@ -290,18 +290,40 @@ TEST_F(WorkerGroupTest, AHelloToAReadyGroupIsItsDeath) {
 
 TEST_F(WorkerGroupTest, RanksOfTheNewestLifeAreTheGroup) {
   EXPECT_EQ(group_.life(), std::nullopt);
-  hello(0, 2, /*life=*/3);
-  hello(1, 2, /*life=*/4);  // rank 0 has died meanwhile
-  EXPECT_EQ(group_.peers(), std::vector<std::string>{"peer1"});
+  EXPECT_NE(find<SendWelcome>(hello(0, 2, /*life=*/3)), nullptr);
+  EXPECT_NE(find<GroupDead>(hello(1, 2, /*life=*/4)), nullptr);  // lives share no epoch
+  EXPECT_EQ(group_.life(), 3);                                   // whose death it is
+  group_.begin_epoch(Epoch{2});
+  EXPECT_NE(find<SendWelcome>(hello(1, 2, /*life=*/4)), nullptr);
   EXPECT_TRUE(hello(0, 2, /*life=*/3).empty());
+  EXPECT_EQ(group_.peers(), std::vector<std::string>{"peer1"});
   EXPECT_EQ(group_.life(), 4);
   EXPECT_NE(find<SendWelcome>(hello(0, 2, /*life=*/4)), nullptr);
-  ready(0);
-  ready(1);
+  ready(0, Epoch{2});
+  ready(1, Epoch{2});
   ASSERT_TRUE(group_.is_ready());
   EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
   EXPECT_NE(find<GroupDead>(hello(1, 2, /*life=*/5)), nullptr);
   EXPECT_EQ(group_.life(), 4);  // whose death it is
+}
+
+TEST_F(WorkerGroupTest, ALateRankOfADeadLifeBeginsNoGroup) {
+  hello(0, 2, /*life=*/3);
+  group_.begin_epoch(Epoch{2});
+  EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
+  EXPECT_TRUE(hello(1, 2, /*life=*/2).empty());
+  EXPECT_EQ(group_.life(), std::nullopt);
+  group_.begin_epoch(Epoch{3});  // one of which nobody had come
+  EXPECT_TRUE(hello(1, 2, /*life=*/3).empty());
+  EXPECT_NE(find<SendWelcome>(hello(1, 2, /*life=*/4)), nullptr);
+}
+
+TEST_F(WorkerGroupTest, LivesThatNobodyCountsAreNeverRefused) {
+  hello(0, 2, /*life=*/3);
+  for (int epoch = 2; epoch < 5; ++epoch) {
+    group_.begin_epoch(Epoch(epoch));
+    EXPECT_NE(find<SendWelcome>(hello(0)), nullptr) << epoch;
+  }
 }
 
 TEST_F(WorkerGroupTest, ARankThatComesAgainWhileLoadingTakesItsPlace) {

@@ -547,6 +547,22 @@ TEST_F(EngineTest, SaysHowManyTokensAStepMayPrefill) {
   EXPECT_EQ(group.engine().capacity().max_batched_tokens, 128);
 }
 
+// An arena whose memory was short counts in the store's answer too; what it was planned for does
+// not.
+TEST_F(EngineTest, SaysWhatTheStoreHoldsNow) {
+  {
+    LocalGroup before(service("full"), small_model(), store_);
+    before.generate(random_prompt(600, 18), {.max_tokens = 1, .publish = true});
+  }
+  LocalGroup group(service("full"), small_model(), store_);
+  const kvstore::StoreStat stat = group.store_stat();
+  const KvSlabs slabs = group.engine().capacity().kv_slabs;
+  EXPECT_GE(slabs.cached, 2);
+  EXPECT_EQ(slabs.total, stat.slabs_total);
+  EXPECT_EQ(slabs.free, stat.slabs_total - stat.slabs_used - stat.slabs_cached);
+  EXPECT_GT(slabs.ready, 0);
+}
+
 TEST_F(EngineTest, MemoryPlanNamesEachUseAndTheLongestSequence) {
   LocalGroup group(service("attention-predictor"), small_model(), store_);
   const std::string plan = group.engine().memory_plan();

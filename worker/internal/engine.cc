@@ -173,7 +173,7 @@ StepResult Engine::collect() {
 }
 
 // Slabs that aren't ready yet count as free: they will be.
-KvSlabs Engine::count_slabs() {
+KvSlabs Engine::count_slabs() const {
   const kvstore::StoreStat stat = store_.stat().value_or_throw();
   return {.total = stat.slabs_total,
           .free = stat.slabs_total - stat.slabs_used - stat.slabs_cached,
@@ -359,7 +359,7 @@ Ready Engine::capacity() const {
   ready.max_model_len = max_model_len_;
   ready.max_batched_tokens = max_batched_tokens_;
   ready.device_bytes_free = device_bytes_free();
-  ready.kv_slabs_total = store_.slabs_per_head();
+  ready.kv_slabs = count_slabs();
   return ready;
 }
 
