@@ -34,6 +34,17 @@ class NvmeStoreTest : public testing::Test {
     EXPECT_TRUE(ready(*store));
     return store;
   }
+  // The store ends and begins again, with nothing in its arena and so many slots in its file.
+  void restart_store(std::unique_ptr<KvStore>& store, int slots) {
+    store.reset();
+    server.reset();
+    const auto num_slots = static_cast<std::uint32_t>(slots);
+    server = std::make_unique<RunningServer>(
+        kArenaBytes,
+        NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), num_slots}.file_bytes(),
+                   NvmeReuse::kKeepSlabs});
+    store = connect();
+  }
   // Slabs of a head of the arena.
   static int slabs_per_head(KvStore& store) { return static_cast<int>(store.slabs_per_head()); }
 
@@ -133,14 +144,7 @@ TEST_F(NvmeStoreTest, ARestartFindsWhatWasWritten) {
 TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
   const std::vector keys{key_of(1), key_of(2), key_of(3)};
   std::unique_ptr<KvStore> store;
-  const auto restart = [&] {  // the arena has nothing then
-    store.reset();
-    server.reset();
-    server = std::make_unique<RunningServer>(
-        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 8}.file_bytes(),
-                                NvmeReuse::kKeepSlabs});
-    store = connect();
-  };
+  const auto restart = [&] { restart_store(store, 8); };
   const auto hits = [&] {
     for (;; std::this_thread::sleep_for(std::chrono::milliseconds(1))) {
       next = SequenceId{raw(next) + 1};
@@ -172,14 +176,7 @@ TEST_F(NvmeStoreTest, APrefixGivesWayFromItsEnd) {
 // the arena holds in the first one's slabs.
 TEST_F(NvmeStoreTest, WhatBuildsOnAnothersSegmentGivesWayBeforeIt) {
   std::unique_ptr<KvStore> store;
-  const auto restart = [&] {
-    store.reset();
-    server.reset();
-    server = std::make_unique<RunningServer>(
-        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 4}.file_bytes(),
-                                NvmeReuse::kKeepSlabs});
-    store = connect();
-  };
+  const auto restart = [&] { restart_store(store, 4); };
   const auto fill = [&](SequenceId sequence, const Reservation& kv, int segment, std::uint32_t id) {
     for (int head = 0; head < 2; ++head) {
       const auto slab = test_slab({head, key_of(id)}, kModel);
@@ -209,14 +206,7 @@ TEST_F(NvmeStoreTest, WhatBuildsOnAnothersSegmentGivesWayBeforeIt) {
 // Two of three prompts fill the file, and the one that was written first is asked for again.
 TEST_F(NvmeStoreTest, WhatWasUsedLastIsThereLongestAfterARestartToo) {
   std::unique_ptr<KvStore> store;
-  const auto restart = [&] {
-    store.reset();
-    server.reset();
-    server = std::make_unique<RunningServer>(
-        kArenaBytes, NvmeConfig{nvme_folder(), NvmeGeometry{kModel.slab_bytes(), 4}.file_bytes(),
-                                NvmeReuse::kKeepSlabs});
-    store = connect();
-  };
+  const auto restart = [&] { restart_store(store, 4); };
   restart();
   write(*store, 1);
   write(*store, 2);
