@@ -5,6 +5,8 @@
 #include <chrono>
 #include <cstring>
 #include <numeric>
+#include <string>
+#include <string_view>
 
 #include "common/check.h"
 #include "kernels/cuda/cuda_device.h"
@@ -236,7 +238,7 @@ struct Inbox {
   cudaIpcMemHandle_t handle;  // for other processes
   uint4* memory;              // in that one:
   pid_t process;
-  cudaUUID_t gpu;
+  char gpu[16];
 };
 static_assert(sizeof(Inbox) <= sizeof(PeerSum::Address));
 
@@ -285,10 +287,9 @@ class CudaPeerSum final : public PeerSum {
   CudaPeerSum& operator=(const CudaPeerSum&) = delete;
 
   Address address() const override {
-    Inbox inbox{.handle = {},
-                .memory = params_.inboxes[params_.rank],
-                .process = getpid(),
-                .gpu = own_gpu()};
+    Inbox inbox{
+        .handle = {}, .memory = params_.inboxes[params_.rank], .process = getpid(), .gpu = {}};
+    gpu_.copy(inbox.gpu, sizeof inbox.gpu);
     FT_CUDA(cudaIpcGetMemHandle(&inbox.handle, memory_));
     Address address{};
     std::memcpy(address.data(), &inbox, sizeof inbox);
@@ -301,8 +302,7 @@ class CudaPeerSum final : public PeerSum {
     for (int rank = 0; rank < params_.world_size; ++rank) {
       Inbox inbox{};
       std::memcpy(&inbox, addresses[static_cast<std::size_t>(rank)].data(), sizeof inbox);
-      const cudaUUID_t gpu = own_gpu();
-      if (std::memcmp(&inbox.gpu, &gpu, sizeof gpu) == 0) ++links_.ranks_here;
+      if (std::string_view(inbox.gpu, sizeof inbox.gpu) == gpu_) ++links_.ranks_here;
       if (rank == params_.rank) continue;
       void* memory = inbox.memory;
       if (inbox.process != getpid()) {
@@ -426,18 +426,17 @@ class CudaPeerSum final : public PeerSum {
     cudaEvent_t sent = nullptr;
   };
   static std::uint32_t number(std::uint32_t call) { return 1 + call % kNumbers; }
-  static cudaUUID_t own_gpu() {
-    int device = 0;
-    cudaDeviceProp properties{};
-    FT_CUDA(cudaGetDevice(&device));
-    FT_CUDA(cudaGetDeviceProperties(&properties, device));
-    return properties.uuid;
+  static std::string own_gpu() {
+    int index = 0;
+    FT_CUDA(cudaGetDevice(&index));
+    return cuda_device_id(index);
   }
 
   CudaDevice& device_;
   DataType type_;
   Layout layout_;
   int chain_columns_;
+  const std::string gpu_ = own_gpu();
   cudaStream_t sender_ = nullptr;
   cudaEvent_t made_ = nullptr;
   std::array<Begun, kMaxBegun> slots_;
