@@ -31,6 +31,7 @@
 #include "kvstore/internal/promotions.h"
 #include "kvstore/internal/protocol.h"
 #include "kvstore/internal/read_choice.h"
+#include "kvstore/internal/segment_keys.h"
 #include "kvstore/internal/seqpacket.h"
 #include "kvstore/internal/store_book.h"
 #include "kvstore/internal/tier_mover.h"
@@ -120,7 +121,7 @@ class Server {
   // others lent; and so many slabs a head.
   struct Lent {
     std::vector<SlotIndex> slots;  // [num_heads, num_segments]
-    std::vector<PrefixKey> keys;   // of the first segments, as far as they are known
+    SegmentKeys keys;
     int num_segments = 0;
     int hit_segments = 0;
     LeaseOwner owner = {};

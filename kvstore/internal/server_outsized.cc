@@ -93,7 +93,7 @@ Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request)
   const int found = num_hits(peer, request.keys, now);
   const int hits = reads_outsized(request, found) ? found : 0;
   Lent lent{.slots = {},
-            .keys = request.keys,
+            .keys = SegmentKeys(request.keys),
             .num_segments = request.num_segments,
             .hit_segments = hits,
             .owner = peer.owner,
@@ -186,10 +186,8 @@ Status Server::publish(const Peer& peer, const Publish& request) {
     return invalid("sequence " + std::to_string(raw(request.sequence)) +
                    " publishes what it was not lent");
   }
-  const auto segment = static_cast<std::size_t>(request.segment);
-  if (segment == lent->keys.size()) lent->keys.push_back(request.key);
-  std::optional<PrefixKey> previous;
-  if (segment > 0 && segment <= lent->keys.size()) previous = lent->keys[segment - 1];
+  lent->keys.note(request.segment, request.key);
+  const auto previous = lent->keys.before(request.segment);
   for (std::size_t i = 0; i < heads; ++i) {
     const int head = static_cast<int>(i);
     tier_->publish({lent->owner.first_head + head, request.key},

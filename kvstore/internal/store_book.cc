@@ -77,7 +77,7 @@ Result<Grant> StoreBook::reserve(LeaseId id, SequenceId sequence, std::span<cons
   for (int i = 0; i < owner.num_heads; ++i) {
     hold(holder, owner.first_head + i, keys, num_segments);
   }
-  lease.sequences.emplace(sequence, Sequence{holder, {keys.begin(), keys.end()}});
+  lease.sequences.emplace(sequence, Sequence{holder, SegmentKeys({keys.begin(), keys.end()})});
   return grant_of(owner, holder);
 }
 
@@ -209,8 +209,7 @@ Status StoreBook::commit(LeaseId id, SequenceId sequence, int segment, const Pre
     }
     pool(head).publish(allocation.slabs[static_cast<std::size_t>(segment)], key);
   }
-  std::vector<PrefixKey>& keys = found->second.keys;
-  if (static_cast<std::size_t>(segment) == keys.size()) keys.push_back(key);
+  found->second.keys.note(segment, key);
   return Ok{};
 }
 
@@ -269,9 +268,7 @@ Grant StoreBook::grant_of(const LeaseOwner& owner, const Holder& holder) {
 // ---- the tier below ---------------------------------------------------------------------------
 
 std::optional<PrefixKey> StoreBook::key_before(LeaseId lease, SequenceId sequence, int segment) {
-  const std::vector<PrefixKey>& keys = at(lease).sequences.at(sequence).keys;
-  if (segment == 0 || static_cast<std::size_t>(segment) > keys.size()) return std::nullopt;
-  return keys[static_cast<std::size_t>(segment - 1)];
+  return at(lease).sequences.at(sequence).keys.before(segment);
 }
 
 std::optional<SlabIndex> StoreBook::find_published(int head, const PrefixKey& key) const {

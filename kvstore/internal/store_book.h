@@ -18,6 +18,7 @@
 #include "common/prefix_key.h"
 #include "common/result.h"
 #include "kvstore/internal/nvme_format.h"
+#include "kvstore/internal/segment_keys.h"
 #include "kvstore/internal/slab_pool.h"
 #include "kvstore/kv_store.h"
 
@@ -131,7 +132,7 @@ class StoreBook {
   };
   struct Sequence {
     Holder holder;
-    std::vector<PrefixKey> keys;  // of the first segments, as far as they are known
+    SegmentKeys keys;
   };
   struct Lease {
     LeaseOwner owner;
