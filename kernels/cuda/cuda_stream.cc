@@ -20,38 +20,44 @@ CudaStream::CudaStream(StreamKind kind, const Waiter& waiter) : kind_(kind), wai
 
 CudaStream::~CudaStream() {
   cudaStreamSynchronize(handle_);
-  cudaFree(scratch_);
-  for (std::byte* scratch : recorded_scratch_) cudaFree(scratch);
+  scratch_.free();
+  mailbox_.free();
   cudaFree(counters_);
   cudaStreamDestroy(handle_);
 }
 
 void CudaStream::synchronize() { waiter_.wait_for(handle_); }
 
-std::byte* CudaStream::scratch(std::size_t bytes) {
+std::byte* CudaStream::Memory::take(std::size_t bytes, CudaStream& stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  FT_CUDA(cudaStreamIsCapturing(handle_, &status));
+  FT_CUDA(cudaStreamIsCapturing(stream.handle(), &status));
   const bool recording = status != cudaStreamCaptureStatusNone;
-  if (bytes > scratch_bytes_) {
-    FT_CHECK(!recording, bytes, scratch_bytes_);
-    grow_scratch(bytes);
+  if (bytes > bytes_) {
+    FT_CHECK(!recording, bytes, bytes_);
+    grow(bytes, stream);
   }
-  scratch_recorded_ = scratch_recorded_ || recording;
-  return scratch_;
+  recorded_ = recorded_ || recording;
+  return data_;
 }
 
-void CudaStream::grow_scratch(std::size_t bytes) {
-  if (scratch_recorded_) {
-    recorded_scratch_.push_back(scratch_);
+void CudaStream::Memory::grow(std::size_t bytes, CudaStream& stream) {
+  if (recorded_) {
+    outgrown_.push_back(data_);
   } else {
-    synchronize();
-    FT_CUDA(cudaFree(scratch_));
+    stream.synchronize();
+    FT_CUDA(cudaFree(data_));
   }
-  scratch_ = nullptr;
-  scratch_bytes_ = 0;
-  scratch_recorded_ = false;
-  FT_CUDA(cudaMalloc(&scratch_, bytes));
-  scratch_bytes_ = bytes;
+  data_ = nullptr;
+  bytes_ = 0;
+  recorded_ = false;
+  FT_CUDA(cudaMalloc(&data_, bytes));
+  FT_CUDA(cudaMemsetAsync(data_, 0xFF, bytes, stream.handle()));
+  bytes_ = bytes;
+}
+
+void CudaStream::Memory::free() {
+  cudaFree(data_);
+  for (std::byte* data : outgrown_) cudaFree(data);
 }
 
 }  // namespace foretoken::kernels::cuda

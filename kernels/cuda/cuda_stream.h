@@ -29,7 +29,12 @@ class CudaStream final : public Stream {
   // gets the same bytes. Grows when asked for more than ever before, which waits for the stream:
   // a sequence of ops must have run once before it is recorded into a graph. A graph has the
   // address that was given while it was recorded, which stays valid as long as the stream.
-  std::byte* scratch(std::size_t bytes);
+  std::byte* scratch(std::size_t bytes) { return scratch_.take(bytes, *this); }
+
+  // Words of kEmpty, by which the thread blocks of a kernel give each other results: who has read
+  // one sets it back. Otherwise as scratch.
+  static constexpr std::uint32_t kEmpty = ~0U;
+  std::byte* mailbox(std::size_t bytes) { return mailbox_.take(bytes, *this); }
 
   // The next launch_overlapped() (launch.cuh) doesn't overlap.
   void serialize_next() { serial_ = true; }
@@ -41,16 +46,26 @@ class CudaStream final : public Stream {
   std::uint32_t* counters() const { return counters_; }
 
  private:
-  void grow_scratch(std::size_t bytes);
+  // Device memory that grows.
+  class Memory {
+   public:
+    std::byte* take(std::size_t bytes, CudaStream& stream);
+    void free();
+
+   private:
+    void grow(std::size_t bytes, CudaStream& stream);
+
+    std::byte* data_ = nullptr;
+    std::size_t bytes_ = 0;
+    bool recorded_ = false;             // a graph has the address
+    std::vector<std::byte*> outgrown_;  // but a graph has their address
+  };
 
   const StreamKind kind_;
   const Waiter& waiter_;
   cudaStream_t handle_ = nullptr;
-  std::byte* scratch_ = nullptr;
-  std::size_t scratch_bytes_ = 0;
-  bool scratch_recorded_ = false;  // a graph has the address
+  Memory scratch_, mailbox_;
   bool serial_ = false;
-  std::vector<std::byte*> recorded_scratch_;  // outgrown, but a graph has their address
   std::uint32_t* counters_ = nullptr;
 };
 

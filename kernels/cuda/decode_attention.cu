@@ -12,7 +12,12 @@
 // transposed in registers.
 //
 // The softmax is online (FlashAttention-2, Dao 2023, section 3.1): each warp keeps its maxima and
-// sums, the warps meet in shared memory, and the shares meet in the last block to arrive.
+// sums, the warps meet in shared memory, and the shares meet in the block of the last one, which
+// awaits their words (CudaStream::mailbox): no fence, no counter. Blocks start in the order of
+// their numbers, so those that it awaits never wait for its end.
+//
+// What a step does before changes nothing of KV but the open block: a warp's first block is on its
+// way before that is done.
 #include <algorithm>
 
 #include "common/check.h"
@@ -29,7 +34,6 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kHeads = 8;              // query heads that share a pass
-constexpr int kMaxParts = 160;         // that are merged at once: warps or shares
 constexpr int kMinShare = kWarps;      // slots; fewer are not worth another merge
 constexpr int kShareCost = 16;         // what a share takes beside its slots, in slots (guessed)
 constexpr int kMaxWaves = 2;           // of shares that are more than one a (row, KV head)
@@ -50,9 +54,9 @@ struct Params {
   float scale_log2;
   T* out;
   float* lse;
-  float* partial_out;       // [CTAs, kHeads, head_dim]
-  float2* partial_sum;      // [CTAs, kHeads] (maximum, sum)
-  std::uint32_t* counters;  // [CTAs]
+  // Of shares, in the stream's mailbox:
+  float4* share_out;   // [CTAs, kHeads, head_dim / 4]
+  float2* share_part;  // [CTAs, kHeads] (maximum, sum)
 };
 
 // What a warp has attended: lane (g, q) has heads 2q and 2q + 1.
@@ -70,12 +74,13 @@ struct BlockTile {
   uint4 k[2][kLoads];                           // tokens g and g + 8
   uint4 v[kHeadDim / 64][4];                    // tokens 2q, 2q + 1, 2q + 8, 2q + 9
 
-  template <typename T>
-  __device__ void load(const T* block, int g, int q) {
+  // from(address) loads 16 bytes.
+  template <typename T, typename Load>
+  __device__ void load(const T* block, int g, int q, Load from) {
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
-      k[0][i] = load_once(block + g * kHeadDim + 32 * i + 8 * q);
-      k[1][i] = load_once(block + (g + 8) * kHeadDim + 32 * i + 8 * q);
+      k[0][i] = from(block + g * kHeadDim + 32 * i + 8 * q);
+      k[1][i] = from(block + (g + 8) * kHeadDim + 32 * i + 8 * q);
     }
     const T* values = block + kBlockTokens * kHeadDim;
 #pragma unroll
@@ -83,7 +88,7 @@ struct BlockTile {
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const int token = 2 * q + t % 2 + t / 2 * 8;
-        v[i][t] = load_once(values + token * kHeadDim + 64 * i + 8 * g);
+        v[i][t] = from(values + token * kHeadDim + 64 * i + 8 * g);
       }
     }
   }
@@ -198,11 +203,39 @@ __device__ float2 attend(BlockTile<kHeadDim>& tile, const QueryTile<T, kHeadDim>
   return {block_max[0], block_max[1]};
 }
 
-// Puts parts of softmaxes together that were attended apart: in shared memory, for all threads.
+// What stood under one maximum, under a higher one.
+__device__ inline float scale_of(float maximum, float higher) {
+  return maximum == kNothing ? 0.0F : exp2f(maximum - higher);
+}
+__device__ inline void add_scaled(float4& sum, float scale, float4 value) {
+  sum.x += scale * value.x;
+  sum.y += scale * value.y;
+  sum.z += scale * value.z;
+  sum.w += scale * value.w;
+}
+
+// A softmax's part: four weighted outputs, their weights' sum, and the maximum that both are under.
+struct Part {
+  float maximum = kNothing;
+  float weight = 0;
+  float4 sum{};
+
+  __device__ void add(float2 other, float4 values) {
+    const float higher = fmaxf(maximum, other.x);
+    const float scale = scale_of(maximum, higher);
+    const float others_scale = scale_of(other.x, higher);
+    maximum = higher;
+    weight = scale * weight + others_scale * other.y;
+    sum = {scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w};
+    add_scaled(sum, others_scale, values);
+  }
+};
+
+// Puts the warps' parts of softmaxes together: in shared memory, for all threads.
 template <int kHeadDim>
 struct Merger {
   static constexpr int kQuads = kHeadDim / 4;  // of a head's output
-  float factor[kHeads][kMaxParts];             // of a part, under the maximum of all
+  float factor[kHeads][kWarps];                // of a part, under the maximum of all
   float highest[kHeads];
   float weight[kHeads];
   float4 sums[kThreads];
@@ -210,8 +243,8 @@ struct Merger {
   // part(head, i) is (maximum, sum of weights), values(head, i, quad) four weighted outputs;
   // result(head, quad, sum of values) is called once each, by the threads of the first quads.
   template <typename Part, typename Values, typename Result>
-  __device__ void run(int num_heads, int num_parts, Part part, Values values, Result result) {
-    if (static_cast<int>(threadIdx.x) / 32 < num_heads) weigh(threadIdx.x / 32, num_parts, part);
+  __device__ void run(int num_heads, Part part, Values values, Result result) {
+    if (static_cast<int>(threadIdx.x) / 32 < num_heads) weigh(threadIdx.x / 32, part);
     __syncthreads();
     // As many groups of threads as there are share the parts, so that many loads are under way.
     const int quads = num_heads * kQuads;
@@ -222,48 +255,29 @@ struct Merger {
     float4 sum{};
     if (group < groups) {
 #pragma unroll 8
-      for (int i = group; i < num_parts; i += groups) {
-        const float4 value = values(head, i, quad);
-        const float scale = factor[head][i];
-        sum.x += scale * value.x;
-        sum.y += scale * value.y;
-        sum.z += scale * value.z;
-        sum.w += scale * value.w;
-      }
+      for (int i = group; i < kWarps; i += groups)
+        add_scaled(sum, factor[head][i], values(head, i, quad));
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (group > 0) return;
-    for (int i = 1; i < groups; ++i) {
-      const float4 more = sums[threadIdx.x + i * quads];
-      sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
-    }
+    for (int i = 1; i < groups; ++i) add_scaled(sum, 1, sums[threadIdx.x + i * quads]);
     result(head, quad, sum);
   }
 
  private:
   // One head's factors, by one warp.
   template <typename Part>
-  __device__ void weigh(int head, int num_parts, Part part) {
+  __device__ void weigh(int head, Part part) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    float2 own[kMaxParts / 32];
-    float maximum = kNothing;
-#pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) {
-      own[i] = lane + 32 * i < num_parts ? part(head, lane + 32 * i) : float2{kNothing, 0};
-      maximum = fmaxf(maximum, own[i].x);
-    }
+    const float2 own = lane < kWarps ? part(head, lane) : float2{kNothing, 0};
+    float maximum = own.x;
     for (int offset = 16; offset > 0; offset /= 2) {
       maximum = fmaxf(maximum, __shfl_xor_sync(~0U, maximum, offset));
     }
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < kMaxParts / 32; ++i) {
-      const float scale = own[i].x == kNothing ? 0.0F : exp2f(own[i].x - maximum);
-      if (lane + 32 * i < num_parts) factor[head][lane + 32 * i] = scale;
-      sum += scale * own[i].y;
-    }
-    sum = warp_sum(sum);
+    const float scale = scale_of(own.x, maximum);
+    if (lane < kWarps) factor[head][lane] = scale;
+    const float sum = warp_sum(scale * own.y);
     if (lane > 0) return;
     highest[head] = maximum;
     weight[head] = sum;
@@ -359,8 +373,8 @@ struct SharedMemory {
   float out[kWarps][kHeads][kStride];
   float2 part[kWarps][kHeads];  // (maximum, sum)
   Merger<kHeadDim> merger;
+  Part parts[kThreads];
   Share share;
-  bool last;
 
   __device__ void store(Accumulator<kHeadDim>& acc, int num_heads, int warp, int g, int q) {
 #pragma unroll
@@ -384,15 +398,100 @@ struct SharedMemory {
   }
 };
 
-// Four elements of a head's output, weighted until here.
+// ---- shares meet ----
+
+__device__ inline float4 load_words(const float4* from) {
+  float4 words;
+  asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(words.x), "=f"(words.y), "=f"(words.z), "=f"(words.w)
+               : "l"(from)
+               : "memory");
+  return words;
+}
+__device__ inline float2 load_words(const float2* from) {
+  float2 words;
+  asm volatile("ld.volatile.global.v2.f32 {%0, %1}, [%2];"
+               : "=f"(words.x), "=f"(words.y)
+               : "l"(from)
+               : "memory");
+  return words;
+}
+// No result is: that which isn't a number is 0x7FFFFFFF, whatever it was made of.
+__device__ inline bool is_empty(float word) { return __float_as_uint(word) == CudaStream::kEmpty; }
+__device__ inline bool is_empty(float2 words) { return is_empty(words.x) || is_empty(words.y); }
+__device__ inline bool is_empty(float4 words) {
+  return is_empty(words.x) || is_empty(words.y) || is_empty(words.z) || is_empty(words.w);
+}
+template <typename Words>
+__device__ void await(Words& words, const Words* from) {
+  while (is_empty(words)) words = load_words(from);
+}
+template <typename Words>
+__device__ void set_empty(Words* words) {
+  static_assert(sizeof(Words) % sizeof(uint2) == 0);
+  for (auto* at = reinterpret_cast<uint2*>(words); at < reinterpret_cast<uint2*>(words + 1); ++at) {
+    *at = {CudaStream::kEmpty, CudaStream::kEmpty};
+  }
+}
+
+// An item's shares, as they come. All threads call it; result(head, quad, part) as the Merger's.
+// parts: [kThreads] scratch, shared. first_cta: of the item's first share.
+template <int kHeadDim, typename T, typename Result>
+__device__ void merge_shares(const Params<T>& p, std::size_t first_cta, int count, int num_heads,
+                             Part* parts, Result result) {
+  constexpr int kQuads = kHeadDim / 4;
+  constexpr int kInFlight = 4;
+  const int quads = num_heads * kQuads;
+  const int groups = kThreads / quads;
+  const int group = static_cast<int>(threadIdx.x) / quads;
+  const int head = static_cast<int>(threadIdx.x) % quads / kQuads;
+  const int quad = static_cast<int>(threadIdx.x) % kQuads;
+  Part part;
+  for (int base = group; group < groups && base < count; base += groups * kInFlight) {
+    float2 others[kInFlight];
+    float4 values[kInFlight];
+    const auto head_of = [&](int i) { return (first_cta + base + i * groups) * kHeads + head; };
+    const auto has = [&](int i) { return base + i * groups < count; };
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (!has(i)) break;
+      others[i] = load_words(p.share_part + head_of(i));
+      values[i] = load_words(p.share_out + head_of(i) * kQuads + quad);
+    }
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (!has(i)) break;
+      float4* from = p.share_out + head_of(i) * kQuads + quad;
+      await(others[i], p.share_part + head_of(i));
+      await(values[i], from);
+      set_empty(from);
+      part.add(others[i], values[i]);
+    }
+  }
+  parts[threadIdx.x] = part;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * num_heads; i += kThreads) {
+    set_empty(p.share_part + (first_cta + i / num_heads) * kHeads + i % num_heads);
+  }
+  if (group > 0) return;
+  for (int i = 1; i < groups; ++i) {
+    const Part& other = parts[threadIdx.x + i * quads];
+    part.add({other.maximum, other.weight}, other.sum);
+  }
+  result(head, quad, part);
+}
+
+// Four elements of a head's output.
 template <typename T>
 __device__ void store_result(const Params<T>& p, int row, int head, int head_dim, int quad,
-                             float4 sum, float weight, float highest) {
+                             const Part& part) {
   const std::size_t at = static_cast<std::size_t>(row) * p.num_heads + head;
-  const float scale = weight > 0 ? 1 / weight : 0.0F;
+  const bool any = part.weight > 0;
+  const float scale = any ? 1 / part.weight : 0.0F;
+  const float4 sum = part.sum;
   const uint2 packed{pack<T>(sum.x * scale, sum.y * scale), pack<T>(sum.z * scale, sum.w * scale)};
   *reinterpret_cast<uint2*>(p.out + at * head_dim + 4 * quad) = packed;
-  if (quad == 0) p.lse[at] = weight > 0 ? (highest + log2f(weight)) / kLog2E : kNothing;
+  if (quad == 0) p.lse[at] = any ? (part.maximum + log2f(part.weight)) / kLog2E : kNothing;
 }
 
 // Block maxima of a pass's query heads: [num_heads, num_slots].
@@ -439,7 +538,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   find_share(p.sequences, p.rows, p.items, p.sms, reinterpret_cast<int*>(&shared + 1),
              shared.share);
   __syncthreads();
-  const Share share = shared.share;
+  const Share& share = shared.share;
   if (share.count == 0) return;
   const int row = share.row;
   const int kv_head = share.item % p.num_kv_heads;
@@ -453,75 +552,68 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   const SlotMaxima maxima = maxima_of(p, kv, first_head, num_heads);
   constexpr int kBlockElements = 2 * kBlockTokens * kHeadDim;
 
+  const auto once = [](const T* from) { return load_once(from); };
+  BlockTile<kHeadDim> tile;  // of an empty slot too, which is not used: the table is slow to read
+  int block = kAbsent;
+  int slot = share.begin + warp;
+  const T* at = slots + static_cast<std::size_t>(slot) * kBlockElements;
+  if (slot < share.end) {
+    tile.load(at, g, q, once);
+    block = blocks[slot];
+  }
+
   wait_for_earlier_kernels();
 
+  if (block == (num_tokens - 1) / kBlockTokens) {  // the step's k and v have come
+    tile.load(at, g, q, [](const T* from) { return __ldcg(reinterpret_cast<const uint4*>(from)); });
+  }
   QueryTile<T, kHeadDim> query;
   query.load(p.q + (static_cast<std::size_t>(row) * p.num_heads + first_head) * kHeadDim, num_heads,
              g, q);
   Accumulator<kHeadDim> acc;
-  for (int slot = share.begin + warp; slot < share.end; slot += kWarps) {
-    BlockTile<kHeadDim> tile;  // of an empty slot too, which is not used: the table is slow to read
-    tile.load(slots + static_cast<std::size_t>(slot) * kBlockElements, g, q);
-    const int block = blocks[slot];
+  while (slot < share.end) {
     float2 block_max{kNothing, kNothing};
     if (block != kAbsent) {
       block_max = attend<T, kHeadDim>(tile, query, num_tokens - block * kBlockTokens, p.scale_log2,
                                       g, q, acc);
     }
     if (maxima.data != nullptr && g == 0) maxima.write(slot, q, block_max);
+    slot += kWarps;
+    at += kWarps * kBlockElements;
+    if (slot >= share.end) break;
+    tile.load(at, g, q, once);
+    block = blocks[slot];
   }
 
   if (maxima.data != nullptr && share.is_last()) maxima.clear(share.num_slots);
 
   shared.store(acc, num_heads, warp, g, q);
   __syncthreads();
-  Merger<kHeadDim>& merger = shared.merger;
-  const auto finish = [&](int head, int quad, float4 sum) {
-    store_result(p, row, first_head + head, kHeadDim, quad, sum, merger.weight[head],
-                 merger.highest[head]);
+  const auto finish = [&](int head, int quad, const Part& part) {
+    store_result(p, row, first_head + head, kHeadDim, quad, part);
   };
-  const auto first_cta = static_cast<std::size_t>(blockIdx.x) - share.index;
-  const auto partial_at = [&](int index, int head) { return (first_cta + index) * kHeads + head; };
-  const auto finish_share = [&](int head, int quad, float4 sum) {
-    const std::size_t at = partial_at(share.index, head);
-    *reinterpret_cast<float4*>(p.partial_out + at * kHeadDim + 4 * quad) = sum;
-    if (quad == 0) p.partial_sum[at] = {merger.highest[head], merger.weight[head]};
+  const auto send = [&](int head, int quad, const Part& part) {
+    const std::size_t at = static_cast<std::size_t>(blockIdx.x) * kHeads + head;
+    p.share_out[at * (kHeadDim / 4) + quad] = part.sum;
+    if (quad == 0) p.share_part[at] = {part.maximum, part.weight};
   };
-  merger.run(
-      num_heads, kWarps, [&](int head, int i) { return shared.part[i][head]; },
+  const Merger<kHeadDim>& merger = shared.merger;
+  shared.merger.run(
+      num_heads, [&](int head, int i) { return shared.part[i][head]; },
       [&](int head, int i, int quad) { return shared.values(i, head, quad); },
       [&](int head, int quad, float4 sum) {
-        share.count == 1 ? finish(head, quad, sum) : finish_share(head, quad, sum);
+        const Part part{merger.highest[head], merger.weight[head], sum};
+        share.count == 1 ? finish(head, quad, part) : send(head, quad, part);
       });
-  if (share.count == 1) return;
-
-  // The counter tells who is last; the fences make every share's results visible to them.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    std::uint32_t* counter = p.counters + first_cta;
-    shared.last = atomicAdd(counter, 1) == static_cast<std::uint32_t>(share.count - 1);
-    if (shared.last) *counter = 0;
-  }
-  __syncthreads();
-  if (!shared.last) return;
-  __threadfence();
-  merger.run(
-      num_heads, share.count,
-      [&](int head, int i) { return __ldcg(&p.partial_sum[partial_at(i, head)]); },
-      [&](int head, int i, int quad) {
-        const float* out = p.partial_out + partial_at(i, head) * kHeadDim + 4 * quad;
-        return __ldcg(reinterpret_cast<const float4*>(out));
-      },
-      finish);
+  if (share.count == 1 || !share.is_last()) return;
+  merge_shares<kHeadDim>(p, blockIdx.x - static_cast<std::size_t>(share.index), share.count,
+                         num_heads, shared.parts, finish);
 }
 
 // One row's shares fill the device once. Of several rows there are more and shorter ones, where
-// that evens them out: unless they are so many that counters run out, and evened out anyway.
+// that evens them out.
 int most_shares(int rows, int items, int sms) {
-  if (rows == 1) return std::max(sms, items);
-  const int most = rows * items + kMaxWaves * sms;
-  return most <= CudaStream::kNumCounters ? most : rows * items;
+  return rows == 1 ? std::max(sms, items) : rows * items + kMaxWaves * sms;
 }
 
 template <typename T, int kHeadDim>
@@ -531,7 +623,8 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
   static const int sms = num_sms();
   const int ctas = most_shares(args.rows, items, sms);
   const std::size_t parts = static_cast<std::size_t>(ctas) * kHeads;
-  std::byte* scratch = stream.scratch(parts * (kHeadDim * sizeof(float) + sizeof(float2)));
+  constexpr std::size_t kOutBytes = kHeadDim * sizeof(float);
+  std::byte* mailbox = stream.mailbox(parts * (kOutBytes + sizeof(float2)));
   const Params<T> params{static_cast<const T*>(args.q),
                          args.sequences,
                          args.rows,
@@ -544,9 +637,8 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
                          args.scale * kLog2E,
                          static_cast<T*>(args.out),
                          args.lse,
-                         reinterpret_cast<float*>(scratch),
-                         reinterpret_cast<float2*>(scratch + parts * kHeadDim * sizeof(float)),
-                         stream.counters()};
+                         reinterpret_cast<float4*>(mailbox),
+                         reinterpret_cast<float2*>(mailbox + parts * kOutBytes)};
   const auto kernel = decode_attention_kernel<T, kHeadDim>;
   const std::size_t bytes =
       sizeof(SharedMemory<kHeadDim>) + sizeof(int) * static_cast<std::size_t>(args.rows);

@@ -320,6 +320,7 @@ void pack_by_copy_engine(PackBlocksArgs args, CudaStream& stream) {
     FT_CUDA(cudaGetLastError());
     send_staged(args, staging, stream);
   }
+  stream.serialize_next();  // as in pack_blocks()
 }
 
 }  // namespace
@@ -332,6 +333,7 @@ void pack_blocks(const PackBlocksArgs& args, CudaStream& stream) {
   if (args.to_arena && host_knows) return pack_by_copy_engine(args, stream);
   pack_blocks_kernel<<<ctas_for(items, stream), kThreads, 0, stream.handle()>>>(args, nullptr);
   FT_CUDA(cudaGetLastError());
+  stream.serialize_next();  // decode attention reads slots early
 }
 
 void unpack_blocks(const UnpackBlocksArgs& args, CudaStream& stream) {
@@ -353,6 +355,7 @@ void gather(const GatherArgs& args, CudaStream& stream) {
   if (args.rows == 0) return;
   gather_kernel<<<kCopyCtas, kThreads, 0, stream.handle()>>>(args);
   FT_CUDA(cudaGetLastError());
+  stream.serialize_next();  // decode attention reads slots early
 }
 
 }  // namespace foretoken::kernels::cuda

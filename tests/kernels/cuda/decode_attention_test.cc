@@ -119,6 +119,7 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{14, 2, 64, {700, 3}},
                     Case{20, 1, 128, {900}},          // three passes of query heads
                     Case{4, 2, 64, {20000, 3, 900}},  // shares of one length, of long and short
+                    Case{8, 2, 128, {131000}},        // more blocks a warp
                     Case{4, 4, 64, std::vector<int>(70, 33)},
                     Case{32, 8, 128, {200, 300, 400, 500, 600, 700, 800, 900, 10, 20, 30, 40}}));
 
@@ -172,6 +173,53 @@ TEST_F(CudaTest, RopeDecodeWritesTheOpenBlock) {
       ASSERT_TRUE(std::isnan(actual[i])) << i;
     } else {
       ASSERT_NEAR(actual[i], expected[i], std::max(1e-2, std::abs(expected[i]) / 100.0)) << i;
+    }
+  }
+}
+
+// Attention reads blocks before the step's k and v have come into the open one.
+TEST_F(CudaTest, AttentionSeesTheStepsOwnToken) {
+  const DataType type = DataType::kBf16;
+  DeviceUnderTest on(make_cuda_device({.activation_type = type}));
+  const KvShape shape{.num_layers = 2, .num_kv_heads = 4, .head_dim = 128, .kv_type = type};
+  constexpr int kHeads = 16;
+  constexpr std::size_t kValues = kHeads * 128;
+  DeviceArray<float> freq(on, std::vector<float>(64, 0.1F));
+  auto q = activations(on, std::vector<float>(kValues));
+  auto out = activations(on, std::vector<float>(kValues));
+  DeviceArray<float> lse(on, std::vector<float>(kHeads));
+  for (const int length : {0, 5, 16, 2000, 8191}) {
+    DeviceSequence sequence(on, shape, 520, 520);
+    fill(sequence, length, type, 5);
+    DeviceArray<SequenceKv> batch(on, {sequence.kv});
+    RopeDecodeArgs rope{};
+    rope.inv_freq = freq.data();
+    rope.scale = 1;
+    rope.rows = 1;
+    rope.num_heads = kHeads;
+    rope.num_kv_heads = shape.num_kv_heads;
+    rope.head_dim = shape.head_dim;
+    rope.q_out = q.data();
+    rope.sequences = batch.data();
+    rope.layer = 1;
+    const DecodeAttentionArgs attention{.q = q.data(),
+                                        .sequences = batch.data(),
+                                        .rows = 1,
+                                        .layer = 1,
+                                        .num_heads = kHeads,
+                                        .num_kv_heads = shape.num_kv_heads,
+                                        .head_dim = shape.head_dim,
+                                        .scale = 0.125F,
+                                        .out = out.data(),
+                                        .lse = lse.data()};
+    for (std::uint32_t seed = 0; seed < 20; ++seed) {
+      const auto qkv = activations(on, random_floats(kValues + 2 * 4 * 128, seed, 4));
+      rope.qkv = qkv.data();
+      on.device->rope_decode(rope, *on.stream);
+      on.run(&Device::decode_attention, attention);
+      const std::vector<std::byte> at_once = out.get();
+      on.run(&Device::decode_attention, attention);  // nothing before it
+      ASSERT_EQ(at_once, out.get()) << length << ", " << seed;
     }
   }
 }

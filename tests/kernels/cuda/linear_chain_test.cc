@@ -139,6 +139,17 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
+// A rank alone runs a chain. CUDA loads a kernel when it is first launched, which may wait for all
+// that runs: kernels that wait for each other are loaded before they do.
+void load_kernels(DeviceUnderTest& on, const Shape& s) {
+  Layer layer(on, s, 0);
+  const auto alone = make_peer_sum(*on.device, 0, 1, {.chain_columns = s.hidden});
+  alone->connect(std::vector{alone->address()});
+  const auto products = layer.products();
+  on.device->linear_chain({products, 0b0101, alone.get()}, *on.stream);
+  on.stream->synchronize();
+}
+
 class CudaChainOfRanks : public CudaTest,
                          public testing::WithParamInterface<std::tuple<int, Shape>> {};
 
@@ -157,6 +168,7 @@ TEST_P(CudaChainOfRanks, EqualsProductsAndSums) {
   // Before any upload makes streams of its own: ranks whose streams share one of the GPU's few
   // queues would wait for each other in vain.
   for (Rank& rank : ranks) rank.stream = on.device->make_stream(StreamKind::kCompute);
+  load_kernels(on, s);
   std::vector<PeerSum::Address> addresses;
   const auto hidden_count = static_cast<std::size_t>(s.rows * s.hidden);
   for (int i = 0; i < world_size; ++i) {
