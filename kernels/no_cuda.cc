@@ -2,6 +2,7 @@
 #include "common/result.h"
 #include "kernels/device.h"
 #include "kernels/peer_sum.h"
+#include "kernels/prefill_plans.h"
 
 namespace foretoken::kernels {
 
@@ -16,5 +17,6 @@ std::string cuda_device_id(int) { throw Exception(ErrorCode::kDevice, why_no_cud
 std::unique_ptr<PeerSum> make_peer_sum(Device&, int, int, const PeerSumSizes&) {
   throw Exception(ErrorCode::kDevice, why_no_cuda_device());
 }
+void prepare_prefill(Device&, const PrefillShape&) {}
 
 }  // namespace foretoken::kernels

@@ -168,7 +168,8 @@ class KvStore {
 
   Result<StoreStat> stat();
 
-  // Slabs a head in the arena, as the store said at connect.
+  // Slabs a head in the arena, as far as this rank has it mapped: fewer than the store has planned
+  // where memory was short when this connected.
   std::int64_t slabs_per_head() const;
 
   // Enqueues the gather of layers [layer, layer + num_layers) on `stream` (a copy stream).

@@ -71,7 +71,10 @@ class Model {
   const Partition& partition() const { return part_; }
   const kernels::KvShape& kv_shape() const { return kv_shape_; }
   int num_layers() const { return static_cast<int>(layers_.size()); }
-  float attention_scale() const;
+  float attention_scale() const { return attention_scale(config_); }
+  // The same before it is loaded.
+  static kernels::KvShape kv_shape(const ModelConfig& config, const Partition& part);
+  static float attention_scale(const ModelConfig& config);
   std::size_t hidden_bytes(int rows) const;  // of the residual stream of some rows
 
   // hidden[rows, hidden size] = embedding of tokens[rows] (device).

@@ -13,6 +13,7 @@
 #include <optional>
 #include <utility>
 
+#include "kernels/prefill_plans.h"
 #include "worker/model.h"
 #include "worker/sequence.h"
 
@@ -23,6 +24,10 @@ class Prefill {
   // max_rows: tokens that pass through a layer at once; max_tokens: the longest prompt.
   Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store, predictor::Policy& policy,
           int max_rows, int max_tokens);
+
+  // What its attention will be of, known before the model is loaded.
+  static kernels::PrefillShape attention_shape(const ModelConfig& config, const Partition& part,
+                                               int max_rows, int max_tokens);
 
   // Runs one work item; the first reused_tokens of the prompt come from the store. Items come in
   // the order of PrefillItem's comment, a sequence's first item ends what was in work before; a
@@ -75,6 +80,7 @@ class Prefill {
   kvstore::KvStore& store_;
   predictor::Policy& policy_;
   const int max_tokens_;
+  const kernels::PrefillShape attention_;
   Activations act_;
   kernels::DeviceBuffer lse_;          // [heads, max_rows] of the chunk
   kernels::DeviceBuffer num_columns_;  // [1]

@@ -329,6 +329,10 @@ std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig& config) {
   return std::make_unique<cuda::CudaDevice>(config);
 }
 
+void prepare_prefill(Device& device, const PrefillShape& shape) {
+  if (auto* on_gpu = dynamic_cast<cuda::CudaDevice*>(&device)) on_gpu->prepare_prefill(shape);
+}
+
 int num_cuda_devices() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);

@@ -9,7 +9,7 @@
 //   padded  for the others, which are cut anywhere: keys are the whole scratch, and the lengths
 //           that count are read on the device (cuDNN's padding mask), where the causal mask's
 //           diagonal ends too. All rows of the plan are computed, so there are several sizes.
-// Both kinds are few enough that none needs to be forgotten.
+// Both kinds are few enough that none needs to be forgotten, and that all can be made at the start.
 #include "kernels/cuda/prefill_attention.h"
 
 #include <cudnn_frontend.h>
@@ -17,10 +17,14 @@
 
 #include <algorithm>
 #include <bit>
+#include <chrono>
 #include <list>
 #include <mutex>
+#include <stop_token>
 #include <string>
+#include <thread>
 #include <unordered_map>
+#include <vector>
 
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
@@ -89,35 +93,67 @@ struct Shape {
 
 enum TensorId : std::int64_t { kQ = 1, kK, kV, kOut, kLse, kRows, kTokens };
 
-bool wants_exact(const PrefillAttentionArgs& args) {
-  constexpr int kMostExact = 64;  // what a plan takes of memory is not measured
-  return args.rows == args.max_rows && args.begin % args.max_rows == 0 &&
-         args.begin / args.max_rows < kMostExact;
-}
-
-// Eleven sizes where 8,192 rows have room.
-int padded_rows(const PrefillAttentionArgs& args) {
-  constexpr int kLeast = 128;
-  constexpr int kStep = 1024;
-  const int rows = args.rows <= kStep
-                       ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(args.rows)))
-                       : (args.rows + kStep - 1) / kStep * kStep;
-  return std::min(args.max_rows, std::max(kLeast, rows));
-}
-
-Shape shape_for(const PrefillAttentionArgs& args) {
-  const bool exact = wants_exact(args);
-  return {.padded = !exact,
-          .rows = exact ? args.rows : padded_rows(args),
-          .tokens = exact ? args.begin + args.rows : args.scratch_tokens,
-          .max_rows = args.max_rows,
+PrefillShape common_shape(const PrefillAttentionArgs& args) {
+  return {.kv_type = args.kv_type,
           .scratch_tokens = args.scratch_tokens,
+          .max_rows = args.max_rows,
           .num_heads = args.num_heads,
           .num_kv_heads = args.num_kv_heads,
           .head_dim = args.head_dim,
-          .type = args.kv_type,
           .scale = args.scale,
           .with_lse = args.lse != nullptr};
+}
+
+Shape shape_with(const PrefillShape& common, bool padded, int rows, int tokens) {
+  return {.padded = padded,
+          .rows = rows,
+          .tokens = tokens,
+          .max_rows = common.max_rows,
+          .scratch_tokens = common.scratch_tokens,
+          .num_heads = common.num_heads,
+          .num_kv_heads = common.num_kv_heads,
+          .head_dim = common.head_dim,
+          .type = common.kv_type,
+          .scale = common.scale,
+          .with_lse = common.with_lse};
+}
+
+// Eleven sizes where 8,192 rows have room.
+Shape padded_shape(const PrefillShape& common, int rows) {
+  constexpr int kLeast = 128;
+  constexpr int kStep = 1024;
+  const int rounded = rows <= kStep ? static_cast<int>(std::bit_ceil(static_cast<unsigned>(rows)))
+                                    : (rows + kStep - 1) / kStep * kStep;
+  return shape_with(common, true, std::min(common.max_rows, std::max(kLeast, rounded)),
+                    common.scratch_tokens);
+}
+
+constexpr int kMostExact = 64;  // what a plan takes of memory is not measured
+
+// Of the whole chunk that begins at this multiple of its size.
+Shape exact_shape(const PrefillShape& common, int multiple) {
+  return shape_with(common, false, common.max_rows, (multiple + 1) * common.max_rows);
+}
+
+Shape shape_for(const PrefillAttentionArgs& args) {
+  const int multiple = args.begin / args.max_rows;
+  const bool is_exact =
+      args.rows == args.max_rows && args.begin % args.max_rows == 0 && multiple < kMostExact;
+  return is_exact ? exact_shape(common_shape(args), multiple)
+                  : padded_shape(common_shape(args), args.rows);
+}
+
+// Of every chunk that there can be.
+std::vector<Shape> all_shapes(const PrefillShape& common) {
+  std::vector<Shape> shapes;
+  for (int rows = 1; rows <= common.max_rows; rows = static_cast<int>(shapes.back().rows) + 1) {
+    shapes.push_back(padded_shape(common, rows));
+  }
+  const int whole = std::min(kMostExact, common.scratch_tokens / common.max_rows);
+  for (int multiple = 0; multiple < whole; ++multiple) {
+    shapes.push_back(exact_shape(common, multiple));
+  }
+  return shapes;
 }
 
 struct Plan {
@@ -173,6 +209,7 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
 }  // namespace
 
 struct PrefillAttention::Impl {
+  std::jthread preparing;
   std::mutex mutex;  // guards all below: streams share the handle
   cudnnHandle_t handle = nullptr;
   std::list<Plan> plans;
@@ -183,6 +220,7 @@ struct PrefillAttention::Impl {
     check_cudnn(fe::detail::create_handle(&handle), "cudnnCreate");
   }
   ~Impl() {
+    preparing = {};  // stops, and is joined
     plans.clear();
     try {
       fe::detail::destroy_handle(handle);
@@ -205,6 +243,23 @@ struct PrefillAttention::Impl {
     check_cudnn(plan.graph.get_workspace_size(plan.workspace_bytes), "workspace");
     plans.splice(plans.begin(), made);
     return plan;
+  }
+
+  // What can't be made here is left to whoever needs it, and to whom plan_for() says why.
+  void prepare(const std::vector<Shape>& shapes, int device, const std::stop_token& stop) {
+    // A mutex isn't fair: who waits for it would wait for all plans, not for one.
+    constexpr std::chrono::milliseconds kGivesWay{1};
+    if (cudaSetDevice(device) != cudaSuccess) return;
+    for (const Shape& shape : shapes) {
+      if (stop.stop_requested()) return;
+      try {
+        const std::scoped_lock lock(mutex);
+        plan_for(shape);
+      } catch (const std::exception&) {
+        return;
+      }
+      std::this_thread::sleep_for(kGivesWay);
+    }
   }
 
   void run(const PrefillAttentionArgs& args, CudaStream& stream) {
@@ -237,6 +292,16 @@ PrefillAttention::~PrefillAttention() = default;
 std::size_t PrefillAttention::num_plans() const {
   const std::scoped_lock lock(impl_->mutex);
   return impl_->plans.size();
+}
+
+void PrefillAttention::prepare(const PrefillShape& shape) {
+  FT_CHECK(shape.max_rows > 0 && !impl_->preparing.joinable(), shape.max_rows);
+  int device = 0;
+  FT_CUDA(cudaGetDevice(&device));
+  impl_->preparing =
+      std::jthread([this, device, shapes = all_shapes(shape)](const std::stop_token& stop) {
+        impl_->prepare(shapes, device, stop);
+      });
 }
 
 void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation,

@@ -6,6 +6,7 @@
 
 #include "kernels/cuda/cuda_stream.h"
 #include "kernels/device.h"
+#include "kernels/prefill_plans.h"
 
 namespace foretoken::kernels::cuda {
 
@@ -14,7 +15,10 @@ class PrefillAttention {
   // Loads libcudnn. Throws Exception(kDevice) when it is missing or too old.
   PrefillAttention();
   ~PrefillAttention();
-  // The first call that needs a plan makes it, which takes up to 76 ms.
+  // See prepare_prefill(). For the current device.
+  void prepare(const PrefillShape& shape);
+  // The first call that needs a plan makes it, which takes up to 76 ms. Waits for that long where
+  // another is being made.
   void run(const PrefillAttentionArgs& args, DataType activation, CudaStream& stream);
   std::size_t num_plans() const;
 

@@ -3,12 +3,13 @@
 #include <sys/mman.h>
 
 #include <cerrno>
+#include <utility>
 
 #include "common/check.h"
 
 namespace foretoken::kvstore {
 
-ArenaGuard::ArenaGuard(std::byte* begin, std::size_t bytes) : begin_(begin), bytes_(bytes) {
+ArenaGuard::ArenaGuard(std::vector<std::span<std::byte>> memory) : memory_(std::move(memory)) {
   protect(PROT_NONE);
 }
 
@@ -23,7 +24,9 @@ void ArenaGuard::leave() {
 }
 
 void ArenaGuard::protect(int protection) const {
-  FT_CHECK(mprotect(begin_, bytes_, protection) == 0, errno);
+  for (const std::span<std::byte> mapping : memory_) {
+    FT_CHECK(mprotect(mapping.data(), mapping.size(), protection) == 0, errno);
+  }
 }
 
 }  // namespace foretoken::kvstore

@@ -1,4 +1,4 @@
-// ArenaGuard: proves that nothing but KvStore's ops touches the arena: the mapping is PROT_NONE
+// ArenaGuard: proves that nothing but KvStore's ops touches the arena: its mappings are PROT_NONE
 // while no op is inside, so that any other access ends the process at once. A test aid; without
 // it an op costs nothing more.
 //
@@ -6,15 +6,16 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <mutex>
+#include <span>
+#include <vector>
 
 namespace foretoken::kvstore {
 
 class ArenaGuard {
  public:
-  // Closes [begin, begin + bytes), a mapping of whole pages.
-  ArenaGuard(std::byte* begin, std::size_t bytes);
+  // Closes these mappings, of whole pages each.
+  explicit ArenaGuard(std::vector<std::span<std::byte>> memory);
 
   // Open while it lives.
   class Scope {
@@ -33,8 +34,7 @@ class ArenaGuard {
   void leave();
   void protect(int protection) const;
 
-  std::byte* begin_;
-  std::size_t bytes_;
+  std::vector<std::span<std::byte>> memory_;
   std::mutex mutex_;
   int num_inside_ = 0;  // guarded by mutex_
 };

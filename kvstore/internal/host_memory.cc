@@ -15,6 +15,7 @@
 #include <mutex>
 #include <string>
 
+#include "common/check.h"
 #include "common/log.h"
 
 namespace foretoken::kvstore {
@@ -167,6 +168,12 @@ Result<SharedMapping> SharedMapping::map(int memory_fd, std::size_t offset, std:
 
 SharedMapping::~SharedMapping() {
   if (base_ != nullptr) munmap(base_, bytes_);
+}
+
+void SharedMapping::cut(std::size_t bytes) {
+  FT_CHECK(bytes > 0 && bytes <= bytes_, bytes, bytes_);
+  if (bytes < bytes_) munmap(base_ + bytes, bytes_ - bytes);
+  bytes_ = bytes;
 }
 
 bool populate(std::byte* begin, std::size_t bytes) {

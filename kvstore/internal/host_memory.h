@@ -47,6 +47,8 @@ class SharedMapping {
   }
   std::byte* base() const { return base_; }
   std::size_t bytes() const { return bytes_; }
+  // Unmaps what lies behind the first `bytes`. REQUIRES: whole pages, at least one.
+  void cut(std::size_t bytes);
 
  private:
   SharedMapping(std::byte* base, std::size_t bytes) : base_(base), bytes_(bytes) {}

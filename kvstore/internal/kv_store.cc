@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <optional>
+#include <string>
+#include <thread>
 #include <utility>
 
 #include "common/check.h"
@@ -54,6 +57,7 @@ struct KvStore::Impl {
       : config(client), device(on), connection(std::move(socket)) {}
 
   Status greet();
+  std::uint32_t await_slabs(std::uint32_t wanted);
   Status have_key();
   Status tell_faults();
   void prepare_device();
@@ -66,7 +70,7 @@ struct KvStore::Impl {
   SlotFile file_of(const Grant& grant) const {
     return {config.shape, grant.slots_offset, grant.file_id, cipher.get()};
   }
-  bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->layout().slabs_per_head; }
+  bool is_no_slab(SlabIndex slab) const { return raw(slab) >= mapping->num_slabs(); }
 
   // Runs an op that touches the arena. Under the guard the arena is open until the op is through.
   template <typename Op>
@@ -89,12 +93,36 @@ Status KvStore::Impl::greet() {
   const ArenaLayout layout{config.total_kv_heads, welcome->slab_bytes, welcome->slabs_per_head};
   try {
     mapping.emplace(answer.passed.get(), layout, config.first_head, config.shape.num_kv_heads,
-                    device);
+                    device, [this](std::uint32_t wanted) { return await_slabs(wanted); });
   } catch (const Exception& failure) {
     return failure.error();
   }
-  if (config.guard_arena) guard.emplace(mapping->begin(), mapping->bytes());
+  if (config.guard_arena) guard.emplace(mapping->memory());
   return Ok{};
+}
+
+// A device that pins memory would itself back what the store hasn't yet, with one thread and small
+// pages, and fail where there is no more; so it pins behind the store. To others it makes no
+// difference.
+std::uint32_t KvStore::Impl::await_slabs(std::uint32_t wanted) {
+  constexpr std::chrono::milliseconds kPoll{5};
+  constexpr std::chrono::seconds kPatience{60};  // while nothing becomes ready
+  const bool pins = !device.info().shares_host_memory;
+  std::int64_t ready = 0;
+  for (auto end = std::chrono::steady_clock::now() + kPatience;;) {
+    const auto stat = connection.ask_for<StoreStat>(StatRequest{}).value_or_throw();
+    const std::int64_t enough = std::min<std::int64_t>(wanted, stat.slabs_total);
+    if (!pins || stat.slabs_ready >= enough) return static_cast<std::uint32_t>(enough);
+    const auto now = std::chrono::steady_clock::now();
+    if (stat.slabs_ready > ready) end = now + kPatience;
+    ready = stat.slabs_ready;
+    if (now > end) {
+      throw Exception(ErrorCode::kTimeout, "the KV arena is backed no further than slab " +
+                                               std::to_string(ready) + " of " +
+                                               std::to_string(stat.slabs_total));
+    }
+    std::this_thread::sleep_for(kPoll);
+  }
 }
 
 // Of an encrypted file, before this rank has its first runs there.
@@ -317,7 +345,7 @@ Result<StoreStat> KvStore::stat() {
   return impl_->connection.ask_for<StoreStat>(StatRequest{});
 }
 
-std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->layout().slabs_per_head; }
+std::int64_t KvStore::slabs_per_head() const { return impl_->mapping->num_slabs(); }
 
 // ---- ops --------------------------------------------------------------------------------------
 

@@ -16,17 +16,15 @@ constexpr std::size_t kMaxPieceBytes = std::size_t{1} << 30;
 }  // namespace
 
 StripeMapping::StripeMapping(int memory_fd, const ArenaLayout& layout, int first_head,
-                             int num_heads, kernels::Device& device)
-    : layout_(layout), device_(device) {
-  auto mapping = SharedMapping::map(memory_fd, layout.stripe_offset(first_head),
-                                    layout.stripe_bytes() * static_cast<std::size_t>(num_heads));
-  if (!mapping) {
-    throw Exception(ErrorCode::kDevice, "mapping the KV arena: " + mapping.error().message +
-                                            "; lower --kv-host-gib, or raise `ulimit -v`");
-  }
-  mapping_ = std::move(*mapping);
+                             int num_heads, kernels::Device& device, const AwaitSlabs& await_slabs)
+    : layout_(layout),
+      device_(device),
+      num_slabs_(layout.slabs_per_head),
+      piece_slabs_(static_cast<std::uint32_t>(
+          std::max<std::size_t>(1, kMaxPieceBytes / layout.slab_bytes))) {
+  map_stripes(memory_fd, first_head, num_heads);
   try {
-    register_pieces(num_heads);
+    register_pieces(await_slabs);
   } catch (...) {
     unregister_pieces();
     throw;
@@ -35,18 +33,37 @@ StripeMapping::StripeMapping(int memory_fd, const ArenaLayout& layout, int first
 
 StripeMapping::~StripeMapping() { unregister_pieces(); }
 
-void StripeMapping::register_pieces(int num_heads) {
-  piece_slabs_ =
-      static_cast<std::uint32_t>(std::max<std::size_t>(1, kMaxPieceBytes / layout_.slab_bytes));
-  pieces_per_head_ = (layout_.slabs_per_head + piece_slabs_ - 1) / piece_slabs_;
-  for (int head = 0; head < num_heads; ++head) {
-    std::byte* stripe = mapping_.base() + layout_.stripe_offset(head);
-    for (std::uint32_t slab = 0; slab < layout_.slabs_per_head; slab += piece_slabs_) {
-      std::byte* host = stripe + layout_.slab_bytes * slab;
-      const std::uint32_t count = std::min(piece_slabs_, layout_.slabs_per_head - slab);
-      pieces_.push_back({host, device_.register_host(host, layout_.slab_bytes * count)});
+void StripeMapping::map_stripes(int memory_fd, int first_head, int num_heads) {
+  for (int head = first_head; head < first_head + num_heads; ++head) {
+    auto mapping =
+        SharedMapping::map(memory_fd, layout_.stripe_offset(head), layout_.stripe_bytes());
+    if (!mapping) {
+      throw Exception(ErrorCode::kDevice, "mapping the KV arena: " + mapping.error().message +
+                                              "; lower --kv-host-gib, or raise `ulimit -v`");
+    }
+    stripes_.push_back(std::move(*mapping));
+  }
+}
+
+// All stripes at the same pace, as the store backs them. Where its memory ends, so do they: to
+// register more would be to ask for memory that isn't there.
+void StripeMapping::register_pieces(const AwaitSlabs& await_slabs) {
+  for (std::uint32_t first = 0; first < num_slabs_; first += piece_slabs_) {
+    const std::uint32_t wanted = first + std::min(piece_slabs_, num_slabs_ - first);
+    const std::uint32_t end = std::min(wanted, await_slabs(wanted));
+    if (end < wanted) num_slabs_ = end;
+    for (const SharedMapping& stripe : stripes_) {
+      if (end <= first) break;
+      std::byte* host = stripe.base() + layout_.slab_bytes * first;
+      pieces_.push_back({host, device_.register_host(host, layout_.slab_bytes * (end - first))});
     }
   }
+  if (num_slabs_ == 0) {
+    throw Exception(ErrorCode::kDevice,
+                    "the machine has no memory left for the KV arena; lower --kv-host-gib");
+  }
+  if (num_slabs_ == layout_.slabs_per_head) return;
+  for (SharedMapping& stripe : stripes_) stripe.cut(layout_.slab_bytes * num_slabs_);
 }
 
 void StripeMapping::unregister_pieces() {
@@ -54,9 +71,15 @@ void StripeMapping::unregister_pieces() {
 }
 
 std::byte* StripeMapping::slab(int head, SlabIndex slab) const {
-  FT_CHECK(raw(slab) < layout_.slabs_per_head, raw(slab), layout_.slabs_per_head);
-  const auto piece = static_cast<std::size_t>(head) * pieces_per_head_ + raw(slab) / piece_slabs_;
+  FT_CHECK(raw(slab) < num_slabs_, raw(slab), num_slabs_);
+  const auto piece = raw(slab) / piece_slabs_ * stripes_.size() + static_cast<std::size_t>(head);
   return pieces_[piece].device + layout_.slab_bytes * (raw(slab) % piece_slabs_);
+}
+
+std::vector<std::span<std::byte>> StripeMapping::memory() const {
+  std::vector<std::span<std::byte>> memory;
+  for (const SharedMapping& stripe : stripes_) memory.emplace_back(stripe.base(), stripe.bytes());
+  return memory;
 }
 
 }  // namespace foretoken::kvstore

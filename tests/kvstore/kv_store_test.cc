@@ -4,10 +4,13 @@
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <cstring>
 #include <memory>
 #include <random>
+#include <vector>
 
 #include "kvstore/internal/stripe_mapping.h"
 #include "tests/kernels/kv_sequence.h"
@@ -150,12 +153,42 @@ TEST_F(KvStoreTest, AnArenaThatCanNotBeMappedIsADeviceError) {
   const FileDescriptor memory(memfd_create("arena", MFD_CLOEXEC));
   const ArenaLayout larger_than_any_address_space{1, std::size_t{1} << 22, 1U << 31};
   try {
-    const StripeMapping mapping(memory.get(), larger_than_any_address_space, 0, 1, *device);
+    const StripeMapping mapping(memory.get(), larger_than_any_address_space, 0, 1, *device,
+                                [](std::uint32_t wanted) { return wanted; });
     FAIL() << "mapped";
   } catch (const Exception& failure) {
     EXPECT_EQ(exit_code(failure.error().code), 5);
     EXPECT_NE(failure.error().message.find("--kv-host-gib"), std::string::npos);
   }
+}
+
+// A piece is 512 slabs here, and the arena settles within the second one's.
+TEST_F(KvStoreTest, ARankMapsAndRegistersWhatThereIs) {
+  const ArenaLayout layout{3, kStripeAlignment, 1300};
+  const FileDescriptor memory = make_shared_memory("test", layout.arena_bytes()).value_or_throw();
+  std::vector<std::uint32_t> asked;
+  const StripeMapping mapping(memory.get(), layout, 1, 2, *device, [&](std::uint32_t wanted) {
+    asked.push_back(wanted);
+    return std::min(wanted, 700U);
+  });
+  EXPECT_EQ(asked, (std::vector<std::uint32_t>{512, 1024}));
+  EXPECT_EQ(mapping.num_slabs(), 700U);
+  ASSERT_EQ(mapping.memory().size(), 2U);
+  for (int head = 0; head < 2; ++head) {
+    const auto stripe = mapping.memory()[static_cast<std::size_t>(head)];
+    EXPECT_EQ(stripe.size(), 700 * layout.slab_bytes);
+    for (const std::uint32_t slab : {0U, 511U, 512U, 699U}) {
+      EXPECT_EQ(mapping.slab(head, SlabIndex{slab}), stripe.data() + layout.slab_bytes * slab);
+      EXPECT_EQ(mapping.host_slab(head, SlabIndex{slab}), mapping.slab(head, SlabIndex{slab}));
+    }
+    unsigned char resident = 0;
+    EXPECT_NE(mincore(stripe.data() + stripe.size(), 4096, &resident), 0) << "mapped behind it";
+  }
+  const auto all = [](std::uint32_t wanted) { return wanted; };
+  const StripeMapping whole(memory.get(), layout, 0, 1, *device, all);
+  EXPECT_EQ(whole.memory()[0].size(), layout.stripe_bytes());
+  const auto none = [](std::uint32_t) { return 0U; };
+  EXPECT_THROW(StripeMapping(memory.get(), layout, 0, 1, *device, none), Exception);
 }
 
 TEST_F(KvStoreTest, RanksShareAHeadAndAgreeOnHits) {
@@ -288,6 +321,24 @@ TEST(KvStoreConnect, RefusesAnArenaThatHoldsNothing) {
   const auto store = KvStore::connect(test_client(server.socket(), 0), *device);
   ASSERT_FALSE(store);
   EXPECT_EQ(store.error().code, ErrorCode::kConfig);
+}
+
+// Memory is there for some of the 24 pieces that this one is touched in.
+TEST(KvStoreConnect, ARankHasWhatTheArenaHasSettledFor) {
+  std::atomic<int> calls{0};
+  const auto twelve = [&calls](std::byte*, std::size_t) { return ++calls <= 12; };
+  const RunningServer server(std::size_t{1} << 30, std::nullopt, twelve);
+  const auto device = kernels::make_cpu_device({1, std::size_t{64} << 20});
+  const auto early = KvStore::connect(test_client(server.socket(), 0), *device).value_or_throw();
+  ASSERT_TRUE(ready(*early));
+  const auto store = KvStore::connect(test_client(server.socket(), 1), *device).value_or_throw();
+  EXPECT_EQ(store->slabs_per_head(), store->stat()->slabs_total);
+  EXPECT_LT(static_cast<std::size_t>(store->slabs_per_head()),
+            ArenaLayout::fit(std::size_t{1} << 30, 3, test_client("", 0).shape.slab_bytes())
+                .slabs_per_head);
+  const auto all = store->reserve(SequenceId{1}, {}, static_cast<int>(store->slabs_per_head()));
+  ASSERT_TRUE(all);
+  for (std::byte* slab : all->slabs) *slab = std::byte{1};
 }
 
 TEST(KvStoreConnect, RefusesAnArenaThatTheMachineDoesNotHave) {

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "kvstore/internal/seqpacket.h"
 
 extern char** environ;
 
@@ -68,7 +69,9 @@ StoreProcess::StoreProcess(std::int64_t arena_bytes, std::int64_t nvme_bytes) {
   argv.push_back(nullptr);
   const int status = posix_spawn(&pid_, argv[0], nullptr, nullptr, argv.data(), environ);
   FT_CHECK(status == 0, argv[0], status);
-  for (int i = 0; i < 1000 && !std::filesystem::exists(path); ++i) {
+  // The socket is there before anybody listens to it.
+  constexpr std::chrono::seconds kTimeout{1};
+  for (int i = 0; i < 1000 && !kvstore::connect_to(path, kTimeout); ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
 }

@@ -40,15 +40,14 @@ Activations::Activations(kernels::Device& device, const ModelConfig& config, con
 
 Model::Model(const ModelConfig& config, const Partition& part, kernels::Device& device,
              Collective& collective)
-    : config_(config), part_(part), device_(device), collective_(collective) {
+    : config_(config),
+      part_(part),
+      device_(device),
+      collective_(collective),
+      kv_shape_(kv_shape(config, part)) {
   for (int rank = 0; rank < part.world_size; ++rank) {
     vocab_widths_.push_back(make_partition(config, rank, part.world_size)->vocab.count);
   }
-  kv_shape_.num_layers = static_cast<int>(config.num_layers);
-  kv_shape_.num_kv_heads = part.kv_heads.count;
-  kv_shape_.head_dim = static_cast<int>(config.head_dim);
-  kv_shape_.kv_type =
-      config.dtype == ModelDtype::kF16 ? kernels::DataType::kFp16 : kernels::DataType::kBf16;
 }
 
 Model::~Model() = default;
@@ -61,8 +60,16 @@ Result<std::unique_ptr<Model>> Model::load(const ModelConfig& config, const Weig
   return model;
 }
 
-float Model::attention_scale() const {
-  return 1.0F / std::sqrt(static_cast<float>(config_.head_dim));
+kernels::KvShape Model::kv_shape(const ModelConfig& config, const Partition& part) {
+  return {.num_layers = static_cast<int>(config.num_layers),
+          .num_kv_heads = part.kv_heads.count,
+          .head_dim = static_cast<int>(config.head_dim),
+          .kv_type = config.dtype == ModelDtype::kF16 ? kernels::DataType::kFp16
+                                                      : kernels::DataType::kBf16};
+}
+
+float Model::attention_scale(const ModelConfig& config) {
+  return 1.0F / std::sqrt(static_cast<float>(config.head_dim));
 }
 
 std::size_t Model::row_bytes(int columns) const {

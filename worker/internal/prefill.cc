@@ -25,6 +25,7 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       store_(store),
       policy_(policy),
       max_tokens_(max_tokens),
+      attention_(attention_shape(model.config(), model.partition(), max_rows, max_tokens)),
       act_(device, model.config(), model.partition(), max_rows, 1),
       lse_(device,
            sizeof(float) * static_cast<std::size_t>(model.partition().heads.count * max_rows),
@@ -59,6 +60,19 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
   tail_q_ = {device_, activation * rows * heads * head_dim, kUse};
   tail_lse_ = {device_, sizeof(float) * heads * rows, kUse};
   block_max_ = {device_, sizeof(float) * heads * rows * columns, kUse};
+}
+
+kernels::PrefillShape Prefill::attention_shape(const ModelConfig& config, const Partition& part,
+                                               int max_rows, int max_tokens) {
+  const kernels::KvShape kv = Model::kv_shape(config, part);
+  return {.kv_type = kv.kv_type,
+          .scratch_tokens = max_tokens,
+          .max_rows = max_rows,
+          .num_heads = part.heads.count,
+          .num_kv_heads = kv.num_kv_heads,
+          .head_dim = kv.head_dim,
+          .scale = Model::attention_scale(config),
+          .with_lse = true};
 }
 
 void Prefill::drain() {
@@ -163,15 +177,15 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
   device_.prefill_attention({.q = act_.q.data(),
                              .k = kv_of(layer).k.data(),
                              .v = kv_of(layer).v.data(),
-                             .kv_type = model_.kv_shape().kv_type,
-                             .scratch_tokens = max_tokens_,
+                             .kv_type = attention_.kv_type,
+                             .scratch_tokens = attention_.scratch_tokens,
                              .begin = begin,
                              .rows = rows,
-                             .max_rows = act_.max_rows,
-                             .num_heads = model_.partition().heads.count,
-                             .num_kv_heads = model_.kv_shape().num_kv_heads,
-                             .head_dim = model_.kv_shape().head_dim,
-                             .scale = model_.attention_scale(),
+                             .max_rows = attention_.max_rows,
+                             .num_heads = attention_.num_heads,
+                             .num_kv_heads = attention_.num_kv_heads,
+                             .head_dim = attention_.head_dim,
+                             .scale = attention_.scale,
                              .out = act_.attn.data(),
                              .lse = lse_.as<float>()},
                             stream);

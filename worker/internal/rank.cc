@@ -3,6 +3,7 @@
 #include <mpi.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 
 #include "common/log.h"
 #include "common/program.h"
+#include "kernels/prefill_plans.h"
 #include "worker/engine.h"
 #include "worker/internal/failure.h"
 #include "worker/internal/gpu_choice.h"
@@ -170,6 +172,11 @@ class Worker {
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
         make_partition(model_config_, place.rank, place.world_size).value_or_throw();
+    // In a thread beside the loading, so that no prompt waits for it.
+    kernels::prepare_prefill(
+        *device_, Prefill::attention_shape(model_config_, part,
+                                           std::min(config_.max_batched_tokens, max_model_len),
+                                           max_model_len));
     load_model(welcome.store_socket, part, progress_style(config, place));
     policy_ = at_start(config_, [&] {
       return predictor::make_policy(policy_config(config_, *device_),

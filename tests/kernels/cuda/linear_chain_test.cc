@@ -263,5 +263,43 @@ TEST_F(CudaTest, AChainGivesUpAtItsSumsEnd) {
   on.stream->synchronize();
 }
 
+class CudaChainsOfOneRank : public CudaTest, public testing::WithParamInterface<int> {};
+
+// A rank alone sends to itself, so that many calls take no time. Chain i has calls 2i + 1 and
+// 2i + 2; their numbers have 16 bits, and begin anew with call 65,535.
+TEST_P(CudaChainsOfOneRank, EqualProductsAndSums) {
+  constexpr int kTurn = 65'535 / 2;
+  const int num_chains = GetParam();
+  const Shape s{64, 96, 48, 50};
+  DeviceUnderTest on(make_cuda_device({.activation_type = s.type}));
+  const auto sum = make_peer_sum(*on.device, 0, 1, {.chain_columns = s.hidden});
+  sum->connect(std::vector{sum->address()});
+  Layer layer(on, s, 0);
+  const auto products = layer.products();
+  const LinearChainArgs chain{products, 0b0101, sum.get()};
+  ASSERT_TRUE(on.device->chains(chain));
+  const auto result = [&] {
+    on.stream->synchronize();
+    return Result{layer.hidden_values(), layer.next_values()};
+  };
+  for (int i = 0; i < num_chains; ++i) {
+    const bool is_compared = std::abs(i - kTurn) <= 3 || i >= num_chains - 3;
+    if (!is_compared) {
+      on.device->linear_chain(chain, *on.stream);
+      continue;
+    }
+    layer.set_hidden(i);
+    for (const LinearArgs& product : products) on.run(&Device::linear, product);
+    const Result expected = result();
+    layer.set_hidden(i);
+    layer.forget_results();
+    on.device->linear_chain(chain, *on.stream);
+    ASSERT_EQ(result(), expected) << "chain " << i;
+  }
+  sum->disconnect();
+}
+
+INSTANTIATE_TEST_SUITE_P(Chains, CudaChainsOfOneRank, testing::Values(3, 35'200));
+
 }  // namespace
 }  // namespace foretoken::kernels

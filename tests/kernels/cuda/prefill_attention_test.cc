@@ -2,9 +2,11 @@
 #include "kernels/cuda/prefill_attention.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "common/check.h"
@@ -285,6 +287,35 @@ TEST_F(CudaPrefillAttention, CutChunksShareFewPlans) {
   EXPECT_EQ(attention.num_plans(), plans);
   for (const int begin : {0, 2500, 0, 2500}) expect_right({begin, 2500});
   EXPECT_EQ(attention.num_plans(), plans + 2);
+}
+
+TEST_F(CudaPrefillAttention, AllPlansCanBeMadeBefore) {
+  Pair pair(DataType::kBf16);
+  const Room room{300, 950};
+  const std::vector<Chunk> chunks{{0, 300}, {600, 300}, {300, 300}, {7, 300}, {900, 50}, {3, 200}};
+  const Values values({1, 2, 64, DataType::kBf16}, room.max_rows, room.scratch_tokens);
+  cuda::PrefillAttention attention;
+  const auto expect_right = [&](const Chunk& chunk) {
+    SCOPED_TRACE(name_of(chunk));
+    const Problem problem(pair.cuda, values, chunk, room);
+    attention.run(problem.args, DataType::kBf16, cuda::as_cuda(*pair.cuda.stream));
+    expect_near(problem.results(DataType::kBf16), cpu_attend(pair.cpu, values, chunk),
+                DataType::kBf16);
+  };
+  attention.prepare(
+      {DataType::kBf16, room.scratch_tokens, room.max_rows, 2, 1, 64, 1 / std::sqrt(64.0F), true});
+  expect_right(chunks[1]);           // one of the last that are made
+  constexpr std::size_t kPlans = 6;  // of 128, 256 and 300 rows; three whole chunks
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(30);
+  while (attention.num_plans() < kPlans && std::chrono::steady_clock::now() < end) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  for (const Chunk& chunk : chunks) expect_right(chunk);
+  EXPECT_EQ(attention.num_plans(), kPlans);
+
+  cuda::PrefillAttention ends_before;
+  ends_before.prepare(
+      {DataType::kBf16, room.scratch_tokens, room.max_rows, 4, 1, 64, 1 / std::sqrt(64.0F), true});
 }
 
 // At the size that prefill is about; the CPU would take minutes, so single rows stand for all.

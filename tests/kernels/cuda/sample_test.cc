@@ -237,7 +237,9 @@ TEST_F(CudaSampleRow, DrawsATokenWhereScaledLogitsOverflow) {
 TEST_F(CudaSampleRow, TakesTheFirstOfTheBest) {
   std::vector<float> logits(5000, -2);
   logits[1234] = logits[1235] = logits[4999] = 5;
-  expect_equal_row(logits, kGreedy, 1234);
+  SampleRow row = kGreedy;
+  row.num_logprobs = 5;
+  expect_equal_row(logits, row, 1234);
 }
 
 // Every logit is the same: one bucket holds them all, and ties decide everything.
