@@ -230,22 +230,35 @@ __device__ void add_dot(uint4 a, uint4 b, float2& sum) {
   }
 }
 
+template <int kRows, int kParts, typename T>
+__device__ void load_addends(const GemvParams<T>& p, int feature,
+                             Addends<kParts, T> (&addends)[kRows]) {
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    if (n < p.rows) addends[n] = load_addends<kParts>(p.out, n, feature);
+  }
+}
+
 // A feature's results, by one lane.
 template <typename Out, int kRows, int kParts, bool kNorm, bool kSends, typename T>
 __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int feature,
-                              const float (&sums)[kParts][kRows], const SharedMemory& shared) {
+                              const float (&sums)[kParts][kRows],
+                              const Addends<kParts, T> (&addends)[kRows],
+                              const SharedMemory& shared) {
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
     if (n >= p.rows) return;
     const float scale = kNorm ? shared.inverse_rms[n] : 1.0F;
     float scaled[kParts];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) scaled[part] = sums[part][n] * scale;
+    for (int part = 0; part < kParts; ++part) {
+      // Not as part of an FFMA, so that all kernels' bits agree.
+      scaled[part] = __fmul_rn(sums[part][n], scale);
+    }
     if constexpr (kSends) {
-      const float value = finish_product(p.out, n, feature, scaled);
-      send<T>(p.links, call, feature, value);
+      send<T>(p.links, call, feature, finish_product(scaled, addends[n]));
     } else {
-      store_product<Out, kParts>(p.out, n, feature, scaled);
+      store_product<Out>(p.out, n, feature, scaled, addends[n]);
     }
   }
 }
@@ -276,6 +289,10 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
   stage_x<kRows, kNorm, kReceives>(p, call, stride, shared);
   const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
   for (int feature = features.first; feature < features.end; feature += kWarps) {
+    Addends<kParts, T> addends[kRows];
+    // Read while the sums are made, by all lanes, which costs no more than by one. A gate's and its
+    // up's would be too many for the registers, and models hardly have them.
+    if constexpr (!kSwiGlu) load_addends(p, feature, addends);
     float2 pairs[kParts][kRows] = {};
     const T* at = x;
 #pragma unroll 1
@@ -305,7 +322,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
       }
     }
     if (threadIdx.x % 32 == 0) {
-      store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, shared);
+      if constexpr (kSwiGlu) load_addends(p, feature, addends);
+      store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, addends, shared);
     }
   }
   if (kSends && threadIdx.x == 0) count_call(p.links, call);
