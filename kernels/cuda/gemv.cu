@@ -3,11 +3,12 @@
 // A CTA an SM makes a run of neighbouring features, a warp one of them (swiglu: a gate and its up)
 // at a time, for all rows. The warp reads the feature's row of W 512 neighbouring bytes a load;
 // that order of reading is what reaches the memory's speed (docs/measurements.md); tensor cores
-// would want 8 or 16 rows of W side by side. Loads run kAhead steps ahead of the products, over the
-// ends of rows too, through a ring in shared memory: a lane reads what it has loaded itself, so
-// nothing waits for other lanes. The ring needs nothing of earlier kernels, and fills as soon as
-// the kernel before leaves the SM. An SM has room for one CTA alone: two of a kernel that starts
-// early would share one, and leave another without.
+// would want 8 or 16 rows of W side by side. Loads run kRing ahead of the products, over the ends
+// of rows too, through a ring in shared memory: a lane reads what it has loaded itself, so nothing
+// waits for other lanes. They go by groups of neighbours, which share the work of addresses and of
+// waiting: a full ring is soon worked off where little of it is instructions. The ring needs
+// nothing of earlier kernels, and fills as soon as the kernel before leaves the SM. An SM has room
+// for one CTA alone: two of a kernel that starts early would share one, and leave another without.
 //
 // The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end.
 //
@@ -15,6 +16,7 @@
 // (peer_links.cuh): lanes send their features to all ranks, and the product that takes the sum as
 // its x adds it up there, while its ring fills.
 #include <algorithm>
+#include <type_traits>
 
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
@@ -31,6 +33,8 @@ constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kStep = 256;  // columns that a warp's 16-byte loads cover
 constexpr int kRing = 16;   // loads of a lane: 128 KB a CTA, more than half of an SM's
+constexpr int kGroup = 4;   // loads of a lane that are started, and waited for, at once
+constexpr int kGroups = kRing / kGroup;
 
 template <typename T>
 struct GemvParams {
@@ -42,6 +46,8 @@ struct GemvParams {
   int rows;
   int num_features;  // of the product
   int columns;
+  int features_a_cta;  // of out; the first CTAs have one more
+  int ctas_with_more;
   PeerLinks links;
   T* sum;  // where the CTAs store x, if it is received
 };
@@ -67,7 +73,7 @@ __device__ void prefetch(const float* weight, int columns) {
   }
 }
 
-// Behind it: the rows of x, [kRows, columns rounded up to kStep], zeros behind each.
+// Behind it: the rows of x, [kRows, columns of whole groups], zeros behind each.
 struct alignas(16) SharedMemory {
   uint4 ring[kRing][kThreads];
   float squares[kMaxGemvRows][kWarps];
@@ -122,75 +128,94 @@ __device__ void stage_x(const GemvParams<T>& p, std::uint32_t call, int stride,
   __syncthreads();
 }
 
+// Columns up to the end of a group of loads; of SwiGLU (kParts = 2) a gate's and its up's.
+template <int kParts>
+__host__ __device__ int whole_groups(int columns) {
+  constexpr int kColumns = kGroup / kParts * kStep;
+  return (columns + kColumns - 1) / kColumns * kColumns;
+}
+
 // The features of a warp: first, first + kWarps, ... of its CTA's run.
 struct Features {
   int first;
   int end;
-  __device__ explicit Features(int num_features) {
-    const auto bound = [&](unsigned cta) {
-      return static_cast<int>(static_cast<std::int64_t>(num_features) * cta / gridDim.x);
-    };
-    first = bound(blockIdx.x) + static_cast<int>(threadIdx.x) / 32;
-    end = bound(blockIdx.x + 1);
+  template <typename T>
+  __device__ explicit Features(const GemvParams<T>& p) {
+    const int cta = static_cast<int>(blockIdx.x);
+    const int begin = p.features_a_cta * cta + min(cta, p.ctas_with_more);
+    first = begin + static_cast<int>(threadIdx.x) / 32;
+    end = begin + p.features_a_cta + (cta < p.ctas_with_more ? 1 : 0);
   }
 };
 
-// This lane's part of its warp's rows of W, step after step, through the ring.
+// This lane's part of its warp's rows of W, step after step, through the ring. Steps go by groups,
+// which share the work of waiting and of addresses; a row's end fills its last group with zeros.
 template <typename T, int kParts>
 class WeightStream {
  public:
-  static constexpr int kAhead = kRing / kParts;
+  static constexpr int kSteps = kGroup / kParts;  // of a group
+  static constexpr int kColumns = kSteps * kStep;
 
   __device__ WeightStream(const GemvParams<T>& p, const Features& features, SharedMemory& shared)
-      : lane_column_(8 * (static_cast<int>(threadIdx.x) % 32)),
-        from_(p.weight + static_cast<std::size_t>(features.first) * p.columns + lane_column_),
+      : from_(p.weight + static_cast<std::size_t>(features.first) * p.columns + lane_column()),
         part_stride_(static_cast<std::size_t>(p.num_features / kParts) * p.columns),
         columns_(p.columns),
-        column_(lane_column_),
-        feature_(features.first),
-        end_(features.end),
+        left_(p.columns - lane_column()),
+        features_left_(features.end - features.first),
         ring_(&shared.ring[0][threadIdx.x]) {}
 
-  // Starts the next load. Past the last row there is none, but it counts.
-  __device__ void load() {
-    if (feature_ < end_) {
+  // Starts the loads of a step of the newest group. Past the last row there are none.
+  __device__ void load(int step) {
+    if (features_left_ <= 0) return;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        // Columns past the row's end become zeros.
-        copy_async(ring_ + (slot_ * kParts + part) * kThreads,
-                   column_ < columns_ ? from_ + part * part_stride_ : from_ - column_,
-                   column_ < columns_);
-      }
+    for (int part = 0; part < kParts; ++part) {
+      copy_async(slot(step, part), from_ + part * part_stride_ + step * kStep,
+                 step * kStep < left_);
     }
+  }
+  // Ends the newest group, and begins another.
+  __device__ void next_group() {
     commit_copies();
-    slot_ = slot_ + 1 == kAhead ? 0 : slot_ + 1;
-    column_ += kStep;
-    from_ += kStep;
-    const int begin = column_ - lane_column_;  // of the warp's step
-    if (begin < columns_) return;
-    from_ += kWarps * static_cast<std::ptrdiff_t>(columns_) - begin;  // the warp's next feature
-    column_ = lane_column_;
-    feature_ += kWarps;
+    slot_ = (slot_ + kGroup * kThreads) % (kRing * kThreads);
+    from_ += kColumns;
+    left_ -= kColumns;
+    if (left_ + lane_column() > 0) return;
+    from_ += static_cast<std::ptrdiff_t>(kWarps) * columns_ - whole_groups<kParts>(columns_);
+    left_ = columns_ - lane_column();
+    features_left_ -= kWarps;
   }
 
-  // The oldest load that was not taken yet. REQUIRES: kAhead are under way.
-  __device__ void take(uint4 (&w)[kParts]) {
-    wait_copies<kAhead - 1>();
+  // Waits for the oldest group, whose slots the newest one takes. REQUIRES: kGroups have ended.
+  __device__ void wait() { wait_copies<kGroups - 1>(); }
+  __device__ void take(int step, uint4 (&w)[kParts]) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) w[part] = ring_[(slot_ * kParts + part) * kThreads];
+    for (int part = 0; part < kParts; ++part) w[part] = *slot(step, part);
   }
 
  private:
-  int lane_column_;
+  static __device__ int lane_column() { return 8 * (static_cast<int>(threadIdx.x) % 32); }
+  __device__ uint4* slot(int step, int part) {
+    return ring_ + slot_ + (step * kParts + part) * kThreads;
+  }
+
   const T* from_;
   std::size_t part_stride_;
   int columns_;
-  int column_;
-  int feature_;
-  int end_;
+  int left_;  // columns of the row, from where the lane's newest group begins
+  int features_left_;
   uint4* ring_;
-  int slot_ = 0;  // of the oldest load under way, once all slots are taken
+  unsigned slot_ = 0;  // of the newest group
 };
+
+// 16-bit values as fp32, of bf16 by one instruction each.
+template <typename T>
+__device__ float2 widen(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000U)};
+  } else {
+    return unpack<T>(pair);
+  }
+}
 
 template <typename T>
 __device__ void add_dot(uint4 a, uint4 b, float2& sum) {
@@ -198,29 +223,42 @@ __device__ void add_dot(uint4 a, uint4 b, float2& sum) {
   const auto* b_pairs = reinterpret_cast<const std::uint32_t*>(&b);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 x = unpack<T>(a_pairs[i]);
-    const float2 y = unpack<T>(b_pairs[i]);
+    const float2 x = widen<T>(a_pairs[i]);
+    const float2 y = widen<T>(b_pairs[i]);
     sum.x += x.x * y.x;
     sum.y += x.y * y.y;
+  }
+}
+
+template <int kRows, int kParts, typename T>
+__device__ void load_addends(const GemvParams<T>& p, int feature,
+                             Addends<kParts, T> (&addends)[kRows]) {
+#pragma unroll
+  for (int n = 0; n < kRows; ++n) {
+    if (n < p.rows) addends[n] = load_addends<kParts>(p.out, n, feature);
   }
 }
 
 // A feature's results, by one lane.
 template <typename Out, int kRows, int kParts, bool kNorm, bool kSends, typename T>
 __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int feature,
-                              const float (&sums)[kParts][kRows], const SharedMemory& shared) {
+                              const float (&sums)[kParts][kRows],
+                              const Addends<kParts, T> (&addends)[kRows],
+                              const SharedMemory& shared) {
 #pragma unroll
   for (int n = 0; n < kRows; ++n) {
     if (n >= p.rows) return;
     const float scale = kNorm ? shared.inverse_rms[n] : 1.0F;
     float scaled[kParts];
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) scaled[part] = sums[part][n] * scale;
+    for (int part = 0; part < kParts; ++part) {
+      // Not as part of an FFMA, so that all kernels' bits agree.
+      scaled[part] = __fmul_rn(sums[part][n], scale);
+    }
     if constexpr (kSends) {
-      const float value = finish_product(p.out, n, feature, scaled);
-      send<T>(p.links, call, feature, value);
+      send<T>(p.links, call, feature, finish_product(scaled, addends[n]));
     } else {
-      store_product<Out, kParts>(p.out, n, feature, scaled);
+      store_product<Out>(p.out, n, feature, scaled, addends[n]);
     }
   }
 }
@@ -236,30 +274,44 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
   extern __shared__ __align__(16) std::byte memory[];
   auto& shared = *reinterpret_cast<SharedMemory*>(memory);
   allow_next_kernel();
-  const Features features(p.num_features / kParts);
+  const Features features(p);
   WeightStream<T, kParts> weight(p, features, shared);
-  for (int i = 0; i < weight.kAhead; ++i) weight.load();
+  for (int i = 0; i < kGroups; ++i) {
+    for (int step = 0; step < weight.kSteps; ++step) weight.load(step);
+    weight.next_group();
+  }
   if constexpr (kNorm) prefetch(p.norm_weight, p.columns);
 
   wait_for_earlier_kernels();
-  const int stride = (p.columns + kStep - 1) / kStep * kStep;
+  const int stride = whole_groups<kParts>(p.columns);
   std::uint32_t call = 0;
   if constexpr (kLinked) call = p.links.calls[blockIdx.x] + (kSends ? 1 : 0);
   stage_x<kRows, kNorm, kReceives>(p, call, stride, shared);
   const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
   for (int feature = features.first; feature < features.end; feature += kWarps) {
+    Addends<kParts, T> addends[kRows];
+    // Read while the sums are made, by all lanes, which costs no more than by one. A gate's and its
+    // up's would be too many for the registers, and models hardly have them.
+    if constexpr (!kSwiGlu) load_addends(p, feature, addends);
     float2 pairs[kParts][kRows] = {};
-#pragma unroll 4
-    for (int column = 0; column < stride; column += kStep) {
-      uint4 w[kParts];
-      weight.take(w);
+    const T* at = x;
+#pragma unroll 1
+    for (int left = stride; left > 0; left -= weight.kColumns) {
+      weight.wait();
 #pragma unroll
-      for (int n = 0; n < kRows; ++n) {
-        const uint4 values = *reinterpret_cast<const uint4*>(x + n * stride + column);
+      for (int step = 0; step < weight.kSteps; ++step) {
+        uint4 w[kParts];
+        weight.take(step, w);
+        weight.load(step);
 #pragma unroll
-        for (int part = 0; part < kParts; ++part) add_dot<T>(w[part], values, pairs[part][n]);
+        for (int n = 0; n < kRows; ++n) {
+          const auto values = *reinterpret_cast<const uint4*>(at + n * stride + step * kStep);
+#pragma unroll
+          for (int part = 0; part < kParts; ++part) add_dot<T>(w[part], values, pairs[part][n]);
+        }
       }
-      weight.load();
+      weight.next_group();
+      at += weight.kColumns;
     }
     float sums[kParts][kRows];
 #pragma unroll
@@ -270,14 +322,15 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
       }
     }
     if (threadIdx.x % 32 == 0) {
-      store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, shared);
+      if constexpr (kSwiGlu) load_addends(p, feature, addends);
+      store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, addends, shared);
     }
   }
   if (kSends && threadIdx.x == 0) count_call(p.links, call);
 }
 
 std::size_t shared_bytes(int rows, int columns) {
-  const auto stride = static_cast<std::size_t>((columns + kStep - 1) / kStep * kStep);
+  const auto stride = static_cast<std::size_t>(whole_groups<1>(columns));  // the widest
   return sizeof(SharedMemory) + sizeof(std::uint16_t) * static_cast<std::size_t>(rows) * stride;
 }
 
@@ -297,6 +350,8 @@ void run(const LinearArgs& args, const PeerSum* sum, CudaStream& stream) {
                        args.rows,
                        weight.rows,
                        weight.columns,
+                       0,
+                       0,
                        {},
                        static_cast<T*>(const_cast<void*>(args.x))};
   static const int sms = num_sms();
@@ -307,6 +362,8 @@ void run(const LinearArgs& args, const PeerSum* sum, CudaStream& stream) {
     if (params.links.ranks_here > 1) ctas = std::max(1, ctas / (4 * params.links.ranks_here));
   }
   ctas = std::min(ctas, params.out.columns);
+  params.features_a_cta = params.out.columns / ctas;
+  params.ctas_with_more = params.out.columns % ctas;
   const auto start = [&](auto kernel) {
     const std::size_t bytes = shared_bytes(kRows, weight.columns);
     FT_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
