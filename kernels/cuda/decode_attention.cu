@@ -456,8 +456,8 @@ __device__ void merge_shares(const Params<T>& p, const Share& share, int num_hea
     return p.share_part + ((first_cta + i) * kMergers + merger) * kHeads + head;
   };
   // A warp takes a quad, a lane every 32nd share.
-  for (int at = merger + mergers * static_cast<int>(threadIdx.x) / 32; at < num_heads * kQuads;
-       at += mergers * kWarps) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int at = merger + mergers * warp; at < num_heads * kQuads; at += mergers * kWarps) {
     const int head = at / kQuads;
     const auto out_at = [&](int i) {
       return p.share_out + (first_cta + i) * (kHeads * kQuads) + at;
