@@ -143,7 +143,7 @@ struct Features {
   __device__ explicit Features(const GemvParams<T>& p) {
     const int cta = static_cast<int>(blockIdx.x);
     const int begin = p.features_a_cta * cta + min(cta, p.ctas_with_more);
-    first = begin + static_cast<int>(threadIdx.x) / 32;
+    first = begin + static_cast<int>(threadIdx.x / 32);
     end = begin + p.features_a_cta + (cta < p.ctas_with_more ? 1 : 0);
   }
 };
@@ -159,10 +159,12 @@ class WeightStream {
   __device__ WeightStream(const GemvParams<T>& p, const Features& features, SharedMemory& shared)
       : from_(p.weight + static_cast<std::size_t>(features.first) * p.columns + lane_column()),
         part_stride_(static_cast<std::size_t>(p.num_features / kParts) * p.columns),
+        row_stride_(p.columns),
         columns_(p.columns),
-        left_(p.columns - lane_column()),
+        left_(columns_ - lane_column()),
         features_left_(features.end - features.first),
-        ring_(&shared.ring[0][threadIdx.x]) {}
+        ring_(&shared.ring[0][0]),
+        slot_(threadIdx.x) {}
 
   // Starts the loads of a step of the newest group. Past the last row there are none.
   __device__ void load(int step) {
@@ -179,8 +181,9 @@ class WeightStream {
     slot_ = (slot_ + kGroup * kThreads) % (kRing * kThreads);
     from_ += kColumns;
     left_ -= kColumns;
-    if (left_ + lane_column() > 0) return;
-    from_ += static_cast<std::ptrdiff_t>(kWarps) * columns_ - whole_groups<kParts>(columns_);
+    const int warp_left = left_ + lane_column();
+    if (warp_left > 0) return;
+    from_ += kWarps * row_stride_ + warp_left - columns_;
     left_ = columns_ - lane_column();
     features_left_ -= kWarps;
   }
@@ -193,18 +196,19 @@ class WeightStream {
   }
 
  private:
-  static __device__ int lane_column() { return 8 * (static_cast<int>(threadIdx.x) % 32); }
+  static __device__ int lane_column() { return static_cast<int>(8 * (threadIdx.x % 32)); }
   __device__ uint4* slot(int step, int part) {
     return ring_ + slot_ + (step * kParts + part) * kThreads;
   }
 
   const T* from_;
   std::size_t part_stride_;
+  int row_stride_;
   int columns_;
-  int left_;  // columns of the row, from where the lane's newest group begins
+  int left_;  // of the row, from the lane's first of the newest group
   int features_left_;
   uint4* ring_;
-  unsigned slot_ = 0;  // of the newest group
+  unsigned slot_;  // of this lane and the newest group
 };
 
 // 16-bit values as fp32, of bf16 by one instruction each.
@@ -287,7 +291,7 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
   std::uint32_t call = 0;
   if constexpr (kLinked) call = p.links.calls[blockIdx.x] + (kSends ? 1 : 0);
   stage_x<kRows, kNorm, kReceives>(p, call, stride, shared);
-  const T* x = shared.x<T>() + 8 * (threadIdx.x % 32);
+  const T* const x = shared.x<T>() + 8 * (threadIdx.x % 32);
   for (int feature = features.first; feature < features.end; feature += kWarps) {
     Addends<kParts, T> addends[kRows];
     // Read while the sums are made, by all lanes, which costs no more than by one. A gate's and its
@@ -295,8 +299,9 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
     if constexpr (!kSwiGlu) load_addends(p, feature, addends);
     float2 pairs[kParts][kRows] = {};
     const T* at = x;
+    int left = p.columns;
 #pragma unroll 1
-    for (int left = stride; left > 0; left -= weight.kColumns) {
+    do {
       weight.wait();
 #pragma unroll
       for (int step = 0; step < weight.kSteps; ++step) {
@@ -312,7 +317,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
       }
       weight.next_group();
       at += weight.kColumns;
-    }
+      left -= weight.kColumns;
+    } while (left > 0);
     float sums[kParts][kRows];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
