@@ -54,7 +54,7 @@ struct GemvParams {
 
 // 8 values of x under the norm's weights; adds their squares.
 template <typename T>
-__device__ uint4 apply_norm(uint4 x, const float* weight, float& squares) {
+__device__ uint4 apply_norm(uint4 x, const float (&weight)[8], float& squares) {
   auto* pairs = reinterpret_cast<std::uint32_t*>(&x);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -108,8 +108,13 @@ __device__ void stage_x(const GemvParams<T>& p, std::uint32_t call, int stride,
     for (int i = 8 * threadIdx.x; i < stride; i += 8 * kThreads) {
       uint4 x{0, 0, 0, 0};
       if (row < p.rows && i < p.columns) {
+        float norm[8];
+        if constexpr (kNorm) {  // before x, which may have to be waited for
+#pragma unroll
+          for (int k = 0; k < 8; ++k) norm[k] = p.norm_weight[i + k];
+        }
         x = load_x<kReceives>(p, call, row, i);
-        if constexpr (kNorm) x = apply_norm<T>(x, p.norm_weight + i, squares);
+        if constexpr (kNorm) x = apply_norm<T>(x, norm, squares);
       }
       *reinterpret_cast<uint4*>(shared.x<T>() + row * stride + i) = x;
     }
