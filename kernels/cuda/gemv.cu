@@ -13,7 +13,7 @@
 // The RMS norm is folded in: sum_k w[k] x[k] W[n, k], times 1 / rms(x) at the end.
 //
 // Where ranks share the work, what a product made is summed without a kernel of its own
-// (peer_links.cuh): lanes send their features to all ranks, and the product that takes the sum as
+// (peer_links.cuh): lanes send a feature, one to each rank, and the product that takes the sum as
 // its x adds it up there, while its ring fills.
 #include <algorithm>
 #include <type_traits>
@@ -248,7 +248,7 @@ __device__ void load_addends(const GemvParams<T>& p, int feature,
   }
 }
 
-// A feature's results, by one lane.
+// A feature's results, by one lane; what is sent, to each rank by a lane of its own.
 template <typename Out, int kRows, int kParts, bool kNorm, bool kSends, typename T>
 __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int feature,
                               const float (&sums)[kParts][kRows],
@@ -265,7 +265,8 @@ __device__ void store_feature(const GemvParams<T>& p, std::uint32_t call, int fe
       scaled[part] = __fmul_rn(sums[part][n], scale);
     }
     if constexpr (kSends) {
-      send<T>(p.links, call, feature, finish_product(scaled, addends[n]));
+      send_to<T>(p.links, static_cast<int>(threadIdx.x % 32), call, feature,
+                 finish_product(scaled, addends[n]));
     } else {
       store_product<Out>(p.out, n, feature, scaled, addends[n]);
     }
@@ -332,7 +333,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
         sums[part][n] = warp_sum(pairs[part][n].x + pairs[part][n].y);
       }
     }
-    if (threadIdx.x % 32 == 0) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < (kSends ? p.links.world_size : 1)) {
       if constexpr (kSwiGlu) load_addends(p, feature, addends);
       store_feature<Out, kRows, kParts, kNorm, kSends>(p, call, feature, sums, addends, shared);
     }

@@ -45,14 +45,13 @@ __device__ inline std::size_t box_at(std::uint32_t call, int rank, int column) {
 }
 
 template <typename T>
-__device__ void send(const PeerLinks& links, std::uint32_t call, int column, float value) {
+__device__ void send_to(const PeerLinks& links, int to, std::uint32_t call, int column,
+                        float value) {
   const std::uint32_t word = (pack<T>(value, 0) & 0xFFFF) | number_of(call);
-  const std::size_t at = box_at(call, links.rank, column);
-  for (int i = 1; i <= links.world_size; ++i) {
-    const int to = (links.rank + i) % links.world_size;
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(links.boxes[to] + at), "r"(word)
-                 : "memory");
-  }
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(links.boxes[to] +
+                                                           box_at(call, links.rank, column)),
+               "r"(word)
+               : "memory");
 }
 
 // Eight values of a call, as they come from one rank.
