@@ -17,6 +17,6 @@ std::string cuda_device_id(int) { throw Exception(ErrorCode::kDevice, why_no_cud
 std::unique_ptr<PeerSum> make_peer_sum(Device&, int, int, const PeerSumSizes&) {
   throw Exception(ErrorCode::kDevice, why_no_cuda_device());
 }
-void prepare_prefill(Device&, const PrefillShape&) {}
+std::jthread prepare_prefill(Device&, const PrefillShape&) { return {}; }
 
 }  // namespace foretoken::kernels

@@ -1,6 +1,8 @@
 // prepare_prefill: the plans of a GPU's prefill attention, before a prompt waits for them.
 #pragma once
 
+#include <thread>
+
 #include "kernels/device.h"
 
 namespace foretoken::kernels {
@@ -17,9 +19,9 @@ struct PrefillShape {
   bool with_lse;
 };
 
-// Returns at once; on a CUDA device a thread makes the plans of all parts that prompts can have, up
-// to 76 ms each, until they are made or the device ends. Whoever needs one before makes it itself.
-// Called at most once, by the thread that made the device.
-void prepare_prefill(Device& device, const PrefillShape& shape);
+// On a CUDA device the thread makes the plans of all parts that prompts can have, up to 76 ms each,
+// until all are made or it is told to stop; it must end before the device does. Whoever needs a
+// plan before makes it. None on other devices. Called by the thread that made the device.
+std::jthread prepare_prefill(Device& device, const PrefillShape& shape);
 
 }  // namespace foretoken::kernels

@@ -329,8 +329,9 @@ std::unique_ptr<Device> make_cuda_device(const CudaDeviceConfig& config) {
   return std::make_unique<cuda::CudaDevice>(config);
 }
 
-void prepare_prefill(Device& device, const PrefillShape& shape) {
-  if (auto* on_gpu = dynamic_cast<cuda::CudaDevice*>(&device)) on_gpu->prepare_prefill(shape);
+std::jthread prepare_prefill(Device& device, const PrefillShape& shape) {
+  auto* on_gpu = dynamic_cast<cuda::CudaDevice*>(&device);
+  return on_gpu == nullptr ? std::jthread() : on_gpu->prepare_prefill(shape);
 }
 
 int num_cuda_devices() {

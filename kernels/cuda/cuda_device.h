@@ -59,7 +59,9 @@ class CudaDevice final : public Device {
   void rope_prefill(const RopePrefillArgs& args, Stream& stream) override;
   void rope_decode(const RopeDecodeArgs& args, Stream& stream) override;
   void prefill_attention(const PrefillAttentionArgs& args, Stream& stream) override;
-  void prepare_prefill(const PrefillShape& shape) { prefill_attention_.prepare(shape); }
+  std::jthread prepare_prefill(const PrefillShape& shape) {
+    return prefill_attention_.prepare(shape);
+  }
   void prefill_block_max(const PrefillBlockMaxArgs& args, Stream& stream) override;
   void decode_attention(const DecodeAttentionArgs& args, Stream& stream) override;
   void streamed_attention(const DecodeAttentionArgs& args, Stream& stream) override;

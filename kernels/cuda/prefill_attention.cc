@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <chrono>
 #include <list>
 #include <mutex>
 #include <stop_token>
@@ -209,7 +208,6 @@ void describe(const Shape& s, fe::graph::Graph& graph) {
 }  // namespace
 
 struct PrefillAttention::Impl {
-  std::jthread preparing;
   std::mutex mutex;  // guards all below: streams share the handle
   cudnnHandle_t handle = nullptr;
   std::list<Plan> plans;
@@ -220,7 +218,6 @@ struct PrefillAttention::Impl {
     check_cudnn(fe::detail::create_handle(&handle), "cudnnCreate");
   }
   ~Impl() {
-    preparing = {};  // stops, and is joined
     plans.clear();
     try {
       fe::detail::destroy_handle(handle);
@@ -247,8 +244,6 @@ struct PrefillAttention::Impl {
 
   // What can't be made here is left to whoever needs it, and to whom plan_for() says why.
   void prepare(const std::vector<Shape>& shapes, int device, const std::stop_token& stop) {
-    // A mutex isn't fair: who waits for it would wait for all plans, not for one.
-    constexpr std::chrono::milliseconds kGivesWay{1};
     if (cudaSetDevice(device) != cudaSuccess) return;
     for (const Shape& shape : shapes) {
       if (stop.stop_requested()) return;
@@ -258,7 +253,6 @@ struct PrefillAttention::Impl {
       } catch (const std::exception&) {
         return;
       }
-      std::this_thread::sleep_for(kGivesWay);
     }
   }
 
@@ -294,14 +288,13 @@ std::size_t PrefillAttention::num_plans() const {
   return impl_->plans.size();
 }
 
-void PrefillAttention::prepare(const PrefillShape& shape) {
-  FT_CHECK(shape.max_rows > 0 && !impl_->preparing.joinable(), shape.max_rows);
+std::jthread PrefillAttention::prepare(const PrefillShape& shape) {
+  FT_CHECK(shape.max_rows > 0, shape.max_rows);
   int device = 0;
   FT_CUDA(cudaGetDevice(&device));
-  impl_->preparing =
-      std::jthread([this, device, shapes = all_shapes(shape)](const std::stop_token& stop) {
-        impl_->prepare(shapes, device, stop);
-      });
+  return std::jthread([this, device, shapes = all_shapes(shape)](const std::stop_token& stop) {
+    impl_->prepare(shapes, device, stop);
+  });
 }
 
 void PrefillAttention::run(const PrefillAttentionArgs& args, DataType activation,

@@ -16,9 +16,8 @@ class PrefillAttention {
   PrefillAttention();
   ~PrefillAttention();
   // See prepare_prefill(). For the current device.
-  void prepare(const PrefillShape& shape);
-  // The first call that needs a plan makes it, which takes up to 76 ms. Waits for that long where
-  // another is being made.
+  std::jthread prepare(const PrefillShape& shape);
+  // The first call that needs a plan makes it, which takes up to 76 ms.
   void run(const PrefillAttentionArgs& args, DataType activation, CudaStream& stream);
   std::size_t num_plans() const;
 

@@ -172,8 +172,9 @@ class Worker {
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
         make_partition(model_config_, place.rank, place.world_size).value_or_throw();
-    // In a thread beside the loading, so that no prompt waits for it.
-    kernels::prepare_prefill(
+    // Beside the loading: no prompt waits for it, and what it takes of the device is taken before
+    // the engine looks how much there is.
+    std::jthread plans = kernels::prepare_prefill(
         *device_, Prefill::attention_shape(model_config_, part,
                                            std::min(config_.max_batched_tokens, max_model_len),
                                            max_model_len));
@@ -196,6 +197,7 @@ class Worker {
                                    .guard_arena = config_.guard_arena},
                                   *device_)
             .value_or_throw();
+    if (plans.joinable()) plans.join();
     engine_ = at_start(config_, [&] {
       return std::make_unique<Engine>(config_, max_model_len,
                                       Engine::Parts{*device_, *store_, *policy_, *model_});
