@@ -170,12 +170,10 @@ std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums s
   return std::make_unique<NcclCollective>(device, sums, sizes);
 }
 
-// NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.
-std::string nccl_version() {
-  int version = 0;
-  check_nccl(ncclGetVersion(&version), "version");
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
-         std::to_string(version % 100);
+NcclVersions nccl_versions() {
+  NcclVersions versions{.built = NCCL_VERSION_CODE};
+  check_nccl(ncclGetVersion(&versions.loaded), "version");
+  return versions;
 }
 
 }  // namespace foretoken::worker
