@@ -22,6 +22,8 @@ while [[ "${1:-}" == --* ]]; do
         tests/gpu/smollm2.py tests/gpu/timeline.py
         tests/bench/transformers_peer.py tests/oracles/data/smollm2.json
         /usr/share/common-licenses/GPL-3)
+      old_nccl=build/release/lib/old/libold_nccl.so
+      if [[ -f "$old_nccl" ]]; then extras+=("$old_nccl"); fi
       trace=build/release/lib/libkernel_trace.so  # built where CUPTI is found
       if [[ -f "$trace" ]]; then extras+=("$trace"); fi
       ;;
