@@ -6,7 +6,7 @@
 #                                            transformers for oracle, smollm2 and peer)
 #
 # Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
-# steps calibration outsized prefix batch batches pressure prefill peer timeline, and where there are
+# steps calibration outsized prefix batch batches pressure load prefill peer timeline, and where there are
 # several GPUs sums groups parallel; default: all. smollm2 runs only by name, as its model is too
 # large for the bundle: $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as
 # parts in their order.
@@ -23,7 +23,7 @@ stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
-    steps calibration outsized prefix batch batches pressure prefill peer timeline)
+    steps calibration outsized prefix batch batches pressure load prefill peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -128,11 +128,11 @@ streamed() {
   bench decode --kv-policy full --kv-resident never --context 130000 --tokens 12 \
     --max-model-len 131072 --kv-host-gib 40 | tee "$results/streamed.json"
 }
-# Ten thousand steps of one recorded graph.
+# Ten thousand steps of one recorded graph: neither the device's memory nor the ranks' may grow.
 steps() {
   bench decode --kv-policy attention-predictor --calibrate-with none --kv-budget 2304 \
     --trace churn=8 --context 8000 --tokens 10000 --max-model-len 131072 --kv-host-gib 24 |
-    tee "$results/steps.json"
+    python3 "$here/footprint.py" | tee "$results/steps.json"
 }
 # What each source of calibrations costs at 128K, beside none.
 calibration() {
@@ -184,6 +184,11 @@ pressure() {
     tee "$results/pressure-predicted.json" || return 1
   bench decode "${flags[@]}" --kv-policy auto --calibrate-with none --kv-budget 1024 \
     --tokens 150 --batch 16 --max-num-seqs 16 | tee "$results/pressure-auto.json"
+}
+# Weights from files, 16 GB, which are written to $FORETOKEN_FILES, a folder on a local disk.
+load() {
+  timeout 500 python3 "$here/load.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+    --folder "${FORETOKEN_FILES:-/tmp}" --json "$results/load.json"
 }
 prefill() {
   local context

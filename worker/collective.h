@@ -7,7 +7,6 @@
 
 #include <memory>
 #include <span>
-#include <string>
 #include <vector>
 
 #include "kernels/device.h"
@@ -54,7 +53,11 @@ std::unique_ptr<Collective> make_single_collective();
 enum class Sums { kByPeers, kByNccl };
 std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums sums,
                                                  const kernels::PeerSumSizes& sizes);
-// Of the library that is loaded, as 2.28.3; empty in a program built without CUDA.
-std::string nccl_version();
+// As NCCL numbers them: 22803 is 2.28.3. Both are 0 in a program built without CUDA.
+struct NcclVersions {
+  int loaded = 0;
+  int built = 0;  // whose header this program was built with
+};
+NcclVersions nccl_versions();
 
 }  // namespace foretoken::worker

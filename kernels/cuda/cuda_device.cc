@@ -8,6 +8,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/elementwise.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda_machine.h"
 
 namespace foretoken::kernels {
 namespace cuda {
@@ -57,11 +58,6 @@ class CudaGraph final : public Graph {
  private:
   cudaGraphExec_t exec_ = nullptr;
 };
-
-// CUDA's number: major * 1000 + minor * 10.
-std::string version_name(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
 
 // For what is allocated beside, later, and by others: scratch of streams, recorded steps,
 // workspaces of CUDA's libraries (guessed). Without it, sequences could take what these need.
@@ -349,12 +345,10 @@ std::string why_no_cuda_device() {
   if (status == cudaSuccess || status == cudaErrorNoDevice) {
     return std::string("the driver shows no GPU: see nvidia-smi and CUDA_VISIBLE_DEVICES") + kElse;
   }
-  int driver = 0;
-  cudaDriverGetVersion(&driver);
-  if (driver == 0) return std::string("no NVIDIA driver is loaded: install one") + kElse;
-  if (status != cudaErrorInsufficientDriver) return cudaGetErrorString(status) + std::string(kElse);
-  return "the NVIDIA driver is too old: it takes CUDA up to " + cuda::version_name(driver) +
-         ", this program needs " + cuda::version_name(CUDART_VERSION) + ": update it" + kElse;
+  const CudaVersions versions = cuda_versions();
+  if (versions.driver == 0) return std::string("no NVIDIA driver is loaded: install one") + kElse;
+  const std::string too_old = why_driver_is_too_old(versions);
+  return (too_old.empty() ? cudaGetErrorString(status) : too_old) + std::string(kElse);
 }
 
 std::string cuda_device_id(int index) {

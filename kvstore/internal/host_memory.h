@@ -1,9 +1,8 @@
-// Host memory that other processes map: what the machine can give, memory that no name leads to,
-// and its pages before anybody needs them.
+// Host memory that other processes map: memory that no name leads to, and its pages before anybody
+// needs them.
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -12,17 +11,8 @@
 
 namespace foretoken::kvstore {
 
-// Bytes: the kernel's MemAvailable, or what is left in our control group where that is less. What
-// can't be read does not bound. So that memory is refused at the start instead of the process being
-// killed when it fills.
-std::uint64_t available_host_memory();
-
 // 1 where the machine does not tell.
 int num_numa_nodes();
-
-// The limit of the control group in this folder (of either version), less what it holds but for
-// files' pages, which give way.
-std::uint64_t left_in_control_group(const std::string& folder);
 
 // A memfd of this size for good: sealed against shrinking and growing. `name` is what /proc shows;
 // nobody opens it by that, and only our user by /proc. Error: kIo.

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "common/available_memory.h"
 #include "common/check.h"
 #include "common/log.h"
-#include "kvstore/internal/host_memory.h"
 
 namespace foretoken::kvstore {
 namespace {

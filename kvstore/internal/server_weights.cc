@@ -1,5 +1,5 @@
 // Server, the copy of the weights: who may ask for it, and how much memory there is.
-#include "kvstore/internal/host_memory.h"
+#include "common/available_memory.h"
 #include "kvstore/internal/server.h"
 
 namespace foretoken::kvstore {

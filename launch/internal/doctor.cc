@@ -17,7 +17,9 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "common/available_memory.h"
 #include "launch/internal/files.h"
+#include "launch/internal/gpu_findings.h"
 #include "launch/internal/machine.h"
 
 namespace foretoken::launch {
@@ -26,11 +28,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr double kGib = 1 << 30;
-
-Finding finding(Health health, std::string what, std::string found, std::string fix) {
-  if (health == Health::kOk) fix.clear();
-  return {health, std::move(what), std::move(found), std::move(fix)};
-}
 
 // A program's first line of output; empty when it can't be run.
 std::string first_line_of(const std::string& command) {
@@ -64,7 +61,9 @@ Finding check_cores() {
 
 Finding check_memory() {
   const double gib = static_cast<double>(memory_bytes()) / kGib;
-  return finding(gib >= 3.5 ? Health::kOk : Health::kWarn, "memory", fmt::format("{:.1f} GiB", gib),
+  const double free_gib = static_cast<double>(available_host_memory()) / kGib;
+  return finding(gib >= 3.5 ? Health::kOk : Health::kWarn, "memory",
+                 fmt::format("{:.1f} GiB, {:.1f} of them available", gib, free_gib),
                  "below 4 GiB only short contexts fit; lower --kv-host-gib and --max-model-len");
 }
 
@@ -151,23 +150,6 @@ bool has_library(const char* name) {
   return true;
 }
 
-Finding describe_gpu(const nlohmann::json& device) {
-  const std::string what = fmt::format("GPU {}", device.at("index").get<int>());
-  if (device.contains("error")) {
-    return finding(Health::kFail, what, device["error"].get<std::string>(),
-                   "free or mend the device, or serve with --device cpu");
-  }
-  const double in = device.at("to_device_bytes_per_s").get<double>() / 1e9;
-  const double out = device.at("from_device_bytes_per_s").get<double>() / 1e9;
-  constexpr double kSlowLink = 20;  // GB/s: PCIe 4.0 x16 gives 25, 5.0 gives 53
-  return finding(
-      std::min(in, out) >= kSlowLink ? Health::kOk : Health::kWarn, what,
-      fmt::format("{}, {:.0f} GiB, host link {:.0f} / {:.0f} GB/s in / out",
-                  device.at("name").get<std::string>(),
-                  device.at("memory_bytes").get<double>() / kGib, in, out),
-      "KV comes over this link: look for a narrow slot (nvidia-smi -q -d PCIE) or other load");
-}
-
 // The worker's program looks at the devices: this command links no CUDA.
 std::vector<Finding> check_gpus() {
   if (!has_library("libcuda.so.1")) {
@@ -180,16 +162,15 @@ std::vector<Finding> check_gpus() {
     return {finding(Health::kFail, "GPUs", "foretoken-worker can't look at them",
                     "run foretoken-worker --probe-devices and see what it says")};
   }
-  std::vector<Finding> found;
-  const std::string nccl = json.at("nccl").get<std::string>();
-  found.push_back(finding(nccl.empty() ? Health::kWarn : Health::kOk, "NCCL",
-                          nccl.empty() ? "this is a build without CUDA" : nccl,
-                          "build where nvcc is found to serve on GPUs"));
-  for (const auto& device : json.at("devices")) found.push_back(describe_gpu(device));
-  return found;
+  return describe_gpus(json, "/");
 }
 
 }  // namespace
+
+Finding finding(Health health, std::string what, std::string found, std::string fix) {
+  if (health == Health::kOk) fix.clear();
+  return {health, std::move(what), std::move(found), std::move(fix)};
+}
 
 std::string_view name_of(Health health) {
   switch (health) {

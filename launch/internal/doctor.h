@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace foretoken::launch {
@@ -15,10 +16,13 @@ struct Finding {
   std::string fix;    // what to do; empty where all is well
 };
 
+// Without the fix where all is well.
+Finding finding(Health health, std::string what, std::string found, std::string fix);
+
 std::string_view name_of(Health health);  // "ok", "warn", "fail"
 
-// Looks at the machine; takes about a second, and one more a GPU. `port`: what a service would
-// bind.
+// Looks at the machine; takes about a second, one more a GPU, and two to try how much can be
+// pinned. `port`: what a service would bind.
 std::vector<Finding> examine_machine(int port);
 
 }  // namespace foretoken::launch

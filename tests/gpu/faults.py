@@ -76,10 +76,11 @@ class Setup:
         self.tokens = 1000 if self.cuda else 400
         self.too_little = "--gpu-memory-utilization=0.05" if self.cuda else "--device-memory-gib=0.0001"
 
-    def serve(self, *flags):
+    def serve(self, *flags, preload=""):
         """To its end, which must come soon."""
         command = [self.foretoken, "serve", *self.flags, *flags]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+        environment = os.environ | ({"LD_PRELOAD": str(preload)} if preload else {})
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def check_refusal(checks, name, done, *words):
@@ -175,6 +176,9 @@ def main():
             checks, "more ranks than GPUs", setup.serve(), f"{setup.gpus + 1} ranks", "--tensor-parallel-size"
         )
         setup.flags[-1] = f"--tensor-parallel-size={setup.gpus}"
+        if setup.gpus > 1:
+            old = setup.serve(preload=pathlib.Path(__file__).with_name("libold_nccl.so"))
+            check_refusal(checks, "an NCCL that is too old", old, "NCCL 2.27.5 is loaded", "LD_LIBRARY_PATH")
     check_service(checks, setup, memory_before)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))

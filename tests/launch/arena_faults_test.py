@@ -30,10 +30,9 @@ PREDICTED = ("--kv-policy=attention-predictor", "--kv-budget=256", "--calibrate-
 FAULTS = int(os.environ.get("FORETOKEN_FAULTS", "20"))
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def small_model(folder):
     return make_model(
-        tmp_path_factory.mktemp("models") / "small",
+        folder,
         hidden_size=64,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
@@ -41,6 +40,11 @@ def model(tmp_path_factory):
         num_hidden_layers=LAYERS,
         max_position=2048,
     )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_model(tmp_path_factory.mktemp("models") / "small")
 
 
 def prompt(number=0):

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import pytest
-from service_helper import SMALL, make_model, run
+from service_helper import SMALL, make_model, run, with_old_gpu_libraries
 
 COMMANDS = ["serve", "generate", "tokenize", "detokenize", "bench", "model", "doctor", "config"]
 
@@ -139,6 +139,16 @@ def test_doctor_has_a_fix_for_all_that_is_not_well():
     assert {finding["health"] for finding in findings} <= {"ok", "warn", "fail"}
     for finding in findings:
         assert bool(finding["fix"]) == (finding["health"] != "ok")
+
+
+def test_doctor_names_a_driver_and_an_nccl_that_are_too_old():
+    done = run("doctor", "--json", env=with_old_gpu_libraries())
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert done.returncode == 1
+    assert findings["GPU driver"]["health"] == "fail"
+    assert "CUDA up to 12.4" in findings["GPU driver"]["found"]
+    assert findings["NCCL"]["health"] == "warn"  # no GPU needs it
+    assert "2.27.5 is loaded" in findings["NCCL"]["found"]
 
 
 def test_model_list_and_show(model):

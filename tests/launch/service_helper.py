@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("FORETOKEN_BIN", ROOT / "build" / "release" / "bin"))
 FORETOKEN = BIN / "foretoken"
@@ -64,6 +66,15 @@ def faulty_disk(told):
     finally:
         os.environ.clear()
         os.environ |= before
+
+
+def with_old_gpu_libraries():
+    """An environment with tests/launch/old_driver.cc and old_nccl.cc."""
+    old = BIN.parent / "lib" / "old"
+    libraries = [old / "libcuda.so.1", old / "libold_nccl.so"]
+    if not all(library.exists() for library in libraries):
+        pytest.skip("this is a build without CUDA")
+    return os.environ | {"LD_PRELOAD": ":".join(map(str, libraries))}
 
 
 def processes_of(folder):

@@ -13,7 +13,7 @@ import pytest
 import service_helper
 from foretoken import wire
 from foretoken.client import Client, ServiceError
-from service_helper import BIN, SMALL, Service, make_model, run, wait_until
+from service_helper import BIN, SMALL, Service, make_model, run, wait_until, with_old_gpu_libraries
 
 FULL = "--kv-policy=full"
 
@@ -248,6 +248,14 @@ def test_a_missing_gpu_exits_with_5_and_names_rank_and_cause(model):
     assert (served.returncode, asked.returncode) == (5, 5)
     assert "rank 0 (pid" in last_line(served.stderr) and "--device cpu" in last_line(served.stderr)
     assert "--device cpu" in asked.stderr
+
+
+def test_a_driver_that_is_too_old_exits_with_5_and_names_rank_and_cause(model):
+    size = [flag for flag in SMALL if flag != "--device=cpu"]
+    done = run("serve", model, *size, "--device=cuda", "--port=0", env=with_old_gpu_libraries())
+    assert done.returncode == 5
+    assert "rank 0 (pid" in last_line(done.stderr)
+    assert "driver is too old: it takes CUDA up to 12.4" in last_line(done.stderr)
 
 
 def test_too_little_device_memory_exits_with_5_and_says_what_to_do(model):

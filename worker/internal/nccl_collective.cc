@@ -10,11 +10,13 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/check.h"
 #include "common/result.h"
 #include "kernels/poll.h"
 #include "worker/collective.h"
+#include "worker/internal/nccl_versions.h"
 #include "worker/internal/node_ranks.h"
 #include "worker/internal/peer_connection.h"
 
@@ -55,6 +57,7 @@ class NcclCollective final : public Collective {
       : device_(device) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &world_size_);
+    check_versions();
     ncclUniqueId id{};
     if (rank_ == 0) check_nccl(ncclGetUniqueId(&id), "unique id");
     do_with_ranks("telling the ranks where NCCL meets", [&](MPI_Request* request) {
@@ -123,6 +126,16 @@ class NcclCollective final : public Collective {
   }
 
  private:
+  // Before NCCL finds out, which says less.
+  void check_versions() const {
+    const NcclVersions own = nccl_versions();
+    std::vector<int> loaded(static_cast<std::size_t>(world_size_));
+    do_with_ranks("comparing versions of NCCL", [&](MPI_Request* request) {
+      MPI_Iallgather(&own.loaded, 1, MPI_INT, loaded.data(), 1, MPI_INT, MPI_COMM_WORLD, request);
+    });
+    const Status fit = check_nccl_versions(loaded, own.built);
+    if (!fit) throw Exception(fit.error());
+  }
   kernels::PeerSum* peer_sum() const { return peers_ ? peers_->sum() : nullptr; }
   static void check_started(ncclResult_t status) {
     if (status != ncclInProgress) check_nccl(status, "start");
@@ -170,12 +183,10 @@ std::unique_ptr<Collective> make_nccl_collective(kernels::Device& device, Sums s
   return std::make_unique<NcclCollective>(device, sums, sizes);
 }
 
-// NCCL's number: major * 10000 + minor * 100 + patch, since 2.9.
-std::string nccl_version() {
-  int version = 0;
-  check_nccl(ncclGetVersion(&version), "version");
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
-         std::to_string(version % 100);
+NcclVersions nccl_versions() {
+  NcclVersions versions{.built = NCCL_VERSION_CODE};
+  check_nccl(ncclGetVersion(&versions.loaded), "version");
+  return versions;
 }
 
 }  // namespace foretoken::worker

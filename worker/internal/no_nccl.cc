@@ -9,6 +9,6 @@ std::unique_ptr<Collective> make_nccl_collective(kernels::Device&, Sums,
   throw Exception(ErrorCode::kDevice, "this program was built without CUDA, and so without NCCL");
 }
 
-std::string nccl_version() { return ""; }
+NcclVersions nccl_versions() { return {}; }
 
 }  // namespace foretoken::worker

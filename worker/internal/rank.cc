@@ -15,6 +15,7 @@
 
 #include "common/log.h"
 #include "common/program.h"
+#include "kernels/cuda_machine.h"
 #include "kernels/prefill_plans.h"
 #include "worker/engine.h"
 #include "worker/internal/failure.h"
@@ -96,7 +97,13 @@ std::string identity_of(const ServiceConfig& config) {
 
 // The number of this rank's own GPU; 0 where none is wanted.
 int own_gpu(const ServiceConfig& config, int group, const Place& place) {
-  if (!wants_cuda(config)) return 0;
+  if (!wants_cuda(config)) {
+    const bool has_driver = kernels::cuda_versions().driver > 0;
+    if (config.device == "auto" && has_driver && place.rank == 0) {
+      log().warn("this runs on the CPU: {}", kernels::why_no_cuda_device());
+    }
+    return 0;
+  }
   const int devices = kernels::num_cuda_devices();
   if (devices == 0) throw Exception(ErrorCode::kDevice, kernels::why_no_cuda_device());
   const int index = choose_gpu({.group = group,
