@@ -32,6 +32,8 @@ class Metrics {
   void on_released(const KvReport& kv);
   void on_failed(ErrorCode why);
   void on_restart();
+  // A request goes on after a death or a loss, for which so many of its tokens are computed again.
+  void on_continued(std::int64_t recomputed_tokens);
   // A sequence was lost, by so many reads of host memory that failed their check.
   void on_lost(std::int64_t checksum_failures);
   void on_step(double seconds);

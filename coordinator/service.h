@@ -125,6 +125,7 @@ class Service {
   void on_step_event(Group& group, const Lost& event, TimePoint now);
   void on_step_event(Group& group, const Sampled& event, TimePoint now);
   void on_step_event(Group& group, const Released& event, TimePoint now);
+  void note_continued(const Request& request, std::int64_t reused_tokens);
   void wait_for_prefix(Request& request, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void wait_again(Request& request);

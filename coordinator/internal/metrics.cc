@@ -95,6 +95,9 @@ struct Metrics::Impl {
   Counter& host_failures = labelled(kFailures, kFailuresHelp, "tier", "host");
   Counter& losses = counter("foretoken_kv_losses_total",
                             "Times that a request's KV was lost, and computed anew if it could be");
+  Counter& recomputed = counter("foretoken_recomputed_tokens_total",
+                                "Tokens computed again by requests that went on after their "
+                                "group's death or the loss of their KV");
   Counter& restarts = counter("foretoken_worker_restarts_total", "Worker groups that died");
   Histogram& first_token =
       histogram("foretoken_time_to_first_token_seconds", "Arrival to first token");
@@ -171,6 +174,9 @@ void Metrics::on_lost(std::int64_t checksum_failures) {
   impl_->losses.Increment();
 }
 void Metrics::on_restart() { impl_->restarts.Increment(); }
+void Metrics::on_continued(std::int64_t recomputed_tokens) {
+  impl_->recomputed.Increment(static_cast<double>(recomputed_tokens));
+}
 void Metrics::on_step(double seconds) { impl_->step.Observe(seconds); }
 
 void Metrics::set_requests(std::size_t running, std::size_t waiting) {

@@ -213,6 +213,15 @@ void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   request.pendings = 0;
   request.was_refused = false;
   request.on_admitted(event.reused_tokens, now);
+  if (!request.tokens().empty()) note_continued(request, event.reused_tokens);
+}
+
+// After its group's death, or the loss of its KV.
+void Service::note_continued(const Request& request, std::int64_t reused_tokens) {
+  const std::int64_t again = request.length() - reused_tokens;
+  metrics_.on_continued(again);
+  log().info("request {} goes on after {} tokens: {} of {} tokens are computed again",
+             raw(request.origin().id), request.tokens().size(), again, request.length());
 }
 
 void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint now) {

@@ -94,7 +94,7 @@ std::uint64_t checksum_of(const DiskSuperblock& disk) {
 template <typename Disk>
 void write_sector(const Disk& disk, Sector sector) {
   static_assert(std::is_trivially_copyable_v<Disk>);
-  std::ranges::fill(sector, std::byte{0});
+  std::memset(sector.data(), 0, sector.size());
   std::memcpy(sector.data(), &disk, sizeof disk);
 }
 

@@ -514,6 +514,7 @@ TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {
   EXPECT_EQ(rank_->num_sequences(), 0U);
   const std::string metrics = metrics_.text();
   EXPECT_THAT(metrics, HasSubstr("foretoken_kv_losses_total{model_name=\"m\"} 1"));
+  EXPECT_THAT(metrics, HasSubstr("foretoken_recomputed_tokens_total{model_name=\"m\"} "));
   EXPECT_THAT(metrics, HasSubstr("foretoken_kv_checksum_failures_total{model_name=\"m\","
                                  "tier=\"host\"} 3"));
 }

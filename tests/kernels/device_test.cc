@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <deque>
+#include <fstream>
 #include <numeric>
+#include <random>
 #include <thread>
 
 #include "common/result.h"
@@ -46,6 +49,36 @@ TEST(DeviceMemory, BuffersMove) {
   EXPECT_EQ(first.data(), nullptr);
   second = DeviceBuffer();
   EXPECT_EQ(device->memory_in_use(MemoryUse::kTables), 0U);
+}
+
+std::size_t resident_bytes() {
+  std::ifstream statm("/proc/self/statm");
+  std::size_t total = 0;
+  std::size_t resident = 0;
+  statm >> total >> resident;
+  return resident * 4096;
+}
+
+// The process has no more than is in use, however sequences of many lengths come and go.
+TEST(DeviceMemory, IsGivenBackWhenItIsReleased) {
+  constexpr std::size_t kMost = std::size_t{48} << 20;
+  const auto device = make_cpu_device({.num_threads = 1, .memory_bytes = kMost});
+  std::mt19937 random(20261129);
+  const std::size_t before = resident_bytes();
+  std::size_t most = 0;
+  std::deque<DeviceBuffer> buffers;
+  for (int i = 0; i < 1'000; ++i) {
+    const std::size_t bytes = 200'000 + random() % 6'000'000;
+    while (device->memory_in_use(MemoryUse::kKvSlots) + bytes > kMost) {
+      std::swap(buffers[random() % buffers.size()], buffers.back());
+      buffers.pop_back();
+    }
+    buffers.emplace_back(*device, bytes, MemoryUse::kKvSlots);
+    // A byte a page is enough, and fast.
+    for (std::size_t at = 0; at < bytes; at += 4096) buffers.back().as<std::byte>()[at] = {};
+    most = std::max(most, resident_bytes());
+  }
+  EXPECT_LT(most - before, kMost * 3 / 2);  // ASan keeps an eighth more, and books
 }
 
 TEST(DeviceMemory, UploadsRowsOneBehindTheOther) {

@@ -19,6 +19,8 @@ inline const ModelIdentity kTestModel{"test-model", 3, 2, 32, kernels::DataType:
 inline NvmeGeometry kill_test_geometry(bool is_sealed) {
   return {slot_bytes(kTestModel.slab_shape(), is_sealed), 64};
 }
+inline constexpr std::size_t kLentSlots = 2;  // that the writer gives back empty
+inline constexpr std::size_t kSavedUses = 3;  // of what it wrote last
 inline NvmeOpening kill_test_opening(const std::shared_ptr<const KvCipher>& cipher) {
   return {kTestModel, kill_test_geometry(cipher != nullptr).file_bytes(), 0, NvmeReuse::kKeepSlabs,
           cipher};

@@ -4,8 +4,12 @@ lost, come back from the disk, and the tokens are those of a service that never 
 import json
 import os
 import pathlib
+import re
 import resource
 import signal
+import socket
+import subprocess
+import urllib.request
 
 import pytest
 from foretoken.client import Client
@@ -162,6 +166,66 @@ def test_a_prefix_that_takes_longer_to_read_is_computed_anew(model, answers, tmp
         tier = nvme(client)
         assert tier["tokens_passed_over"] == 512 and tier["slabs_read"] == 1
         assert "computed anew, as reading is slower" in service.log.read_text()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB, and a function that gives it more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options):
+        words = ["mount", "-t", "tmpfs", "-o", f"mode=700,{options}", "tmpfs", folder]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    done = mount("size=4m")
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield folder, lambda size: mount(f"remount,size={size}").check_returncode()
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_costs_no_request_and_is_of_use_again(model, answers, small_disk):
+    """The file may be larger than its disk, which holds half of what is pushed out."""
+    disk, give = small_disk
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = (FULL, f"--kv-nvme-path={disk}/kv", "--kv-nvme-gib=0.05", ALWAYS)
+    with Service(model, *flags, f"--metrics-port={port}", size=TINY_ARENA) as service:
+        with connect(service) as client:
+
+            def states():
+                """What status says, and what metrics do."""
+                slabs_written(client)
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
+                    text = page.read().decode()
+                on = re.findall(r'^foretoken_kv_nvme_state\{.*state="([^"]+)".*\} 1$', text, re.M)
+                return nvme(client)["state"], on
+
+            def ask():
+                """How many of the prompts were found."""
+                done = [client.generate(prompt(number), **OPTIONS) for number in range(3)]
+                assert [one.ids for one in done] == answers
+                return sum(one.usage["cached_tokens"] == 256 for one in done)
+
+            ask()
+            wait_until(lambda: push_out(client) or states()[0] == "read-only", what="a full disk")
+            wait_until(lambda: states() == ("read-only", ["read-only"]), what="its state")
+            written = nvme(client)["slabs_written"]
+            for _ in range(3):
+                push_out(client)
+                assert ask() == 3  # what it has is read
+            assert nvme(client)["slabs_written"] == written and nvme(client)["io_errors"] == 0
+            give("64m")
+            wait_until(lambda: push_out(client) or states()[0] == "online", what="room")
+            assert states() == ("online", ["online"])
+            assert ask() == 3
+            assert nvme(client)["slabs_written"] > written
+            assert nvme(client)["checksum_failures"] == 0
+        assert service.stop() == 0
 
 
 def test_two_services_do_not_share_a_folder(model, tmp_path):

@@ -93,15 +93,16 @@ def processes_of(folder):
 
 
 class Service:
-    """`foretoken serve` on a free port, in a folder of its own, or in one that outlives it."""
+    """`foretoken serve` on a free port, in a folder of its own, or in one that outlives it. `under`:
+    the words of a command that runs it."""
 
-    def __init__(self, model, *flags, ready=True, size=SMALL, folder=None):
+    def __init__(self, model, *flags, ready=True, size=SMALL, folder=None, under=()):
         self._temporary = tempfile.TemporaryDirectory(prefix="ft-test-")
         self.folder = pathlib.Path(folder or self._temporary.name)
         self.endpoint_file = self.folder / "endpoint.json"
         self.endpoint_file.unlink(missing_ok=True)
         self.log = self.folder / "log"
-        words = [FORETOKEN, "serve", model, "--port=0", f"--runtime-dir={self.folder}/run"]
+        words = [*under, FORETOKEN, "serve", model, "--port=0", f"--runtime-dir={self.folder}/run"]
         words += [f"--endpoint-file={self.endpoint_file}", *size, *flags]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(

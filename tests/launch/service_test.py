@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -356,9 +357,9 @@ STORY = "Once upon a time"
 LONG = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
 
 
-def stream_through_a_death(running, client):
-    """The tokens of the story, a rank being killed after the first of them."""
-    stream = client.stream(STORY, **LONG)
+def stream_through_a_death(running, client, prompt=STORY):
+    """The tokens of a request, a rank being killed after the first of them."""
+    stream = client.stream(prompt, **LONG)
     ids = list(next(stream).ids)
     os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
     for piece in stream:
@@ -373,6 +374,53 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
             assert stream_through_a_death(running, client) == undisturbed
             assert client.status()["worker_restarts"] == 1
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def long_model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("models") / "long", max_position=2048)
+
+
+def long_prompt(length):
+    return [1 + (7 * length + 3 * place + place * place % 101) % 250 for place in range(length)]
+
+
+def continued(running):
+    """Of each request that went on: tokens delivered before, computed again, all that it had."""
+    line = r"goes on after (\d+) tokens: (\d+) of (\d+) tokens are computed again"
+    return [tuple(map(int, found)) for found in re.findall(line, running.log.read_text())]
+
+
+def test_a_continued_request_computes_its_last_tokens_again(long_model):
+    """The last 64 queries, and what fills no whole segment before them: 64 to 319 tokens."""
+    with Service(long_model, FULL, "--max-model-len=2048") as running:
+        with Client(running.endpoint, running.key_file) as client:
+            for length in (300, 700, 1100):
+                undisturbed = client.generate(long_prompt(length), **LONG).ids
+                assert stream_through_a_death(running, client, long_prompt(length)) == undisturbed
+        lives = continued(running)
+        assert len(lives) == 3
+        for delivered, again, length in lives:
+            assert 0 < delivered < 300 and 64 <= again <= 319
+            assert (length - again) % 256 == 0
+
+
+def test_a_predicted_request_goes_on_as_a_fresh_one_would(long_model):
+    """Its prompt's segments are reused; what it has generated was computed with a choice, and is
+    computed again: so its tokens are those of a request whose prompt ends with them."""
+    flags = ("--kv-policy=attention-predictor", "--kv-budget=256", "--calibrate-with=none")
+    flags += ("--max-model-len=2048",)
+    prompt = long_prompt(1100)
+    with Service(long_model, *flags) as running:
+        with Client(running.endpoint, running.key_file) as client:
+            kept = client.generate(prompt, **LONG).ids
+            tokens = stream_through_a_death(running, client, prompt)
+        ((delivered, again, length),) = continued(running)
+    assert len(tokens) == 300 and tokens[:delivered] == kept[:delivered]
+    assert length == 1100 + delivered and again == 76 + delivered
+    with Service(long_model, *flags) as fresh, Client(fresh.endpoint, fresh.key_file) as client:
+        rest = {**LONG, "max_tokens": 300 - delivered}
+        assert client.generate(prompt + kept[:delivered], **rest).ids == tokens[delivered:]
 
 
 def test_a_death_is_not_told_with_the_reason_of_the_one_before(model):
