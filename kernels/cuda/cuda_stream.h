@@ -36,7 +36,8 @@ class CudaStream final : public Stream {
   static constexpr std::uint32_t kEmpty = ~0U;
   std::byte* mailbox(std::size_t bytes) { return mailbox_.take(bytes, *this); }
 
-  // The next launch_overlapped() (launch.cuh) doesn't overlap.
+  // The next launch_overlapped() (launch.cuh) doesn't overlap: behind ops that write what others
+  // read early, tables of a step (read_in) and slots (gather, pack_blocks).
   void serialize_next() { serial_ = true; }
   bool take_serial() { return std::exchange(serial_, false); }
 

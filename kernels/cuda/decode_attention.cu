@@ -12,13 +12,13 @@
 // transposed in registers.
 //
 // The softmax is online (FlashAttention-2, Dao 2023, section 3.1): each warp keeps its maxima and
-// sums, the warps meet in shared memory, and the shares meet in the blocks of the last few, each of
-// which awaits all shares' words (CudaStream::mailbox) of a slice of the output: no fence, no
-// counter. Blocks start in the order of their numbers, so those that are awaited never wait for the
-// end of those that wait.
+// sums, the warps meet in shared memory, and the shares meet in the block of the last one, which
+// awaits their words (CudaStream::mailbox): no fence, no counter. Blocks start in the order of
+// their numbers, so those that it awaits never wait for its end.
 //
-// What a step does before changes nothing of KV but the open block: a warp's first block is on its
-// way before that is done.
+// The kernel before, rope_decode, changes nothing of KV but the open block: a warp's first block is
+// on its way before that is done. What changes other slots, or the table, is done before this
+// kernel starts: it is joined, or lets nothing overlap (CudaStream::serialize_next).
 #include <algorithm>
 
 #include "common/check.h"
@@ -35,7 +35,6 @@ namespace {
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kHeads = 8;              // query heads that share a pass
-constexpr int kMergers = 8;            // of an item's shares
 constexpr int kMinShare = kWarps;      // slots; fewer are not worth another merge
 constexpr int kShareCost = 16;         // what a share takes beside its slots, in slots (guessed)
 constexpr int kMaxWaves = 2;           // of shares that are more than one a (row, KV head)
@@ -58,7 +57,7 @@ struct Params {
   float* lse;
   // Of shares, in the stream's mailbox:
   float4* share_out;   // [CTAs, kHeads, head_dim / 4]
-  float2* share_part;  // [CTAs, kMergers, kHeads] (maximum, sum), once for each who merges
+  float2* share_part;  // [CTAs, kHeads] (maximum, sum)
 };
 
 // What a warp has attended: lane (g, q) has heads 2q and 2q + 1.
@@ -231,15 +230,6 @@ struct Part {
     sum = {scale * sum.x, scale * sum.y, scale * sum.z, scale * sum.w};
     add_scaled(sum, others_scale, values);
   }
-  // Of all lanes, for all of them.
-  __device__ void add_lanes() {
-    const float own = maximum;
-    maximum = warp_max(maximum);
-    const float scale = scale_of(own, maximum);
-    weight = warp_sum(scale * weight);
-    sum = {warp_sum(scale * sum.x), warp_sum(scale * sum.y), warp_sum(scale * sum.z),
-           warp_sum(scale * sum.w)};
-  }
 };
 
 // Puts the warps' parts of softmaxes together: in shared memory, for all threads.
@@ -381,6 +371,7 @@ struct SharedMemory {
   float out[kWarps][kHeads][kStride];
   float2 part[kWarps][kHeads];  // (maximum, sum)
   Merger<kHeadDim> merger;
+  Part parts[kThreads];
   Share share;
 
   __device__ void store(Accumulator<kHeadDim>& acc, int num_heads, int warp, int g, int q) {
@@ -441,53 +432,51 @@ __device__ void set_empty(Words* words) {
   }
 }
 
-// An item's shares, as they come: this one's slice of their output, if it is one of those that
-// merge. All threads call it; result(head, quad, part) is called once for each quad of the slice.
+// An item's shares, as they come. All threads call it; result(head, quad, part) as the Merger's.
+// parts: [kThreads] scratch, shared. first_cta: of the item's first share.
 template <int kHeadDim, typename T, typename Result>
-__device__ void merge_shares(const Params<T>& p, const Share& share, int num_heads, Result result) {
+__device__ void merge_shares(const Params<T>& p, std::size_t first_cta, int count, int num_heads,
+                             Part* parts, Result result) {
   constexpr int kQuads = kHeadDim / 4;
-  constexpr int kInFlight = 2;
-  const int mergers = min(share.count, kMergers);
-  const int merger = share.index - (share.count - mergers);
-  if (merger < 0) return;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const std::size_t first_cta = blockIdx.x - static_cast<std::size_t>(share.index);
-  const auto part_at = [&](int i, int head) {
-    return p.share_part + ((first_cta + i) * kMergers + merger) * kHeads + head;
-  };
-  // A warp takes a quad, a lane every 32nd share.
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  for (int at = merger + mergers * warp; at < num_heads * kQuads; at += mergers * kWarps) {
-    const int head = at / kQuads;
-    const auto out_at = [&](int i) {
-      return p.share_out + (first_cta + i) * (kHeads * kQuads) + at;
-    };
-    Part part;
-    for (int base = lane; base < share.count; base += 32 * kInFlight) {
-      float2 others[kInFlight];
-      float4 values[kInFlight];
+  constexpr int kInFlight = 4;
+  const int quads = num_heads * kQuads;
+  const int groups = kThreads / quads;
+  const int group = static_cast<int>(threadIdx.x) / quads;
+  const int head = static_cast<int>(threadIdx.x) % quads / kQuads;
+  const int quad = static_cast<int>(threadIdx.x) % kQuads;
+  Part part;
+  for (int base = group; group < groups && base < count; base += groups * kInFlight) {
+    float2 others[kInFlight];
+    float4 values[kInFlight];
+    const auto head_of = [&](int i) { return (first_cta + base + i * groups) * kHeads + head; };
+    const auto has = [&](int i) { return base + i * groups < count; };
 #pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (base + 32 * j >= share.count) break;
-        others[j] = load_words(part_at(base + 32 * j, head));
-        values[j] = load_words(out_at(base + 32 * j));
-      }
-#pragma unroll
-      for (int j = 0; j < kInFlight; ++j) {
-        if (base + 32 * j >= share.count) break;
-        await(others[j], part_at(base + 32 * j, head));
-        await(values[j], out_at(base + 32 * j));
-        set_empty(out_at(base + 32 * j));
-        part.add(others[j], values[j]);
-      }
+    for (int i = 0; i < kInFlight; ++i) {
+      if (!has(i)) break;
+      others[i] = load_words(p.share_part + head_of(i));
+      values[i] = load_words(p.share_out + head_of(i) * kQuads + quad);
     }
-    part.add_lanes();
-    if (lane == 0) result(head, at % kQuads, part);
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) {
+      if (!has(i)) break;
+      float4* from = p.share_out + head_of(i) * kQuads + quad;
+      await(others[i], p.share_part + head_of(i));
+      await(values[i], from);
+      set_empty(from);
+      part.add(others[i], values[i]);
+    }
   }
-  __syncthreads();  // all warps have read the parts
-  for (int i = threadIdx.x; i < share.count * num_heads; i += kThreads) {
-    set_empty(part_at(i / num_heads, i % num_heads));
+  parts[threadIdx.x] = part;
+  __syncthreads();
+  for (int i = threadIdx.x; i < count * num_heads; i += kThreads) {
+    set_empty(p.share_part + (first_cta + i / num_heads) * kHeads + i % num_heads);
   }
+  if (group > 0) return;
+  for (int i = 1; i < groups; ++i) {
+    const Part& other = parts[threadIdx.x + i * quads];
+    part.add({other.maximum, other.weight}, other.sum);
+  }
+  result(head, quad, part);
 }
 
 // Four elements of a head's output.
@@ -604,10 +593,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
   const auto send = [&](int head, int quad, const Part& part) {
     const std::size_t at = static_cast<std::size_t>(blockIdx.x) * kHeads + head;
     p.share_out[at * (kHeadDim / 4) + quad] = part.sum;
-    if (quad < kMergers) {
-      p.share_part[(blockIdx.x * std::size_t{kMergers} + quad) * kHeads + head] = {part.maximum,
-                                                                                   part.weight};
-    }
+    if (quad == 0) p.share_part[at] = {part.maximum, part.weight};
   };
   const Merger<kHeadDim>& merger = shared.merger;
   shared.merger.run(
@@ -617,8 +603,9 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
         const Part part{merger.highest[head], merger.weight[head], sum};
         share.count == 1 ? finish(head, quad, part) : send(head, quad, part);
       });
-  if (share.count == 1) return;
-  merge_shares<kHeadDim>(p, share, num_heads, finish);
+  if (share.count == 1 || !share.is_last()) return;
+  merge_shares<kHeadDim>(p, blockIdx.x - static_cast<std::size_t>(share.index), share.count,
+                         num_heads, shared.parts, finish);
 }
 
 // One row's shares fill the device once. Of several rows there are more and shorter ones, where
@@ -635,7 +622,7 @@ void run(const DecodeAttentionArgs& args, CudaStream& stream) {
   const int ctas = most_shares(args.rows, items, sms);
   const std::size_t parts = static_cast<std::size_t>(ctas) * kHeads;
   constexpr std::size_t kOutBytes = kHeadDim * sizeof(float);
-  std::byte* mailbox = stream.mailbox(parts * (kOutBytes + kMergers * sizeof(float2)));
+  std::byte* mailbox = stream.mailbox(parts * (kOutBytes + sizeof(float2)));
   const Params<T> params{static_cast<const T*>(args.q),
                          args.sequences,
                          args.rows,

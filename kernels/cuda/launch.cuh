@@ -24,7 +24,8 @@ __device__ inline void allow_next_kernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 // Returns when everything before this kernel is done and visible. Every kernel that is launched by
-// launch_overlapped() calls it before it touches what an earlier op writes or reads.
+// launch_overlapped() calls it before it touches what an earlier op writes or reads; but for what
+// serialize_next() keeps apart from it.
 __device__ inline void wait_for_earlier_kernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

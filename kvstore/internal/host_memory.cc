@@ -105,7 +105,7 @@ SharedMapping::~SharedMapping() {
 
 void SharedMapping::cut(std::size_t bytes) {
   FT_CHECK(bytes > 0 && bytes <= bytes_, bytes, bytes_);
-  if (bytes < bytes_) munmap(base_ + bytes, bytes_ - bytes);
+  if (bytes < bytes_) FT_CHECK(munmap(base_ + bytes, bytes_ - bytes) == 0, errno);
   bytes_ = bytes;
 }
 

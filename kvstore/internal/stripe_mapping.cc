@@ -51,9 +51,11 @@ void StripeMapping::register_pieces(const AwaitSlabs& await_slabs) {
   for (std::uint32_t first = 0; first < num_slabs_; first += piece_slabs_) {
     const std::uint32_t wanted = first + std::min(piece_slabs_, num_slabs_ - first);
     const std::uint32_t end = std::min(wanted, await_slabs(wanted));
+    if (end < first)
+      throw Exception(ErrorCode::kDevice, "the KV store took slabs back that it had");
     if (end < wanted) num_slabs_ = end;
     for (const SharedMapping& stripe : stripes_) {
-      if (end <= first) break;
+      if (end == first) break;
       std::byte* host = stripe.base() + layout_.slab_bytes * first;
       pieces_.push_back({host, device_.register_host(host, layout_.slab_bytes * (end - first))});
     }

@@ -179,8 +179,8 @@ class Worker {
         config_.max_model_len > 0 ? config_.max_model_len : model_config_.max_position);
     const Partition part =
         make_partition(model_config_, place.rank, place.world_size).value_or_throw();
-    // Beside the loading: no prompt waits for it, and what it takes of the device is taken before
-    // the engine looks how much there is.
+    // Beside the loading, so that no prompt waits for it. What plans take of the device comes out
+    // of what its memory limit leaves for the driver.
     std::jthread plans = kernels::prepare_prefill(
         *device_, Prefill::attention_shape(model_config_, part,
                                            std::min(config_.max_batched_tokens, max_model_len),

@@ -73,7 +73,7 @@ Result run(DeviceUnderTest& on, const Case& c, bool with_block_max) {
   auto q = activations(on, rounded(random_floats(values, 3), c.type));
   auto out = activations(on, std::vector<float>(values, 9));
   DeviceArray<float> lse(on, std::vector<float>(heads, 9));
-  for (int repeat = 0; repeat < 3; ++repeat) {  // counters and scratch are left as they were found
+  for (int repeat = 0; repeat < 3; ++repeat) {  // the mailbox is left as it was found
     on.run(&Device::decode_attention, DecodeAttentionArgs{.q = q.data(),
                                                           .sequences = batch.data(),
                                                           .rows = static_cast<int>(rows),
@@ -95,12 +95,10 @@ Result run(DeviceUnderTest& on, const Case& c, bool with_block_max) {
 
 class CudaDecodeAttention : public CudaTest, public testing::WithParamInterface<Case> {};
 
-TEST_P(CudaDecodeAttention, MatchesTheCpu) {
-  const Case c = GetParam();
-  Pair pair(c.type);
+void expect_the_cpus(DeviceUnderTest& cuda, DeviceUnderTest& cpu, const Case& c) {
   for (const bool with_block_max : {true, false}) {
-    const Result actual = run(pair.cuda, c, with_block_max);
-    const Result expected = run(pair.cpu, c, with_block_max);
+    const Result actual = run(cuda, c, with_block_max);
+    const Result expected = run(cpu, c, with_block_max);
     for (std::size_t i = 0; i < actual.out.size(); ++i) {
       ASSERT_NEAR(actual.out[i], expected.out[i], 0.012) << i;  // probabilities of 8 bits
     }
@@ -115,6 +113,11 @@ TEST_P(CudaDecodeAttention, MatchesTheCpu) {
       }
     }
   }
+}
+
+TEST_P(CudaDecodeAttention, MatchesTheCpu) {
+  Pair pair(GetParam().type);
+  expect_the_cpus(pair.cuda, pair.cpu, GetParam());
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -180,6 +183,19 @@ TEST_F(CudaTest, RopeDecodeWritesTheOpenBlock) {
       ASSERT_NEAR(actual[i], expected[i], std::max(1e-2, std::abs(expected[i]) / 100.0)) << i;
     }
   }
+}
+
+// Shares of every number, one after the other on one stream, where nothing of a call may be left to
+// the next.
+TEST_F(CudaTest, SharesComeAndGo) {
+  Pair pair;
+  for (const int length : {300, 600, 900, 1200, 1800, 2600, 5000, 600, 2100, 300, 1500}) {
+    SCOPED_TRACE(length);
+    expect_the_cpus(pair.cuda, pair.cpu, {8, 2, 128, {length}});
+  }
+  expect_the_cpus(pair.cuda, pair.cpu, {8, 2, 64, {900}});
+  expect_the_cpus(pair.cuda, pair.cpu, {8, 2, 128, {1500, 300, 2600, 5}});
+  expect_the_cpus(pair.cuda, pair.cpu, {8, 2, 128, {600}});
 }
 
 // Attention reads blocks before the step's k and v have come into the open one.
