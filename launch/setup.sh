@@ -16,7 +16,7 @@ packages=(
   # tokenizer
   libpcre2-dev libicu-dev
   # compute, topology, disk
-  libhwy-dev libhwloc-dev libnuma-dev liburing-dev libxxhash-dev
+  libhwy-dev libnuma-dev liburing-dev libxxhash-dev
   libopenmpi-dev openmpi-bin
   # tests are built by default
   libgtest-dev libgmock-dev
