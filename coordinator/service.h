@@ -120,6 +120,7 @@ class Service {
   void on_event(Group& group, const GroupReady& event, TimePoint now);
   void on_event(Group& group, const StepDone& event, TimePoint now);
   void on_event(Group& group, const GroupDead& event, TimePoint now);
+  void take_slabs(const KvSlabs& slabs);
   void on_step_event(Group& group, const Admitted& event, TimePoint now);
   void on_step_event(Group& group, const NotAdmitted& event, TimePoint now);
   void on_step_event(Group& group, const Lost& event, TimePoint now);
@@ -154,6 +155,7 @@ class Service {
   std::uint64_t last_request_ = 0;
   std::uint64_t last_sequence_ = 0;
   std::int64_t restarts_ = 0;
+  KvSlabs slabs_;  // the node's store's, as the group told that knows last
   std::optional<TimePoint> drain_until_;
   bool finished_ = false;
 };

@@ -143,18 +143,19 @@ StatusReply Service::status(const std::string& peer, TimePoint now) const {
     const auto& ranks = group->ranks;
     if (ranks.is_ready()) {
       any_ready = true;
-      const auto& slabs = ranks.kv_slabs();  // the node's store's, whichever group tells
       reply.device = ranks.capacity().device;
-      reply.kv_slabs_total = slabs.total;
-      reply.kv_slabs_cached = slabs.cached;
-      reply.kv_slabs_used = reply.kv_slabs_total - slabs.free - slabs.cached;
-      reply.kv_nvme = slabs.nvme;
       continue;
     }
     if (!reply.detail.empty()) reply.detail += "; ";
     reply.detail += "group " + std::to_string(ranks.group()) + ": " + ranks.describe();
     if (!group->last_death.empty()) reply.detail += "; before: " + group->last_death;
     failed = failed || (!group->was_ready && !group->last_death.empty());
+  }
+  if (any_ready) {
+    reply.kv_slabs_total = slabs_.total;
+    reply.kv_slabs_cached = slabs_.cached;
+    reply.kv_slabs_used = slabs_.total - slabs_.free - slabs_.cached;
+    reply.kv_nvme = slabs_.nvme;
   }
   reply.state = drain_until_ ? "draining" : any_ready ? "ready" : failed ? "failed" : "loading";
   return reply;

@@ -120,6 +120,13 @@ void Service::on_event(Group& group, const GroupReady&, TimePoint) {
       group.ranks.group(), raw(group.ranks.epoch()), ready.device, group.ranks.context(),
       ready.max_batched_tokens, group.ranks.kv_slabs().total);
   metrics_.set_device_free(group.ranks.group(), group.ranks.device_bytes_free());
+  take_slabs(group.ranks.kv_slabs());
+}
+
+void Service::take_slabs(const KvSlabs& slabs) {
+  slabs_ = slabs;
+  metrics_.set_kv(slabs.total, slabs.free, slabs.cached);
+  metrics_.set_nvme(slabs.nvme);
 }
 
 void Service::on_event(Group& group, const GroupDead& event, TimePoint now) {
@@ -194,9 +201,10 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   for (const auto& rank : done.ranks) slowest_us = std::max(slowest_us, rank.step_us);
   group.last_step = std::chrono::microseconds(slowest_us);
   metrics_.on_step(static_cast<double>(slowest_us) * 1e-6);
-  const KvSlabs& slabs = group.ranks.kv_slabs();
-  metrics_.set_kv(slabs.total, slabs.free, slabs.cached);
-  metrics_.set_nvme(slabs.nvme);
+  if (std::ranges::any_of(done.ranks,
+                          [](const StepResult& rank) { return rank.kv_slabs.has_value(); })) {
+    take_slabs(group.ranks.kv_slabs());
+  }
   const auto fullest = std::ranges::min_element(done.ranks, {}, &StepResult::device_bytes_free);
   metrics_.set_device_free(group.ranks.group(), fullest->device_bytes_free);
   const auto epoch = group.ranks.epoch();

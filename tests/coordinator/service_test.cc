@@ -755,6 +755,23 @@ TEST_F(ServiceTest, GroupsShareTheNodesStore) {
   EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_total, 10);
 }
 
+TEST_F(ServiceTest, TheGroupThatKnowsLastTellsOfTheStore) {
+  config_.num_groups = 2;
+  start_rank(/*slabs=*/10);
+  say(Hello{1, 0, 1, 2, "here"});
+  Ready ready = rank_->ready(Epoch{1});
+  ready.group = 1;
+  ready.kv_slabs = {.total = 10, .free = 5, .cached = 3, .ready = 10};
+  say(ready);
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(0).kv_slabs_used, 2);
+  ask(wish("r1"));
+  work();  // of the first group, which has released what it took
+  ask(StatusRequest{});
+  EXPECT_EQ(told<StatusReply>().at(1).kv_slabs_used, 0);
+  EXPECT_THAT(metrics_.text(), HasSubstr("foretoken_kv_cache_usage_perc{model_name=\"m\"} 0\n"));
+}
+
 TEST_F(ServiceTest, TheStatusTellsWhatTheStoreHoldsBeforeTheFirstStep) {
   store_ = std::make_shared<FakeStore>();
   say(Hello{0, 0, 1, 1, "here"});
