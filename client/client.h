@@ -9,8 +9,10 @@
 //   });
 //
 // generate() runs one request to its end. submit() and receive() carry many at once over one
-// connection. The service bounds a request's life; while the client waits it asks for the status
-// after a second of silence, so that a service that died, or restarted and forgot the request,
+// connection. The service bounds a request's life. Where the connection ends, as it does at once
+// when the service dies, all requests end with kUnavailable: the service cancels what it asked for.
+// The client connects again by itself, and serves new requests. While it waits it asks for the
+// status after a second of silence, so that a service that is out of reach, or forgot the request,
 // shows as kUnavailable within seconds and not at the end of the request's time.
 //
 // Owns its socket. Not thread-safe: a client belongs to one thread; threads that generate at once
@@ -62,8 +64,9 @@ class Client {
   // Sends a request and returns its id at once. Its messages come from receive().
   Result<std::string> submit(GenerateRequest request);
 
-  // The next TokenMessage, DoneMessage or ErrorMessage of any submitted request.
-  // Errors: kTimeout after `timeout` without one; kUnavailable when the service is gone, or no
+  // The next TokenMessage, DoneMessage or ErrorMessage of any submitted request. Where the
+  // connection is lost, each gets an ErrorMessage "unavailable".
+  // Errors: kTimeout after `timeout` without one; kUnavailable when the service is silent, or no
   // longer knows the submitted requests.
   Result<ServerMessage> receive(std::chrono::milliseconds timeout);
 

@@ -90,14 +90,19 @@ class DealerSocket {
     std::string endpoint = {};
     std::optional<ClientKeys> keys = {};
     std::size_t max_frame_bytes = std::size_t{256} << 20;
+    bool watches_connection = false;  // for was_lost()
   };
   static Result<std::unique_ptr<DealerSocket>> connect(std::shared_ptr<SocketContext> context,
                                                        const Config& config);
   ~DealerSocket();
   // For poll(). Edge-triggered: call receive(0) until nullopt, and again after each send().
   int fd() const;
-  // nullopt after `timeout` without a message; 0 polls.
+  // nullopt after `timeout` without a message, and earlier once the connection was lost; 0 polls.
   std::optional<std::string> receive(std::chrono::milliseconds timeout);
+  // Whether a connection that was made, handshake included, has been lost since. It stays so: what
+  // was sent may be lost, so take a new socket. All that had come before can be received then.
+  // REQUIRES: Config::watches_connection.
+  bool was_lost();
   // Never blocks. Error: kExhausted when 1,000 messages wait to be sent.
   Status send(std::string_view body);
 

@@ -50,10 +50,44 @@ struct Client::Impl {
 
   Status send(const ClientRequest& request) { return socket->send(encode(request)); }
 
-  // The next message of any kind; nullopt at `end`.
+  Status connect() {
+    FT_ASSIGN_OR_RETURN(socket,
+                        DealerSocket::connect(make_socket_context(), {.endpoint = config.endpoint,
+                                                                      .keys = config.keys,
+                                                                      .watches_connection = true}));
+    return Ok{};
+  }
+
+  // The service cancels what a connection that is lost has asked for, so this is the end of all
+  // open requests. The new socket has nothing of them that would still be sent.
+  Status lose_connection() {
+    for (const auto& name : open) {
+      messages.push_back(ErrorMessage{
+          name, std::string(error_code_name(ErrorCode::kUnavailable)),
+          "the connection to " + config.endpoint + " was lost, and the request with it"});
+    }
+    open.clear();
+    open_at_ping.reset();
+    return connect();
+  }
+
+  // Before something is sent, which a connection that is lost would lose too.
+  Status have_connection() {
+    while (socket->was_lost()) {
+      FT_ASSIGN_OR_RETURN(auto message, next(Clock::now()));
+      if (message) keep(*std::move(message));
+    }
+    return Ok{};
+  }
+
+  // The next message of any kind; nullopt at `end`, or earlier where the connection was lost.
   Result<std::optional<ServerMessage>> next(Clock::time_point end) {
     const auto left = std::chrono::ceil<milliseconds>(end - Clock::now());
-    const auto frame = socket->receive(std::max(left, milliseconds(0)));
+    auto frame = socket->receive(std::max(left, milliseconds(0)));
+    if (!frame && socket->was_lost()) {
+      frame = socket->receive(milliseconds(0));  // what came before the loss
+      if (!frame) FT_RETURN_IF_ERROR(lose_connection());
+    }
     if (!frame) return std::optional<ServerMessage>();
     heard = Clock::now();
     FT_ASSIGN_OR_RETURN(auto message, decode_server_message(*frame));
@@ -111,10 +145,15 @@ struct Client::Impl {
   template <typename Reply>
   Result<Reply> ask(const ClientRequest& question) {
     open_at_ping.reset();  // its answer may be taken for this one's
+    FT_RETURN_IF_ERROR(have_connection());
     FT_RETURN_IF_ERROR(send(question));
     const auto end = Clock::now() + config.silence_timeout;
     while (true) {
       FT_ASSIGN_OR_RETURN(auto message, next(end));
+      if (!message && Clock::now() < end) {
+        return Error{ErrorCode::kUnavailable,
+                     "the connection to " + config.endpoint + " was lost before an answer came"};
+      }
       if (!message) return gone();
       if (auto* reply = std::get_if<Reply>(&*message)) return std::move(*reply);
       const auto* error = std::get_if<ErrorMessage>(&*message);
@@ -130,9 +169,7 @@ Client::~Client() = default;
 Result<std::unique_ptr<Client>> Client::connect(const ClientConfig& config) {
   auto impl = std::make_unique<Impl>();
   impl->config = config;
-  FT_ASSIGN_OR_RETURN(impl->socket,
-                      DealerSocket::connect(make_socket_context(),
-                                            {.endpoint = config.endpoint, .keys = config.keys}));
+  FT_RETURN_IF_ERROR(impl->connect());
   return std::unique_ptr<Client>(new Client(std::move(impl)));
 }
 
@@ -150,6 +187,7 @@ Result<std::string> Client::submit(GenerateRequest request) {
                                                   " bytes; the service takes " +
                                                   std::to_string(kMaxFrameBytes)};
   }
+  FT_RETURN_IF_ERROR(impl_->have_connection());
   // The service owes an answer from now on, not from when this client last spoke with it.
   if (impl_->open.empty()) impl_->heard = Clock::now();
   FT_RETURN_IF_ERROR(impl_->socket->send(frame));

@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include <cstring>
 #include <mutex>
 #include <zmq.hpp>
 
@@ -70,11 +71,17 @@ class SocketContext {
     return domain;
   }
 
+  std::string make_monitor_endpoint() {
+    const std::lock_guard lock(mutex_);
+    return "inproc://monitor-" + std::to_string(++num_monitors_);
+  }
+
  private:
   zmq::context_t context_;
   std::mutex mutex_;
   std::unique_ptr<internal::ZapHandler> zap_;  // guarded by mutex_
   int num_domains_ = 0;                        // guarded by mutex_
+  int num_monitors_ = 0;                       // guarded by mutex_
 };
 
 std::shared_ptr<SocketContext> make_socket_context() { return std::make_shared<SocketContext>(); }
@@ -162,9 +169,52 @@ void wait_readable(std::span<RouterSocket* const> sockets, std::span<const int> 
 
 // ---- dealer ----------------------------------------------------------------------------------
 
+namespace {
+
+// Reads a socket's monitor: whether a connection that was made has been lost.
+class LossWatch {
+ public:
+  // REQUIRES: `socket` isn't connected yet, and lives longer.
+  LossWatch(SocketContext& context, zmq::socket_t& socket)
+      : socket_(socket), events_(context.get(), zmq::socket_type::pair) {
+    const auto endpoint = context.make_monitor_endpoint();
+    const int kinds = ZMQ_EVENT_HANDSHAKE_SUCCEEDED | ZMQ_EVENT_DISCONNECTED;
+    if (zmq_socket_monitor(socket.handle(), endpoint.c_str(), kinds) != 0) throw zmq::error_t();
+    // Unbounded: ZeroMQ's thread would stand still where nobody reads for long, and close() too.
+    events_.set(zmq::sockopt::rcvhwm, 0);
+    events_.set(zmq::sockopt::linger, 0);
+    events_.connect(endpoint);
+  }
+  // From here on no event is sent: to a reader that is gone, ZeroMQ's thread would wait for ever.
+  ~LossWatch() { zmq_socket_monitor(socket_.handle(), nullptr, 0); }
+  LossWatch(const LossWatch&) = delete;
+  LossWatch& operator=(const LossWatch&) = delete;
+
+  zmq::socket_t& events() { return events_; }
+
+  bool was_lost() {
+    while (const auto parts = receive_parts(events_)) {
+      std::uint16_t event = 0;  // zmq_socket_monitor(3): then its value, and a part for the address
+      std::memcpy(&event, parts->front().data(), sizeof event);
+      if (event == ZMQ_EVENT_HANDSHAKE_SUCCEEDED) was_made_ = true;
+      if (event == ZMQ_EVENT_DISCONNECTED) was_lost_ |= was_made_;
+    }
+    return was_lost_;
+  }
+
+ private:
+  zmq::socket_t& socket_;
+  zmq::socket_t events_;
+  bool was_made_ = false;
+  bool was_lost_ = false;
+};
+
+}  // namespace
+
 struct DealerSocket::Impl {
   std::shared_ptr<SocketContext> context;
   zmq::socket_t socket;
+  std::optional<LossWatch> watch;  // ends before the socket
 };
 
 DealerSocket::DealerSocket(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -184,6 +234,7 @@ Result<std::unique_ptr<DealerSocket>> DealerSocket::connect(std::shared_ptr<Sock
       socket.set(zmq::sockopt::curve_publickey, config.keys->own.public_key);
       socket.set(zmq::sockopt::curve_secretkey, config.keys->own.secret_key);
     }
+    if (config.watches_connection) impl->watch.emplace(*impl->context, socket);
     socket.connect(config.endpoint);
     return std::unique_ptr<DealerSocket>(new DealerSocket(std::move(impl)));
   } catch (const zmq::error_t& error) {
@@ -192,12 +243,21 @@ Result<std::unique_ptr<DealerSocket>> DealerSocket::connect(std::shared_ptr<Sock
 }
 
 std::optional<std::string> DealerSocket::receive(std::chrono::milliseconds timeout) {
-  if (auto parts = receive_parts(impl_->socket)) return parts->back().to_string();
-  if (timeout.count() == 0) return std::nullopt;
-  zmq::pollitem_t item{impl_->socket.handle(), 0, ZMQ_POLLIN, 0};
-  zmq_poll(&item, 1, static_cast<long>(timeout.count()));
-  if (auto parts = receive_parts(impl_->socket)) return parts->back().to_string();
-  return std::nullopt;
+  using Clock = std::chrono::steady_clock;
+  const auto end = Clock::now() + timeout;
+  std::vector<zmq::pollitem_t> items = {{impl_->socket.handle(), 0, ZMQ_POLLIN, 0}};
+  if (impl_->watch) items.push_back({impl_->watch->events().handle(), 0, ZMQ_POLLIN, 0});
+  while (true) {
+    if (auto parts = receive_parts(impl_->socket)) return parts->back().to_string();
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(end - Clock::now()).count();
+    if (left <= 0 || (impl_->watch && was_lost())) return std::nullopt;
+    zmq_poll(items.data(), static_cast<int>(items.size()), static_cast<long>(left));
+  }
+}
+
+bool DealerSocket::was_lost() {
+  FT_CHECK(impl_->watch.has_value());
+  return impl_->watch->was_lost();
 }
 
 Status DealerSocket::send(std::string_view body) {

@@ -303,7 +303,116 @@ TEST(Client, AServiceThatStoodStillHasForgottenNothing) {
   wait(1000ms);
 }
 
-TEST(Client, LearnsThatARestartedServiceForgotItsRequest) {
+// The service's side, in the hands of a test.
+class FakePeer {
+ public:
+  explicit FakePeer(const std::string& endpoint)
+      : socket_(
+            RouterSocket::bind(make_socket_context(), {.endpoint = endpoint}).value_or_throw()) {}
+  const std::string& endpoint() const { return socket_->endpoint(); }
+
+  // Waits for a frame and returns whose it is.
+  std::string take() {
+    RouterSocket* const sockets[] = {socket_.get()};
+    const auto end = std::chrono::steady_clock::now() + 10s;
+    while (std::chrono::steady_clock::now() < end) {
+      if (const auto frame = socket_->receive()) return frame->peer;
+      wait_readable(sockets, {}, 20ms);
+    }
+    ADD_FAILURE() << "no frame came";
+    return "";
+  }
+  void send(const std::string& peer, const ServerMessage& message) {
+    socket_->send(peer, encode(message)).value_or_throw();
+  }
+
+ private:
+  std::unique_ptr<RouterSocket> socket_;
+};
+
+DoneMessage done_of(const std::string& name) {
+  DoneMessage done;
+  done.request_id = name;
+  return done;
+}
+
+class ClientOver : public ::testing::TestWithParam<std::string> {};
+INSTANTIATE_TEST_SUITE_P(Endpoints, ClientOver, ::testing::Values("tcp", "ipc"));
+
+TEST_P(ClientOver, ALostConnectionEndsItsRequestsAtOnce) {
+  const auto path = "ipc:///tmp/foretoken_test_lost_" + std::to_string(getpid());
+  auto service = std::make_unique<FakePeer>(GetParam() == "tcp" ? "tcp://127.0.0.1:0" : path);
+  const auto endpoint = service->endpoint();
+  const auto client = Client::connect({.endpoint = endpoint}).value_or_throw();
+  std::vector<std::string> names;
+  std::string peer;
+  for (const char* prompt : {"done", "lost", "lost too"}) {
+    names.push_back(client->submit(wish(prompt, 10)).value_or_throw());
+    peer = service->take();
+  }
+  service->send(peer, TokenMessage{names[1], {}, "it begins"});
+  service->send(peer, done_of(names[0]));
+  std::this_thread::sleep_for(100ms);  // a service that is ended loses what it has not sent yet
+  service.reset();
+
+  const auto begin = std::chrono::steady_clock::now();
+  std::vector<ServerMessage> messages;  // what came before the loss comes first
+  for (int i = 0; i < 4; ++i) messages.push_back(client->receive(10s).value_or_throw());
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 2s);
+  EXPECT_EQ(std::get<TokenMessage>(messages[0]).text, "it begins");
+  EXPECT_EQ(std::get<DoneMessage>(messages[1]).request_id, names[0]);
+  for (const std::size_t i : {2U, 3U}) {
+    const auto& error = std::get<ErrorMessage>(messages[i]);
+    EXPECT_EQ(error.request_id, names[i - 1]);
+    EXPECT_EQ(error.code, "unavailable");
+    EXPECT_THAT(error.message, HasSubstr("was lost, and the request with it"));
+  }
+
+  service = std::make_unique<FakePeer>(endpoint);
+  const auto name = client->submit(wish("new", 10)).value_or_throw();
+  peer = service->take();
+  service->send(peer, done_of(name));
+  const auto message = client->receive(10s).value_or_throw();
+  EXPECT_EQ(std::get<DoneMessage>(message).request_id, name);
+}
+
+TEST(Client, AKilledServiceEndsGenerateAtOnce) {
+  TestService service(config_of(1));
+  service.start_ranks(/*step_ms=*/5);
+  const auto client = service.connect();
+  service.wait_until_ready(*client);
+  auto request = wish("goes on", 4000);
+  request.ignore_eos = true;
+  auto killed = std::chrono::steady_clock::time_point::max();
+  const auto done = client->generate(request, [&](const TokenMessage& message) {
+    if (!message.tokens.empty() && killed == std::chrono::steady_clock::time_point::max()) {
+      service.coordinator().signal(SIGKILL);
+      killed = std::chrono::steady_clock::now();
+    }
+    return StreamAction::kContinue;
+  });
+  ASSERT_FALSE(done);
+  EXPECT_EQ(done.error().code, ErrorCode::kUnavailable);
+  EXPECT_THAT(done.error().message, HasSubstr("was lost, and the request with it"));
+  EXPECT_LT(std::chrono::steady_clock::now() - killed, 2s);
+}
+
+TEST(Client, AQuestionEndsWithItsConnection) {
+  TestService service(config_of(1));
+  const auto client = service.connect();
+  ASSERT_TRUE(client->status());
+  service.coordinator().signal(SIGSTOP);
+  std::jthread end([&] {
+    std::this_thread::sleep_for(300ms);
+    service.coordinator().signal(SIGKILL);
+  });
+  const auto told = client->status();
+  ASSERT_FALSE(told);
+  EXPECT_EQ(told.error().code, ErrorCode::kUnavailable);
+  EXPECT_THAT(told.error().message, HasSubstr("lost before an answer came"));
+}
+
+TEST(Client, LosesItsRequestWithAServiceThatIsRestarted) {
   auto config = config_of(1);
   config.zmq_endpoint = "ipc:///tmp/foretoken_test_restart_" + std::to_string(getpid());
   auto service = std::make_unique<TestService>(config);
@@ -312,7 +421,20 @@ TEST(Client, LearnsThatARestartedServiceForgotItsRequest) {
   ASSERT_TRUE(client->status());
   service.reset();
   service = std::make_unique<TestService>(config);
-  const auto message = client->receive(20s);
+  EXPECT_TRUE(client->status());  // the new one's; the request's end isn't lost over it
+  const auto message = client->receive(20s).value_or_throw();
+  EXPECT_EQ(std::get<ErrorMessage>(message).code, "unavailable");
+}
+
+// As one does whose client has read nothing for long.
+TEST(Client, LearnsThatItsServiceForgotItsRequest) {
+  FakePeer service("tcp://127.0.0.1:0");
+  const auto client = Client::connect({.endpoint = service.endpoint()}).value_or_throw();
+  client->submit(wish("forgotten", 10)).value_or_throw();
+  service.take();
+  EXPECT_EQ(client->receive(1200ms).error().code, ErrorCode::kTimeout);
+  service.send(service.take(), StatusReply{});  // to what the client has asked after a second
+  const auto message = client->receive(10s);
   ASSERT_FALSE(message);
   EXPECT_EQ(message.error().code, ErrorCode::kUnavailable);
   EXPECT_THAT(message.error().message, HasSubstr("lost the request"));

@@ -2,6 +2,7 @@
 
 import collections
 import threading
+import time
 
 import pytest
 import zmq
@@ -12,15 +13,15 @@ from foretoken.client import Client, ServiceError
 class PlayedService:
     """Gives each frame's answers at once: play(message) returns them, as maps without version."""
 
-    def __init__(self, folder, play):
-        self.endpoint = f"ipc://{folder}/service"
+    def __init__(self, folder, play, endpoint=None):
         self.frames = collections.Counter()  # by type
         self._play = play
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 0
         self._socket.maxmsgsize = wire.MAX_FRAME_BYTES
-        self._socket.bind(self.endpoint)
+        self._socket.bind(endpoint or f"ipc://{folder}/service")
+        self.endpoint = self._socket.last_endpoint.decode()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -194,3 +195,66 @@ def test_a_service_that_was_restarted_no_longer_knows_its_requests(tmp_path, kno
             else:
                 with pytest.raises(ServiceError, match="no longer knows"):
                     client.generate("x")
+
+
+@pytest.mark.parametrize("endpoint", [None, "tcp://127.0.0.1:*"])
+def test_a_lost_connection_ends_at_once_what_runs(tmp_path, endpoint):
+    with PlayedService(tmp_path, lambda message: [token(message["request_id"], 1)], endpoint) as service:
+        client = Client(service.endpoint)
+        streams = [client.stream("x"), client.stream("y")]
+        assert [next(stream).ids for stream in streams] == [[1], [1]]
+    begin = time.monotonic()
+    for stream in streams:
+        with pytest.raises(ServiceError, match="was lost, and the request with it") as failure:
+            next(stream)
+        assert failure.value.code == "unavailable"
+    assert time.monotonic() - begin < 2
+    with PlayedService(tmp_path, lambda message: [done(message["request_id"], [7])], service.endpoint) as anew:
+        assert client.generate("z").ids == [7]
+        assert anew.frames == {"generate": 1}
+        client.close()
+
+
+def test_what_came_before_a_loss_is_read(tmp_path):
+    def play(message):
+        name = message["request_id"]
+        return [token(name, 1), token(name, 2), done(name, [1, 2])]
+
+    with PlayedService(tmp_path, play) as service:
+        client = Client(service.endpoint)
+        stream = client.stream("x")
+        assert next(stream).ids == [1]
+    time.sleep(0.2)
+    assert read(stream) == ([2], [1, 2])
+    client.close()
+
+
+def test_a_loss_before_a_request_costs_it_nothing(tmp_path):
+    with PlayedService(tmp_path, lambda message: [done(message["request_id"], [1])]) as service:
+        client = Client(service.endpoint)
+        assert client.generate("x").ids == [1]
+    with PlayedService(tmp_path, lambda message: [done(message["request_id"], [2])]):
+        time.sleep(0.5)  # the old socket has connected again by then
+        assert client.generate("y").ids == [2]
+        client.close()
+
+
+def test_a_question_ends_with_its_connection(tmp_path):
+    asked = threading.Event()
+    with PlayedService(tmp_path, lambda message: asked.set() or []) as service:
+        client = Client(service.endpoint)
+        end = threading.Thread(target=lambda: asked.wait(10) and service.__exit__())
+        end.start()
+        with pytest.raises(ServiceError, match="lost before an answer came") as failure:
+            client.status()
+        end.join()
+    assert failure.value.code == "unavailable"
+    client.close()
+
+
+def test_a_connection_that_never_came_to_be_takes_the_time_of_silence(tmp_path):
+    begin = time.monotonic()
+    with Client(f"ipc://{tmp_path}/nobody", silence_timeout=1.2) as client:
+        with pytest.raises(ServiceError, match="does not answer"):
+            client.generate("x")
+    assert time.monotonic() - begin > 1.2

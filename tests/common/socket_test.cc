@@ -6,6 +6,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <thread>
 #include <zmq.hpp>
 
 namespace foretoken {
@@ -63,6 +64,52 @@ TEST_F(SocketTest, WorksOverIpc) {
   ASSERT_TRUE(dealer->send("hello"));
   EXPECT_TRUE(receive(*router, kDeadline));
   std::filesystem::remove(path);
+}
+
+TEST_F(SocketTest, ALostConnectionShowsAndWhatCameBeforeIsThere) {
+  for (const bool with_keys : {false, true}) {
+    const auto server = make_key_pair();
+    const auto client = make_key_pair();
+    RouterSocket::Config config;
+    DealerSocket::Config dialed{.watches_connection = true};
+    if (with_keys) {
+      config.server_keys = server;
+      config.allowed_clients = {client.public_key};
+      dialed.keys = ClientKeys{server.public_key, client};
+    }
+    auto router = bind(config);
+    dialed.endpoint = router->endpoint();
+    const auto dealer = DealerSocket::connect(make_socket_context(), dialed).value_or_throw();
+    ASSERT_TRUE(dealer->send("hello"));
+    const auto frame = receive(*router, kDeadline);
+    ASSERT_TRUE(frame);
+    EXPECT_FALSE(dealer->was_lost());
+    ASSERT_TRUE(router->send(frame->peer, "last words"));
+    std::this_thread::sleep_for(kShort);  // no linger
+    router.reset();
+    while (!dealer->was_lost()) std::this_thread::sleep_for(milliseconds(1));
+    EXPECT_EQ(dealer->receive(kDeadline), "last words");
+    const auto begin = steady_clock::now();
+    EXPECT_EQ(dealer->receive(kDeadline), std::nullopt);
+    EXPECT_LT(steady_clock::now() - begin, kDeadline / 2);
+  }
+}
+
+TEST_F(SocketTest, AConnectionThatNeverWasIsNotLost) {
+  const auto server = make_key_pair();
+  const auto router = bind({.server_keys = server});  // nobody is allowed
+  const ClientKeys stranger{server.public_key, make_key_pair()};
+  const DealerSocket::Config to[] = {
+      {.endpoint = "ipc:///tmp/foretoken-nobody", .watches_connection = true},
+      {.endpoint = router->endpoint(), .watches_connection = true},
+      {.endpoint = router->endpoint(), .keys = stranger, .watches_connection = true}};
+  for (const auto& config : to) {
+    const auto dealer = DealerSocket::connect(make_socket_context(), config).value_or_throw();
+    const auto begin = steady_clock::now();
+    EXPECT_EQ(dealer->receive(2 * kShort), std::nullopt);
+    EXPECT_GE(steady_clock::now() - begin, 2 * kShort);
+    EXPECT_FALSE(dealer->was_lost());
+  }
 }
 
 TEST_F(SocketTest, TellsThatAPeerIsGoneOrWasNeverThere) {

@@ -156,6 +156,20 @@ def test_a_cancelled_request_frees_its_kv(client):
     wait_until(lambda: client.status()["kv_slabs_used"] == before, 5)
 
 
+def test_what_a_lost_connection_asked_for_is_cancelled(service, client):
+    def cancelled():
+        return service.log.read_text().count("cancelled: its client is gone")
+
+    before = cancelled()
+    with Client(service.endpoint, service.key_file) as other:
+        whole = other._submit("Once", stream=False, max_tokens=400, ignore_eos=True)
+        stream = other.stream("Once", max_tokens=400, ignore_eos=True)
+        next(stream)
+        assert whole in other._running
+    wait_until(lambda: client.status()["requests_running"] == 0, 5)
+    assert cancelled() == before + 2
+
+
 def test_clients_at_once_get_what_they_get_alone(service, client):
     prompts = [f"{number} " * (10 * number + 1) for number in range(8)]
     options = {"max_tokens": 16, "temperature": 0, "ignore_eos": True}

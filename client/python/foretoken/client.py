@@ -7,13 +7,17 @@
         print(answer.text, answer.kv)
 
 A Client belongs to one thread; threads that generate at once take one each. Errors from the
-service raise ServiceError with its code; a service that is gone raises ServiceError("unavailable").
+service raise ServiceError with its code; a service that is gone raises ServiceError("unavailable"):
+at once for all that runs when the connection is lost, as the service cancels what it asked for. The
+client connects again by itself, and serves new requests.
 """
 
 import collections
 import dataclasses
 import json
+import math
 import os
+import struct
 import time
 import uuid
 
@@ -59,19 +63,15 @@ class Client:
     """See the module's text. `key_file` is what `foretoken serve` printed; None without keys."""
 
     def __init__(self, endpoint, key_file=None, silence_timeout=10.0):
+        self._endpoint = endpoint
+        self._keys = _read_keys(key_file) if key_file is not None else None
         self._silence_timeout = silence_timeout
         self._messages = {}  # of each request that somebody reads: those not read yet
         self._running = set()  # requests whose last message has not come
         self._asked_for = None  # those of them when the status was asked for that is still awaited
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        if key_file is not None:
-            keys = _read_keys(key_file)
-            self._socket.curve_serverkey = keys["server_public_key"].encode()
-            self._socket.curve_publickey = keys["public_key"].encode()
-            self._socket.curve_secretkey = keys["secret_key"].encode()
-        self._socket.connect(endpoint)
+        self._num_connections = 0
+        self._connect()
 
     def __enter__(self):
         return self
@@ -81,7 +81,7 @@ class Client:
 
     def close(self):
         self._running.clear()  # the service cancels them when the connection ends
-        self._socket.close()
+        self._disconnect()
         self._context.term()
 
     def stream(self, prompt, **options):
@@ -127,8 +127,59 @@ class Client:
         """Lets the service finish what runs, and end. Returns when it has agreed."""
         self._ask("drain", "drain_reply")
 
+    def _connect(self):
+        self._num_connections += 1
+        self._was_made = False  # the connection, handshake included
+        self._was_lost = False  # since
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.linger = 0
+        if self._keys is not None:
+            self._socket.curve_serverkey = self._keys["server_public_key"].encode()
+            self._socket.curve_publickey = self._keys["public_key"].encode()
+            self._socket.curve_secretkey = self._keys["secret_key"].encode()
+        monitor = f"inproc://monitor-{self._num_connections}"
+        self._socket.monitor(monitor, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._events = self._context.socket(zmq.PAIR)
+        self._events.linger = 0
+        self._events.rcvhwm = 0  # else ZeroMQ's thread stands still where nobody reads for long
+        self._events.connect(monitor)
+        self._socket.connect(self._endpoint)
+
+    def _disconnect(self):
+        if not self._socket.closed:
+            self._socket.disable_monitor()  # first: ZeroMQ's thread would wait for a reader
+        self._events.close()
+        self._socket.close()
+
+    def _is_lost(self):
+        """Whether the connection was lost. All that had come before can be received then."""
+        while self._events.poll(0):
+            (event,) = struct.unpack_from("=H", self._events.recv_multipart()[0])
+            self._was_made |= event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            self._was_lost |= self._was_made and event == zmq.EVENT_DISCONNECTED
+        return self._was_lost
+
+    def _lose_connection(self):
+        """The service cancels what a connection that is lost has asked for: this is the end of all
+        requests. The new socket has nothing of them that would still be sent."""
+        why = f"the connection to {self._endpoint} was lost, and the request with it"
+        error = {"type": "error", "code": "unavailable", "message": why}
+        for request_id in list(self._running):
+            self._keep({**error, "request_id": request_id})
+        self._asked_for = None
+        self._disconnect()
+        self._connect()
+
+    def _have_connection(self):
+        """Before something is sent, which a connection that is lost would lose too."""
+        while self._is_lost():
+            message = self._next(0)
+            if message is not None:
+                self._keep(message)
+
     def _submit(self, prompt, **options):
         request_id = str(uuid.uuid4())
+        self._have_connection()
         self._send(wire.generate(request_id, prompt, **options))
         self._messages[request_id] = collections.deque()
         self._running.add(request_id)
@@ -143,10 +194,15 @@ class Client:
 
     def _ask(self, kind, reply_kind):
         self._asked_for = None  # its answer may be taken for this one's
+        self._have_connection()
         self._send(wire.message(kind))
         deadline = time.monotonic() + self._silence_timeout
         while time.monotonic() < deadline:
+            connection = self._num_connections
             message = self._next(deadline - time.monotonic())
+            if message is None and self._num_connections != connection:
+                why = f"the connection to {self._endpoint} was lost before an answer came"
+                raise ServiceError("unavailable", why)
             if message is None:
                 break
             if message["type"] == "error" and not message.get("request_id"):
@@ -171,7 +227,7 @@ class Client:
             elif time.monotonic() - heard > self._silence_timeout:
                 self._asked_for = None  # the next request asks anew
                 raise ServiceError("unavailable", "the service does not answer")
-            elif self._asked_for is None:
+            elif self._asked_for is None and not messages:
                 self._asked_for = set(self._running)
                 self._send(wire.message("status"))
         message = messages.popleft()
@@ -199,9 +255,21 @@ class Client:
             raise ServiceError("unavailable", "the service no longer knows the request")
 
     def _next(self, timeout):
-        if not self._socket.poll(max(0, int(timeout * 1000))):
-            return None
-        return wire.decode(self._socket.recv())
+        """The next message; None after `timeout`, or earlier where the connection was lost."""
+        deadline = time.monotonic() + timeout
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._events, zmq.POLLIN)
+        while True:
+            lost = self._is_lost()  # first: what came before is here then
+            if self._socket.poll(0):
+                return wire.decode(self._socket.recv())
+            left = deadline - time.monotonic()
+            if lost:
+                self._lose_connection()
+            if lost or left <= 0:
+                return None
+            poller.poll(math.ceil(left * 1000))
 
     def _send(self, message):
         frame = wire.encode(message)
