@@ -5,11 +5,11 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
-# steps calibration outsized prefix batch batches pressure load prefill peer timeline, and where there are
-# several GPUs sums groups parallel; default: all. Only by name: longest, which takes up to ten
-# minutes, and smollm2, as its model is too large for the bundle: $FORETOKEN_SMOLLM2 names the model's
-# folder, or its GGUF file, whole or as parts in their order.
+# Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted
+# device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
+# peer timeline, and where there are several GPUs sums groups parallel; default: all. Only by name:
+# longest, which takes up to ten minutes, and smollm2, as its model is too large for the bundle:
+# $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -22,8 +22,9 @@ shift
 stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted auto streamed
-    steps calibration outsized prefix batch batches pressure load prefill peer timeline)
+  stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted
+    device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
+    peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -115,6 +116,15 @@ predicted() {
   done
   predict 130000-budget1024-churn100 130000 1024 --trace churn=100 &&
     predict 130000-live 130000 2304 --baseline streamed
+}
+# What a sequence has on the device, of a map a KV head and of one a query head.
+device_bytes() {
+  local maps
+  for maps in kv-head query-head; do
+    predict "32000-bytes-$maps" 32000 2048 --history-type e5m3 --predict-per "$maps" --trace churn=8 &&
+      predict "130000-bytes-$maps" 130000 2304 --history-type e5m3 --predict-per "$maps" \
+        --trace churn=8 || return 1
+  done
 }
 # While all fits, auto is dense decode: to be compared with stage decode.
 auto() {
