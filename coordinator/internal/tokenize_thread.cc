@@ -38,9 +38,9 @@ void TokenizeThread::cancel(RequestId id) {
 }
 
 std::vector<TokenizeThread::Answer> TokenizeThread::take() {
+  const std::lock_guard lock(mutex_);  // also for what fd() says: it goes with the answers
   eventfd_t count = 0;
   eventfd_read(event_fd_, &count);
-  const std::lock_guard lock(mutex_);
   return std::exchange(answers_, {});
 }
 
