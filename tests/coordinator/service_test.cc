@@ -97,6 +97,15 @@ class ServiceTest : public ::testing::Test, public Outbox {
     say(Hello{0, 0, 1, 1, "here", ++lives_});
     work();
   }
+  // The first group has its rank, the second is ready when it has said what is returned.
+  Ready start_two_groups(std::int64_t slabs) {
+    config_.num_groups = 2;
+    start_rank(slabs);
+    say(Hello{1, 0, 1, 2, "here"});
+    Ready ready = rank_->ready(Epoch{1});
+    ready.group = 1;
+    return ready;
+  }
   // The rank does all that it was told, and hears of no more.
   void work(int steps = 1000) {
     while (!plans_.empty() && steps-- > 0) {
@@ -743,12 +752,7 @@ TEST_F(ServiceTest, ALifeThatBeginsWhileTheLastOneLoadsHasAnEpochOfItsOwn) {
 }
 
 TEST_F(ServiceTest, GroupsShareTheNodesStore) {
-  config_.num_groups = 2;
-  start_rank(/*slabs=*/10);
-  say(Hello{1, 0, 1, 2, "here"});
-  Ready ready = rank_->ready(Epoch{1});
-  ready.group = 1;
-  say(ready);
+  say(start_two_groups(/*slabs=*/10));
   ask(StatusRequest{});
   EXPECT_EQ(told<StatusReply>().at(0).state, "ready");
   EXPECT_EQ(told<StatusReply>().at(0).detail, "");
@@ -756,11 +760,7 @@ TEST_F(ServiceTest, GroupsShareTheNodesStore) {
 }
 
 TEST_F(ServiceTest, TheGroupThatKnowsLastTellsOfTheStore) {
-  config_.num_groups = 2;
-  start_rank(/*slabs=*/10);
-  say(Hello{1, 0, 1, 2, "here"});
-  Ready ready = rank_->ready(Epoch{1});
-  ready.group = 1;
+  Ready ready = start_two_groups(/*slabs=*/10);
   ready.kv_slabs = {.total = 10, .free = 5, .cached = 3, .ready = 10};
   say(ready);
   ask(StatusRequest{});

@@ -250,7 +250,18 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CudaPrefill,
                                          Shape{1, 7, 128, DataType::kFp16},
                                          Shape{2, 2, 96, DataType::kBf16}));
 
-class CudaPrefillAttention : public CudaTest {};
+class CudaPrefillAttention : public CudaTest {
+ protected:
+  // REQUIRES: values of bf16.
+  static void expect_the_cpus(Pair& pair, cuda::PrefillAttention& attention, const Values& values,
+                              const Chunk& chunk, const Room& room) {
+    SCOPED_TRACE(name_of(chunk));
+    const Problem problem(pair.cuda, values, chunk, room);
+    attention.run(problem.args, DataType::kBf16, cuda::as_cuda(*pair.cuda.stream));
+    expect_near(problem.results(DataType::kBf16), cpu_attend(pair.cpu, values, chunk),
+                DataType::kBf16);
+  }
+};
 
 TEST_F(CudaPrefillAttention, WantsActivationsAndKvOfOneType) {
   Pair pair(DataType::kBf16);
@@ -265,11 +276,7 @@ TEST_F(CudaPrefillAttention, CutChunksShareFewPlans) {
   const Values values({1, 2, 64, DataType::kBf16}, room.max_rows, room.scratch_tokens);
   cuda::PrefillAttention attention;
   const auto expect_right = [&](const Chunk& chunk) {
-    SCOPED_TRACE(name_of(chunk));
-    const Problem problem(pair.cuda, values, chunk, room);
-    attention.run(problem.args, DataType::kBf16, cuda::as_cuda(*pair.cuda.stream));
-    expect_near(problem.results(DataType::kBf16), cpu_attend(pair.cpu, values, chunk),
-                DataType::kBf16);
+    expect_the_cpus(pair, attention, values, chunk, room);
   };
   std::size_t plans = 0;
   for (const auto& [fewest, most] :
@@ -295,11 +302,7 @@ TEST_F(CudaPrefillAttention, AllPlansCanBeMadeBefore) {
   const Values values({1, 2, 64, DataType::kBf16}, room.max_rows, room.scratch_tokens);
   cuda::PrefillAttention attention;
   const auto expect_right = [&](const Chunk& chunk) {
-    SCOPED_TRACE(name_of(chunk));
-    const Problem problem(pair.cuda, values, chunk, room);
-    attention.run(problem.args, DataType::kBf16, cuda::as_cuda(*pair.cuda.stream));
-    expect_near(problem.results(DataType::kBf16), cpu_attend(pair.cpu, values, chunk),
-                DataType::kBf16);
+    expect_the_cpus(pair, attention, values, chunk, room);
   };
   std::jthread preparing = attention.prepare(
       {DataType::kBf16, room.scratch_tokens, room.max_rows, 2, 1, 64, 1 / std::sqrt(64.0F), true});
