@@ -39,9 +39,10 @@ bench() {
 
 kernels() { timeout 300 "$here/bin/cuda_test"; }
 # Each kernel of ours that uses shared memory, at a small size: racecheck makes some a thousand times
-# slower. Left out are larger sizes, two tests of attention that call it often, two that draw tokens in 8 and 50 launches of seconds each
-# (RunsInAGraph draws in 3), and ranks that wait for each other, as racecheck runs kernels one by one:
-# what they have in shared memory, a rank alone has too. memcheck takes two ranks.
+# slower. Left out are larger sizes, two tests of attention that call it often, two that draw tokens
+# in 8 and 50 launches of seconds each (RunsInAGraph draws in 3), and ranks that wait for each other,
+# as racecheck runs kernels one by one: what they have in shared memory, a rank alone has too.
+# memcheck takes two ranks.
 checked_tests() {
   local tests=(
     'CudaTest.*' 'CudaSampleRow.*' 'Select.*' 'ResolveNothing.*'

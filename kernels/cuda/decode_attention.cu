@@ -398,22 +398,6 @@ struct SharedMemory {
 
 // ---- shares meet ----
 
-__device__ inline float4 load_words(const float4* from) {
-  float4 words;
-  asm volatile("ld.volatile.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(words.x), "=f"(words.y), "=f"(words.z), "=f"(words.w)
-               : "l"(from)
-               : "memory");
-  return words;
-}
-__device__ inline float2 load_words(const float2* from) {
-  float2 words;
-  asm volatile("ld.volatile.global.v2.f32 {%0, %1}, [%2];"
-               : "=f"(words.x), "=f"(words.y)
-               : "l"(from)
-               : "memory");
-  return words;
-}
 // No result is: that which isn't a number is 0x7FFFFFFF, whatever it was made of.
 __device__ inline bool is_empty(float word) { return __float_as_uint(word) == CudaStream::kEmpty; }
 __device__ inline bool is_empty(float2 words) { return is_empty(words.x) || is_empty(words.y); }
@@ -422,7 +406,7 @@ __device__ inline bool is_empty(float4 words) {
 }
 template <typename Words>
 __device__ void await(Words& words, const Words* from) {
-  while (is_empty(words)) words = load_words(from);
+  while (is_empty(words)) words = load_awaited(from);
 }
 template <typename Words>
 __device__ void set_empty(Words* words) {
@@ -453,8 +437,8 @@ __device__ void merge_shares(const Params<T>& p, std::size_t first_cta, int coun
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {
       if (!has(i)) break;
-      others[i] = load_words(p.share_part + head_of(i));
-      values[i] = load_words(p.share_out + head_of(i) * kQuads + quad);
+      others[i] = load_awaited(p.share_part + head_of(i));
+      values[i] = load_awaited(p.share_out + head_of(i) * kQuads + quad);
     }
 #pragma unroll
     for (int i = 0; i < kInFlight; ++i) {

@@ -142,4 +142,27 @@ __device__ inline uint4 load_once(const void* from) {
   return value;
 }
 
+// 16 or 8 bytes that others may be writing, in one load: a word is what it was or what it is.
+template <typename Words>
+__device__ Words load_awaited(const Words* from) {
+  Words value;
+  if constexpr (sizeof(Words) == 16) {
+    uint4 words;
+    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from)
+                 : "memory");
+    memcpy(&value, &words, sizeof value);
+  } else {
+    uint2 words;
+    asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];"
+                 : "=r"(words.x), "=r"(words.y)
+                 : "l"(from)
+                 : "memory");
+    static_assert(sizeof value == sizeof words);
+    memcpy(&value, &words, sizeof value);
+  }
+  return value;
+}
+
 }  // namespace foretoken::kernels::cuda

@@ -57,7 +57,10 @@ __device__ void send_to(const PeerLinks& links, int to, std::uint32_t call, int 
 // Eight values of a call, as they come from one rank.
 class Received {
  public:
-  __device__ explicit Received(const std::uint32_t* from) : from_(from) { load(); }
+  __device__ explicit Received(const std::uint32_t* from)
+      : from_(reinterpret_cast<const uint4*>(from)) {
+    load();
+  }
 
   // Anything where it is told to stop.
   template <typename T>
@@ -74,17 +77,9 @@ class Received {
   }
 
  private:
-  __device__ static uint4 load_words(const std::uint32_t* from) {
-    uint4 words;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "l"(from)
-                 : "memory");
-    return words;
-  }
   __device__ void load() {
-    low_ = load_words(from_);
-    high_ = load_words(from_ + 4);
+    low_ = load_awaited(from_);
+    high_ = load_awaited(from_ + 1);
   }
   __device__ bool has_come(std::uint32_t number) const {
     const std::uint32_t differs = (low_.x ^ number) | (low_.y ^ number) | (low_.z ^ number) |
@@ -93,7 +88,7 @@ class Received {
     return differs >> 16 == 0;
   }
 
-  const std::uint32_t* from_;
+  const uint4* from_;
   uint4 low_, high_;
 };
 
