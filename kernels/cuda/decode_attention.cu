@@ -544,6 +544,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_attention_kernel(const Par
     block = blocks[slot];
   }
 
+  if (share.count > 1 && share.is_last()) {  // what the shares will write, and this one awaits
+    const std::size_t first = blockIdx.x - static_cast<std::size_t>(share.index);
+    const std::size_t heads = static_cast<std::size_t>(share.count) * kHeads;
+    prefetch(p.share_out + first * kHeads * (kHeadDim / 4), heads * kHeadDim * sizeof(float));
+    prefetch(p.share_part + first * kHeads, heads * sizeof(float2));
+  }
+
   wait_for_earlier_kernels();
 
   if (block == (num_tokens - 1) / kBlockTokens) {  // the step's k and v have come

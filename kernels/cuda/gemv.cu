@@ -65,14 +65,6 @@ __device__ uint4 apply_norm(uint4 x, const float (&weight)[8], float& squares) {
   return x;
 }
 
-// So that the norm's weights are near when x is there.
-__device__ void prefetch(const float* weight, int columns) {
-  constexpr int kLine = 128 / sizeof(float);
-  for (int i = kLine * static_cast<int>(threadIdx.x); i < columns; i += kLine * kThreads) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + i));
-  }
-}
-
 // Behind it: the rows of x, [kRows, columns of whole groups], zeros behind each.
 struct alignas(16) SharedMemory {
   uint4 ring[kRing][kThreads];
@@ -290,7 +282,8 @@ __global__ void __launch_bounds__(kThreads, kRows == 1 && !kLinked ? 3 : 2)
     for (int step = 0; step < weight.kSteps; ++step) weight.load(step);
     weight.next_group();
   }
-  if constexpr (kNorm) prefetch(p.norm_weight, p.columns);
+  // So that the norm's weights are near when x is there.
+  if constexpr (kNorm) prefetch(p.norm_weight, sizeof(float) * static_cast<unsigned>(p.columns));
 
   wait_for_earlier_kernels();
   const int stride = whole_groups<kParts>(p.columns);

@@ -142,6 +142,14 @@ __device__ inline uint4 load_once(const void* from) {
   return value;
 }
 
+// Brings memory into L2, which the weights drive it from meanwhile: by all threads of a CTA.
+__device__ inline void prefetch(const void* from, std::size_t bytes) {
+  constexpr std::size_t kLine = 128;
+  for (std::size_t i = kLine * threadIdx.x; i < bytes; i += kLine * blockDim.x) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const std::byte*>(from) + i));
+  }
+}
+
 // 16 or 8 bytes that others may be writing, in one load: a word is what it was or what it is.
 template <typename Words>
 __device__ Words load_awaited(const Words* from) {
