@@ -103,7 +103,8 @@ int bench(const std::string& kind, BenchOptions options) {
   for (const Baseline baseline : options.baselines) {
     const std::string name(name_of(baseline));
     services.emplace_back(name, measure_baseline(baseline, options, services.front().second));
-    json["baselines"].push_back(baseline_figures(name, services.back().second, json));
+    json["baselines"].push_back(
+        baseline_figures(name, services.back().second, services.front().second));
   }
   if (!options.plot.empty()) save_svg(plot_of(json, services), options.plot);
   if (options.json) {

@@ -107,11 +107,13 @@ Json figures(const std::string& kind, const BenchLoad& load, const Measured& mea
   return json;
 }
 
-Json baseline_figures(const std::string& name, const Measured& measured, const Json& main) {
+Json baseline_figures(const std::string& name, const Measured& measured, const Measured& main) {
   Json json = {{"baseline", name}, {"generated_tokens", measured.last().usage.completion_tokens}};
   add_decode_figures(measured, json);
-  json["ratio"] =
-      main["ms_per_token"]["median"].get<double>() / json["ms_per_token"]["median"].get<double>();
+  json["ratio"] = decode_figures(main.batches)["median"].get<double>() /
+                  json["ms_per_token"]["median"].get<double>();
+  const std::vector<TokenId>& ids = measured.last_run().ids;
+  json["equal_tokens"] = std::ranges::mismatch(ids, main.last_run().ids).in1 - ids.begin();
   return json;
 }
 
@@ -142,7 +144,8 @@ void print_for_people(const Json& json) {
   print_decode(json, "decode ");
   for (const Json& baseline : json["baselines"]) {
     print_decode(baseline, baseline["baseline"].get<std::string>());
-    std::cout << "    decode takes " << baseline["ratio"] << " times as long\n";
+    std::cout << "    decode takes " << baseline["ratio"] << " times as long; the first "
+              << baseline["equal_tokens"] << " tokens of the last answer are equal\n";
   }
 }
 

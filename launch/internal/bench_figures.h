@@ -16,7 +16,8 @@ namespace foretoken::launch {
 struct Measured {
   StatusReply status;
   std::vector<Batch> batches;
-  const DoneMessage& last() const { return batches.back().runs.back().done; }
+  const Run& last_run() const { return batches.back().runs.back(); }
+  const DoneMessage& last() const { return last_run().done; }
 };
 
 // {"bench", "model", "machine", "device", ..., "kv"}; a decode's also has
@@ -26,9 +27,11 @@ struct Measured {
 //   device_share    of the context's whole KV: what the sequence takes on the device
 nlohmann::ordered_json figures(const std::string& kind, const BenchLoad& load,
                                const Measured& measured);
-// The same of another service. ratio: the main one's median over its own.
+// The same of another service.
+//   ratio         the main one's median over its own
+//   equal_tokens  the last answer's first ones that are the main one's
 nlohmann::ordered_json baseline_figures(const std::string& name, const Measured& measured,
-                                        const nlohmann::ordered_json& main);
+                                        const Measured& main);
 
 // The time to each token of the first request of each service's last batch.
 Plot plot_of(const nlohmann::ordered_json& main,

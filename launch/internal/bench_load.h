@@ -24,6 +24,7 @@ struct Run {
     std::size_t tokens;  // several may come in one message
   };
   std::vector<Arrival> arrivals;
+  std::vector<TokenId> ids;
   DoneMessage done;
   bool ended = false;
 };
