@@ -1,5 +1,5 @@
-"""How long a prefix that the store has makes a request wait: one in host memory; one on NVMe, after a
-restart of the whole service.
+"""How long a prefix that the store has makes a request wait: one in host memory; one on NVMe, whose place
+in host memory others have taken, and after a restart of the whole service.
 
     python3 tests/gpu/prefix.py --bin FOLDER --model FOLDER --nvme FOLDER [--length TOKENS]
                                 [--host-gib SIZE] [--device cuda|cpu] [--json FILE]
@@ -25,6 +25,7 @@ from faults import Checks, wait_until
 
 SEGMENT = 256
 TAIL = 64  # always computed
+OTHERS = 4  # prompts of the same length, which take all of the arena
 READ_BYTES = 4 << 20
 READERS = 8
 
@@ -70,18 +71,26 @@ class Service:
         answer["first_token_ms"] = timing["total"] - timing["decode"]
         return answer
 
+    def tier(self):
+        done = subprocess.run(
+            [self.foretoken, "status", *self.connect, "--json"], check=True, capture_output=True, text=True
+        )
+        return json.loads(done.stdout)["kv_nvme"]
+
     def wait_until_written(self):
         """All that is complete is on NVMe, too."""
         held = -1
         for _ in range(600):
             time.sleep(0.5)
-            done = subprocess.run(
-                [self.foretoken, "status", *self.connect, "--json"], check=True, capture_output=True, text=True
-            )
-            now = json.loads(done.stdout)["kv_nvme"]["slabs_held"]
+            now = self.tier()["slabs_held"]
             if now == held > 0:
                 return
             held = now
+
+    def ask_nvme(self, ids):
+        """The answer, and how many slabs it took from NVMe."""
+        before = self.tier()["slabs_read"]
+        return self.ask(ids) | {"slabs_read": self.tier()["slabs_read"] - before}
 
 
 def read_rate(path, most):
@@ -128,15 +137,25 @@ def main():
             suffixes = [service.ask(prompt_of(arguments.length - cached, 7 + i)) for i in range(arguments.repeat)]
             hits = [service.ask(prompt) for _ in range(arguments.repeat)]
             service.wait_until_written()
+            for seed in range(OTHERS):
+                service.ask(prompt_of(arguments.length, 37 + seed))
+                service.wait_until_written()
+            from_nvme = service.ask_nvme(prompt)
         with Service(arguments, folder) as service:
             service.ask(prompt_of(arguments.length - cached, 31))
-            from_nvme = service.ask(prompt)
-    for name, answers in {"host memory": hits, "NVMe, after a restart": [from_nvme]}.items():
+            restarted = service.ask_nvme(prompt)
+    places = {"host memory": hits, "NVMe": [from_nvme], "NVMe, after a restart": [restarted]}
+    for name, answers in places.items():
         found = {
             "cached_tokens": [answer["usage"]["cached_tokens"] for answer in answers],
             "equal_tokens": all(answer["token_ids"] == computed["token_ids"] for answer in answers),
+            "from_nvme": all(answer.get("slabs_read", 0) > 0 for answer in answers),
         }
-        ok = found == {"cached_tokens": [cached] * len(answers), "equal_tokens": True}
+        ok = found == {
+            "cached_tokens": [cached] * len(answers),
+            "equal_tokens": True,
+            "from_nvme": name != "host memory",
+        }
         checks.expect(f"a prefix comes from {name}", ok, found)
     bytes_of_token = computed["kv"]["full_kv_bytes"] / (arguments.length + len(computed["token_ids"]))
     gigabytes = cached * bytes_of_token * 1e-9
@@ -152,6 +171,8 @@ def main():
         "host_gb_per_s": gigabytes / (host_ms - suffix_ms) * 1e3,
         "nvme_ms": from_nvme["first_token_ms"],
         "nvme_gb_per_s": gigabytes / (from_nvme["first_token_ms"] - suffix_ms) * 1e3,
+        "restarted_ms": restarted["first_token_ms"],
+        "restarted_gb_per_s": gigabytes / (restarted["first_token_ms"] - suffix_ms) * 1e3,
         "disk_gb_per_s": read_rate(file, int(gigabytes * 1e9)),
         "checks": checks.results,
     }
