@@ -84,8 +84,8 @@ class Request {
   int losses = 0;                       // of its KV, by bytes that failed their check
   bool was_refused = false;             // there was no room for it beside others
   int refusals = 0;                     // admissions that failed though nothing else ran
-  int pendings = 0;                     // in a row, while its prefix came from NVMe
-  std::optional<TimePoint> retry_at;    // of such a one
+  std::optional<TimePoint> pending_since;  // its prefix comes from NVMe
+  std::optional<TimePoint> retry_at;       // of such a one
 
  private:
   std::optional<std::string> end_reason(const TokenInfo& token,

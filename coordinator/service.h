@@ -61,9 +61,10 @@ class Service {
   void on_client_frame(const RouterFrame& frame, TimePoint now);
   void on_worker_frame(const RouterFrame& frame, TimePoint now);
   void on_tokenized(RequestId id, Result<std::vector<TokenId>> ids, TimePoint now);
-  // To be called every kTick at least.
+  // To be called every kTick at least, and at next_retry().
   void on_time(TimePoint now);
   static constexpr std::chrono::milliseconds kTick{20};
+  TimePoint next_retry() const { return next_retry_; }
 
   // Takes nothing new, lets what runs finish, then sends Shutdown to all ranks.
   void drain(TimePoint now);
@@ -152,6 +153,7 @@ class Service {
   std::map<RequestId, std::unique_ptr<Request>> requests_;
   std::map<SequenceId, RequestId> by_sequence_;  // sequences that somebody waits for
   std::set<RequestId> waiting_;                  // first come first served: ids rise
+  TimePoint next_retry_ = TimePoint::max();      // of one of them that a group has room for
   std::uint64_t last_request_ = 0;
   std::uint64_t last_sequence_ = 0;
   std::int64_t restarts_ = 0;

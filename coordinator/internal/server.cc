@@ -137,12 +137,13 @@ void Server::run() {
     }
     read_signals();
     const auto now = steady_clock::now();
-    if (now >= next_tick) {
+    if (now >= std::min(next_tick, service_->next_retry())) {
       service_->on_time(now);
       next_tick = now + (service_->num_requests() == 0 ? kIdleTick : Service::kTick);
     }
     if (more) continue;
-    const auto left = std::chrono::ceil<milliseconds>(next_tick - steady_clock::now());
+    const auto next = std::min(next_tick, service_->next_retry());
+    const auto left = std::chrono::ceil<milliseconds>(next - steady_clock::now());
     wait_readable(sockets, fds, std::max(left, milliseconds(0)));
   }
   log().info("ended");

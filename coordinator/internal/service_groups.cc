@@ -11,7 +11,11 @@ namespace {
 
 constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
-constexpr int kMaxDoublings = 3;  // of the pause between a prompt's tries: each carries its tokens
+// Between tries of a prompt whose prefix comes from NVMe: the pause is a part of the time since the
+// first one, as each carries the prompt's tokens.
+constexpr std::chrono::milliseconds kMinPause{2};
+constexpr std::chrono::milliseconds kMaxPause{400};
+constexpr int kPausesInTime = 16;
 // With a parent that saw the death itself: more than its longest pause before a restart (8 s) and
 // the start of MPI take together.
 constexpr std::chrono::seconds kRestartPatience{20};
@@ -218,7 +222,7 @@ void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
-  request.pendings = 0;
+  request.pending_since.reset();
   request.was_refused = false;
   request.on_admitted(event.reused_tokens, now);
   if (!request.tokens().empty()) note_continued(request, event.reused_tokens);
@@ -255,7 +259,10 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
 // Its prefix comes from NVMe; others may overtake it meanwhile. The store bounds how often it says
 // so.
 void Service::wait_for_prefix(Request& request, TimePoint now) {
-  request.retry_at = now + kRetryFilling * (1 << std::min(request.pendings++, kMaxDoublings));
+  if (!request.pending_since) request.pending_since = now;
+  const TimePoint::duration pause = (now - *request.pending_since) / kPausesInTime;
+  request.retry_at = now + std::clamp<TimePoint::duration>(pause, kMinPause, kMaxPause);
+  next_retry_ = std::min(next_retry_, *request.retry_at);
 }
 
 // KV that failed its check is computed anew, from the prompt and the tokens that there are. A disk
@@ -370,9 +377,11 @@ bool Service::tries_again(const Group& group) const {
 }
 
 void Service::start_waiting(TimePoint now) {
+  next_retry_ = TimePoint::max();
   for (auto place = waiting_.begin(); place != waiting_.end();) {
     auto& request = *find(*place);
     if (request.retry_at && now < *request.retry_at) {
+      next_retry_ = std::min(next_retry_, *request.retry_at);
       ++place;
       continue;
     }

@@ -606,15 +606,21 @@ TEST_F(ServiceTest, APrefixFromNvmeIsAskedForAgainSoonAndHoldsUpNobody) {
   EXPECT_EQ(told<DoneMessage>()[0].request_id, "behind");
   EXPECT_GT(told<TokenMessage>().size(), 10U) << "the running one goes on";
 
-  for (const int pause : {50, 100, 200}) {
-    const int before = store_->pending_admits;
-    pass(milliseconds(pause - 1));
-    work(4);
-    EXPECT_EQ(store_->pending_admits, before);
-    pass(milliseconds(1));
-    work(6);
-    EXPECT_EQ(store_->pending_admits, std::max(0, before - 1));
-  }
+  pass(milliseconds(1));
+  work(4);
+  EXPECT_EQ(store_->pending_admits, 2);
+  EXPECT_EQ(service_->next_retry() - now_, milliseconds(1));
+  pass(milliseconds(159));  // its step was late
+  work(6);
+  EXPECT_EQ(store_->pending_admits, 1);
+  EXPECT_EQ(service_->next_retry() - now_, milliseconds(10)) << "a sixteenth of 160 ms";
+  pass(milliseconds(9));
+  work(4);
+  EXPECT_EQ(store_->pending_admits, 1);
+  pass(milliseconds(1));
+  work(6);
+  EXPECT_EQ(store_->pending_admits, 0);
+  pass(milliseconds(20));
   work();
   ASSERT_EQ(told<DoneMessage>().size(), 3U);
   EXPECT_EQ(told<DoneMessage>()[1].request_id, "slow");
