@@ -77,13 +77,13 @@ class Request {
   std::optional<TimePoint> last_token_at() const { return last_token_at_; }
 
   // Kept here for the service.
-  std::vector<PrefixKey> segment_keys;  // of sequence_tokens(), as far as they were needed
-  std::size_t segments_given = 0;       // of them, with its sequence's prompt
-  std::optional<KvReport> report;       // kFinishing: nothing is awaited but the client's queue
-  int deaths = 0;                       // of groups that it ran on
-  int losses = 0;                       // of its KV, by bytes that failed their check
-  bool was_refused = false;             // there was no room for it beside others
-  int refusals = 0;                     // admissions that failed though nothing else ran
+  std::vector<PrefixKey> segment_keys;     // of sequence_tokens(), as far as they were needed
+  std::size_t segments_given = 0;          // of them, with its sequence's prompt
+  std::optional<KvReport> report;          // kFinishing: nothing is awaited but the client's queue
+  int deaths = 0;                          // of groups that it ran on
+  int losses = 0;                          // of its KV, by bytes that failed their check
+  bool was_refused = false;                // there was no room for it beside others
+  int refusals = 0;                        // admissions that failed though nothing else ran
   std::optional<TimePoint> pending_since;  // its prefix comes from NVMe
   std::optional<TimePoint> retry_at;       // of such a one
 
