@@ -18,8 +18,9 @@ while [[ "${1:-}" == --* ]]; do
     --cuda) with_cuda=true ;;
     --tests)
       programs+=(cuda_test worker_test cuda_ops_bench collective_bench upload_bench)
-      extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/footprint.py tests/gpu/groups.py tests/gpu/load.py
-        tests/gpu/oracle.py tests/gpu/prefix.py tests/gpu/smollm2.py tests/gpu/timeline.py
+      extras=(tests/gpu.sh tests/gpu/faults.py tests/gpu/footprint.py tests/gpu/groups.py
+        tests/gpu/interleaved.py tests/gpu/load.py tests/gpu/oracle.py tests/gpu/prefix.py
+        tests/gpu/service.py tests/gpu/smollm2.py tests/gpu/timeline.py
         tests/bench/transformers_peer.py tests/oracles/data/smollm2.json
         /usr/share/common-licenses/GPL-3)
       old_nccl=build/release/lib/old/libold_nccl.so

@@ -7,7 +7,7 @@
 #
 # Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted
 # device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
-# peer timeline, and where there are several GPUs sums groups parallel; default: all. Only by name:
+# interleaved peer timeline, and where there are several GPUs sums groups parallel; default: all. Only by name:
 # longest, which takes up to ten minutes, and smollm2, as its model is too large for the bundle:
 # $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
@@ -24,7 +24,7 @@ gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
   stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted
     device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
-    peer timeline)
+    interleaved peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
 fi
 mkdir -p "$results"
@@ -186,7 +186,7 @@ outsized() {
       return 1
   done
 }
-# A prefix of 32K from host memory, and from NVMe after a restart.
+# A prefix of 32K from host memory, and from NVMe, with and without a restart.
 prefix() {
   timeout 200 python3 "$here/prefix.py" --bin "$here/bin" --model "$here/models/llama-8b" \
     --nvme "${FORETOKEN_NVME:-/tmp/foretoken-nvme}/prefix" --json "$results/prefix.json"
@@ -223,6 +223,11 @@ prefill() {
     bench prefill --kv-policy full --context "$context" --repeat 4 --max-model-len 131072 \
       --kv-host-gib 80 | tee "$results/prefill-$context.json" || return 1
   done
+}
+# A stream's tokens beside long prompts of others.
+interleaved() {
+  timeout 200 python3 "$here/interleaved.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+    --json "$results/interleaved.json"
 }
 # The kernels of a decode step at 128K, as the service runs it.
 timeline() {

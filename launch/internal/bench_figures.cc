@@ -44,7 +44,8 @@ Json decode_figures(const std::vector<Batch>& batches) {
   return {{"mean", mean_of(ms)},
           {"median", percentile(ms, 0.5)},
           {"p95", percentile(ms, 0.95)},
-          {"min", ms.empty() ? 0.0 : *std::min_element(ms.begin(), ms.end())}};
+          {"min", percentile(ms, 0)},
+          {"max", percentile(ms, 1)}};
 }
 
 double decode_rate(const std::vector<Batch>& batches) {

@@ -14,6 +14,7 @@ import sys
 import tempfile
 
 from faults import Checks, Setup, status_of, wait_until
+from service import Service
 
 SEGMENT = 256
 TAIL = 64  # always computed
@@ -81,20 +82,9 @@ def main():
     setup = Setup(arguments)
     checks = Checks()
     with tempfile.TemporaryDirectory(prefix="ft-groups-") as folder:
-        endpoint_file = pathlib.Path(folder) / "endpoint.json"
-        command = [setup.foretoken, "serve", *setup.flags, "--num-groups=2", "--max-num-seqs=1"]
-        command += [f"--runtime-dir={folder}/run", f"--endpoint-file={endpoint_file}"]
-        serving = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        try:
-            took = wait_until(lambda: endpoint_file.exists() or serving.poll() is not None, 90)
-            checks.expect("two groups start", endpoint_file.exists(), {"seconds": took})
-            if endpoint_file.exists():
-                endpoint = json.loads(endpoint_file.read_text())
-                connect = ["--connect", endpoint["endpoint"], "--key-file", endpoint["key_file"]]
-                check_shared_prefix(checks, setup, connect, folder)
-        finally:
-            serving.terminate()
-            serving.wait(30)
+        flags = [*setup.flags, "--num-groups=2", "--max-num-seqs=1"]
+        with Service(setup.foretoken, folder, flags) as service:
+            check_shared_prefix(checks, setup, service.connect, folder)
     if arguments.json:
         pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))
     sys.exit(0 if all(result["ok"] for result in checks.results) else 1)

@@ -16,12 +16,12 @@ import json
 import mmap
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 
-from faults import Checks, wait_until
+from faults import Checks
+from service import Service
 
 SEGMENT = 256
 TAIL = 64  # always computed
@@ -30,52 +30,24 @@ READ_BYTES = 4 << 20
 READERS = 8
 
 
-class Service:
-    """`foretoken serve` with a tier in the folder that outlives it."""
+class TieredService(Service):
+    """With an NVMe tier that outlives it."""
 
     def __init__(self, arguments, folder):
-        self.foretoken = f"{arguments.bin}/foretoken"
-        self.folder = pathlib.Path(folder)
-        self.endpoint_file = self.folder / "endpoint.json"
         cuda = arguments.device == "cuda"
-        command = [
-            self.foretoken, "serve", arguments.model, f"--device={arguments.device}", "--load-format=dummy",
-            "--kv-policy=full", "--port=0", f"--max-model-len={arguments.length + SEGMENT}",
+        flags = [
+            arguments.model, f"--device={arguments.device}", "--load-format=dummy", "--kv-policy=full", "--port=0",
+            f"--max-model-len={arguments.length + SEGMENT}", f"--kv-nvme-gib={16 if cuda else 1}",
             f"--kv-host-gib={arguments.host_gib or (12 if cuda else 0.25)}", f"--kv-nvme-path={arguments.nvme}",
-            f"--kv-nvme-gib={16 if cuda else 1}", "--kv-persist", "--kv-nvme-reuse=always",
-            f"--runtime-dir={folder}/run", f"--endpoint-file={self.endpoint_file}", "--max-batched-tokens=8192",
+            "--kv-persist", "--kv-nvme-reuse=always", "--max-batched-tokens=8192",
         ]  # fmt: skip
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        if wait_until(lambda: self.endpoint_file.exists() or self.process.poll() is not None, 90) is None:
-            sys.exit("the service did not start within 90 s")
-        endpoint = json.loads(self.endpoint_file.read_text())
-        self.connect = ["--connect", endpoint["endpoint"], "--key-file", endpoint["key_file"]]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.terminate()
-        self.process.wait(60)
-        self.endpoint_file.unlink()
+        super().__init__(f"{arguments.bin}/foretoken", folder, flags)
 
     def ask(self, ids):
-        with tempfile.NamedTemporaryFile("w", suffix=".json") as prompt:
-            json.dump(ids, prompt)
-            prompt.flush()
-            command = [self.foretoken, "generate", *self.connect, "--prompt-ids", prompt.name, "--json"]
-            command += ["--max-tokens=4", "--temperature=0", "--ignore-eos"]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        answer = json.loads(done.stdout)
-        timing = answer["timing_ms"]
-        answer["first_token_ms"] = timing["total"] - timing["decode"]
-        return answer
+        return super().ask(ids, "--max-tokens=4")
 
     def tier(self):
-        done = subprocess.run(
-            [self.foretoken, "status", *self.connect, "--json"], check=True, capture_output=True, text=True
-        )
-        return json.loads(done.stdout)["kv_nvme"]
+        return self.run("status")["kv_nvme"]
 
     def wait_until_written(self):
         """All that is complete is on NVMe, too."""
@@ -131,7 +103,7 @@ def main():
     cached = (arguments.length - TAIL) // SEGMENT * SEGMENT
     prompt = prompt_of(arguments.length, 3)
     with tempfile.TemporaryDirectory(prefix="ft-prefix-") as folder:
-        with Service(arguments, folder) as service:
+        with TieredService(arguments, folder) as service:
             service.ask(prompt_of(arguments.length, 5))  # what a first request pays once
             computed = service.ask(prompt)
             suffixes = [service.ask(prompt_of(arguments.length - cached, 7 + i)) for i in range(arguments.repeat)]
@@ -141,7 +113,7 @@ def main():
                 service.ask(prompt_of(arguments.length, 37 + seed))
                 service.wait_until_written()
             from_nvme = service.ask_nvme(prompt)
-        with Service(arguments, folder) as service:
+        with TieredService(arguments, folder) as service:
             service.ask(prompt_of(arguments.length - cached, 31))
             restarted = service.ask_nvme(prompt)
     places = {"host memory": hits, "NVMe": [from_nvme], "NVMe, after a restart": [restarted]}
