@@ -188,8 +188,10 @@ outsized() {
 }
 # A prefix of 32K from host memory, and from NVMe, with and without a restart.
 prefix() {
+  local nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}
+  mkdir -p -m 700 "$nvme"
   timeout 200 python3 "$here/prefix.py" --bin "$here/bin" --model "$here/models/llama-8b" \
-    --nvme "${FORETOKEN_NVME:-/tmp/foretoken-nvme}/prefix" --json "$results/prefix.json"
+    --nvme "$nvme/prefix" --json "$results/prefix.json"
 }
 batch() {
   bench decode --kv-policy full --context 2000 --tokens 200 --batch 32 --max-num-seqs 32 \
@@ -224,9 +226,9 @@ prefill() {
       --kv-host-gib 80 | tee "$results/prefill-$context.json" || return 1
   done
 }
-# A stream's tokens beside long prompts of others.
+# A stream's tokens beside long prompts of others. The log says which steps took longer than the bound.
 interleaved() {
-  timeout 200 python3 "$here/interleaved.py" --bin "$here/bin" --model "$here/models/llama-8b" \
+  FORETOKEN_LOG=debug timeout 200 python3 "$here/interleaved.py" --bin "$here/bin" --model "$here/models/llama-8b" \
     --json "$results/interleaved.json"
 }
 # The kernels of a decode step at 128K, as the service runs it.

@@ -358,6 +358,7 @@ void visit_fields(F&& f, Is<StepResult> auto& m) {
   f("device_bytes_free", m.device_bytes_free);
   f("kv_slabs", m.kv_slabs);
   f("step_us", m.step_us);
+  f("launch_us", m.launch_us);
 }
 
 template <typename F>

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/log.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -318,12 +319,19 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
 
 // An admission waits for the store, maybe for its disk; that says nothing of what computing costs.
 void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks) {
+  const auto slowest = std::ranges::max_element(ranks, {}, &StepResult::step_us);
+  const std::chrono::microseconds time(slowest->step_us);
+  if (step.num_decodes > 0 && config_.max_inter_token && time > *config_.max_inter_token) {
+    log().debug(
+        "step {} took {} us, more than --max-inter-token-ms: {} sequences decode, {:.0f} units of "
+        "prefill, {} admitted, {} started, {} released; rank {} launched it in {} us",
+        raw(step.step), time.count(), step.num_decodes, step.prefill_units, step.admits.size(),
+        step.starts.size(), step.releases.size(), slowest->rank, slowest->launch_us);
+  }
   if (!step.admits.empty() || (step.prefill_units == 0 && step.num_decodes == 0)) return;
-  std::int64_t slowest_us = 0;
-  for (const auto& rank : ranks) slowest_us = std::max(slowest_us, rank.step_us);
   times_.learn({.prefill_units = step.prefill_units,
                 .num_decodes = step.num_decodes,
-                .time = std::chrono::microseconds(slowest_us)});
+                .time = time});
 }
 
 // True when a rank said no: the others let go of it too. It is tried again where a dense sequence

@@ -37,7 +37,7 @@ class TieredService(Service):
         cuda = arguments.device == "cuda"
         flags = [
             arguments.model, f"--device={arguments.device}", "--load-format=dummy", "--kv-policy=full", "--port=0",
-            f"--max-model-len={arguments.length + SEGMENT}", f"--kv-nvme-gib={16 if cuda else 1}",
+            f"--max-model-len={arguments.length + SEGMENT}", f"--kv-nvme-gib={40 if cuda else 1}",
             f"--kv-host-gib={arguments.host_gib or (12 if cuda else 0.25)}", f"--kv-nvme-path={arguments.nvme}",
             "--kv-persist", "--kv-nvme-reuse=always", "--max-batched-tokens=8192",
         ]  # fmt: skip

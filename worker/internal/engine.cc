@@ -148,6 +148,9 @@ void Engine::launch(const StepPlan& plan) {
     result.kv_slabs = count_slabs();
   }
   pending.ended->record(*compute_);
+  result.launch_us = std::chrono::duration_cast<std::chrono::microseconds>(
+                         std::chrono::steady_clock::now() - pending.launched)
+                         .count();
 }
 
 bool Engine::has_ended() const { return has_launched() && pending_.front().ended->done(); }
