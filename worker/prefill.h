@@ -82,8 +82,7 @@ class Prefill {
   const int max_tokens_;
   const kernels::PrefillShape attention_;
   Activations act_;
-  kernels::DeviceBuffer lse_;          // [heads, max_rows] of the chunk
-  kernels::DeviceBuffer num_columns_;  // [1]
+  kernels::DeviceBuffer lse_;  // [heads, max_rows] of the chunk
 
   // The scratch, and who has it.
   kernels::DeviceBuffer hidden_;  // [prompt - reused, hidden size]

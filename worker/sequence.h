@@ -59,8 +59,11 @@ class Sequence {
   bool decodes() const { return length_ > prompt_length_; }
   bool keeps_sketches() const { return kv_.sketches != nullptr; }
 
+  // What the prompt's attention covers, in history columns; [1], device.
+  const std::int32_t* prompt_columns() const { return prompt_columns_; }
+
   // Marks the prompt's blocks resident, block b in slot b, if there is a slot for each; prefill
-  // then writes them there.
+  // then writes them there. Nothing to do, and to wait for, unless the sequence has spilled.
   void make_prompt_resident(kernels::Stream& stream);
   // Gives up the slots beyond the budget's. The local window stays, since a part of it may not be
   // in the arena yet; a sequence that doesn't decode yet keeps nothing. What else it shall have is
@@ -88,8 +91,8 @@ class Sequence {
  private:
   void allocate_slots(const predictor::Policy& policy, int num_slots);
   void allocate_tables(const std::vector<TokenId>& prompt, kernels::Stream& stream);
-  void empty_slot_tables(kernels::Stream& stream);
-  void map_to_slots(int first_block, int num_blocks, kernels::Stream& stream);
+  bool has_slots_for_prompt() const;
+  void upload_slot_tables(int first_block, int num_blocks, kernels::Stream& stream);
 
   const SequenceId id_;
   const int prompt_length_;
@@ -100,6 +103,7 @@ class Sequence {
   std::unique_ptr<predictor::PolicyState> policy_state_;
   bool streams_all_ = false;
   bool is_dense_ = false;
+  bool prompt_is_resident_ = false;  // as make_prompt_resident() has it
   kernels::SequenceKv kv_{};
   kernels::FetchList fetches_{};
   // fetches_' entries and counts, once they were copied.
@@ -108,6 +112,7 @@ class Sequence {
   predictor::DecodeBatch alone_;
   const kernels::FetchList* fetches_alone_ = nullptr;
   kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
+  const std::int32_t* prompt_columns_ = nullptr;
   kernels::DeviceBuffer slots_;  // and behind them, where they are observed, their block maxima
   kernels::DeviceBuffer tables_;
   kernels::DeviceBuffer sketches_;

@@ -13,6 +13,9 @@ namespace {
 // Admitted sequences that wait for their prefill hold memory; these are enough to hide the time
 // that an admission takes.
 constexpr int kMaxBeforePrefill = 4;
+// Of the bound on a step: what varies from one to the next, and the way to the client, are the
+// rest.
+constexpr double kAim = 0.95;
 
 Error broken(const std::string& why) {
   return {ErrorCode::kInternal, "the ranks of a group disagree: " + why};
@@ -203,7 +206,7 @@ void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
 Scheduler::Budget Scheduler::whole_budget(const StepPlan& plan) const {
   Budget budget{std::int64_t{config_.max_batched_tokens} * config_.num_layers};
   if (config_.max_inter_token && !plan.decodes.empty()) {
-    budget.units = times_.units_beside_decodes(*config_.max_inter_token);
+    budget.units = times_.units_beside_decodes(kAim * *config_.max_inter_token);
   }
   return budget;
 }
@@ -329,9 +332,8 @@ void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks
         step.starts.size(), step.releases.size(), slowest->rank, slowest->launch_us);
   }
   if (!step.admits.empty() || (step.prefill_units == 0 && step.num_decodes == 0)) return;
-  times_.learn({.prefill_units = step.prefill_units,
-                .num_decodes = step.num_decodes,
-                .time = time});
+  times_.learn(
+      {.prefill_units = step.prefill_units, .num_decodes = step.num_decodes, .time = time});
 }
 
 // True when a rank said no: the others let go of it too. It is tried again where a dense sequence

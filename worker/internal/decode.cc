@@ -124,10 +124,7 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
 Decode::~Decode() = default;
 
 void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
-  const std::int32_t length = sequence.length();
-  device_.copy_in(sequence.kv().length, &length, sizeof length, compute);
   choose_alone(sequence, compute);
-  compute.synchronize();  // `length` ends here
 }
 
 void Decode::spill(Sequence& sequence, kernels::Stream& compute) {

@@ -30,7 +30,6 @@ Prefill::Prefill(Model& model, kernels::Device& device, kvstore::KvStore& store,
       lse_(device,
            sizeof(float) * static_cast<std::size_t>(model.partition().heads.count * max_rows),
            kernels::MemoryUse::kActivations),
-      num_columns_(device, sizeof(std::int32_t), kernels::MemoryUse::kActivations),
       copy_(device.make_stream(kernels::StreamKind::kCopy)),
       load_(device.make_stream(kernels::StreamKind::kCopy)),
       computed_(device.make_event()) {
@@ -89,10 +88,7 @@ void Prefill::begin(Sequence& sequence, kernels::Stream& stream) {
   next_layer_ = 0;
   next_token_ = sequence.reused_tokens;
   const int length = sequence.prompt_length();
-  const std::int32_t columns = blocks_for(length);
-  device_.copy_in(num_columns_.data(), &columns, sizeof columns, stream);
   sequence.make_prompt_resident(stream);
-  stream.synchronize();  // `columns` ends here
   for (int token = sequence.reused_tokens; token < length; token += act_.max_rows) {
     const int rows = std::min(act_.max_rows, length - token);
     model_.embed(sequence.kv().tokens + token, rows, hidden_at(sequence, token), stream);
@@ -320,7 +316,7 @@ void Prefill::start_history(Sequence& sequence, int layer, kernels::Stream& stre
                            .lse = tail_lse_.as<float>(),
                            .rows = tail,
                            .pitch = columns,
-                           .num_columns = num_columns_.as<std::int32_t>()},
+                           .num_columns = sequence.prompt_columns()},
                           stream);
 }
 

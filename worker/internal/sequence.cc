@@ -40,6 +40,7 @@ struct TableLayout {
     mismatches = layout.add<std::uint32_t>(1);
     slabs = layout.add<std::byte*>(segments);
     length = layout.add<std::int32_t>(1);
+    prompt_columns = layout.add<std::int32_t>(1);
     tokens = layout.add<TokenId>(static_cast<std::size_t>(max_blocks) * kBlockTokens);
     sequence = layout.add<kernels::SequenceKv>(1);
     fetches = layout.add<kernels::FetchList>(1);
@@ -49,7 +50,7 @@ struct TableLayout {
   }
   Layout layout;
   std::size_t block_to_slot, slot_to_block, entries, counts, totals, mismatches, slabs, length,
-      tokens;
+      prompt_columns, tokens;
   std::size_t sequence, fetches, history, selection;  // the batch of one
   std::size_t heads;                                  // ... and of one KV head each
 };
@@ -161,6 +162,10 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
   kv_.slot_to_block = reinterpret_cast<std::int32_t*>(base + at.slot_to_block);
   kv_.slabs = reinterpret_cast<std::byte* const*>(base + at.slabs);
   kv_.length = reinterpret_cast<std::int32_t*>(base + at.length);
+  device_.copy_in(kv_.length, &prompt_length_, sizeof prompt_length_, stream);
+  const std::int32_t columns = blocks_for(prompt_length_);
+  device_.copy_in(base + at.prompt_columns, &columns, sizeof columns, stream);
+  prompt_columns_ = reinterpret_cast<std::int32_t*>(base + at.prompt_columns);
   kv_.tokens = reinterpret_cast<TokenId*>(base + at.tokens);
   kv_.mismatches = reinterpret_cast<std::uint32_t*>(base + at.mismatches);
   device_.copy_in(kv_.tokens, prompt.data(), prompt.size() * sizeof(TokenId), stream);
@@ -178,19 +183,28 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
             .scores_segments = outsized() != nullptr};
   fetches_alone_ = reinterpret_cast<kernels::FetchList*>(base + at.fetches);
   heads_alone_ = reinterpret_cast<kernels::SequenceKv*>(base + at.heads);
-  empty_slot_tables(stream);
+  prompt_is_resident_ = has_slots_for_prompt();
+  upload_slot_tables(0, prompt_is_resident_ ? columns : 0, stream);
 }
 
-// Says what slots there are, and that none holds a block.
-void Sequence::empty_slot_tables(kernels::Stream& stream) {
-  const auto maps = static_cast<std::size_t>(kv_.shape.num_layers * kv_.shape.num_kv_heads);
-  const std::vector<std::int32_t> absent(
-      maps * static_cast<std::size_t>(std::max(kv_.max_blocks, kv_.num_slots)), kernels::kAbsent);
+bool Sequence::has_slots_for_prompt() const { return blocks_for(prompt_length_) <= kv_.num_slots; }
+
+// Says what slots there are: of every layer and head, slot i holds block first_block + i, and those
+// behind num_blocks hold none. The host's memory is read when this returns.
+void Sequence::upload_slot_tables(int first_block, int num_blocks, kernels::Stream& stream) {
+  const auto upload_rows = [&](std::int32_t* to, int columns, int begin, int first_value) {
+    std::vector<std::int32_t> row(static_cast<std::size_t>(columns), kernels::kAbsent);
+    std::iota(row.begin() + begin, row.begin() + begin + num_blocks, first_value);
+    std::vector<std::int32_t> rows;
+    const int maps = kv_.shape.num_layers * kv_.shape.num_kv_heads;
+    rows.reserve(row.size() * static_cast<std::size_t>(maps));
+    for (int map = 0; map < maps; ++map) rows.insert(rows.end(), row.begin(), row.end());
+    device_.copy_in(to, rows.data(), rows.size() * sizeof(std::int32_t), stream);
+    return rows;
+  };
+  const auto block_to_slot = upload_rows(kv_.block_to_slot, kv_.max_blocks, first_block, 0);
+  const auto slot_to_block = upload_rows(kv_.slot_to_block, kv_.num_slots, 0, first_block);
   fetches_.max_entries = kv_.num_slots;
-  device_.copy_in(kv_.block_to_slot, absent.data(),
-                  maps * static_cast<std::size_t>(kv_.max_blocks) * sizeof(std::int32_t), stream);
-  device_.copy_in(kv_.slot_to_block, absent.data(),
-                  maps * static_cast<std::size_t>(kv_.num_slots) * sizeof(std::int32_t), stream);
   device_.copy_in(const_cast<kernels::SequenceKv*>(alone_.sequences), &kv_, sizeof kv_, stream);
   device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
                   stream);
@@ -199,7 +213,7 @@ void Sequence::empty_slot_tables(kernels::Stream& stream) {
     heads.push_back(kernels::one_head(kv_, head));
   }
   device_.copy_in(heads_alone_, heads.data(), heads.size() * sizeof(kernels::SequenceKv), stream);
-  stream.synchronize();  // `absent` and `heads` end here
+  stream.synchronize();  // `heads` and the tables end here
 }
 
 void Sequence::upload_slabs(kernels::Stream& stream) {
@@ -209,25 +223,9 @@ void Sequence::upload_slabs(kernels::Stream& stream) {
 }
 
 void Sequence::make_prompt_resident(kernels::Stream& stream) {
-  const int blocks = blocks_for(prompt_length_);
-  if (blocks <= kv_.num_slots) map_to_slots(0, blocks, stream);
-}
-
-// Block first_block + i of every layer and head lies in slot i.
-void Sequence::map_to_slots(int first_block, int num_blocks, kernels::Stream& stream) {
-  std::vector<std::int32_t> slots(static_cast<std::size_t>(num_blocks));
-  std::vector<std::int32_t> blocks(slots.size());
-  std::iota(slots.begin(), slots.end(), 0);
-  std::iota(blocks.begin(), blocks.end(), first_block);
-  const std::size_t bytes = slots.size() * sizeof(std::int32_t);
-  for (int map = 0; map < kv_.shape.num_layers * kv_.shape.num_kv_heads; ++map) {
-    device_.copy_in(
-        kv_.block_to_slot + static_cast<std::ptrdiff_t>(map) * kv_.max_blocks + first_block,
-        slots.data(), bytes, stream);
-    device_.copy_in(kv_.slot_to_block + static_cast<std::ptrdiff_t>(map) * kv_.num_slots,
-                    blocks.data(), bytes, stream);
-  }
-  stream.synchronize();
+  if (prompt_is_resident_ || !has_slots_for_prompt()) return;
+  prompt_is_resident_ = true;
+  upload_slot_tables(0, blocks_for(prompt_length_), stream);
 }
 
 void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffer& scratch,
@@ -256,8 +254,8 @@ void Sequence::spill(const predictor::Policy& policy, const kernels::DeviceBuffe
   for (int map = 0; map < maps; ++map) {
     device_.copy(at(slots_, map * num_slots), at(scratch, map * num_kept), bytes, stream);
   }
-  empty_slot_tables(stream);
-  map_to_slots(first_kept, num_kept, stream);
+  prompt_is_resident_ = false;
+  upload_slot_tables(first_kept, num_kept, stream);
   report.device_bytes = device_bytes();
 }
 
