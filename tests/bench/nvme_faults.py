@@ -27,7 +27,8 @@ from foretoken.client import Client
 from service_helper import Service, faulty_disk, make_model, wait_until
 
 SIZE = ("--device=cpu", "--kv-host-gib=0.006", "--device-memory-gib=1")  # 16 slabs
-BASE = ("--kv-policy=full", "--max-inter-token-ms=2")
+# A thread, so that the clients have a core, and the bound on a step is kept.
+BASE = ("--kv-policy=full", "--max-inter-token-ms=2", "--threads-per-rank=1")
 PREFIXES = 24  # of a segment each: in turns, the arena never has the next one
 PERIOD = 0.5  # s, of a reader
 OPTIONS = {"temperature": 0, "ignore_eos": True}
