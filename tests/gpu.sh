@@ -5,7 +5,7 @@
 #   bash FOLDER/gpu.sh RESULTS [STAGE...]    where the GPU is (MPI, CUDA, cuDNN, NCCL; torch and
 #                                            transformers for oracle, smollm2 and peer)
 #
-# Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted
+# Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted choice
 # device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
 # interleaved peer timeline, and where there are several GPUs sums groups parallel; default: all. Only by name:
 # longest, which takes up to ten minutes, and smollm2, as its model is too large for the bundle:
@@ -22,7 +22,7 @@ shift
 stages=("$@")
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
 if ((${#stages[@]} == 0)); then
-  stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted
+  stages=(kernels sanitize engine faults oracle ops upload gather predictor decode predicted choice
     device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
     interleaved peer timeline)
   if ((gpus > 1)); then stages+=(sums groups parallel); fi
@@ -117,6 +117,19 @@ predicted() {
   done
   predict 130000-budget1024-churn100 130000 1024 --trace churn=100 &&
     predict 130000-live 130000 2304 --baseline streamed
+}
+# What history, predictor and resolver add to a step: with maps of either kind, whose choice nothing
+# comes of as blocks stay what they are, and without any.
+choice() {
+  local words name flags
+  for words in "none streaming-llm" "kv-head attention-predictor --predict-per kv-head" \
+    "query-head attention-predictor --predict-per query-head --kv-budget-per kv-head"; do
+    read -r name flags <<<"$words"
+    if [[ "$name" != none ]]; then flags+=" --calibrate-with none --trace churn=0"; fi
+    # shellcheck disable=SC2086  # words of a flag
+    bench decode --kv-policy $flags --context 130000 --kv-budget 2304 --tokens 256 \
+      --max-model-len 131072 --kv-host-gib 24 | tee "$results/choice-$name.json" || return 1
+  done
 }
 # What a sequence has on the device, of a map a KV head and of one a query head.
 device_bytes() {
