@@ -23,6 +23,7 @@
 
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/loads.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"

@@ -21,6 +21,7 @@
 #include "common/check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/linear.h"
+#include "kernels/cuda/loads.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/peer_links.cuh"
 #include "kernels/cuda/product_out.cuh"

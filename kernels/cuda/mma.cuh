@@ -133,44 +133,4 @@ __device__ inline float2 unpack<__half>(std::uint32_t pair) {
   return __half22float2(*reinterpret_cast<const __half2*>(&pair));
 }
 
-// 16 bytes that are read once: past L1.
-__device__ inline uint4 load_once(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(from));
-  return value;
-}
-
-// Brings memory into L2, which the weights drive it from meanwhile: by all threads of a CTA.
-__device__ inline void prefetch(const void* from, std::size_t bytes) {
-  constexpr std::size_t kLine = 128;
-  for (std::size_t i = kLine * threadIdx.x; i < bytes; i += kLine * blockDim.x) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const std::byte*>(from) + i));
-  }
-}
-
-// 16 or 8 bytes that others may be writing, in one load: a word is what it was or what it is.
-template <typename Words>
-__device__ Words load_awaited(const Words* from) {
-  Words value;
-  if constexpr (sizeof(Words) == 16) {
-    uint4 words;
-    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-                 : "l"(from)
-                 : "memory");
-    memcpy(&value, &words, sizeof value);
-  } else {
-    uint2 words;
-    asm volatile("ld.volatile.global.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(words.x), "=r"(words.y)
-                 : "l"(from)
-                 : "memory");
-    static_assert(sizeof value == sizeof words);
-    memcpy(&value, &words, sizeof value);
-  }
-  return value;
-}
-
 }  // namespace foretoken::kernels::cuda

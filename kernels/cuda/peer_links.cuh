@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/loads.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/peer_sum.h"
