@@ -113,8 +113,10 @@ Json baseline_figures(const std::string& name, const Measured& measured, const M
   add_decode_figures(measured, json);
   json["ratio"] = decode_figures(main.batches)["median"].get<double>() /
                   json["ms_per_token"]["median"].get<double>();
-  const std::vector<TokenId>& ids = measured.last_run().ids;
-  json["equal_tokens"] = std::ranges::mismatch(ids, main.last_run().ids).in1 - ids.begin();
+  const std::vector<TokenInfo>& tokens = measured.last().tokens;
+  const auto differ =
+      std::ranges::mismatch(tokens, main.last().tokens, {}, &TokenInfo::id, &TokenInfo::id);
+  json["equal_tokens"] = differ.in1 - tokens.begin();
   return json;
 }
 

@@ -16,12 +16,11 @@ namespace foretoken::launch {
 struct Measured {
   StatusReply status;
   std::vector<Batch> batches;
-  const Run& last_run() const { return batches.back().runs.back(); }
-  const DoneMessage& last() const { return last_run().done; }
+  const DoneMessage& last() const { return batches.back().runs.back().done; }
 };
 
 // {"bench", "model", "machine", "device", ..., "kv"}; a decode's also has
-//   ms_per_token    as the client saw them
+//   ms_per_token    as the client saw them; those of one message share its wait
 //   worker_step_ms  median of what the steps took on the slowest rank
 //   churn           share of the chosen blocks that were not there yet
 //   device_share    of the context's whole KV: what the sequence takes on the device

@@ -45,9 +45,7 @@ GenerateRequest make_request(std::vector<TokenId> prompt, int tokens) {
 
 void take(const ServerMessage& message, std::map<std::string, Run*>& by_id) {
   if (const auto* tokens = std::get_if<TokenMessage>(&message)) {
-    Run& run = *by_id.at(tokens->request_id);
-    run.arrivals.push_back({Clock::now(), tokens->tokens.size()});
-    for (const TokenInfo& token : tokens->tokens) run.ids.push_back(token.id);
+    by_id.at(tokens->request_id)->arrivals.push_back({Clock::now(), tokens->tokens.size()});
   } else if (const auto* done = std::get_if<DoneMessage>(&message)) {
     Run& run = *by_id.at(done->request_id);
     run.done = *done;

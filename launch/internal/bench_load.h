@@ -24,7 +24,6 @@ struct Run {
     std::size_t tokens;  // several may come in one message
   };
   std::vector<Arrival> arrivals;
-  std::vector<TokenId> ids;
   DoneMessage done;
   bool ended = false;
 };
