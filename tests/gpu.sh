@@ -7,9 +7,10 @@
 #
 # Stages: kernels sanitize engine faults oracle ops upload gather predictor decode predicted choice
 # device_bytes auto streamed steps calibration outsized prefix batch batches pressure load prefill
-# interleaved peer timeline, and where there are several GPUs sums groups parallel; default: all. Only by name:
-# longest, which takes up to ten minutes, and smollm2, as its model is too large for the bundle:
-# $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their order.
+# interleaved peer timeline, and where there are several GPUs sums groups parallel; default: all.
+# Only by name: longest, which takes up to ten minutes, and smollm2, as its model is too large for the
+# bundle: $FORETOKEN_SMOLLM2 names the model's folder, or its GGUF file, whole or as parts in their
+# order.
 # Each leaves its log in RESULTS; RESULTS/summary.json has every figure and which stages failed.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -202,7 +203,8 @@ outsized() {
 # A prefix of 32K from host memory, and from NVMe, with and without a restart.
 prefix() {
   local nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}
-  mkdir -p -m 700 "$nvme"
+  mkdir -p "$nvme"
+  chmod 700 "$nvme"
   timeout 200 python3 "$here/prefix.py" --bin "$here/bin" --model "$here/models/llama-8b" \
     --nvme "$nvme/prefix" --json "$results/prefix.json"
 }

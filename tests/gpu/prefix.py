@@ -59,7 +59,7 @@ class TieredService(Service):
                 return
             held = now
 
-    def ask_nvme(self, ids):
+    def ask_counted(self, ids):
         """The answer, and how many slabs it took from NVMe."""
         before = self.tier()["slabs_read"]
         return self.ask(ids) | {"slabs_read": self.tier()["slabs_read"] - before}
@@ -107,26 +107,26 @@ def main():
             service.ask(prompt_of(arguments.length, 5))  # what a first request pays once
             computed = service.ask(prompt)
             suffixes = [service.ask(prompt_of(arguments.length - cached, 7 + i)) for i in range(arguments.repeat)]
-            hits = [service.ask(prompt) for _ in range(arguments.repeat)]
+            hits = [service.ask_counted(prompt) for _ in range(arguments.repeat)]
             service.wait_until_written()
             for seed in range(OTHERS):
                 service.ask(prompt_of(arguments.length, 37 + seed))
                 service.wait_until_written()
-            from_nvme = service.ask_nvme(prompt)
+            from_nvme = service.ask_counted(prompt)
         with TieredService(arguments, folder) as service:
             service.ask(prompt_of(arguments.length - cached, 31))
-            restarted = service.ask_nvme(prompt)
+            restarted = service.ask_counted(prompt)
     places = {"host memory": hits, "NVMe": [from_nvme], "NVMe, after a restart": [restarted]}
     for name, answers in places.items():
         found = {
             "cached_tokens": [answer["usage"]["cached_tokens"] for answer in answers],
             "equal_tokens": all(answer["token_ids"] == computed["token_ids"] for answer in answers),
-            "from_nvme": all(answer.get("slabs_read", 0) > 0 for answer in answers),
+            "from_nvme": sorted({answer["slabs_read"] > 0 for answer in answers}),
         }
         ok = found == {
             "cached_tokens": [cached] * len(answers),
             "equal_tokens": True,
-            "from_nvme": name != "host memory",
+            "from_nvme": [name != "host memory"],
         }
         checks.expect(f"a prefix comes from {name}", ok, found)
     bytes_of_token = computed["kv"]["full_kv_bytes"] / (arguments.length + len(computed["token_ids"]))

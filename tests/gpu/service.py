@@ -2,11 +2,15 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
 
 from faults import wait_until
+
+# What ends the script, `timeout` above all, ends the service by the way of the block's end.
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 class Service:
@@ -18,20 +22,29 @@ class Service:
         command = [foretoken, "serve", *flags, f"--runtime-dir={folder}/run"]
         command += [f"--endpoint-file={self.endpoint_file}"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        if wait_until(lambda: self.endpoint_file.exists() or self.process.poll() is not None, 90) is None:
-            self.process.terminate()
-            sys.exit("the service did not start within 90 s")
-        if not self.endpoint_file.exists():
-            sys.exit(f"the service did not start: it exited with {self.process.returncode}")
-        endpoint = json.loads(self.endpoint_file.read_text())
+        try:
+            wait_until(lambda: self.endpoint_file.exists() or self.process.poll() is not None, 90)
+            if not self.endpoint_file.exists():
+                sys.exit(f"the service did not start within 90 s; exit code: {self.process.poll()}")
+            endpoint = json.loads(self.endpoint_file.read_text())
+        except BaseException:
+            self.end()
+            raise
         self.connect = ["--connect", endpoint["endpoint"], "--key-file", endpoint["key_file"]]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.end()
+
+    def end(self):
         self.process.terminate()
-        self.process.wait(60)
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self.endpoint_file.unlink(missing_ok=True)
 
     def run(self, *words):
