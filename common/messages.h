@@ -303,7 +303,7 @@ struct StepResult {
   std::int64_t device_bytes_free = 0;
   std::optional<KvSlabs> kv_slabs;  // where the plan has admits, publishes or releases
   std::int64_t step_us = 0;         // time the step took on this rank
-  std::int64_t launch_us = 0;       // ... and the host, to launch it
+  std::int64_t launch_us = 0;       // ... of which the host launched steps: on a CPU, all of it
 };
 struct Heartbeat {
   Epoch epoch{};

@@ -54,7 +54,7 @@ class Decode {
          predictor::Policy& policy, Sampler& sampler);
   ~Decode();
 
-  // After prefill: the policy's first choice.
+  // After prefill, or a spill: the policy's first choice. Waits for nothing.
   void begin(Sequence& sequence, kernels::Stream& compute);
   // A dense sequence leaves the device, but for the budget's blocks; from here on it is predicted.
   // REQUIRES: nothing of it is in flight.
@@ -78,7 +78,6 @@ class Decode {
     auto operator<=>(const Kind&) const = default;
   };
 
-  void choose_alone(Sequence& sequence, kernels::Stream& compute);
   Kind kind_of(std::span<Sequence* const> rows) const;
   void bind(std::span<Sequence* const> rows, kernels::Stream& compute);
   void run(kernels::Stream& compute);

@@ -97,6 +97,7 @@ class Engine {
   std::array<std::unique_ptr<kernels::Event>, 2> ended_;  // plans take turns
   std::deque<Pending> pending_;
   std::chrono::steady_clock::time_point collected_;  // the last plan
+  std::chrono::steady_clock::duration launching_{};  // time in launch() since then
 };
 
 }  // namespace foretoken::worker

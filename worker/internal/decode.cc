@@ -124,15 +124,6 @@ Decode::Decode(const DecodeConfig& config, Model& model, kernels::Device& device
 Decode::~Decode() = default;
 
 void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
-  choose_alone(sequence, compute);
-}
-
-void Decode::spill(Sequence& sequence, kernels::Stream& compute) {
-  sequence.spill(policy_, kept_, compute);
-  if (sequence.decodes()) choose_alone(sequence, compute);  // else begin() will
-}
-
-void Decode::choose_alone(Sequence& sequence, kernels::Stream& compute) {
   if (!sequence.is_dense()) policy_.select_ahead(sequence.alone(), compute);
   device_.resolve({.sequences = sequence.alone().sequences,
                    .selections = sequence.alone().selections,
@@ -144,6 +135,11 @@ void Decode::choose_alone(Sequence& sequence, kernels::Stream& compute) {
   if (sequence.outsized() == nullptr) return;
   if (!sequence.is_dense()) sequence.copy_fetches(compute);
   listed_->record(compute);
+}
+
+void Decode::spill(Sequence& sequence, kernels::Stream& compute) {
+  sequence.spill(policy_, kept_, compute);
+  if (sequence.decodes()) begin(sequence, compute);  // else that is to come
 }
 
 void Decode::drain() { copy_->synchronize(); }

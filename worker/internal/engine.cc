@@ -133,7 +133,11 @@ void Engine::launch(const StepPlan& plan) {
   result.epoch = plan.epoch;
   result.step = plan.step;
   result.rank = rank_;
-  if (!plan.releases.empty() || !plan.publishes.empty() || !plan.spills.empty()) drain();
+  const auto is_here = [&](SequenceId id) { return sequences_.contains(id); };
+  if (std::ranges::any_of(plan.releases, is_here) || !plan.publishes.empty() ||
+      !plan.spills.empty()) {
+    drain();
+  }
   for (const SequenceId id : plan.releases) release(id, result);
   for (const PublishSegment& segment : plan.publishes) publish(segment);
   for (const SequenceId id : plan.spills) spill(id);
@@ -148,9 +152,7 @@ void Engine::launch(const StepPlan& plan) {
     result.kv_slabs = count_slabs();
   }
   pending.ended->record(*compute_);
-  result.launch_us = std::chrono::duration_cast<std::chrono::microseconds>(
-                         std::chrono::steady_clock::now() - pending.launched)
-                         .count();
+  launching_ += std::chrono::steady_clock::now() - pending.launched;
 }
 
 bool Engine::has_ended() const { return has_launched() && pending_.front().ended->done(); }
@@ -169,8 +171,11 @@ StepResult Engine::collect() {
   // A plan that was launched behind another has had the device only since that one's end.
   const auto begin = std::max(pending.launched, collected_);
   collected_ = std::chrono::steady_clock::now();
-  result.step_us =
-      std::chrono::duration_cast<std::chrono::microseconds>(collected_ - begin).count();
+  const auto in_us = [](auto time) {
+    return std::chrono::duration_cast<std::chrono::microseconds>(time).count();
+  };
+  result.step_us = in_us(collected_ - begin);
+  result.launch_us = in_us(std::exchange(launching_, {}));
   tell_times(pending);
   return std::move(result);
 }

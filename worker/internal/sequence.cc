@@ -190,20 +190,23 @@ void Sequence::allocate_tables(const std::vector<TokenId>& prompt, kernels::Stre
 bool Sequence::has_slots_for_prompt() const { return blocks_for(prompt_length_) <= kv_.num_slots; }
 
 // Says what slots there are: of every layer and head, slot i holds block first_block + i, and those
-// behind num_blocks hold none. The host's memory is read when this returns.
+// behind num_blocks hold none. Waits for the stream: what is copied ends here.
 void Sequence::upload_slot_tables(int first_block, int num_blocks, kernels::Stream& stream) {
-  const auto upload_rows = [&](std::int32_t* to, int columns, int begin, int first_value) {
+  const auto table = [&](int columns, int begin, int first_value) {
     std::vector<std::int32_t> row(static_cast<std::size_t>(columns), kernels::kAbsent);
     std::iota(row.begin() + begin, row.begin() + begin + num_blocks, first_value);
     std::vector<std::int32_t> rows;
     const int maps = kv_.shape.num_layers * kv_.shape.num_kv_heads;
     rows.reserve(row.size() * static_cast<std::size_t>(maps));
     for (int map = 0; map < maps; ++map) rows.insert(rows.end(), row.begin(), row.end());
-    device_.copy_in(to, rows.data(), rows.size() * sizeof(std::int32_t), stream);
     return rows;
   };
-  const auto block_to_slot = upload_rows(kv_.block_to_slot, kv_.max_blocks, first_block, 0);
-  const auto slot_to_block = upload_rows(kv_.slot_to_block, kv_.num_slots, 0, first_block);
+  const auto block_to_slot = table(kv_.max_blocks, first_block, 0);
+  const auto slot_to_block = table(kv_.num_slots, 0, first_block);
+  device_.copy_in(kv_.block_to_slot, block_to_slot.data(),
+                  block_to_slot.size() * sizeof(std::int32_t), stream);
+  device_.copy_in(kv_.slot_to_block, slot_to_block.data(),
+                  slot_to_block.size() * sizeof(std::int32_t), stream);
   fetches_.max_entries = kv_.num_slots;
   device_.copy_in(const_cast<kernels::SequenceKv*>(alone_.sequences), &kv_, sizeof kv_, stream);
   device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
@@ -213,7 +216,7 @@ void Sequence::upload_slot_tables(int first_block, int num_blocks, kernels::Stre
     heads.push_back(kernels::one_head(kv_, head));
   }
   device_.copy_in(heads_alone_, heads.data(), heads.size() * sizeof(kernels::SequenceKv), stream);
-  stream.synchronize();  // `heads` and the tables end here
+  stream.synchronize();
 }
 
 void Sequence::upload_slabs(kernels::Stream& stream) {
