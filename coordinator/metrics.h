@@ -37,6 +37,8 @@ class Metrics {
   // A sequence was lost, by so many reads of host memory that failed their check.
   void on_lost(std::int64_t checksum_failures);
   void on_step(double seconds);
+  // It took longer than --max-inter-token-ms.
+  void on_late_step();
   void set_requests(std::size_t running, std::size_t waiting);
   void set_kv(std::int64_t slabs_total, std::int64_t slabs_free, std::int64_t slabs_cached);
   // For sequences, on the rank of the group that has the least. None: the group is dead.

@@ -84,6 +84,7 @@ class Request {
   int losses = 0;                          // of its KV, by bytes that failed their check
   bool was_refused = false;                // there was no room for it beside others
   int refusals = 0;                        // admissions that failed though nothing else ran
+  TimePoint tried_at{};                    // its last admission
   std::optional<TimePoint> pending_since;  // its prefix comes from NVMe
   std::optional<TimePoint> retry_at;       // of such a one
 

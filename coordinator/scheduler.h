@@ -78,7 +78,17 @@ struct Released {
   SequenceId sequence{};
   KvReport kv;
 };
-using StepEvent = std::variant<Admitted, NotAdmitted, Lost, Sampled, Released>;
+// A step with sequences that decode took longer than max_inter_token on the slowest rank.
+struct LateStep {
+  StepNumber step{};
+  std::chrono::microseconds time{};
+  int rank = 0;
+  std::chrono::microseconds launching{};  // StepResult::launch_us
+  int num_decodes = 0;
+  double prefill_units = 0;  // StepTimes
+  std::size_t num_admitted = 0, num_started = 0, num_released = 0;
+};
+using StepEvent = std::variant<LateStep, Admitted, NotAdmitted, Lost, Sampled, Released>;
 
 class Scheduler {
  public:
@@ -158,7 +168,8 @@ class Scheduler {
   std::optional<PrefillItem> cut_prefill(Sequence& sequence, const Budget& whole,
                                          const Budget& left) const;
   void spend(const PrefillItem& item, Budget& left, InFlight& step) const;
-  void learn(const InFlight& step, const std::vector<StepResult>& ranks);
+  void learn(const InFlight& step, const std::vector<StepResult>& ranks,
+             std::vector<StepEvent>& events);
 
   Status on_admits(const InFlight& step, const std::vector<StepResult>& ranks,
                    std::vector<StepEvent>& events);

@@ -61,9 +61,10 @@ class Service {
   void on_client_frame(const RouterFrame& frame, TimePoint now);
   void on_worker_frame(const RouterFrame& frame, TimePoint now);
   void on_tokenized(RequestId id, Result<std::vector<TokenId>> ids, TimePoint now);
-  // To be called every kTick at least, and at next_retry().
+  // To be called every kTick at least, and retry() at next_retry().
   void on_time(TimePoint now);
   static constexpr std::chrono::milliseconds kTick{20};
+  void retry(TimePoint now) { pump(now); }
   TimePoint next_retry() const { return next_retry_; }
 
   // Takes nothing new, lets what runs finish, then sends Shutdown to all ranks.
@@ -122,13 +123,14 @@ class Service {
   void on_event(Group& group, const StepDone& event, TimePoint now);
   void on_event(Group& group, const GroupDead& event, TimePoint now);
   void take_slabs(const KvSlabs& slabs);
+  void on_step_event(Group& group, const LateStep& late, TimePoint now);
   void on_step_event(Group& group, const Admitted& event, TimePoint now);
   void on_step_event(Group& group, const NotAdmitted& event, TimePoint now);
   void on_step_event(Group& group, const Lost& event, TimePoint now);
   void on_step_event(Group& group, const Sampled& event, TimePoint now);
   void on_step_event(Group& group, const Released& event, TimePoint now);
   void note_continued(const Request& request, std::int64_t reused_tokens);
-  void wait_for_prefix(Request& request, TimePoint now);
+  void wait_for_prefix(Request& request, TimePoint since, TimePoint now);
   void requeue(Group& group, TimePoint now);
   void wait_again(Request& request);
   // life: the one that is meant; nullopt: whatever there is.
@@ -138,7 +140,7 @@ class Service {
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   bool tries_again(const Group& group) const;
   void start_waiting(TimePoint now);
-  void start(Request& request, Group& group, std::size_t segments);
+  void start(Request& request, Group& group, std::size_t segments, TimePoint now);
   Group* pick_group(const Request& request, TimePoint now);
   void pump(TimePoint now);
   bool send_plan(Group& group, const StepPlan& plan, TimePoint now);
@@ -153,7 +155,7 @@ class Service {
   std::map<RequestId, std::unique_ptr<Request>> requests_;
   std::map<SequenceId, RequestId> by_sequence_;  // sequences that somebody waits for
   std::set<RequestId> waiting_;                  // first come first served: ids rise
-  TimePoint next_retry_ = TimePoint::max();      // of one of them that a group has room for
+  TimePoint next_retry_ = TimePoint::max();      // of those before the first without room
   std::uint64_t last_request_ = 0;
   std::uint64_t last_sequence_ = 0;
   std::int64_t restarts_ = 0;

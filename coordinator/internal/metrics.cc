@@ -98,6 +98,9 @@ struct Metrics::Impl {
   Counter& recomputed = counter("foretoken_recomputed_tokens_total",
                                 "Tokens computed again by requests that went on after their "
                                 "group's death or the loss of their KV");
+  Counter& late_steps = counter("foretoken_late_steps_total",
+                                "Steps with decoding sequences that took longer than "
+                                "--max-inter-token-ms");
   Counter& restarts = counter("foretoken_worker_restarts_total", "Worker groups that died");
   Histogram& first_token =
       histogram("foretoken_time_to_first_token_seconds", "Arrival to first token");
@@ -178,6 +181,7 @@ void Metrics::on_continued(std::int64_t recomputed_tokens) {
   impl_->recomputed.Increment(static_cast<double>(recomputed_tokens));
 }
 void Metrics::on_step(double seconds) { impl_->step.Observe(seconds); }
+void Metrics::on_late_step() { impl_->late_steps.Increment(); }
 
 void Metrics::set_requests(std::size_t running, std::size_t waiting) {
   impl_->running.Set(static_cast<double>(running));

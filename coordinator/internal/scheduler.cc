@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "common/check.h"
-#include "common/log.h"
 
 namespace foretoken::coordinator {
 namespace {
@@ -13,8 +12,8 @@ namespace {
 // Admitted sequences that wait for their prefill hold memory; these are enough to hide the time
 // that an admission takes.
 constexpr int kMaxBeforePrefill = 4;
-// Of the bound on a step: what varies from one to the next, and the way to the client, are the
-// rest.
+// Of the bound on a step (guessed): what varies from one to the next, and the way to the client,
+// are the rest.
 constexpr double kAim = 0.95;
 
 Error broken(const std::string& why) {
@@ -310,8 +309,8 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
                     std::to_string(raw(step.step)));
     }
   }
-  learn(step, ranks);
   std::vector<StepEvent> events;
+  learn(step, ranks, events);
   FT_RETURN_IF_ERROR(on_admits(step, ranks, events));
   on_lost(ranks, events);
   FT_RETURN_IF_ERROR(on_tokens(step, ranks.front(), events));
@@ -320,18 +319,25 @@ Result<std::vector<StepEvent>> Scheduler::on_results(const std::vector<StepResul
   return events;
 }
 
-// An admission waits for the store, maybe for its disk; that says nothing of what computing costs.
-void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks) {
+void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks,
+                      std::vector<StepEvent>& events) {
   const auto slowest = std::ranges::max_element(ranks, {}, &StepResult::step_us);
   const std::chrono::microseconds time(slowest->step_us);
   if (step.num_decodes > 0 && config_.max_inter_token && time > *config_.max_inter_token) {
-    log().debug(
-        "step {} took {} us, more than --max-inter-token-ms: {} sequences decode, {:.0f} units of "
-        "prefill, {} admitted, {} started, {} released; rank {} launched it in {} us",
-        raw(step.step), time.count(), step.num_decodes, step.prefill_units, step.admits.size(),
-        step.starts.size(), step.releases.size(), slowest->rank, slowest->launch_us);
+    events.emplace_back(LateStep{.step = step.step,
+                                 .time = time,
+                                 .rank = slowest->rank,
+                                 .launching = std::chrono::microseconds(slowest->launch_us),
+                                 .num_decodes = step.num_decodes,
+                                 .prefill_units = step.prefill_units,
+                                 .num_admitted = step.admits.size(),
+                                 .num_started = step.starts.size(),
+                                 .num_released = step.releases.size()});
   }
-  if (!step.admits.empty() || (step.prefill_units == 0 && step.num_decodes == 0)) return;
+  // An admission waits for the store, maybe for its disk, and the device idles before a release:
+  // that says nothing of what computing costs.
+  if (!step.admits.empty() || !step.releases.empty()) return;
+  if (step.prefill_units == 0 && step.num_decodes == 0) return;
   times_.learn(
       {.prefill_units = step.prefill_units, .num_decodes = step.num_decodes, .time = time});
 }

@@ -137,9 +137,11 @@ void Server::run() {
     }
     read_signals();
     const auto now = steady_clock::now();
-    if (now >= std::min(next_tick, service_->next_retry())) {
+    if (now >= next_tick) {
       service_->on_time(now);
       next_tick = now + (service_->num_requests() == 0 ? kIdleTick : Service::kTick);
+    } else if (now >= service_->next_retry()) {
+      service_->retry(now);
     }
     if (more) continue;
     const auto next = std::min(next_tick, service_->next_retry());

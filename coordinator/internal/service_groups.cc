@@ -11,11 +11,13 @@ namespace {
 
 constexpr std::chrono::milliseconds kRetryFull{1000};   // a group that had no room
 constexpr std::chrono::milliseconds kRetryFilling{50};  // a group whose store makes more right now
-// Between tries of a prompt whose prefix comes from NVMe: the pause is a part of the time since the
-// first one, as each carries the prompt's tokens.
+// Between tries of a prompt whose prefix comes from NVMe. A try carries the prompt's tokens, and
+// lets a device idle: the pause is a part of the time since the first one, but some of what a try
+// takes, so that others are tried in between (guessed).
 constexpr std::chrono::milliseconds kMinPause{2};
 constexpr std::chrono::milliseconds kMaxPause{400};
 constexpr int kPausesInTime = 16;
+constexpr int kTriesInPause = 4;
 // With a parent that saw the death itself: more than its longest pause before a restart (8 s) and
 // the start of MPI take together.
 constexpr std::chrono::seconds kRestartPatience{20};
@@ -192,6 +194,7 @@ void Service::requeue(Group& group, TimePoint now) {
 // Its sequence is gone. It waits at the place that its arrival gives it.
 void Service::wait_again(Request& request) {
   by_sequence_.erase(request.sequence());
+  request.pending_since.reset();
   request.wait_again();
   waiting_.insert(request.origin().id);
 }
@@ -218,11 +221,19 @@ void Service::on_event(Group& group, const StepDone& done, TimePoint now) {
   }
 }
 
+void Service::on_step_event(Group& group, const LateStep& late, TimePoint) {
+  metrics_.on_late_step();
+  log().debug(
+      "step {} of group {} took {} us, more than --max-inter-token-ms: {} sequences decode, {:.0f} "
+      "units of prefill, {} admitted, {} started, {} released; rank {} launched steps for {} us",
+      raw(late.step), group.ranks.group(), late.time.count(), late.num_decodes, late.prefill_units,
+      late.num_admitted, late.num_started, late.num_released, late.rank, late.launching.count());
+}
+
 void Service::on_step_event(Group&, const Admitted& event, TimePoint now) {
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
-  request.pending_since.reset();
   request.was_refused = false;
   request.on_admitted(event.reused_tokens, now);
   if (!request.tokens().empty()) note_continued(request, event.reused_tokens);
@@ -240,8 +251,9 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
   const auto found = by_sequence_.find(event.sequence);
   if (found == by_sequence_.end()) return;
   auto& request = *find(found->second);
+  const TimePoint pending_since = request.pending_since.value_or(now);
   wait_again(request);
-  if (event.error.code == ErrorCode::kPending) return wait_for_prefix(request, now);
+  if (event.error.code == ErrorCode::kPending) return wait_for_prefix(request, pending_since, now);
   const bool filling = group.ranks.store_fills();
   // Nothing else runs that could make room. A device is its group's: what is on it is being let go.
   const bool alone = by_sequence_.empty();
@@ -258,11 +270,11 @@ void Service::on_step_event(Group& group, const NotAdmitted& event, TimePoint no
 
 // Its prefix comes from NVMe; others may overtake it meanwhile. The store bounds how often it says
 // so.
-void Service::wait_for_prefix(Request& request, TimePoint now) {
-  if (!request.pending_since) request.pending_since = now;
-  const TimePoint::duration pause = (now - *request.pending_since) / kPausesInTime;
+void Service::wait_for_prefix(Request& request, TimePoint since, TimePoint now) {
+  request.pending_since = since;
+  const TimePoint::duration pause =
+      std::max((now - since) / kPausesInTime, kTriesInPause * (now - request.tried_at));
   request.retry_at = now + std::clamp<TimePoint::duration>(pause, kMinPause, kMaxPause);
-  next_retry_ = std::min(next_retry_, *request.retry_at);
 }
 
 // KV that failed its check is computed anew, from the prompt and the tokens that there are. A disk
@@ -392,13 +404,14 @@ void Service::start_waiting(TimePoint now) {
     auto* group = pick_group(request, now);
     if (group == nullptr) return;
     place = waiting_.erase(place);
-    start(request, *group, segments);
+    start(request, *group, segments, now);
   }
 }
 
-void Service::start(Request& request, Group& group, std::size_t segments) {
+void Service::start(Request& request, Group& group, std::size_t segments, TimePoint now) {
   const auto sequence = SequenceId{++last_sequence_};
   request.retry_at.reset();
+  request.tried_at = now;
   request.run_as(group.ranks.group(), sequence);
   request.segments_given = segments;
   by_sequence_[sequence] = request.origin().id;

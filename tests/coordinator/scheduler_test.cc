@@ -411,6 +411,26 @@ TEST_F(BoundedSchedulerTest, AnAdmissionThatTakesLongIsNoSlowDecode) {
   EXPECT_LT(prefills, 20);
 }
 
+TEST_F(BoundedSchedulerTest, TellsOfAStepThatTookLongerThanTheBound) {
+  scheduler_.add(sequence(1, 100, 100'000));
+  take(plan());
+  take(plan());
+  const auto after = [&](std::int64_t step_us) {
+    auto results = answers(plan());
+    results[0].step_us = 1'000;
+    results[1].step_us = step_us;
+    results[1].launch_us = 7'000;
+    return only<LateStep>(feed(results));
+  };
+  EXPECT_THAT(after(20'000), IsEmpty());
+  const auto late = after(20'001);
+  ASSERT_EQ(late.size(), 1U);
+  EXPECT_EQ(late[0].time, std::chrono::microseconds(20'001));
+  EXPECT_EQ(late[0].rank, 1);
+  EXPECT_EQ(late[0].launching, std::chrono::microseconds(7'000));
+  EXPECT_EQ(late[0].num_decodes, 1);
+}
+
 TEST_F(BoundedSchedulerTest, AdaptsToAGroupThatBecomesSlower) {
   scheduler_.add(sequence(1, 100, 100'000));
   take(plan());

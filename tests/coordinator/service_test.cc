@@ -628,6 +628,25 @@ TEST_F(ServiceTest, APrefixFromNvmeIsAskedForAgainSoonAndHoldsUpNobody) {
   EXPECT_EQ(rank_->num_sequences(), 0U);
 }
 
+// Else tries would leave no time to others.
+TEST_F(ServiceTest, APauseBetweenTriesIsLongerThanSeveralTries) {
+  start_rank();
+  store_->pending_admits = 2;
+  auto slow = wish("slow", 1);
+  slow.prompt_ids = std::vector<TokenId>(400, 5);
+  ask(slow);
+  now_ += milliseconds(10);
+  work(4);
+  EXPECT_EQ(store_->pending_admits, 1);
+  EXPECT_EQ(service_->next_retry() - now_, milliseconds(40));
+  service_->retry(now_ + milliseconds(39));
+  work(4);
+  EXPECT_EQ(store_->pending_admits, 1);
+  service_->retry(now_ + milliseconds(40));
+  work(4);
+  EXPECT_EQ(store_->pending_admits, 0);
+}
+
 TEST_F(ServiceTest, AStartThatFindsNoRoomFailsThatSequenceAloneAndIsTriedAgain) {
   start_rank();
   auto shared = wish("first", 1);
