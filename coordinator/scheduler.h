@@ -146,6 +146,7 @@ class Scheduler {
     std::vector<SequenceId> sampling;   // that draw a token
     std::vector<SequenceId> releases;
     bool spills = false;
+    bool has_changes = false;  // StepTimes
     int num_decodes = 0;
     double prefill_units = 0;  // as StepTimes counts
   };

@@ -3,8 +3,9 @@
 //
 // Prefill is counted in units: 1 for a token's pass through a layer, and in addition what its
 // attention costs, position / attention_tokens. A step takes as long as its decoding sequences and
-// its prefill units together. Both costs follow a slower step at once and a faster one by a
-// quarter: too little prefill in one step is made up for in the next, too much was waited for.
+// its prefill units together, and where sequences come or go, as what that takes (memory, the
+// store) beside. All costs follow a slower step at once and a faster one slowly: too little prefill
+// in one step is made up for in the next, too much was waited for.
 //
 // No clock: times come in. For one thread. Example: tests/coordinator/step_times_test.cc
 #pragma once
@@ -21,6 +22,7 @@ class StepTimes {
   struct Step {
     double prefill_units = 0;
     int num_decodes = 0;
+    bool has_changes = false;  // sequences come or go
     Microseconds time{};
   };
 
@@ -35,14 +37,18 @@ class StepTimes {
   void learn(const Step& step);
 
   // Prefill units that fit into a step beside what decodes, so that it takes `bound`; 0 while their
-  // cost isn't known. Where decoding alone takes more than 4/5 of the bound, prefill gets a quarter
-  // of decoding's time, and the step takes longer: a prompt must not starve.
-  double units_beside_decodes(Microseconds bound) const;
+  // cost isn't known. Where little or nothing of the bound is left, prefill gets a quarter of
+  // decoding's time, at most as much as the bound, and the step takes longer: a prompt must not
+  // starve.
+  double units_beside_decodes(Microseconds bound, bool has_changes = false) const;
 
  private:
+  double compute_us(const Step& step) const;
+
   double attention_tokens_;
   std::optional<double> decode_us_;  // of a step's decoding sequences
   std::optional<double> unit_us_;
+  std::optional<double> change_us_;  // of a step's changes
 };
 
 }  // namespace foretoken::coordinator

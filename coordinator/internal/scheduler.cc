@@ -16,6 +16,12 @@ constexpr int kMaxBeforePrefill = 4;
 // are the rest.
 constexpr double kAim = 0.95;
 
+// What takes time of a step, and computes nothing. A start takes little.
+bool has_changes(const StepPlan& plan) {
+  return !plan.releases.empty() || !plan.publishes.empty() || !plan.spills.empty() ||
+         !plan.admits.empty();
+}
+
 Error broken(const std::string& why) {
   return {ErrorCode::kInternal, "the ranks of a group disagree: " + why};
 }
@@ -136,10 +142,10 @@ std::optional<StepPlan> Scheduler::next_plan() {
   plan_publishes_and_releases(plan, step);
   plan_spills(plan, step);
   plan_admissions(plan, step);
+  step.has_changes = has_changes(plan);
   plan_decodes(plan, step);
   plan_prefills(plan, step);
-  if (plan.releases.empty() && plan.publishes.empty() && plan.spills.empty() &&
-      plan.admits.empty() && plan.starts.empty() && plan.prefills.empty() && plan.decodes.empty()) {
+  if (!step.has_changes && plan.starts.empty() && plan.prefills.empty() && plan.decodes.empty()) {
     return std::nullopt;
   }
   plan.epoch = config_.epoch;
@@ -205,7 +211,7 @@ void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
 Scheduler::Budget Scheduler::whole_budget(const StepPlan& plan) const {
   Budget budget{std::int64_t{config_.max_batched_tokens} * config_.num_layers};
   if (config_.max_inter_token && !plan.decodes.empty()) {
-    budget.units = times_.units_beside_decodes(kAim * *config_.max_inter_token);
+    budget.units = times_.units_beside_decodes(kAim * *config_.max_inter_token, has_changes(plan));
   }
   return budget;
 }
@@ -334,12 +340,10 @@ void Scheduler::learn(const InFlight& step, const std::vector<StepResult>& ranks
                                  .num_started = step.starts.size(),
                                  .num_released = step.releases.size()});
   }
-  // An admission waits for the store, maybe for its disk, and the device idles before a release:
-  // that says nothing of what computing costs.
-  if (!step.admits.empty() || !step.releases.empty()) return;
-  if (step.prefill_units == 0 && step.num_decodes == 0) return;
-  times_.learn(
-      {.prefill_units = step.prefill_units, .num_decodes = step.num_decodes, .time = time});
+  times_.learn({.prefill_units = step.prefill_units,
+                .num_decodes = step.num_decodes,
+                .has_changes = step.has_changes,
+                .time = time});
 }
 
 // True when a rank said no: the others let go of it too. It is tried again where a dense sequence

@@ -7,11 +7,14 @@ namespace foretoken::coordinator {
 namespace {
 
 constexpr double kFall = 0.25;  // of the way to a faster step
+// Of the way to cheaper units: a prompt's last tokens are cheaper than its first ones, as attention
+// is not quite what it is counted for, and then the next prompt begins.
+constexpr double kUnitFall = 1.0 / 16;
 // Prefill's part of decoding's time that it always gets.
 constexpr double kLeastShare = 0.25;
 
-void follow(std::optional<double>& estimate, double sample) {
-  estimate = !estimate || sample > *estimate ? sample : *estimate + kFall * (sample - *estimate);
+void follow(std::optional<double>& estimate, double sample, double fall = kFall) {
+  estimate = !estimate || sample > *estimate ? sample : *estimate + fall * (sample - *estimate);
 }
 
 }  // namespace
@@ -30,8 +33,16 @@ std::int64_t StepTimes::tokens_within(double units, std::int64_t begin) const {
   return static_cast<std::int64_t>(attention_tokens_ * (root - at_begin) + kRounding);
 }
 
+double StepTimes::compute_us(const Step& step) const {
+  return (step.num_decodes > 0 ? decode_us_.value_or(0) : 0) +
+         step.prefill_units * unit_us_.value_or(0);
+}
+
 void StepTimes::learn(const Step& step) {
   const double us = step.time.count();
+  if (step.has_changes && (step.prefill_units <= 0 || unit_us_)) {
+    return follow(change_us_, std::max(0.0, us - compute_us(step)));
+  }
   if (step.prefill_units <= 0) {
     if (step.num_decodes > 0) follow(decode_us_, us);
     return;
@@ -45,13 +56,15 @@ void StepTimes::learn(const Step& step) {
     }
     prefill_us -= *decode_us_;
   }
-  follow(unit_us_, prefill_us / step.prefill_units);
+  follow(unit_us_, prefill_us / step.prefill_units, kUnitFall);
 }
 
-double StepTimes::units_beside_decodes(Microseconds bound) const {
+double StepTimes::units_beside_decodes(Microseconds bound, bool has_changes) const {
   if (!unit_us_) return 0;
   const double decode_us = decode_us_.value_or(0);
-  const double room_us = std::max(bound.count() - decode_us, kLeastShare * decode_us);
+  const double change_us = has_changes ? change_us_.value_or(0) : 0;
+  const double least_us = std::min(kLeastShare * decode_us, bound.count());
+  const double room_us = std::max(bound.count() - decode_us - change_us, least_us);
   return room_us / std::max(*unit_us_, 1e-6);
 }
 

@@ -55,13 +55,35 @@ TEST(StepTimes, PrefillGetsAShareWhereDecodingAloneTakesTheBound) {
   EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000)), 500);
 }
 
+TEST(StepTimes, WhatChangesTakeIsLeftToThemAndSaysNothingOfComputing) {
+  StepTimes times(1000);
+  times.learn({.prefill_units = 100, .num_decodes = 0, .time = Us(200)});
+  times.learn({.num_decodes = 1, .time = Us(100)});
+  times.learn({.prefill_units = 100, .num_decodes = 1, .has_changes = true, .time = Us(700)});
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000)), 450);
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000), true), 250);
+  times.learn({.prefill_units = 100, .num_decodes = 1, .has_changes = true, .time = Us(300)});
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000), true), 300);
+  times.learn({.num_decodes = 0, .has_changes = true, .time = Us(5000)});  // a store that is busy
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000), true), 12.5);
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000)), 450);
+}
+
+// However long a decode seems to take.
+TEST(StepTimes, PrefillsShareOfALongDecodeIsNoMoreThanTheBound) {
+  StepTimes times(1000);
+  times.learn({.prefill_units = 1, .num_decodes = 0, .time = Us(1)});
+  times.learn({.num_decodes = 1, .time = Us(500'000)});
+  EXPECT_DOUBLE_EQ(times.units_beside_decodes(Us(1000)), 1000);
+}
+
 // The first step of a shape may be slow for once; with prefill in every later one, none shows the
 // decoding alone.
 TEST(StepTimes, OneSlowDecodeIsForgottenBesidePrefill) {
   StepTimes times(1000);
   times.learn({.prefill_units = 100, .num_decodes = 0, .time = Us(100)});
   times.learn({.num_decodes = 1, .time = Us(50'000)});
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 40; ++i) {
     const double units = times.units_beside_decodes(Us(1000));
     EXPECT_LE(units, 12'500);
     times.learn({.prefill_units = units, .num_decodes = 1, .time = Us(100 + units)});
