@@ -50,15 +50,19 @@ Finding describe_driver(const Json& probe, const fs::path& root) {
 
 // One GPU does without it.
 Finding describe_nccl(const Json& nccl, std::size_t num_gpus) {
+  constexpr const char* kFix =
+      "several GPUs need it: see LD_LIBRARY_PATH and LD_PRELOAD, or launch/bundle.sh --cuda";
+  const Health if_bad = num_gpus > 1 ? Health::kFail : Health::kWarn;
+  if (nccl.contains("error")) {
+    return finding(if_bad, "NCCL", nccl["error"].get<std::string>(), kFix);
+  }
   const std::string too_old = nccl.at("too_old");
   const std::string loaded = nccl.at("loaded");
   const std::string built = nccl.at("built");
   std::string found = loaded;
   if (loaded != built) found += fmt::format("; this program was built with {}", built);
-  const Health if_old = num_gpus > 1 ? Health::kFail : Health::kWarn;
-  return finding(too_old.empty() ? Health::kOk : if_old, "NCCL", too_old.empty() ? found : too_old,
-                 "several GPUs need it: see LD_LIBRARY_PATH and LD_PRELOAD, or launch/bundle.sh "
-                 "--cuda");
+  return finding(too_old.empty() ? Health::kOk : if_bad, "NCCL", too_old.empty() ? found : too_old,
+                 kFix);
 }
 
 // Where the GPU's PCI slot is; "" where the machine does not tell.

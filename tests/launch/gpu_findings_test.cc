@@ -105,6 +105,13 @@ TEST_F(GpuFindings, AnNcclThatIsTooOldFailsWhereSeveralGpusNeedIt) {
   EXPECT_EQ(find("NCCL").health, Health::kWarn);
 }
 
+TEST_F(GpuFindings, AnNcclThatDoesNotAnswerCostsItsOwnLineAlone) {
+  probe["nccl"] = {{"error", "ncclGetVersion: invalid usage"}};
+  EXPECT_EQ(find("NCCL").health, Health::kFail);
+  EXPECT_EQ(find("NCCL").found, "ncclGetVersion: invalid usage");
+  EXPECT_EQ(find("GPU links").health, Health::kOk);
+}
+
 TEST_F(GpuFindings, EachBadLinkHasALine) {
   probe["links"] = {link(0, 1, true, 380e9), link(0, 2, false, 20e9), link(1, 2, true, 50e9)};
   EXPECT_EQ(find("GPU links").health, Health::kOk);
