@@ -117,7 +117,7 @@ class Service {
   void on_message(const std::string& peer, const Heartbeat& message, TimePoint now);
   void on_message(const std::string& peer, const WorkerFailed& message, TimePoint now);
   Group* find_group(int number);
-  void on_events(Group& group, std::vector<GroupEvent> events, TimePoint now);
+  void on_events(Group& group, const std::vector<GroupEvent>& events, TimePoint now);
   void on_event(Group& group, const SendWelcome& event, TimePoint now);
   void on_event(Group& group, const GroupReady& event, TimePoint now);
   void on_event(Group& group, const StepDone& event, TimePoint now);

@@ -59,9 +59,9 @@ void Service::on_message(const std::string& peer, const Hello& hello, TimePoint 
   auto* group = find_group(hello.group);
   if (group == nullptr) return;
   const auto epoch = group->ranks.epoch();
-  auto events = group->ranks.on_hello(peer, hello);
+  const auto events = group->ranks.on_hello(peer, hello);
   if (events.empty()) return;  // not welcome
-  on_events(*group, std::move(events), now);
+  on_events(*group, events, now);
   if (group->ranks.epoch() != epoch) on_events(*group, group->ranks.on_hello(peer, hello), now);
   group->kill_at.reset();
   // Its other ranks are as near as this one, or will never come.
@@ -91,7 +91,7 @@ void Service::on_message(const std::string& peer, const WorkerFailed& failed, Ti
   }
 }
 
-void Service::on_events(Group& group, std::vector<GroupEvent> events, TimePoint now) {
+void Service::on_events(Group& group, const std::vector<GroupEvent>& events, TimePoint now) {
   const auto epoch = group.ranks.epoch();
   for (const auto& event : events) {
     if (group.ranks.epoch() != epoch) return;  // it died over an earlier one

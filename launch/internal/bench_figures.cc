@@ -1,6 +1,7 @@
 #include "launch/internal/bench_figures.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iostream>
 #include <numeric>
 
@@ -21,8 +22,8 @@ double mean_of(const std::vector<double>& values) {
 double percentile(std::vector<double> values, double share) {
   if (values.empty()) return 0;
   std::sort(values.begin(), values.end());
-  const auto rank = static_cast<std::size_t>(share * static_cast<double>(values.size() - 1) + 0.5);
-  return values[rank];
+  return values[static_cast<std::size_t>(
+      std::lround(share * static_cast<double>(values.size() - 1)))];
 }
 
 Json prefill_figures(const std::vector<Batch>& batches) {
@@ -50,6 +51,7 @@ Json decode_figures(const std::vector<Batch>& batches) {
 
 double decode_rate(const std::vector<Batch>& batches) {
   std::vector<double> rates;
+  rates.reserve(batches.size());
   for (const Batch& batch : batches) rates.push_back(batch.tokens_per_s);
   return mean_of(rates);
 }

@@ -349,6 +349,7 @@ void Engine::tell_times(Pending& pending) {
 
 void Engine::decode(const std::vector<SequenceId>& ids, Pending& pending) {
   std::vector<Sequence*> rows;
+  rows.reserve(ids.size());
   for (const SequenceId id : ids) rows.push_back(&find(id));
   pending.draws.push_back(decode_.step(rows, *compute_));
 }

@@ -212,6 +212,7 @@ void Sequence::upload_slot_tables(int first_block, int num_blocks, kernels::Stre
   device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
                   stream);
   std::vector<kernels::SequenceKv> heads;
+  heads.reserve(static_cast<std::size_t>(kv_.shape.num_kv_heads));
   for (int head = 0; head < kv_.shape.num_kv_heads; ++head) {
     heads.push_back(kernels::one_head(kv_, head));
   }
