@@ -163,7 +163,7 @@ class Scheduler {
   void plan_prefills(StepPlan& plan, InFlight& step);
   bool plan_prefill(Sequence& sequence, Budget& whole, Budget& left, StepPlan& plan,
                     InFlight& step);
-  Budget whole_budget(const StepPlan& plan) const;
+  Budget whole_budget(const InFlight& step) const;
   // Tokens of one layer, from `begin` on, that the budget allows.
   std::int64_t tokens_within(const Budget& budget, std::int64_t begin) const;
   std::optional<PrefillItem> cut_prefill(Sequence& sequence, const Budget& whole,

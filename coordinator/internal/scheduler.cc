@@ -208,10 +208,10 @@ void Scheduler::plan_decodes(StepPlan& plan, InFlight& step) {
   step.num_decodes = static_cast<int>(plan.decodes.size());
 }
 
-Scheduler::Budget Scheduler::whole_budget(const StepPlan& plan) const {
+Scheduler::Budget Scheduler::whole_budget(const InFlight& step) const {
   Budget budget{std::int64_t{config_.max_batched_tokens} * config_.num_layers};
-  if (config_.max_inter_token && !plan.decodes.empty()) {
-    budget.units = times_.units_beside_decodes(kAim * *config_.max_inter_token, has_changes(plan));
+  if (config_.max_inter_token && step.num_decodes > 0) {
+    budget.units = times_.units_beside_decodes(kAim * *config_.max_inter_token, step.has_changes);
   }
   return budget;
 }
@@ -232,7 +232,7 @@ void Scheduler::spend(const PrefillItem& item, Budget& left, InFlight& step) con
 // A rank holds what lies between the layers of one prompt: one whose first item is out comes first,
 // also where a sequence that was added before it is ready only now.
 void Scheduler::plan_prefills(StepPlan& plan, InFlight& step) {
-  auto whole = whole_budget(plan);
+  auto whole = whole_budget(step);
   auto left = whole;
   for (auto& [id, sequence] : sequences_) {
     const bool has_begun = sequence.layer > 0 || sequence.token > sequence.reused;
