@@ -4,8 +4,8 @@
 // Prefill is counted in units: 1 for a token's pass through a layer, and in addition what its
 // attention costs, position / attention_tokens. A step takes as long as its decoding sequences and
 // its prefill units together, and where sequences come or go, as what that takes (memory, the
-// store) beside. All costs follow a slower step at once and a faster one slowly: too little prefill
-// in one step is made up for in the next, too much was waited for.
+// store) beside. All costs follow a slower step at once and a faster one by a quarter: too little
+// prefill in one step is made up for in the next, too much was waited for.
 //
 // No clock: times come in. For one thread. Example: tests/coordinator/step_times_test.cc
 #pragma once

@@ -7,14 +7,11 @@ namespace foretoken::coordinator {
 namespace {
 
 constexpr double kFall = 0.25;  // of the way to a faster step
-// Of the way to cheaper units: a prompt's last tokens are cheaper than its first ones, as attention
-// is not quite what it is counted for, and then the next prompt begins.
-constexpr double kUnitFall = 1.0 / 16;
 // Prefill's part of decoding's time that it always gets.
 constexpr double kLeastShare = 0.25;
 
-void follow(std::optional<double>& estimate, double sample, double fall = kFall) {
-  estimate = !estimate || sample > *estimate ? sample : *estimate + fall * (sample - *estimate);
+void follow(std::optional<double>& estimate, double sample) {
+  estimate = !estimate || sample > *estimate ? sample : *estimate + kFall * (sample - *estimate);
 }
 
 }  // namespace
@@ -56,7 +53,7 @@ void StepTimes::learn(const Step& step) {
     }
     prefill_us -= *decode_us_;
   }
-  follow(unit_us_, prefill_us / step.prefill_units, kUnitFall);
+  follow(unit_us_, prefill_us / step.prefill_units);
 }
 
 double StepTimes::units_beside_decodes(Microseconds bound, bool has_changes) const {

@@ -83,7 +83,7 @@ TEST(StepTimes, OneSlowDecodeIsForgottenBesidePrefill) {
   StepTimes times(1000);
   times.learn({.prefill_units = 100, .num_decodes = 0, .time = Us(100)});
   times.learn({.num_decodes = 1, .time = Us(50'000)});
-  for (int i = 0; i < 40; ++i) {
+  for (int i = 0; i < 10; ++i) {
     const double units = times.units_beside_decodes(Us(1000));
     EXPECT_LE(units, 12'500);
     times.learn({.prefill_units = units, .num_decodes = 1, .time = Us(100 + units)});
