@@ -241,10 +241,11 @@ prefill() {
       --kv-host-gib 80 | tee "$results/prefill-$context.json" || return 1
   done
 }
-# A stream's tokens beside long prompts of others. The log says which steps took longer than the bound.
+# A stream's tokens beside long prompts of others. The log says which steps took longer than the
+# bound.
 interleaved() {
-  FORETOKEN_LOG=debug timeout 200 python3 "$here/interleaved.py" --bin "$here/bin" --model "$here/models/llama-8b" \
-    --json "$results/interleaved.json"
+  FORETOKEN_LOG=debug timeout 200 python3 "$here/interleaved.py" --bin "$here/bin" \
+    --model "$here/models/llama-8b" --json "$results/interleaved.json"
 }
 # The kernels of a decode step at 128K, as the service runs it.
 timeline() {
