@@ -36,6 +36,9 @@ class Engine {
   Engine(const ServiceConfig& config, int max_model_len, const Parts& parts);
   ~Engine();
 
+  // Before the first plan, so that no sequence waits for what others' prompts run first.
+  void warm_up();
+
   // Enqueues the plan's work, and does what needs no device. At most two plans may be launched and
   // not collected.
   void launch(const StepPlan& plan);

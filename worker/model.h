@@ -85,6 +85,8 @@ class Model {
   // act.qkv = W_qkv norm(hidden).
   void project_qkv(int layer, int rows, Activations& act, const void* hidden,
                    kernels::Stream& stream);
+  // The products of a layer with so many rows, as prefill has them, and no sums over ranks.
+  void try_products(int layer, int rows, Activations& act, void* hidden, kernels::Stream& stream);
   // What rope_prefill and rope_decode have in common.
   kernels::RopeArgs rope_args(int layer, int rows, Activations& act) const;
   // hidden += W_o act.attn, then hidden += the MLP of its norm; sums over ranks. With

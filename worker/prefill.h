@@ -29,6 +29,10 @@ class Prefill {
   static kernels::PrefillShape attention_shape(const ModelConfig& config, const Partition& part,
                                                int max_rows, int max_tokens);
 
+  // Runs what prompts run, of every size of a chunk that differs, on zeros. A kernel is loaded when
+  // it first runs, and that waits for all that runs then: the tokens of others would.
+  void warm_up(kernels::Stream& stream);
+
   // Runs one work item; the first reused_tokens of the prompt come from the store. Items come in
   // the order of PrefillItem's comment, a sequence's first item ends what was in work before; a
   // broken order is the coordinator's fault: Exception(kInternal).
@@ -64,6 +68,7 @@ class Prefill {
   void check_order(const Sequence& sequence, const PrefillItem& item) const;
   void run_layer(Sequence& sequence, int layer, int begin, int end, kernels::Stream& stream);
   void run_chunk(Sequence& sequence, int layer, int begin, int rows, kernels::Stream& stream);
+  void attend_chunk(int layer, int begin, int rows, kernels::Stream& stream);
   void keep_tail(Sequence& sequence, int begin, int rows, kernels::Stream& stream);
   void begin_on_prefix(Sequence& sequence, int layer, kernels::Stream& stream);
   void load_prefix(Sequence& sequence, int layer);

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
 
@@ -34,7 +36,7 @@ std::byte* CudaStream::Memory::take(std::size_t bytes, CudaStream& stream) {
   const bool recording = status != cudaStreamCaptureStatusNone;
   if (bytes > bytes_) {
     FT_CHECK(!recording, bytes, bytes_);
-    grow(bytes, stream);
+    grow(std::max(bytes, 2 * bytes_), stream);  // what graphs keep adds up to no more than this
   }
   recorded_ = recorded_ || recording;
   return data_;

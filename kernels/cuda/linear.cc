@@ -10,6 +10,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/elementwise.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/row_tiles.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -34,7 +35,7 @@ cudaDataType_t cuda_type(DataType type) {
   FT_CHECK(false, static_cast<int>(type));
 }
 
-// What tells one product from another for the choice of an algorithm.
+// What tells one product from another for the choice of an algorithm. rows: round_to_tiles().
 struct Shape {
   int rows, features, columns;
   bool out_fp32, adds;
@@ -44,33 +45,37 @@ struct Shape {
 class Layout {
  public:
   Layout(cudaDataType_t type, std::uint64_t rows, std::uint64_t columns, std::int64_t stride) {
-    check_cublas(cublasLtMatrixLayoutCreate(&handle_, type, rows, columns, stride), "layout");
+    check_cublas(cublasLtMatrixLayoutInit(&layout_, type, rows, columns, stride), "layout");
   }
-  ~Layout() { cublasLtMatrixLayoutDestroy(handle_); }
-  Layout(const Layout&) = delete;
-  Layout& operator=(const Layout&) = delete;
-  cublasLtMatrixLayout_t get() const { return handle_; }
+  cublasLtMatrixLayout_t get() { return &layout_; }
 
  private:
-  cublasLtMatrixLayout_t handle_ = nullptr;
+  cublasLtMatrixLayoutOpaque_t layout_{};
 };
 
-// One product's descriptors and algorithm. cuBLASLt thinks in columns, so our [rows, columns] are
-// its [columns, rows]: out^T [features, rows] = W [features, columns] x^T [columns, rows].
+// The matrices of a product. cuBLASLt thinks in columns, so our [rows, columns] are its [columns,
+// rows]: out^T [features, rows] = W [features, columns] x^T [columns, rows].
+struct Layouts {
+  Layout weight, x, out;
+
+  Layouts(const Shape& shape, int rows, DataType activation)
+      : weight(cuda_type(activation), shape.columns, shape.features, shape.columns),
+        x(cuda_type(activation), shape.columns, rows, shape.columns),
+        out(shape.out_fp32 ? CUDA_R_32F : cuda_type(activation), shape.features, rows,
+            shape.features) {}
+};
+
+// One product's algorithm.
 class Plan {
  public:
   Plan(cublasLtHandle_t handle, const Shape& shape, DataType activation)
-      : weight_(cuda_type(activation), shape.columns, shape.features, shape.columns),
-        x_(cuda_type(activation), shape.columns, shape.rows, shape.columns),
-        out_(shape.out_fp32 ? CUDA_R_32F : cuda_type(activation), shape.features, shape.rows,
-             shape.features),
-        beta_(shape.adds ? 1.0F : 0.0F) {
+      : shape_(shape), activation_(activation), beta_(shape.adds ? 1.0F : 0.0F) {
     check_cublas(cublasLtMatmulDescCreate(&operation_, CUBLAS_COMPUTE_32F, CUDA_R_32F), "describe");
     const cublasOperation_t transpose = CUBLAS_OP_T;
     check_cublas(cublasLtMatmulDescSetAttribute(operation_, CUBLASLT_MATMUL_DESC_TRANSA, &transpose,
                                                 sizeof transpose),
                  "describe");
-    choose(handle, shape);
+    choose(handle);
   }
   ~Plan() { cublasLtMatmulDescDestroy(operation_); }
   Plan(const Plan&) = delete;
@@ -80,38 +85,41 @@ class Plan {
            CudaStream& stream) const {
     const float one = 1.0F;
     const void* added = beta_ == 0 ? out : args.residual;
-    check_cublas(
-        cublasLtMatmul(handle, operation_, &one,
-                       static_cast<const CudaWeight&>(*args.weight).memory.data(), weight_.get(), x,
-                       x_.get(), &beta_, added, out_.get(), out, out_.get(), &algorithm_,
-                       stream.scratch(kWorkspaceBytes), kWorkspaceBytes, stream.handle()),
-        "multiply");
+    Layouts layouts(shape_, args.rows, activation_);
+    check_cublas(cublasLtMatmul(handle, operation_, &one,
+                                static_cast<const CudaWeight&>(*args.weight).memory.data(),
+                                layouts.weight.get(), x, layouts.x.get(), &beta_, added,
+                                layouts.out.get(), out, layouts.out.get(), &algorithm_,
+                                stream.scratch(kWorkspaceBytes), kWorkspaceBytes, stream.handle()),
+                 "multiply");
   }
 
  private:
-  void choose(cublasLtHandle_t handle, const Shape& shape) {
+  void choose(cublasLtHandle_t handle) {
+    Layouts layouts(shape_, shape_.rows, activation_);
     cublasLtMatmulPreference_t preference = nullptr;
     check_cublas(cublasLtMatmulPreferenceCreate(&preference), "preference");
     cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
                                          &kWorkspaceBytes, sizeof kWorkspaceBytes);
     cublasLtMatmulHeuristicResult_t best{};
     int found = 0;
-    const cublasStatus_t status =
-        cublasLtMatmulAlgoGetHeuristic(handle, operation_, weight_.get(), x_.get(), out_.get(),
-                                       out_.get(), preference, 1, &best, &found);
+    const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+        handle, operation_, layouts.weight.get(), layouts.x.get(), layouts.out.get(),
+        layouts.out.get(), preference, 1, &best, &found);
     cublasLtMatmulPreferenceDestroy(preference);
     if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
       throw Exception(ErrorCode::kDevice,
-                      "cuBLASLt has no product of " + std::to_string(shape.rows) + " x " +
-                          std::to_string(shape.columns) + " by " + std::to_string(shape.columns) +
-                          " x " + std::to_string(shape.features));
+                      "cuBLASLt has no product of " + std::to_string(shape_.rows) + " x " +
+                          std::to_string(shape_.columns) + " by " + std::to_string(shape_.columns) +
+                          " x " + std::to_string(shape_.features));
     }
     algorithm_ = best.algo;
   }
 
+  const Shape shape_;
+  const DataType activation_;
+  const float beta_;
   cublasLtMatmulDesc_t operation_ = nullptr;
-  Layout weight_, x_, out_;
-  float beta_;
   cublasLtMatmulAlgo_t algorithm_{};
 };
 
@@ -127,8 +135,8 @@ struct Linear::Impl {
   }
 
   void multiply(const LinearArgs& args, const void* x, void* out, CudaStream& stream) {
-    const Shape shape{args.rows, args.weight->rows, args.weight->columns, args.out_fp32,
-                      args.residual != nullptr};
+    const Shape shape{round_to_tiles(args.rows), args.weight->rows, args.weight->columns,
+                      args.out_fp32, args.residual != nullptr};
     const auto [plan, is_new] = plans.try_emplace(shape, nullptr);
     if (is_new) plan->second = std::make_unique<Plan>(handle, shape, activation);
     plan->second->run(handle, args, x, out, stream);

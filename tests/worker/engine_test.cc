@@ -177,6 +177,14 @@ TEST_F(EngineTest, PrefillInPiecesIsThePrefill) {
   }
 }
 
+TEST_F(EngineTest, WarmingUpLeavesNothingBehind) {
+  const auto prompt = random_prompt(700, 3);
+  LocalGroup group(service("attention-predictor", 512), small_model(), store_);
+  const Answer cold = group.generate(prompt, {.max_tokens = 20});
+  group.warm_up();
+  expect_same(cold, group.generate(prompt, {.max_tokens = 20}));
+}
+
 TEST_F(EngineTest, AReusedPrefixGivesTheSameTokens) {
   const auto prompt = random_prompt(900, 4);
   for (const char* policy : {"full", "attention-predictor"}) {

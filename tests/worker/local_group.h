@@ -68,6 +68,7 @@ class LocalGroup {
   kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
   kernels::Device& device() { return *device_; }
   const Engine& engine() { return *engine_; }
+  void warm_up() { engine_->warm_up(); }
 
  private:
   std::int64_t admit(SequenceId id, const std::vector<TokenId>& prompt, const Options& options);

@@ -119,6 +119,11 @@ Engine::~Engine() {
   }
 }
 
+void Engine::warm_up() {
+  prefill_.warm_up(*compute_);
+  compute_->synchronize();
+}
+
 void Engine::drain() {
   compute_->synchronize();
   prefill_.drain();

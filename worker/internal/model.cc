@@ -185,6 +185,17 @@ void Model::project_qkv(int layer, int rows, Activations& act, const void* hidde
   }
 }
 
+void Model::try_products(int layer, int rows, Activations& act, void* hidden,
+                         kernels::Stream& stream) {
+  auto* x = static_cast<std::byte*>(hidden);
+  for (const Rows& part : parts(rows, act)) {
+    device_.linear(qkv_of(layer, part, act, x), stream);
+    device_.linear(o_of(layer, part, act, x), stream);
+    device_.linear(gate_up_of(layer, part, act, x), stream);
+    device_.linear(down_of(layer, part, act, x), stream);
+  }
+}
+
 Model::Rows Model::first_half(int rows) {
   constexpr int kTile = 256;  // rows that a product's thread blocks have together
   return {0, std::min(rows, ((rows + 1) / 2 + kTile - 1) / kTile * kTile)};

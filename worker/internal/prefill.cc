@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "kernels/row_tiles.h"
 #include "worker/nvme_reads.h"
 
 namespace foretoken::worker {
@@ -14,6 +15,11 @@ std::byte* at(const kernels::DeviceBuffer& buffer, std::size_t offset) {
 
 int tail_rows(const Sequence& sequence) {
   return std::min(kernels::kHistoryRows, sequence.prompt_length() - sequence.reused_tokens);
+}
+
+// What warm_up() tries after so many rows: decode's kernels have few.
+int next_size(int rows) {
+  return rows < 8 ? std::max(1, 2 * rows) : kernels::round_to_tiles(rows + 1);
 }
 
 }  // namespace
@@ -81,6 +87,23 @@ void Prefill::drain() {
 
 void* Prefill::hidden_at(const Sequence& sequence, int token) const {
   return at(hidden_, model_.hidden_bytes(token - sequence.reused_tokens));
+}
+
+void Prefill::warm_up(kernels::Stream& stream) {
+  if (device_.runs_at_once()) return;  // a CPU has all of its kernels
+  const int max_rows = act_.max_rows;
+  device_.fill_zero(hidden_.data(), model_.hidden_bytes(max_rows), stream);
+  device_.fill_zero(act_.qkv.data(), act_.qkv.bytes(), stream);
+  for (int rows = 0; rows < max_rows;) {
+    rows = std::min(next_size(rows), max_rows);
+    attend_chunk(0, 0, rows, stream);
+    model_.try_products(0, rows, act_, hidden_.data(), stream);
+  }
+  // Whole chunks have attention of their own. Far behind, they take longer than it is to load.
+  constexpr int kMostTokens = 131072;
+  for (int end = max_rows; end <= std::min(max_tokens_, kMostTokens); end += max_rows) {
+    attend_chunk(0, end - max_rows, max_rows, stream);
+  }
 }
 
 void Prefill::begin(Sequence& sequence, kernels::Stream& stream) {
@@ -160,7 +183,12 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
                         kernels::Stream& stream) {
   void* hidden = hidden_at(sequence, begin);
   model_.project_qkv(layer, rows, act_, hidden, stream);
+  attend_chunk(layer, begin, rows, stream);
+  if (policy_.observes()) keep_tail(sequence, begin, rows, stream);
+  model_.finish_layer(layer, rows, act_, hidden, stream);
+}
 
+void Prefill::attend_chunk(int layer, int begin, int rows, kernels::Stream& stream) {
   kernels::RopePrefillArgs rope{};
   static_cast<kernels::RopeArgs&>(rope) = model_.rope_args(layer, rows, act_);
   rope.begin = begin;
@@ -185,8 +213,6 @@ void Prefill::run_chunk(Sequence& sequence, int layer, int begin, int rows,
                              .out = act_.attn.data(),
                              .lse = lse_.as<float>()},
                             stream);
-  if (policy_.observes()) keep_tail(sequence, begin, rows, stream);
-  model_.finish_layer(layer, rows, act_, hidden, stream);
 }
 
 // Copies what of the chunk belongs to the last queries: their q, and their LSE by head.

@@ -209,6 +209,7 @@ class Worker {
       return std::make_unique<Engine>(config_, max_model_len,
                                       Engine::Parts{*device_, *store_, *policy_, *model_});
     });
+    engine_->warm_up();
   }
   Engine& engine() { return *engine_; }
   const std::string& hash() const { return model_hash_; }

@@ -114,7 +114,8 @@ INSTANTIATE_TEST_SUITE_P(Shapes, CudaLinear,
                                          Case{2, 96, 50}, Case{3, 1536, 576}, Case{8, 4096, 512},
                                          Case{5, 14336, 48}, Case{4, 40, 17}, Case{7, 2056, 2500},
                                          Case{8, 1024, 33}, Case{9, 576, 1536}, Case{33, 896, 128},
-                                         Case{200, 512, 640}, Case{1, 40, 64}),
+                                         Case{200, 512, 640}, Case{65, 2048, 96},
+                                         Case{1030, 256, 200}, Case{1, 40, 64}),
                          [](const auto& param) {
                            return std::to_string(param.param.rows) + "x" +
                                   std::to_string(param.param.columns) + "x" +
