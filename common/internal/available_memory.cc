@@ -1,5 +1,7 @@
 #include "common/available_memory.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <fstream>
 #include <limits>
@@ -36,36 +38,50 @@ std::uint64_t stat_in(const std::string& path, const std::string& wanted) {
   return 0;
 }
 
-// /proc/self/cgroup: "0::/path" in version 2, "N:...memory...:/path" in version 1. Inside a
-// container the path may not be visible; its root then is.
-std::uint64_t left_in_control_groups() {
-  std::uint64_t left = std::min(left_in_control_group("/sys/fs/cgroup"),
-                                left_in_control_group("/sys/fs/cgroup/memory"));
+std::uint64_t limit_of(const std::string& folder) {
+  return std::min(bound_in(folder + "/memory.max"), bound_in(folder + "/memory.limit_in_bytes"));
+}
+
+// The least over our control groups and those around them, each of which bounds us.
+template <typename Bound>
+std::uint64_t least_of_control_groups(const Bound& bound) {
   std::ifstream file("/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    const auto first = line.find(':');
-    const auto second = line.find(':', first + 1);
-    if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    const std::string path = line.substr(second + 1);
-    if (controllers.empty()) {
-      left = std::min(left, left_in_control_group("/sys/fs/cgroup" + path));
-    } else if (controllers.find("memory") != std::string::npos) {
-      left = std::min(left, left_in_control_group("/sys/fs/cgroup/memory" + path));
-    }
-  }
-  return left;
+  std::uint64_t least = kUnbounded;
+  for (const auto& folder : control_group_folders(file)) least = std::min(least, bound(folder));
+  return least;
 }
 
 }  // namespace
 
+std::vector<std::string> control_group_folders(std::istream& groups) {
+  std::vector<std::string> folders = {"/sys/fs/cgroup", "/sys/fs/cgroup/memory"};
+  for (std::string line; std::getline(groups, line);) {
+    const auto first = line.find(':');
+    const auto second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    const bool is_second = controllers.empty();
+    if (!is_second && controllers.find("memory") == std::string::npos) continue;
+    for (auto path = line.substr(second + 1); path.size() > 1;
+         path.resize(path.find_last_of('/'))) {
+      folders.push_back(folders[is_second ? 0 : 1] + path);
+    }
+  }
+  return folders;
+}
+
+std::uint64_t host_memory() {
+  const auto pages = static_cast<std::uint64_t>(sysconf(_SC_PHYS_PAGES));
+  return std::min(pages * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)),
+                  least_of_control_groups(limit_of));
+}
+
 std::uint64_t available_host_memory() {
-  return std::min(mem_available(), left_in_control_groups());
+  return std::min(mem_available(), least_of_control_groups(left_in_control_group));
 }
 
 std::uint64_t left_in_control_group(const std::string& folder) {
-  const std::uint64_t limit =
-      std::min(bound_in(folder + "/memory.max"), bound_in(folder + "/memory.limit_in_bytes"));
+  const std::uint64_t limit = limit_of(folder);
   const std::uint64_t used =
       std::min(bound_in(folder + "/memory.current"), bound_in(folder + "/memory.usage_in_bytes"));
   if (limit == kUnbounded || used == kUnbounded) return limit;

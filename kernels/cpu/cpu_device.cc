@@ -2,7 +2,6 @@
 
 #include <sched.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <condition_variable>
@@ -13,6 +12,7 @@
 #include <new>
 #include <thread>
 
+#include "common/available_memory.h"
 #include "common/check.h"
 #include "common/result.h"
 #include "kernels/cpu/simd/targets.h"
@@ -27,11 +27,6 @@ int usable_threads() {
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
   return std::max(1, CPU_COUNT(&set));
-}
-
-std::size_t half_of_memory() {
-  const auto pages = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES));
-  return pages * static_cast<std::size_t>(sysconf(_SC_PAGESIZE)) / 2;
 }
 
 class ComputeStream final : public CpuStream {
@@ -162,7 +157,7 @@ class CpuGraph final : public Graph {
 CpuDevice::CpuDevice(const CpuDeviceConfig& config)
     : config_(config), pool_(config.num_threads > 0 ? config.num_threads : usable_threads()) {
   simd::require_supported_cpu();
-  if (config_.memory_bytes == 0) config_.memory_bytes = half_of_memory();
+  if (config_.memory_bytes == 0) config_.memory_bytes = host_memory() / 2;
 }
 
 DeviceInfo CpuDevice::info() const {

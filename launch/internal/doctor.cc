@@ -60,7 +60,7 @@ Finding check_cores() {
 }
 
 Finding check_memory() {
-  const double gib = static_cast<double>(memory_bytes()) / kGib;
+  const double gib = static_cast<double>(host_memory()) / kGib;
   const double free_gib = static_cast<double>(available_host_memory()) / kGib;
   return finding(gib >= 3.5 ? Health::kOk : Health::kWarn, "memory",
                  fmt::format("{:.1f} GiB, {:.1f} of them available", gib, free_gib),

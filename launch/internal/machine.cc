@@ -1,7 +1,6 @@
 #include "launch/internal/machine.h"
 
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <fstream>
@@ -34,14 +33,6 @@ int num_usable_cores() {
   CPU_ZERO(&cores);
   if (sched_getaffinity(0, sizeof cores, &cores) != 0) return 1;
   return std::max(1, CPU_COUNT(&cores));
-}
-
-std::int64_t memory_bytes() {
-  std::int64_t bytes = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
-  std::ifstream limit("/sys/fs/cgroup/memory.max");  // "max" without a limit
-  std::int64_t limit_bytes = 0;
-  if (limit >> limit_bytes) bytes = std::min(bytes, limit_bytes);
-  return bytes;
 }
 
 bool cpu_has(const char* flag) {

@@ -8,7 +8,6 @@ namespace foretoken::launch {
 
 std::string machine_name();      // the CPU's model name
 int num_usable_cores();          // that this process may run on
-std::int64_t memory_bytes();     // physical, or the cgroup's limit if that is less
 bool cpu_has(const char* flag);  // of /proc/cpuinfo, as "avx2"
 
 }  // namespace foretoken::launch

@@ -1,6 +1,7 @@
 // foretoken serve: a service in the foreground.
 #include <algorithm>
 
+#include "common/available_memory.h"
 #include "common/model_config.h"
 #include "common/safetensors.h"
 #include "launch/internal/cli.h"
@@ -42,7 +43,7 @@ ServiceConfig resolve(ServiceConfig config) {
   }
   if (config.kv_host_gib == 0) {
     config.kv_host_gib =
-        std::min(kMostDefaultHostGib, static_cast<double>(memory_bytes()) / kGib / 4);
+        std::min(kMostDefaultHostGib, static_cast<double>(host_memory()) / kGib / 4);
   }
   return config;
 }

@@ -1,11 +1,14 @@
 #include "common/available_memory.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <sstream>
 
 namespace foretoken {
 namespace {
@@ -53,6 +56,25 @@ TEST_F(ControlGroup, TheFirstVersionToo) {
   write("memory.usage_in_bytes", "800\n");
   write("memory.stat", kStat);
   EXPECT_EQ(left(), 400U);
+}
+
+TEST(ControlGroups, AreThoseAroundOursToo) {
+  std::istringstream second("0::/system.slice/job_7/task_0\n");
+  EXPECT_THAT(control_group_folders(second),
+              testing::UnorderedElementsAre(
+                  "/sys/fs/cgroup", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/system.slice",
+                  "/sys/fs/cgroup/system.slice/job_7", "/sys/fs/cgroup/system.slice/job_7/task_0"));
+  std::istringstream first("11:cpu,cpuacct:/job\n4:memory:/job/step\n1:name=systemd:/x\n0::/\n");
+  EXPECT_THAT(
+      control_group_folders(first),
+      testing::UnorderedElementsAre("/sys/fs/cgroup", "/sys/fs/cgroup/memory",
+                                    "/sys/fs/cgroup/memory/job", "/sys/fs/cgroup/memory/job/step"));
+}
+
+TEST(HostMemory, IsNoMoreThanTheMachines) {
+  const auto pages = static_cast<std::uint64_t>(sysconf(_SC_PHYS_PAGES));
+  EXPECT_LE(host_memory(), pages * static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE)));
+  EXPECT_GT(host_memory(), 0U);
 }
 
 }  // namespace
