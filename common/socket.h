@@ -60,6 +60,7 @@ class RouterSocket {
     std::vector<std::string> allowed_clients = {};  // public keys; with CURVE only these connect
     std::size_t max_frame_bytes = std::size_t{4} << 20;
     int max_queued = 1000;                // messages to a peer, before send() finds its queue full
+    int max_received = 1000;              // ... of a peer that wait for receive(); more wait there
     std::chrono::milliseconds linger{0};  // at the end, for what is still to be sent
   };
   // Error: kPortInUse, kConfig.

@@ -23,7 +23,12 @@ std::string encode(const ServerMessage& message);
 std::string encode(const WorkerMessage& message);
 std::string encode(const CoordinatorMessage& message);
 
-Result<ClientRequest> decode_client_request(std::string_view frame);
+// most_elements: of a list. Longer ones cost their sender an error, and this side no time.
+Result<ClientRequest> decode_client_request(std::string_view frame,
+                                            std::size_t most_elements = kMaxFrameBytes);
+// Of a frame that couldn't be decoded, so that its sender can be told which it was; empty where not
+// even that can be read. Views the frame.
+std::string_view peek_request_id(std::string_view frame);
 Result<ServerMessage> decode_server_message(std::string_view frame);
 Result<WorkerMessage> decode_worker_message(std::string_view frame);
 Result<CoordinatorMessage> decode_coordinator_message(std::string_view frame);

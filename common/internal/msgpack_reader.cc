@@ -150,6 +150,11 @@ std::optional<std::size_t> MsgpackReader::array(std::string_view what) {
     fail(what, "more elements than the frame has bytes for");
     return std::nullopt;
   }
+  if (head->number > most_elements_) {
+    fail(what, std::to_string(head->number) + " elements, at most " +
+                   std::to_string(most_elements_) + " are read");
+    return std::nullopt;
+  }
   return head->number;
 }
 

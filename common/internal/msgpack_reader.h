@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,7 +18,10 @@ namespace foretoken::internal {
 class MsgpackReader {
  public:
   // `bytes` must outlive the reader and the views it returns.
-  explicit MsgpackReader(std::string_view bytes) : bytes_(bytes) {}
+  // Arrays of more elements than these fail.
+  explicit MsgpackReader(std::string_view bytes,
+                         std::size_t most_elements = std::numeric_limits<std::size_t>::max())
+      : bytes_(bytes), most_elements_(most_elements) {}
 
   // Each reads one value of its type; nullopt after a failure. `what` names it in the error.
   // Of maps and arrays: the number of entries, which is at most the number of bytes left.
@@ -37,7 +41,6 @@ class MsgpackReader {
   bool skip(std::string_view what);
 
   bool at_end() const { return position_ == bytes_.size(); }
-  std::size_t position() const { return position_; }
 
   // Records a failure, if it is the first.
   void fail(std::string_view what, std::string_view why);
@@ -54,6 +57,7 @@ class MsgpackReader {
   bool wrong_type(std::string_view what, std::string_view expected, const Header& got);
 
   std::string_view bytes_;
+  std::size_t most_elements_;
   std::size_t position_ = 0;
   bool failed_ = false;
   std::string error_;

@@ -107,6 +107,7 @@ Result<std::unique_ptr<RouterSocket>> RouterSocket::bind(std::shared_ptr<SocketC
     auto& socket = impl->socket;
     set_common(socket, config.endpoint, config.max_frame_bytes);
     socket.set(zmq::sockopt::sndhwm, config.max_queued);
+    socket.set(zmq::sockopt::rcvhwm, config.max_received);
     socket.set(zmq::sockopt::router_mandatory, true);
     socket.set(zmq::sockopt::linger, static_cast<int>(config.linger.count()));
     socket.set(zmq::sockopt::backlog, kBacklog);

@@ -241,8 +241,8 @@ Result<std::string_view> read_type(std::string_view frame) {
 }
 
 template <typename T>
-Result<T> decode_as(std::string_view frame) {
-  MsgpackReader in(frame);
+Result<T> decode_as(std::string_view frame, std::size_t most_elements) {
+  MsgpackReader in(frame, most_elements);
   T message;
   read_map(in, kTypeName<T>, message);
   if (!in.failed() && !in.at_end()) in.fail("frame", "bytes after its end");
@@ -252,26 +252,29 @@ Result<T> decode_as(std::string_view frame) {
 
 // Tries the alternatives of a variant in turn.
 template <typename Variant, std::size_t kIndex = 0>
-Result<Variant> decode_alternative(std::string_view type, std::string_view frame) {
+Result<Variant> decode_alternative(std::string_view type, std::string_view frame,
+                                   std::size_t most_elements) {
   if constexpr (kIndex == std::variant_size_v<Variant>) {
     return corrupt("type: no such message");
   } else {
     using T = std::variant_alternative_t<kIndex, Variant>;
-    if (type != kTypeName<T>) return decode_alternative<Variant, kIndex + 1>(type, frame);
-    auto message = decode_as<T>(frame);
+    if (type != kTypeName<T>)
+      return decode_alternative<Variant, kIndex + 1>(type, frame, most_elements);
+    auto message = decode_as<T>(frame, most_elements);
     if (!message) return message.error();
     return Variant(*std::move(message));
   }
 }
 
 template <typename Variant>
-Result<Variant> decode_any(std::string_view frame, std::size_t max_bytes) {
+Result<Variant> decode_any(std::string_view frame, std::size_t max_bytes,
+                           std::size_t most_elements = std::numeric_limits<std::size_t>::max()) {
   if (frame.size() > max_bytes) {
     return corrupt("it has " + std::to_string(frame.size()) + " bytes, at most " +
                    std::to_string(max_bytes) + " are read");
   }
   FT_ASSIGN_OR_RETURN(const auto type, read_type(frame));
-  return decode_alternative<Variant>(type, frame);
+  return decode_alternative<Variant>(type, frame, most_elements);
 }
 
 }  // namespace
@@ -281,8 +284,17 @@ std::string encode(const ServerMessage& message) { return encode_any(message); }
 std::string encode(const WorkerMessage& message) { return encode_any(message); }
 std::string encode(const CoordinatorMessage& message) { return encode_any(message); }
 
-Result<ClientRequest> decode_client_request(std::string_view frame) {
-  return decode_any<ClientRequest>(frame, kMaxFrameBytes);
+Result<ClientRequest> decode_client_request(std::string_view frame, std::size_t most_elements) {
+  return decode_any<ClientRequest>(frame, kMaxFrameBytes, most_elements);
+}
+std::string_view peek_request_id(std::string_view frame) {
+  MsgpackReader in(frame);
+  const auto entries = in.map("frame");
+  for (std::size_t i = 0; entries && i < *entries && !in.failed(); ++i) {
+    if (in.text("frame") == "request_id") return in.text("request_id").value_or("");
+    in.skip("frame");
+  }
+  return "";
 }
 Result<ServerMessage> decode_server_message(std::string_view frame) {
   return decode_any<ServerMessage>(frame, kMaxPlanBytes);

@@ -19,10 +19,11 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-constexpr milliseconds kIdleTick{200};  // nothing to deliver, only heartbeats to look after
-constexpr milliseconds kLinger{1000};   // for last messages
-constexpr int kLeastQueue = 16;         // messages to a client that its socket takes
-constexpr int kFramesATurn = 256;       // of a socket, before the other has its turn
+constexpr milliseconds kIdleTick{200};   // nothing to deliver, only heartbeats to look after
+constexpr milliseconds kLinger{1000};    // for last messages
+constexpr int kLeastQueue = 16;          // messages to a client that its socket takes
+constexpr int kFramesATurn = 256;        // of a socket, before the other has its turn ...
+constexpr milliseconds kClientsTurn{2};  // ... and of clients, whose frames may be long
 constexpr std::size_t kWorkerFrameBytes = std::size_t{256} << 20;
 
 bool is_tcp(const std::string& endpoint) { return endpoint.starts_with("tcp:"); }
@@ -32,8 +33,10 @@ std::string client_endpoint(const ServiceConfig& config) {
   return "tcp://" + config.host + ":" + std::to_string(config.port);
 }
 
-// ZeroMQ's names of connections begin with a zero byte. One that a client gave itself may be that
-// of a connection before, whose requests' messages it would get.
+// ZeroMQ's names of connections begin with a zero byte, then 32 bits that count on from a random
+// number. One that a client gave itself may be that of a connection before, whose requests'
+// messages it would get; one that begins with a zero byte, as libzmq lets it, it would have to
+// guess.
 bool is_self_named(const std::string& peer) { return !peer.starts_with('\0'); }
 
 std::string refusal_of_names() {
@@ -95,6 +98,7 @@ void Server::bind(const std::optional<ServiceKeys>& keys) {
   // counted (ClientSessions).
   RouterSocket::Config clients{.endpoint = client_endpoint(service),
                                .max_queued = std::max(kLeastQueue, service.max_requests_per_client),
+                               .max_received = kLeastQueue,  // their frames may have 4 MiB
                                .linger = kLinger};
   if (is_tcp(clients.endpoint)) {
     if (service.insecure_bind) {
@@ -160,7 +164,9 @@ bool Server::read_sockets() {
     service_->on_worker_frame(*frame, steady_clock::now());
     more = i + 1 == kFramesATurn;
   }
+  const auto begin = steady_clock::now();
   for (int i = 0; i < kFramesATurn; ++i) {
+    if (steady_clock::now() - begin >= kClientsTurn) return true;
     const auto frame = clients_->receive();
     if (!frame) break;
     more = more || i + 1 == kFramesATurn;

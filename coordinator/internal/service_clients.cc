@@ -1,4 +1,6 @@
 // Service, its clients' side: requests come in, are checked, and become Request objects.
+#include <algorithm>
+
 #include "common/log.h"
 #include "common/wire.h"
 #include "coordinator/request_check.h"
@@ -9,12 +11,19 @@ namespace {
 
 // Longer texts are tokenized elsewhere: 1 MiB takes about 100 ms.
 constexpr std::size_t kShortText = 8192;
+// Ids of a prompt that are decoded whatever the context: 65,536 take 1 ms.
+constexpr std::size_t kMostIds = 65536;
 
 }  // namespace
 
 void Service::on_client_frame(const RouterFrame& frame, TimePoint now) {
-  auto request = decode_client_request(frame.body);
-  if (!request) return reject(frame.peer, "", request.error(), now);
+  // What is not much too long is told how long it is.
+  const auto most = std::max(kMostIds, 4 * static_cast<std::size_t>(context()));
+  auto request = decode_client_request(frame.body, most);
+  if (!request) {
+    const std::string id(peek_request_id(frame.body));
+    return reject(frame.peer, sessions_.find(frame.peer, id) ? "" : id, request.error(), now);
+  }
   std::visit([&](auto& message) { on_request(frame, std::move(message), now); }, *request);
   pump(now);
 }
@@ -22,8 +31,12 @@ void Service::on_client_frame(const RouterFrame& frame, TimePoint now) {
 void Service::reject(const std::string& peer, const std::string& request_id, const Error& error,
                      TimePoint now) {
   metrics_.on_rejected(error.code);
-  sessions_.send(
-      peer, ErrorMessage{request_id, std::string(error_code_name(error.code)), error.message}, now);
+  // A name that is too long is what is wrong with it, and costs memory until it is read.
+  const bool is_name = request_id.size() <= kMaxRequestIdBytes;
+  sessions_.send(peer,
+                 ErrorMessage{is_name ? request_id : "", std::string(error_code_name(error.code)),
+                              error.message},
+                 now);
 }
 
 std::int64_t Service::context() const {

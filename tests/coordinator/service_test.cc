@@ -291,6 +291,41 @@ TEST_F(ServiceTest, NamesWhatIsWrongWithARequest) {
   EXPECT_EQ(service().num_requests(), 1U);
 }
 
+// Its sender has others running, and else couldn't tell which one it is.
+TEST_F(ServiceTest, NamesARequestThatCanNotBeRead) {
+  ask(wish("runs"));
+  const auto sent = [&](const std::string& id) {
+    auto request = wish(id);
+    request.sampling.top_k = 123'456;  // 5 bytes, of which the first is that of a number
+    auto frame = encode(ClientRequest(request));
+    frame.replace(frame.find("\xce\x00\x01\xe2\x40"), 5, "\xa4text", 5);
+    service().on_client_frame({"p", "", frame}, now_);
+    return told<ErrorMessage>().back();
+  };
+  EXPECT_EQ(sent("odd").request_id, "odd");
+  EXPECT_EQ(sent("odd").code, "corrupt");
+  EXPECT_EQ(sent("runs").request_id, "");  // the first one goes on
+  EXPECT_EQ(service().num_requests(), 1U);
+}
+
+TEST_F(ServiceTest, DoesNotSendBackWhatIsTooLong) {
+  ask(wish(std::string(1'000'000, 'x')));
+  EXPECT_THAT(told<ErrorMessage>().at(0).message, HasSubstr("request_id"));
+  EXPECT_EQ(told<ErrorMessage>().at(0).request_id, "");
+}
+
+TEST_F(ServiceTest, DoesNotReadIdsFarBeyondTheContext) {
+  auto request = wish("long");
+  request.prompt_ids->resize(60'000);
+  ask(request);
+  EXPECT_THAT(told<ErrorMessage>().at(0).message, HasSubstr("the prompt has 60000 tokens"));
+  request.request_id = "longer";
+  request.prompt_ids->resize(70'000);
+  ask(request);
+  EXPECT_THAT(told<ErrorMessage>().at(1).message, HasSubstr("prompt_ids: 70000 elements"));
+  EXPECT_EQ(told<ErrorMessage>().at(1).request_id, "longer");
+}
+
 TEST_F(ServiceTest, CancelEndsARequestWhereverItStands) {
   ask(wish("waits"));
   ask(CancelRequest{"waits"});
