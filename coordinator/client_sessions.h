@@ -44,6 +44,8 @@ class ClientSessions {
   // Whether a frame would leave at once. Then send() it.
   bool can_send(const std::string& peer) const;
   void send(const std::string& peer, const ServerMessage& message, TimePoint now);
+  // Whether all has left that will.
+  bool is_empty() const;
 
   // Sends what waits. Returns the connections that are lost since the last call; they are
   // forgotten.

@@ -35,6 +35,11 @@ class Request {
   };
   Request(Origin origin, GenerateRequest wish);
 
+  // Who shares with others: a key, or without keys a connection.
+  const std::string& tenant() const {
+    return origin_.tenant.empty() ? origin_.peer : origin_.tenant;
+  }
+
   // ---- life ----
   RequestState state() const { return state_; }
   // The prompt is known: kTokenizing -> kWaiting. max_tokens is final now, and at least 1.
@@ -70,10 +75,8 @@ class Request {
   const std::vector<TokenId>& prompt() const { return prompt_; }
   const std::vector<TokenInfo>& tokens() const { return tokens_; }
   std::int64_t length() const;
-  const std::string& finish_reason() const { return finish_reason_; }
   int group() const { return group_; }
   SequenceId sequence() const { return sequence_; }
-  std::optional<TimePoint> first_token_at() const { return first_token_at_; }
   std::optional<TimePoint> last_token_at() const { return last_token_at_; }
 
   // Kept here for the service.

@@ -118,7 +118,6 @@ class Scheduler {
   Result<std::vector<StepEvent>> on_results(const std::vector<StepResult>& ranks);
 
   std::size_t num_sequences() const { return sequences_.size(); }
-  std::size_t num_in_flight() const { return in_flight_.size(); }
 
  private:
   enum class Phase { kNew, kAdmitting, kAdmitted, kStarting, kPrefilling, kDecoding };

@@ -139,6 +139,7 @@ class Service {
   void publish_generated(Group& group, Request& request);
   void extend_keys(const Group& group, Request& request, std::size_t num_segments) const;
   bool tries_again(const Group& group) const;
+  Request* next_waiting(TimePoint now);
   void start_waiting(TimePoint now);
   void start(Request& request, Group& group, std::size_t segments, TimePoint now);
   Group* pick_group(const Request& request, TimePoint now);

@@ -12,8 +12,9 @@ namespace foretoken::coordinator {
 class TokenizeLater {
  public:
   virtual ~TokenizeLater() = default;
-  // The tokens are handed to Service::on_tokenized() later.
-  virtual void submit(RequestId id, std::string text, EncodeOptions options) = 0;
+  // The tokens are handed to Service::on_tokenized() later. Tenants take turns.
+  virtual void submit(RequestId id, const std::string& tenant, std::string text,
+                      EncodeOptions options) = 0;
   // Nobody wants its tokens any more: it is not begun, and its text not kept. They may come all the
   // same, if it was begun already.
   virtual void cancel(RequestId id) = 0;

@@ -1,11 +1,12 @@
-// TokenizeThread: turns long texts into tokens beside the main loop, first come first served.
+// TokenizeThread: turns long texts into tokens beside the main loop. Tenants take turns; a
+// tenant's texts are in their order.
 //
 // Owns its thread. submit(), cancel() and take() are for one thread; fd() is readable when take()
 // has something. Example: tests/coordinator/tokenize_thread_test.cc
 #pragma once
 
 #include <condition_variable>
-#include <deque>
+#include <list>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -24,7 +25,8 @@ class TokenizeThread : public TokenizeLater {
   explicit TokenizeThread(Tokenizer tokenizer);
   ~TokenizeThread() override;
 
-  void submit(RequestId id, std::string text, EncodeOptions options) override;
+  void submit(RequestId id, const std::string& tenant, std::string text,
+              EncodeOptions options) override;
   void cancel(RequestId id) override;
   std::vector<Answer> take();
   int fd() const { return event_fd_; }
@@ -32,16 +34,18 @@ class TokenizeThread : public TokenizeLater {
  private:
   struct Job {
     RequestId id{};
+    std::string tenant;
     std::string text;
     EncodeOptions options;
   };
+  void end_turn(const std::string& tenant);
   void run();
 
   const Tokenizer tokenizer_;
   int event_fd_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<Job> jobs_;         // guarded by mutex_
+  std::list<Job> jobs_;          // guarded by mutex_; the next one is the first
   std::vector<Answer> answers_;  // guarded by mutex_
   bool stop_ = false;            // guarded by mutex_
   std::thread thread_;

@@ -1,5 +1,7 @@
 #include "coordinator/client_sessions.h"
 
+#include <algorithm>
+
 #include "common/check.h"
 #include "common/wire.h"
 
@@ -55,6 +57,12 @@ bool ClientSessions::can_send(const std::string& peer) const {
   return session == sessions_.end() || session->second.queue.empty();
 }
 
+bool ClientSessions::is_empty() const {
+  return std::ranges::all_of(sessions_, [](const auto& session) {
+    return session.second.queue.empty() || session.second.lost;
+  });
+}
+
 void ClientSessions::send(const std::string& peer, const ServerMessage& message, TimePoint now) {
   auto [session, is_new] = sessions_.try_emplace(peer);
   transmit(peer, session->second, encode(message), now);
@@ -65,8 +73,9 @@ void ClientSessions::send(const std::string& peer, const ServerMessage& message,
 void ClientSessions::transmit(const std::string& peer, Session& session, std::string frame,
                               TimePoint now) {
   if (session.lost) return;
-  // Small replies may queue up to the limit; a large frame may be the only one that waits.
-  if (!session.queue.empty() && session.queue_bytes + frame.size() > kMaxQueueBytes) {
+  // Small replies may queue up to the limit, behind one frame that may be large.
+  if (!session.queue.empty() &&
+      session.queue_bytes - session.queue.front().size() + frame.size() > kMaxQueueBytes) {
     session.lost = true;
     return;
   }

@@ -85,7 +85,8 @@ bool Scheduler::has_room(const std::vector<PrefixKey>& segment_keys) const {
     if (sequence.release_planned) continue;
     ++present;
     if (sequence.releasing) continue;
-    before_prefill += sequence.phase < Phase::kPrefilling;
+    const bool has_begun = sequence.layer > 0 || sequence.token > sequence.reused;
+    before_prefill += sequence.phase <= Phase::kPrefilling && !has_begun;
     const auto& theirs = sequence.given.segment_keys;
     if (!sequence.prompt_done && !theirs.empty() && !segment_keys.empty() &&
         theirs.front() == segment_keys.front()) {

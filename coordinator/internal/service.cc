@@ -103,7 +103,7 @@ void Service::drain(TimePoint now) {
 
 void Service::finish_drain(TimePoint now) {
   if (!drain_until_ || finished_) return;
-  if (!requests_.empty() && now < *drain_until_) return;
+  if (!(requests_.empty() && sessions_.is_empty()) && now < *drain_until_) return;
   std::vector<Request*> rest;
   for (auto& [id, request] : requests_) rest.push_back(request.get());
   for (auto* request : rest) {

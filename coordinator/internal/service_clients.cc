@@ -97,7 +97,7 @@ void Service::on_request(const RouterFrame& frame, GenerateRequest wish, TimePoi
   const auto& text = *taken.wish().prompt;
   const EncodeOptions options{.add_special = taken.wish().add_special_tokens};
   if (parts_.tokenize_later != nullptr && text.size() > kShortText) {
-    return parts_.tokenize_later->submit(id, text, options);
+    return parts_.tokenize_later->submit(id, taken.tenant(), text, options);
   }
   on_tokenized(id, parts_.model.tokenizer->encode(text, options), now);
 }

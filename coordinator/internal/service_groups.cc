@@ -388,23 +388,38 @@ bool Service::tries_again(const Group& group) const {
   });
 }
 
-void Service::start_waiting(TimePoint now) {
-  next_retry_ = TimePoint::max();
-  for (auto place = waiting_.begin(); place != waiting_.end();) {
-    auto& request = *find(*place);
+// The next to be started: the first of the tenant with the fewest running, so that no tenant waits
+// for all that another asked for before it.
+Request* Service::next_waiting(TimePoint now) {
+  const bool has_room = std::ranges::any_of(groups_, [](const auto& group) {
+    return group->scheduler && group->scheduler->has_room({});
+  });
+  if (waiting_.empty() || !has_room) return nullptr;
+  std::map<std::string, int> running;
+  for (const auto& [sequence, id] : by_sequence_) ++running[requests_.at(id)->tenant()];
+  Request* next = nullptr;
+  for (const auto id : waiting_) {
+    auto& request = *find(id);
     if (request.retry_at && now < *request.retry_at) {
       next_retry_ = std::min(next_retry_, *request.retry_at);
-      ++place;
-      continue;
+    } else if (next == nullptr || running[request.tenant()] < running[next->tenant()]) {
+      next = &request;
     }
-    const auto segments = static_cast<std::size_t>(request.length() / kSegmentTokens);
+  }
+  return next;
+}
+
+void Service::start_waiting(TimePoint now) {
+  next_retry_ = TimePoint::max();
+  while (auto* request = next_waiting(now)) {
+    const auto segments = static_cast<std::size_t>(request->length() / kSegmentTokens);
     for (const auto& group : groups_) {
-      if (group->scheduler) extend_keys(*group, request, segments);
+      if (group->scheduler) extend_keys(*group, *request, segments);
     }
-    auto* group = pick_group(request, now);
+    auto* group = pick_group(*request, now);
     if (group == nullptr) return;
-    place = waiting_.erase(place);
-    start(request, *group, segments, now);
+    waiting_.erase(request->origin().id);
+    start(*request, *group, segments, now);
   }
 }
 

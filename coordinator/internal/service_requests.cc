@@ -41,11 +41,11 @@ bool Service::release_sequence(Request& request) {
 
 void Service::complete(Request& request, KvReport kv, TimePoint now) {
   const auto& peer = request.origin().peer;
+  deliver(request, now);
   if (!sessions_.can_send(peer)) {
     request.report = std::move(kv);
     return;
   }
-  deliver(request, now);
   kv.policy = parts_.config.kv_policy;
   kv.budget_tokens = parts_.config.kv_budget;
   kv.losses = request.losses;

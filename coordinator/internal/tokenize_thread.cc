@@ -24,10 +24,11 @@ TokenizeThread::~TokenizeThread() {
   close(event_fd_);
 }
 
-void TokenizeThread::submit(RequestId id, std::string text, EncodeOptions options) {
+void TokenizeThread::submit(RequestId id, const std::string& tenant, std::string text,
+                            EncodeOptions options) {
   {
     const std::lock_guard lock(mutex_);
-    jobs_.push_back({id, std::move(text), options});
+    jobs_.push_back({id, tenant, std::move(text), options});
   }
   wake_.notify_one();
 }
@@ -44,6 +45,17 @@ std::vector<TokenizeThread::Answer> TokenizeThread::take() {
   return std::exchange(answers_, {});
 }
 
+// Its texts go behind those of all others.
+void TokenizeThread::end_turn(const std::string& tenant) {
+  std::list<Job> rest;
+  for (auto job = jobs_.begin(); job != jobs_.end();) {
+    const auto next = std::next(job);
+    if (job->tenant == tenant) rest.splice(rest.end(), jobs_, job);
+    job = next;
+  }
+  jobs_.splice(jobs_.end(), rest);
+}
+
 void TokenizeThread::run() {
   pthread_setname_np(pthread_self(), "tokenize");
   std::unique_lock lock(mutex_);
@@ -52,6 +64,7 @@ void TokenizeThread::run() {
     if (stop_) return;
     const Job job = std::move(jobs_.front());
     jobs_.pop_front();
+    end_turn(job.tenant);
     lock.unlock();
     auto ids = tokenizer_.encode(job.text, job.options);
     lock.lock();

@@ -108,6 +108,19 @@ TEST_F(ClientSessionsTest, OneLargeFrameMayWait) {
   EXPECT_EQ(outbox_.frames.size(), 1U);
 }
 
+TEST_F(ClientSessionsTest, SmallRepliesMayWaitBehindALargeFrame) {
+  block();
+  EXPECT_TRUE(sessions_.is_empty());
+  send(std::string(2 << 20, 'x'));
+  send();
+  EXPECT_FALSE(sessions_.is_empty());
+  EXPECT_TRUE(pass(milliseconds(1)).empty());
+  unblock();
+  pass(milliseconds(1));
+  EXPECT_EQ(outbox_.frames.size(), 2U);
+  EXPECT_TRUE(sessions_.is_empty());
+}
+
 TEST_F(ClientSessionsTest, SilentWorkShowsThatItLivesAndWhoIsGone) {
   sessions_.attach("p", "", "r", RequestId{1});
   EXPECT_TRUE(pass(ClientSessions::kKeepAlive).empty());

@@ -482,6 +482,25 @@ TEST_F(SchedulerTest, HasRoomForAsManyAsMayDecode) {
   EXPECT_TRUE(scheduler_.has_room({}));
 }
 
+class WideSchedulerTest : public SchedulerTest {
+ protected:
+  WideSchedulerTest() : SchedulerTest({Epoch{1}, 4, 8, 64}) {}
+};
+
+// What waits for its turn has its memory already.
+TEST_F(WideSchedulerTest, FewWaitForThePrefillOfOthers) {
+  for (int id = 1; id <= 4; ++id) {
+    ASSERT_TRUE(scheduler_.has_room({}));
+    scheduler_.add(sequence(id, 1000, 3, 100 * id));
+  }
+  EXPECT_FALSE(scheduler_.has_room({}));
+  for (int i = 0; i < 3; ++i) step();  // admitted, started, the first one's prefill begun
+  ASSERT_TRUE(scheduler_.has_room({}));
+  scheduler_.add(sequence(5, 1000, 3, 500));
+  for (int i = 0; i < 3; ++i) step();
+  EXPECT_FALSE(scheduler_.has_room({}));
+}
+
 TEST_F(SchedulerTest, WaitsForAPrefixThatIsBeingComputed) {
   scheduler_.add(sequence(1, 600, 5, 10));
   EXPECT_FALSE(scheduler_.has_room({key_of(10)}));

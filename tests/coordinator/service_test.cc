@@ -258,6 +258,19 @@ TEST_F(ServiceTest, TurnsAwayWhatIsTooMuch) {
                                          "reason=\"exhausted\"} 2"));
 }
 
+TEST_F(ServiceTest, ATenantDoesNotWaitForAllThatAnotherAskedForBefore) {
+  config_.max_requests_per_client = 8;
+  config_.max_waiting = 100;
+  start_rank();
+  for (int i = 0; i < 6; ++i) ask(wish(numbered("r", i), 20), "many");
+  ask(wish("one", 3), "few");
+  work(45);  // the first two end on the way
+  EXPECT_EQ(told<DoneMessage>("few").size(), 1U);
+  EXPECT_LE(told<DoneMessage>("many").size(), 3U);
+  work();
+  EXPECT_EQ(told<DoneMessage>("many").size(), 6U);
+}
+
 TEST_F(ServiceTest, ATenantsLimitHoldsOverItsConnectionsButNotForTheOperator) {
   operator_key_ = "operator";
   for (int i = 0; i < 3; ++i) ask(wish("r"), numbered("p", i), "tenant");
@@ -344,7 +357,9 @@ TEST_F(ServiceTest, CancelEndsARequestWhereverItStands) {
 }
 
 struct TextsToTokenize : TokenizeLater {
-  void submit(RequestId id, std::string, EncodeOptions) override { waiting.insert(id); }
+  void submit(RequestId id, const std::string&, std::string, EncodeOptions) override {
+    waiting.insert(id);
+  }
   void cancel(RequestId id) override { waiting.erase(id); }
   std::set<RequestId> waiting;
 };
@@ -878,6 +893,21 @@ TEST_F(ServiceTest, DrainFinishesWhatRunsAndTakesNothingNew) {
   EXPECT_EQ(told<DoneMessage>().at(0).tokens.size(), 20U);
   work();
   EXPECT_EQ(shutdowns_, 1);
+}
+
+TEST_F(ServiceTest, DrainWaitsForAnAnswerToLeave) {
+  start_rank();
+  ask(wish("r1", 20));
+  work(5);
+  ask(DrainRequest{});
+  slow_ = "p";
+  work();
+  pass(milliseconds(20));
+  EXPECT_FALSE(service().is_finished());
+  slow_.clear();
+  pass(milliseconds(20));
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);
+  EXPECT_TRUE(service().is_finished());
 }
 
 TEST_F(ServiceTest, DrainEndsAtItsDeadline) {

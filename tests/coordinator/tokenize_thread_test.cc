@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 
+#include <algorithm>
+
 #include "tests/coordinator/tiny_model.h"
 
 namespace foretoken::coordinator {
@@ -15,9 +17,38 @@ std::vector<TokenizeThread::Answer> wait_for_answers(TokenizeThread& thread) {
   return thread.take();
 }
 
+// Takes a while.
+std::string long_text() {
+  std::string text;
+  while (text.size() < (4 << 20)) text += "some words ";
+  return text;
+}
+
+TEST(TokenizeThread, TenantsTakeTurns) {
+  TokenizeThread thread(tiny_tokenizer());
+  thread.submit(RequestId{1}, "many", long_text(), {});
+  for (int i = 2; i < 10; ++i) thread.submit(RequestId(i), "many", "x", {});
+  thread.submit(RequestId{10}, "few", "x", {});
+  thread.submit(RequestId{11}, "few", "x", {});
+  std::vector<RequestId> ids;
+  while (ids.size() < 11) {
+    const auto some = wait_for_answers(thread);
+    ASSERT_FALSE(some.empty());
+    for (const auto& answer : some) ids.push_back(answer.id);
+  }
+  const auto place = [&](int id) {
+    return std::find(ids.begin(), ids.end(), RequestId(id)) - ids.begin();
+  };
+  // The first text is begun at once, and another of its tenant may be the next.
+  EXPECT_LE(place(10), 2);
+  EXPECT_LE(place(11), 4);
+  EXPECT_LT(place(8), place(9));
+}
+
 TEST(TokenizeThread, AnswersInOrder) {
   TokenizeThread thread(tiny_tokenizer());
-  for (int i = 1; i <= 5; ++i) thread.submit(RequestId(i), std::string(std::size_t(i), 'x'), {});
+  for (int i = 1; i <= 5; ++i)
+    thread.submit(RequestId(i), "t", std::string(std::size_t(i), 'x'), {});
   std::vector<TokenizeThread::Answer> answers;
   while (answers.size() < 5) {
     auto some = wait_for_answers(thread);
@@ -33,14 +64,12 @@ TEST(TokenizeThread, AnswersInOrder) {
 // While the first one takes its time, whatever is cancelled leaves the queue.
 TEST(TokenizeThread, WhatIsCancelledIsNotBegun) {
   TokenizeThread thread(tiny_tokenizer());
-  std::string long_text;
-  while (long_text.size() < (4 << 20)) long_text += "some words ";
-  thread.submit(RequestId{1}, long_text, {});
+  thread.submit(RequestId{1}, "t", long_text(), {});
   for (int i = 2; i < 100; ++i) {
-    thread.submit(RequestId(i), "x", {});
+    thread.submit(RequestId(i), "t", "x", {});
     thread.cancel(RequestId(i));
   }
-  thread.submit(RequestId{100}, "x", {});
+  thread.submit(RequestId{100}, "t", "x", {});
   thread.cancel(RequestId{1});  // it is begun, or not
   std::vector<RequestId> ids;
   while (ids.empty() || ids.back() != RequestId{100}) {
