@@ -2,9 +2,11 @@
 
 #include <algorithm>
 #include <deque>
+#include <iterator>
 #include <random>
 #include <set>
 #include <utility>
+#include <vector>
 
 #include "common/wire.h"
 
@@ -27,6 +29,16 @@ std::string name_prefix() {
   char text[16];
   std::snprintf(text, sizeof text, "c%08x-", device());
   return text;
+}
+
+// Empty where it is of none.
+std::string request_of(const ServerMessage& message) {
+  return std::visit(
+      [](const auto& m) -> std::string {
+        if constexpr (requires { m.request_id; }) return m.request_id;
+        return "";
+      },
+      message);
 }
 
 }  // namespace
@@ -109,12 +121,7 @@ struct Client::Impl {
   // Keeps a message of a request for receive(). Those of requests that are over are dropped: a
   // cancelled one's may still be on their way.
   void keep(ServerMessage message) {
-    auto name = std::visit(
-        [](const auto& m) -> std::string {
-          if constexpr (requires { m.request_id; }) return m.request_id;
-          return "";
-        },
-        message);
+    auto name = request_of(message);
     auto* error = std::get_if<ErrorMessage>(&message);
     if (error != nullptr && name.empty() && open.size() == 1) {
       error->request_id = name = *open.begin();  // it was no message to the service at all
@@ -223,6 +230,15 @@ Result<ServerMessage> Client::receive(milliseconds timeout) {
 Result<DoneMessage> Client::generate(GenerateRequest request, const OnTokens& on_tokens) {
   const auto begin = Clock::now();
   const auto& patience = impl_->config.request_timeout;
+  // Messages of requests that were submitted are for receive().
+  struct Others {
+    ~Others() {
+      keeper.insert(keeper.begin(), std::move_iterator(messages.begin()),
+                    std::move_iterator(messages.end()));
+    }
+    std::deque<ServerMessage>& keeper;
+    std::vector<ServerMessage> messages = {};
+  } others{impl_->messages};
   FT_ASSIGN_OR_RETURN(const auto name, submit(std::move(request)));
   bool cancelled = false;
   while (true) {
@@ -238,13 +254,14 @@ Result<DoneMessage> Client::generate(GenerateRequest request, const OnTokens& on
       impl_->open.erase(name);
       return message.error();
     }
-    if (auto* done = std::get_if<DoneMessage>(&*message); done && done->request_id == name) {
-      return std::move(*done);
+    if (request_of(*message) != name) {
+      others.messages.push_back(*std::move(message));
+      continue;
     }
-    const auto* error = std::get_if<ErrorMessage>(&*message);
-    if (error != nullptr && error->request_id == name) return error_of(*error);
+    if (auto* done = std::get_if<DoneMessage>(&*message)) return std::move(*done);
+    if (const auto* error = std::get_if<ErrorMessage>(&*message)) return error_of(*error);
     const auto* token = std::get_if<TokenMessage>(&*message);
-    if (token == nullptr || token->request_id != name || !on_tokens) continue;
+    if (token == nullptr || !on_tokens) continue;
     const bool cancels = on_tokens(*token) == StreamAction::kCancel;
     if (cancels && !std::exchange(cancelled, true)) FT_RETURN_IF_ERROR(cancel(name));
   }

@@ -106,6 +106,26 @@ TEST(Client, ManyRequestsAtOnceGetTheirOwnTokens) {
   }
 }
 
+TEST(Client, GenerateLeavesTheMessagesOfSubmittedRequests) {
+  TestService service(config_of(1));
+  service.start_ranks();
+  const auto client = service.connect();
+  const auto first = client->submit(wish("a", 5));
+  ASSERT_TRUE(first);
+  ASSERT_TRUE(client->generate(wish("b", 50)));
+  std::size_t tokens = 0;
+  while (true) {
+    const auto message = client->receive(20s);
+    ASSERT_TRUE(message) << message.error().message;
+    if (const auto* token = std::get_if<TokenMessage>(&*message)) tokens += token->tokens.size();
+    const auto* done = std::get_if<DoneMessage>(&*message);
+    if (done == nullptr) continue;
+    EXPECT_EQ(done->request_id, *first);
+    break;
+  }
+  EXPECT_EQ(tokens, 5U);
+}
+
 TEST(Client, CancelsFromTheCallback) {
   TestService service(config_of(1));
   service.start_ranks(/*step_ms=*/5);
