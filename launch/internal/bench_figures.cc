@@ -119,6 +119,7 @@ Json baseline_figures(const std::string& name, const Measured& measured, const M
   const auto differ =
       std::ranges::mismatch(tokens, main.last().tokens, {}, &TokenInfo::id, &TokenInfo::id);
   json["equal_tokens"] = differ.in1 - tokens.begin();
+  json["kv"] = to_json(measured.last().kv);
   return json;
 }
 

@@ -19,6 +19,11 @@ def test_a_request_has_only_what_was_set():
     }
 
 
+def test_one_stop_string_needs_no_list_and_none_is_unset():
+    made = wire.generate("r1", "Hello", stream=True, stop="END", temperature=None)
+    assert made["stop"] == ["END"] and made["sampling"] == {}
+
+
 def test_token_ids_are_a_prompt_too():
     assert wire.generate("r", (1, 2), stream=False)["prompt_ids"] == [1, 2]
 

@@ -84,6 +84,7 @@ def test_decode_from_a_kept_and_encrypted_disk_beside_memory(model, tmp_path):
     assert done.returncode == 0, done.stderr
     memory = json.loads(done.stdout)["baselines"][0]
     assert memory["generated_tokens"] == memory["equal_tokens"] == 5
+    assert memory["kv"]["late"] == 0
 
 
 def test_a_baseline_needs_a_service_of_its_own():

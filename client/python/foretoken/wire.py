@@ -34,10 +34,14 @@ def message(kind, **fields):
 
 
 def generate(request_id, prompt, stream, **options):
-    """A `generate` message. Unset options are left out: the service's defaults hold."""
+    """A `generate` message. Unset options, and those that are None, are left out: the service's
+    defaults hold. `stop` may be one string."""
     unknown = set(options) - set(_SAMPLING) - set(_REQUEST)
     if unknown:
         raise TypeError(f"unknown option {sorted(unknown)[0]!r}")
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(options.get("stop"), str):
+        options["stop"] = [options["stop"]]
     made = message("generate", request_id=request_id, stream=stream)
     made["prompt" if isinstance(prompt, str) else "prompt_ids"] = (
         prompt if isinstance(prompt, str) else list(prompt)
