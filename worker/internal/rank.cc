@@ -30,10 +30,12 @@ namespace foretoken::worker {
 namespace {
 
 using std::chrono::milliseconds;
+using std::chrono::steady_clock;
 
 constexpr milliseconds kWelcomeTimeout{30'000};
 constexpr milliseconds kIdlePoll{1'000};
 constexpr milliseconds kStepPoll{1};  // while the device works; a plan that comes ends it at once
+constexpr milliseconds kMostPolled{1'000};  // of a plan, before it is waited for (guessed)
 
 std::string host_name() {
   std::array<char, 256> name{};
@@ -265,6 +267,7 @@ void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
     result.group = config.group;
     line.send(result);
   };
+  auto launched = steady_clock::now();
   for (;; heart.check()) {
     // The next plan comes while this one runs, but not at once: who waits for the device first
     // launches it too late, and the device stands idle in between.
@@ -272,7 +275,9 @@ void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
                                       : engine.has_ended()   ? milliseconds{0}
                                                              : kStepPoll);
     if (!message) {
-      if (engine.has_ended()) finish_one();
+      // Polling has no deadline, and does not ask the ranks' links; collect() has and does both.
+      const bool is_late = engine.has_launched() && steady_clock::now() - launched > kMostPolled;
+      if (engine.has_ended() || is_late) finish_one();
       continue;
     }
     if (std::holds_alternative<Shutdown>(*message)) return;
@@ -283,6 +288,7 @@ void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
     const bool behind_another = engine.has_launched();
     engine.launch(*plan);
     if (behind_another || !engine.runs_ahead()) finish_one();
+    launched = steady_clock::now();
   }
 }
 
