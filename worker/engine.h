@@ -39,6 +39,9 @@ class Engine {
   // Before the first plan, so that no sequence waits for what others' prompts run first.
   void warm_up();
 
+  // Whether launch() waits for nothing, or for little: neither for the step before nor for a disk.
+  // REQUIRES: the plan's sequences are here, but for those that it admits.
+  bool only_computes(const StepPlan& plan);
   // Enqueues the plan's work, and does what needs no device. At most two plans may be launched and
   // not collected.
   void launch(const StepPlan& plan);
@@ -67,6 +70,8 @@ class Engine {
   };
 
   void drain();
+  bool is_outsized(SequenceId id) { return find(id).outsized() != nullptr; }
+  void wait_for(kernels::Event& ended);
   void release(SequenceId id, StepResult& result);
   void publish(const PublishSegment& segment);
   void publish_written(Sequence& sequence);

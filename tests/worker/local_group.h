@@ -67,7 +67,7 @@ class LocalGroup {
   StepResult collect() { return engine_->collect(); }
   kvstore::StoreStat store_stat() { return store_->stat().value_or_throw(); }
   kernels::Device& device() { return *device_; }
-  const Engine& engine() { return *engine_; }
+  Engine& engine() { return *engine_; }
   void warm_up() { engine_->warm_up(); }
 
  private:

@@ -156,6 +156,27 @@ TEST(TwoOutsized, DecodeInOneBatch) {
   }
 }
 
+// Its steps wait for the step before, and for the disk: the tokens of that one go ahead.
+TEST(Outsized, LaunchingItsStepsIsMoreThanComputing) {
+  const StoreProcess store(kFiveSlabs, 64 * kMiB);
+  LocalGroup group(predicted(), deep_model(), store);
+  const auto layers = static_cast<int>(deep_model().num_layers);
+  const std::vector<int> lengths{200, kPromptTokens};
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    const SequenceId id{70 + i};
+    StepPlan admit, start, prefill, decode;
+    admit.admits = {LocalGroup::admission(id, random_prompt(lengths[i], 31), options())};
+    start.starts = {{id, 0}};
+    prefill.prefills = {{id, 0, layers, 0, lengths[i]}};
+    decode.decodes = {id};
+    ASSERT_FALSE(group.run(admit).admits.at(0).error);
+    group.run(start);
+    const bool fits = i == 0;
+    EXPECT_EQ(group.engine().only_computes(prefill), fits);
+    EXPECT_EQ(group.engine().only_computes(decode), fits);
+  }
+}
+
 // While it lives, this process's writes to a file fail from the second MiB on.
 class FailingDisk {
  public:

@@ -130,6 +130,14 @@ void Engine::drain() {
   decode_.drain();
 }
 
+bool Engine::only_computes(const StepPlan& plan) {
+  return plan.releases.empty() && plan.publishes.empty() && plan.spills.empty() &&
+         plan.admits.empty() && plan.starts.empty() &&
+         std::ranges::none_of(
+             plan.prefills, [&](const PrefillItem& item) { return is_outsized(item.sequence); }) &&
+         std::ranges::none_of(plan.decodes, [&](SequenceId id) { return is_outsized(id); });
+}
+
 void Engine::launch(const StepPlan& plan) {
   Pending& pending = pending_.emplace_back();
   pending.launched = std::chrono::steady_clock::now();
@@ -162,12 +170,22 @@ void Engine::launch(const StepPlan& plan) {
 
 bool Engine::has_ended() const { return has_launched() && pending_.front().ended->done(); }
 
+// What outsized sequences read and write beside the step goes on meanwhile.
+void Engine::wait_for(kernels::Event& ended) {
+  std::vector<Sequence*> outsized;
+  for (const auto& [id, sequence] : sequences_) {
+    if (sequence->outsized() != nullptr && sequence->decodes()) outsized.push_back(sequence.get());
+  }
+  if (outsized.empty()) return ended.synchronize();
+  work_until(ended, outsized, device_);
+}
+
 StepResult Engine::collect() {
   FT_CHECK(has_launched());
   Pending pending = std::move(pending_.front());
   pending_.pop_front();
   StepResult& result = pending.result;
-  pending.ended->synchronize();
+  wait_for(*pending.ended);
   for (Sampler::Draw* draw : pending.draws) sampler_.collect(draw, result);
   keep_errors_of_disks(result.lost);
   note_overflows(result);

@@ -254,12 +254,6 @@ class Worker {
   std::unique_ptr<Engine> engine_;
 };
 
-// Whether launching the plan waits for nothing, or for little.
-bool only_computes(const StepPlan& plan) {
-  return plan.releases.empty() && plan.publishes.empty() && plan.spills.empty() &&
-         plan.admits.empty() && plan.starts.empty();
-}
-
 void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
                  const RankConfig& config) {
   const auto finish_one = [&] {
@@ -284,7 +278,7 @@ void serve_plans(Line& line, const Heart& heart, Engine& engine, Epoch epoch,
     const auto* plan = std::get_if<StepPlan>(&*message);    // else a probe
     if (plan == nullptr || plan->epoch != epoch) continue;  // of a life before this one
     // The next step is on the device before the last one's tokens are read.
-    if (engine.has_launched() && !only_computes(*plan)) finish_one();
+    if (engine.has_launched() && !engine.only_computes(*plan)) finish_one();
     const bool behind_another = engine.has_launched();
     engine.launch(*plan);
     if (behind_another || !engine.runs_ahead()) finish_one();
