@@ -63,6 +63,17 @@ TEST_F(EngineTest, DenseThatDoesNotFitTheDeviceIsStreamed) {
   expect_same(dense, streamed);
 }
 
+TEST_F(EngineTest, DenseWhoseTablesDoNotFitIsStreamed) {
+  const auto prompt = random_prompt(1500, 2);
+  const LocalGroup::Options options{.max_tokens = 40};
+  const Answer dense = answer(service("full"), prompt, options);
+  constexpr std::size_t kBlocks = 97 * 3 * 2;  // of all layers and KV heads
+  constexpr std::size_t kBlockBytes = sizeof(std::uint16_t) * 2 * kBlockTokens * 64;
+  const Answer streamed = answer(with_room("full", kBlocks * kBlockBytes + 1024), prompt, options);
+  EXPECT_LT(streamed.report.device_bytes, dense.report.device_bytes / 2);
+  expect_same(dense, streamed);
+}
+
 TEST_F(EngineTest, DenseIsStreamedWhereThatIsAskedFor) {
   const auto prompt = random_prompt(1500, 2);
   const LocalGroup::Options options{.max_tokens = 40};

@@ -126,19 +126,20 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     policy_state_->selection.segment_scores = outsized->scores();
     policy_state_->selection.max_segments = kv_.max_segments;
   }
-  try {
-    allocate_slots(policy, num_slots);
-  } catch (const Exception&) {
-    if (policy.selected_per_head()) throw;
-    streams_all_ = true;  // dense attention over a context that doesn't fit the device
-    allocate_slots(policy, std::min(kv_.max_blocks, kernels::kSinkBlocks + kLocalBlocks));
-  }
   if (worker::keeps_sketches(policy)) {
     sketches_ = {device, all_sketch_bytes(shape, kv_.max_blocks), kernels::MemoryUse::kSketches};
     device.fill_zero(sketches_.data(), sketches_.bytes(), stream);
     kv_.sketches = sketches_.as<std::byte>();
   }
-  allocate_tables(admit.prompt, stream);
+  try {
+    allocate_slots(policy, num_slots);
+    allocate_tables(admit.prompt, stream);
+  } catch (const Exception& failure) {
+    if (policy.selected_per_head() || failure.error().code != ErrorCode::kExhausted) throw;
+    streams_all_ = true;  // dense attention over a context that doesn't fit the device
+    allocate_slots(policy, std::min(kv_.max_blocks, kernels::kSinkBlocks + kLocalBlocks));
+    allocate_tables(admit.prompt, stream);
+  }
   report.full_kv_bytes = static_cast<std::int64_t>(block_bytes(shape, kv_.max_blocks));
   report.device_bytes = device_bytes();
 }
