@@ -30,8 +30,8 @@ enum class PredictPer { kKvHead, kQueryHead };
 enum class BudgetPer { kKvHead, kQueryHead };  // what kv_budget counts when maps are a query head's
 enum class HistoryFill { kZero, kHold };
 // Where the blocks of `full` lie: on the device if all of them fit, or in host memory alone, from
-// which each step's attention streams them.
-enum class Residency { kWhereItFits, kNever };
+// which each step's attention streams them. kAlways: on the device, or the sequence is refused.
+enum class Residency { kWhereItFits, kNever, kAlways };
 // Where a calibration's row over all blocks comes from: there are none; all keys; or all keys'
 // sketches (kernels/key_sketch.h), which sequences then keep. The worker makes these rows.
 enum class Calibration { kNone, kExact, kSketch };

@@ -24,6 +24,11 @@
 
 namespace foretoken::worker {
 
+// Where the blocks of `full` lie. Ranks of a group must launch the same ops (Decode::recordable),
+// and each knows its own device alone: so where there are several, none streams because that is
+// full.
+predictor::Residency residency_of(const ServiceConfig& config);
+
 class Engine {
  public:
   struct Parts {
@@ -90,7 +95,7 @@ class Engine {
 
   const int max_model_len_;
   const int max_batched_tokens_;
-  const std::string how_to_make_room_;
+  const std::string how_to_admit_;
   const int rank_;
   kernels::Device& device_;
   kvstore::KvStore& store_;

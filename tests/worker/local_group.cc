@@ -33,8 +33,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
                                                              : predictor::BudgetPer::kKvHead,
           .history_type = history,
           .history_fill = predictor::HistoryFill::kZero,
-          .residency = config.kv_resident == "never" ? predictor::Residency::kNever
-                                                     : predictor::Residency::kWhereItFits,
+          .residency = residency_of(config),
           .calibration = *predictor::calibration_from_name(config.calibrate_with, device),
           .weights = config.predictor_weights};
 }

@@ -241,9 +241,9 @@ void Decode::run(kernels::Stream& compute) {
 
 // Whether the step is the same for whatever sequences the batch holds. All ranks must say the same,
 // since NCCL wants a sum recorded by all of them or by none; but which heads are dense is a rank's
-// own, and so is what its frames and its device have room for.
+// own, and so is what its frames have room for.
 bool Decode::recordable() const {
-  const bool differs_by_rank = config_.min_recall > 0 || outsized_ || kind_.streams_all;
+  const bool differs_by_rank = config_.min_recall > 0 || outsized_;
   if (differs_by_rank && model_.partition().world_size > 1) return false;
   if (!dense_heads_.empty()) return false;
   if (!config_.record || device_.runs_at_once() || policy_.selects_at_query()) return false;

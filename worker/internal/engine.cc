@@ -88,12 +88,24 @@ KvNvme nvme_of(const kvstore::NvmeStat& stat) {
           .tokens_passed_over = stat.tokens_passed_over};
 }
 
+// What admits a sequence that the device is too full for.
+std::string how_to_admit(const ServiceConfig& config) {
+  const bool could_stream = config.kv_policy == "full" && config.tensor_parallel_size > 1;
+  return how_to_make_room(config) + (could_stream ? ", or serve with --kv-resident never" : "");
+}
+
 }  // namespace
+
+predictor::Residency residency_of(const ServiceConfig& config) {
+  using predictor::Residency;
+  if (config.kv_resident == "never") return Residency::kNever;
+  return config.tensor_parallel_size > 1 ? Residency::kAlways : Residency::kWhereItFits;
+}
 
 Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
     : max_model_len_(max_model_len),
       max_batched_tokens_(config.max_batched_tokens),
-      how_to_make_room_(how_to_make_room(config)),
+      how_to_admit_(how_to_admit(config)),
       rank_(parts.model.partition().rank),
       device_(parts.device),
       store_(parts.store),
@@ -299,7 +311,7 @@ AdmitResult Engine::admit(const AdmitSequence& admit) {
     if (failure.error().code != ErrorCode::kExhausted) throw;
     sequences_.erase(admit.sequence);
     result.error = failure.error();
-    if (sequences_.empty()) result.error->message += "; " + how_to_make_room_;
+    if (sequences_.empty()) result.error->message += "; " + how_to_admit_;
     result.device_is_full = true;
     if (const Status status = store_.release(admit.sequence); !status) {
       throw Exception(status.error());

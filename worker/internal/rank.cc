@@ -83,8 +83,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, const kernels
                                                         : kernels::HistoryType::kBf16;
   policy.history_fill =
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
-  policy.residency = config.kv_resident == "never" ? predictor::Residency::kNever
-                                                   : predictor::Residency::kWhereItFits;
+  policy.residency = residency_of(config);
   policy.calibration = *predictor::calibration_from_name(config.calibrate_with, device);
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;

@@ -135,7 +135,9 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     allocate_slots(policy, num_slots);
     allocate_tables(admit.prompt, stream);
   } catch (const Exception& failure) {
-    if (policy.selected_per_head() || failure.error().code != ErrorCode::kExhausted) throw;
+    const bool may_stream = !policy.selected_per_head() &&
+                            policy.config().residency == predictor::Residency::kWhereItFits;
+    if (!may_stream || failure.error().code != ErrorCode::kExhausted) throw;
     streams_all_ = true;  // dense attention over a context that doesn't fit the device
     allocate_slots(policy, std::min(kv_.max_blocks, kernels::kSinkBlocks + kLocalBlocks));
     allocate_tables(admit.prompt, stream);
