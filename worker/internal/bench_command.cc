@@ -2,6 +2,8 @@
 #include <iostream>
 #include <memory>
 
+#include "common/ids.h"
+#include "kernels/predict_limits.h"
 #include "worker/bench.h"
 
 namespace foretoken::worker {
@@ -39,7 +41,7 @@ void add_predictor(CLI::App& bench, std::function<void()>& action) {
   add_device_flags(*app, *options);
   app->add_option("--context", options->context, "tokens, as 8192,32768")
       ->delimiter(',')
-      ->check(CLI::Range(256, 1 << 24));
+      ->check(CLI::Range(256, kernels::kMaxPredictColumns * kBlockTokens));
   app->add_option("--hot", options->hot, "% of segments that need the whole network, as 0,12")
       ->delimiter(',')
       ->check(CLI::Range(0.0, 100.0));
