@@ -19,6 +19,7 @@
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
+#include "kernels/model_limits.h"
 #include "kernels/philox.h"
 
 namespace foretoken::kernels::cuda {
@@ -28,8 +29,7 @@ constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kCtas = 8;               // of a cluster: as many as every device of 9.0 can place
 constexpr int kVectors = 8;            // 16-byte loads of a lane at once: a vocabulary of 131,072
-constexpr double kWeightOne = 0x1p45;  // the highest logit's weight:
-constexpr int kMaxVocab = 1 << 19;     // ... so that the sum of all stays below 2^64
+constexpr double kWeightOne = 0x1p45;  // the highest logit's weight: see kMaxVocab
 constexpr int kBuckets = 1024;         // first digit of the search: logits by distance from the
 constexpr float kBucketsPerUnit = 32.0F;  // highest; the last bucket holds all that are 32 below
 constexpr int kDigits = 2048;             // of the further ones: 11, 11 and 10 bits of the float
@@ -699,7 +699,7 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
 }  // namespace
 
 void sample(const SampleArgs& args, CudaStream& stream) {
-  FT_CHECK(args.vocab > 0 && args.vocab < kMaxVocab, args.vocab);
+  FT_CHECK(args.vocab > 0 && args.vocab <= kMaxVocab, args.vocab);
   if (args.num_rows == 0) return;
   const std::size_t counts = static_cast<std::size_t>(args.num_rows) * args.vocab;
   auto* token_counts = reinterpret_cast<std::uint32_t*>(stream.scratch(counts * 4));

@@ -20,14 +20,14 @@
 #include "kernels/cuda/slot_table.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/key_sketch.h"
+#include "kernels/model_limits.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kMaxGroup = 32;  // query heads of a KV head: a lane each keeps their sums
-constexpr int kCtas = 264;     // of all rows and heads, about: two an SM
+constexpr int kCtas = 264;  // of all rows and heads, about: two an SM
 constexpr float kLog2E = 1.44269504F;
 constexpr float kNothing = -INFINITY;
 

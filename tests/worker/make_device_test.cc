@@ -18,10 +18,11 @@ ServiceConfig predicted(int max_num_seqs) {
   return config;
 }
 
-std::string why(const ServiceConfig& config, const ModelConfig& model) {
+std::string why(const ServiceConfig& config, const ModelConfig& model,
+                ErrorCode code = ErrorCode::kConfig) {
   const Status status = check_gpu_limits(config, model);
   if (status) return "";
-  EXPECT_EQ(status.error().code, ErrorCode::kConfig);
+  EXPECT_EQ(status.error().code, code);
   return status.error().message;
 }
 
@@ -62,9 +63,33 @@ TEST(GpuLimits, RowsThatHoldValues) {
 TEST(GpuLimits, HeadsOfAModel) {
   ModelConfig model = small_model();
   model.head_dim = 96;
-  const Status status = check_gpu_limits(predicted(8), model);
-  ASSERT_FALSE(status);
-  EXPECT_EQ(status.error().code, ErrorCode::kDevice);
+  EXPECT_THAT(why(predicted(8), model, ErrorCode::kDevice), HasSubstr("head_dim 96"));
+}
+
+TEST(GpuLimits, VocabularyOfAModel) {
+  ModelConfig model = small_model();
+  model.vocab_size = (1 << 19) - 1;
+  EXPECT_EQ(why(predicted(8), model), "");
+  ++model.vocab_size;
+  EXPECT_THAT(why(predicted(8), model, ErrorCode::kDevice),
+              AllOf(HasSubstr("vocab_size 524288"), HasSubstr("cpu")));
+}
+
+// A KV head that ranks share has as many on each as are its share.
+TEST(GpuLimits, QueryHeadsOfAKvHead) {
+  ModelConfig model = small_model();
+  model.num_heads = 2 * 64;
+  ServiceConfig config = predicted(8);
+  for (const int ranks : {1, 2, 3}) {
+    config.tensor_parallel_size = ranks;
+    EXPECT_THAT(why(config, model, ErrorCode::kDevice),
+                AllOf(HasSubstr("64 query heads"), HasSubstr("--tensor-parallel-size")));
+  }
+  config.tensor_parallel_size = 4;
+  EXPECT_EQ(why(config, model), "");
+  model.num_heads = 2 * 32;
+  config.tensor_parallel_size = 1;
+  EXPECT_EQ(why(config, model), "");
 }
 
 }  // namespace

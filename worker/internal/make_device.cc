@@ -1,11 +1,43 @@
 #include "worker/internal/make_device.h"
 
+#include <algorithm>
 #include <string>
 
+#include "kernels/model_limits.h"
 #include "kernels/predict_limits.h"
 
 namespace foretoken::worker {
 namespace {
+
+// Of the rank that has most query heads of a KV head, which ranks beyond the KV heads share.
+std::int64_t most_in_group(const ServiceConfig& config, const ModelConfig& model) {
+  const std::int64_t group = model.num_heads / model.num_kv_heads;
+  const std::int64_t sharers =
+      std::max<std::int64_t>(1, config.tensor_parallel_size / model.num_kv_heads);
+  return (group + sharers - 1) / sharers;
+}
+
+Status check_model_limits(const ServiceConfig& config, const ModelConfig& model) {
+  if (model.head_dim != 64 && model.head_dim != 128) {
+    return Error{ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
+                                         ": the CUDA device takes 64 and 128; serve with "
+                                         "--device cpu"};
+  }
+  if (model.vocab_size > kernels::kMaxVocab) {
+    return Error{ErrorCode::kDevice, "vocab_size " + std::to_string(model.vocab_size) +
+                                         ": a GPU samples from at most " +
+                                         std::to_string(kernels::kMaxVocab) +
+                                         " tokens; serve with --device cpu"};
+  }
+  if (const std::int64_t group = most_in_group(config, model); group > kernels::kMaxGroup) {
+    return Error{ErrorCode::kDevice,
+                 std::to_string(group) + " query heads a KV head on a rank: a GPU takes at most " +
+                     std::to_string(kernels::kMaxGroup) +
+                     "; raise --tensor-parallel-size, so that ranks share KV heads, or serve with "
+                     "--device cpu"};
+  }
+  return Ok{};
+}
 
 // Of the policies that predict.
 Status check_predictor_limits(const ServiceConfig& config, const ModelConfig& model) {
@@ -52,11 +84,7 @@ bool wants_cuda(const ServiceConfig& config) {
 }
 
 Status check_gpu_limits(const ServiceConfig& config, const ModelConfig& model) {
-  if (model.head_dim != 64 && model.head_dim != 128) {
-    return Error{ErrorCode::kDevice, "head_dim " + std::to_string(model.head_dim) +
-                                         ": the CUDA device takes 64 and 128; serve with "
-                                         "--device cpu"};
-  }
+  if (Status status = check_model_limits(config, model); !status) return status;
   const bool predicts = config.kv_policy == "attention-predictor" || config.kv_policy == "auto";
   return predicts ? check_predictor_limits(config, model) : Status(Ok{});
 }
