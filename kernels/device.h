@@ -511,6 +511,7 @@ struct SampleArgs {
   const SampleRow* rows;  // [num_rows]
   int num_rows;
   int vocab;
+  std::uint32_t* token_counts = nullptr;  // [num_rows, vocab], scratch; a CPU needs none
 };
 
 // ---- the interface ---------------------------------------------------------------------------

@@ -50,7 +50,8 @@ class Sampler {
   kernels::Device& device_;
   const int max_rows_;
   const int vocab_;
-  kernels::DeviceBuffer rows_;  // [max_rows] SampleRow
+  kernels::DeviceBuffer rows_;          // [max_rows] SampleRow
+  kernels::DeviceBuffer token_counts_;  // [max_rows, vocab], scratch
   // The device writes to a draw until it is done, whatever fails meanwhile: so they are kept here.
   std::vector<std::unique_ptr<Draw>> draws_;
   std::vector<Draw*> idle_;

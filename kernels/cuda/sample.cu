@@ -701,9 +701,9 @@ __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(kThreads, 2)
 void sample(const SampleArgs& args, CudaStream& stream) {
   FT_CHECK(args.vocab > 0 && args.vocab <= kMaxVocab, args.vocab);
   if (args.num_rows == 0) return;
-  const std::size_t counts = static_cast<std::size_t>(args.num_rows) * args.vocab;
-  auto* token_counts = reinterpret_cast<std::uint32_t*>(stream.scratch(counts * 4));
-  launch_overlapped(sample_kernel, args.num_rows * kCtas, kThreads, 0, stream, args, token_counts);
+  FT_CHECK(args.token_counts != nullptr);
+  launch_overlapped(sample_kernel, args.num_rows * kCtas, kThreads, 0, stream, args,
+                    args.token_counts);
 }
 
 }  // namespace foretoken::kernels::cuda

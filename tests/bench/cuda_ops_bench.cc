@@ -254,6 +254,7 @@ void sampling(Bench& bench, int rows) {
                         {"temperature", {.temperature = 0.8F, .seed = 1, .position = 1}},
                         {"top-p", {.temperature = 0.8F, .top_p = 0.95F, .seed = 1, .position = 1}}};
   const DeviceBuffer logits = random_logits(bench, rows);
+  const DeviceBuffer counts = bench.buffer(logits.bytes());
   for (const Kind& kind : kinds) {
     std::vector<SampleRow> asked(static_cast<std::size_t>(rows), kind.row);
     const DeviceBuffer table = bench.buffer(asked.size() * sizeof(SampleRow));
@@ -265,7 +266,8 @@ void sampling(Bench& bench, int rows) {
       bench.device().sample({.logits = logits.as<float>(),
                              .rows = table.as<SampleRow>(),
                              .num_rows = rows,
-                             .vocab = kVocab},
+                             .vocab = kVocab,
+                             .token_counts = counts.as<std::uint32_t>()},
                             bench.stream());
     });
     report(std::string("sample ") + kind.name + " rows " + std::to_string(rows), us,

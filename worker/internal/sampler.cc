@@ -49,7 +49,11 @@ Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
       max_rows_(max_rows),
       vocab_(vocab),
       rows_(device, sizeof(kernels::SampleRow) * static_cast<std::size_t>(max_rows),
-            kernels::MemoryUse::kTables) {}
+            kernels::MemoryUse::kTables),
+      token_counts_(device,
+                    sizeof(std::uint32_t) * static_cast<std::size_t>(max_rows) *
+                        static_cast<std::size_t>(vocab),
+                    kernels::MemoryUse::kActivations) {}
 
 Sampler::Draw* Sampler::begin(std::span<Sequence* const> rows, kernels::Stream& stream) {
   FT_CHECK(static_cast<int>(rows.size()) <= max_rows_, rows.size(), max_rows_);
@@ -75,7 +79,8 @@ void Sampler::run(const float* logits, int num_rows, kernels::Stream& stream) {
   device_.sample({.logits = logits,
                   .rows = rows_.as<kernels::SampleRow>(),
                   .num_rows = num_rows,
-                  .vocab = vocab_},
+                  .vocab = vocab_,
+                  .token_counts = token_counts_.as<std::uint32_t>()},
                  stream);
 }
 
