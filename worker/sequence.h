@@ -38,7 +38,7 @@ class Sequence {
   int num_prompt() const { return prompt_length_ - num_generated_; }
   // The sequence as a batch of one.
   const predictor::DecodeBatch& alone() const { return alone_; }
-  const kernels::FetchList* fetches_alone() const { return fetches_alone_; }
+  kernels::FetchList* fetches_alone() const { return fetches_alone_; }
   // One of its KV heads as a sequence of one head (kernels/one_head.h); device.
   const kernels::SequenceKv* head_alone(int kv_head) const { return heads_alone_ + kv_head; }
   const kernels::SequenceKv& kv() const { return kv_; }
@@ -110,7 +110,7 @@ class Sequence {
   std::unique_ptr<PinnedArray<kernels::FetchEntry>> host_entries_;
   std::unique_ptr<PinnedArray<std::int32_t>> host_counts_;
   predictor::DecodeBatch alone_;
-  const kernels::FetchList* fetches_alone_ = nullptr;
+  kernels::FetchList* fetches_alone_ = nullptr;
   kernels::SequenceKv* heads_alone_ = nullptr;  // [num_kv_heads]
   const std::int32_t* prompt_columns_ = nullptr;
   kernels::DeviceBuffer slots_;  // and behind them, where they are observed, their block maxima

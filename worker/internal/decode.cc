@@ -127,7 +127,7 @@ void Decode::begin(Sequence& sequence, kernels::Stream& compute) {
   if (!sequence.is_dense()) policy_.select_ahead(sequence.alone(), compute);
   device_.resolve({.sequences = sequence.alone().sequences,
                    .selections = sequence.alone().selections,
-                   .fetches = const_cast<kernels::FetchList*>(sequence.fetches_alone()),
+                   .fetches = sequence.fetches_alone(),
                    .rows = 1,
                    .first_layer = 0,
                    .num_layers = model_.num_layers()},

@@ -212,8 +212,7 @@ void Sequence::upload_slot_tables(int first_block, int num_blocks, kernels::Stre
                   slot_to_block.size() * sizeof(std::int32_t), stream);
   fetches_.max_entries = kv_.num_slots;
   device_.copy_in(const_cast<kernels::SequenceKv*>(alone_.sequences), &kv_, sizeof kv_, stream);
-  device_.copy_in(const_cast<kernels::FetchList*>(fetches_alone_), &fetches_, sizeof fetches_,
-                  stream);
+  device_.copy_in(fetches_alone_, &fetches_, sizeof fetches_, stream);
   std::vector<kernels::SequenceKv> heads;
   heads.reserve(static_cast<std::size_t>(kv_.shape.num_kv_heads));
   for (int head = 0; head < kv_.shape.num_kv_heads; ++head) {
