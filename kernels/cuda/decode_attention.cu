@@ -28,6 +28,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/types.cuh"
 
 namespace foretoken::kernels::cuda {
@@ -35,12 +36,10 @@ namespace {
 
 constexpr int kWarps = 16;
 constexpr int kThreads = 32 * kWarps;
-constexpr int kHeads = 8;              // query heads that share a pass
-constexpr int kMinShare = kWarps;      // slots; fewer are not worth another merge
-constexpr int kShareCost = 16;         // what a share takes beside its slots, in slots (guessed)
-constexpr int kMaxWaves = 2;           // of shares that are more than one a (row, KV head)
-constexpr float kLog2E = 1.44269504F;  // exponentials are of base 2 inside
-constexpr float kNothing = -INFINITY;
+constexpr int kHeads = 8;          // query heads that share a pass
+constexpr int kMinShare = kWarps;  // slots; fewer are not worth another merge
+constexpr int kShareCost = 16;     // what a share takes beside its slots, in slots (guessed)
+constexpr int kMaxWaves = 2;       // of shares that are more than one a (row, KV head)
 
 template <typename T>
 struct Params {
@@ -205,10 +204,6 @@ __device__ float2 attend(BlockTile<kHeadDim>& tile, const QueryTile<T, kHeadDim>
   return {block_max[0], block_max[1]};
 }
 
-// What stood under one maximum, under a higher one.
-__device__ inline float scale_of(float maximum, float higher) {
-  return maximum == kNothing ? 0.0F : exp2f(maximum - higher);
-}
 __device__ inline void add_scaled(float4& sum, float scale, float4 value) {
   sum.x += scale * value.x;
   sum.y += scale * value.y;

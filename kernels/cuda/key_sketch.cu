@@ -7,6 +7,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/slot_table.cuh"
 #include "kernels/cuda/types.cuh"
+#include "kernels/cuda/warps.cuh"
 #include "kernels/key_sketch.h"
 
 namespace foretoken::kernels::cuda {
@@ -14,9 +15,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-
-__device__ int warp_index() { return static_cast<int>(threadIdx.x / 32 * gridDim.x + blockIdx.x); }
-__device__ int num_warps() { return static_cast<int>(gridDim.x) * kWarps; }
 
 // keys: [16, head_dim], one behind the other.
 template <typename T>
@@ -48,7 +46,7 @@ __global__ void __launch_bounds__(kThreads) sketch_blocks_kernel(SketchBlocksArg
   const SequenceKv kv = *args.sequence;
   const int head_dim = kv.shape.head_dim;
   require(kv.sketches != nullptr && args.num_kv_heads == kv.shape.num_kv_heads);
-  for (int i = warp_index(); i < args.num_kv_heads * args.num_blocks; i += num_warps()) {
+  for (int i = warp_index(); i < args.num_kv_heads * args.num_blocks; i += num_warps<kWarps>()) {
     const int head = i / args.num_blocks;
     const int block = i % args.num_blocks;
     const std::size_t row = static_cast<std::size_t>(head) * args.scratch_tokens +
@@ -67,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) sketch_filled_kernel(SketchFilledArg
   if (length == 0 || length % kBlockTokens != 0) return;
   const int block = length / kBlockTokens - 1;
   const int heads = kv.shape.num_kv_heads;
-  for (int i = warp_index(); i < kv.shape.num_layers * heads; i += num_warps()) {
+  for (int i = warp_index(); i < kv.shape.num_layers * heads; i += num_warps<kWarps>()) {
     const int slot = block_to_slot(kv, i / heads, i % heads)[block];
     if (slot == kAbsent) continue;
     sketch_keys(reinterpret_cast<const T*>(kv.slots + slot_offset(kv, i / heads, i % heads, slot)),

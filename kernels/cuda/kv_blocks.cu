@@ -14,6 +14,7 @@
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/scan.cuh"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/cuda/warps.cuh"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -22,9 +23,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kInFlight = 8;  // loads of a thread: 16 CTAs have 512 KiB on their way
 
-// Neighbouring work goes to different CTAs, so that little work uses every CTA too.
-__device__ int warp_index() { return threadIdx.x / 32 * gridDim.x + blockIdx.x; }
-__device__ int num_warps() { return gridDim.x * kWarps; }
 __device__ int lane_index() { return threadIdx.x % 32; }
 
 // Moves a block of `count` word pairs with the lanes of this warp: store(i, load(i)). Returns the
@@ -117,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   require(args.num_kv_heads == kv.shape.num_kv_heads);
   require(args.first_block + args.num_blocks <= kv.max_blocks);
   const int items = args.num_kv_heads * args.num_blocks;
-  for (int item = warp_index(); item < items; item += num_warps()) {
+  for (int item = warp_index(); item < items; item += num_warps<kWarps>()) {
     pack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks,
                staging == nullptr ? nullptr
                                   : staging + static_cast<std::size_t>(item) * pairs_of(kv.shape));
@@ -141,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) unpack_blocks_kernel(UnpackBlocksArg
   const SequenceKv kv = *args.sequence;
   require(args.num_kv_heads == kv.shape.num_kv_heads);
   const int items = args.num_kv_heads * args.num_blocks;
-  for (int item = warp_index(); item < items; item += num_warps()) {
+  for (int item = warp_index(); item < items; item += num_warps<kWarps>()) {
     unpack_block(args, kv, item / args.num_blocks, args.first_block + item % args.num_blocks);
   }
 }
@@ -187,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) write_through_kernel(WriteThroughArg
       const SequenceKv kv = args.sequences[first + row];
       const int heads = kv.shape.num_kv_heads;
       const int block = *kv.length / kBlockTokens - 1;
-      for (int i = warp_index(); i < kv.shape.num_layers * heads; i += num_warps()) {
+      for (int i = warp_index(); i < kv.shape.num_layers * heads; i += num_warps<kWarps>()) {
         write_filled_block(kv, i / heads, i % heads, block);
       }
     }
@@ -243,7 +241,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(GatherArgs args) {
     int total = 0;
     ends[threadIdx.x] = inclusive_sum<kThreads>(count, warp_totals, &total);
     __syncthreads();
-    for (; next < total; next += num_warps()) {
+    for (; next < total; next += num_warps<kWarps>()) {
       const int found = first_above(ends, next);
       const int index = next - (found == 0 ? 0 : ends[found - 1]);
       const int of = first + found;
@@ -259,10 +257,6 @@ int ctas_for(int items, const CudaStream& stream) {
   const int wanted = (items + kWarps - 1) / kWarps;
   return stream.kind() == StreamKind::kCopy ? std::min(wanted, kCopyCtas) : wanted;
 }
-
-}  // namespace
-
-namespace {
 
 // Blocks of a head that are staged at a time: 8,192 tokens.
 constexpr int kStagedBlocks = 512;

@@ -18,6 +18,7 @@
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/slot_table.cuh"
+#include "kernels/cuda/softmax.cuh"
 #include "kernels/cuda/types.cuh"
 #include "kernels/key_sketch.h"
 #include "kernels/model_limits.h"
@@ -28,8 +29,6 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kCtas = 264;  // of all rows and heads, about: two an SM
-constexpr float kLog2E = 1.44269504F;
-constexpr float kNothing = -INFINITY;
 
 // What of a block is used: all of it, its keys, or its keys' sketch where it has no slot.
 enum class Reads { kBlock, kKeys, kSketch };
@@ -51,9 +50,6 @@ struct Params {
 __device__ inline std::size_t share_index(const DecodeAttentionArgs& args, int row, int head,
                                           int num_shares, int share) {
   return (static_cast<std::size_t>(row) * args.num_heads + head) * num_shares + share;
-}
-__device__ inline float weight_of(float maximum, float highest) {
-  return maximum == kNothing ? 0.0F : exp2f(maximum - highest);
 }
 
 // How a warp's loads of half a block (K or V) fall on its lanes.
@@ -189,7 +185,7 @@ class WarpAttention {
       }
       const float before = __shfl_sync(~0U, maximum_, head);
       const float maximum = fmaxf(before, highest);
-      const float shrink = weight_of(before, maximum);
+      const float shrink = scale_of(before, maximum);
       float sum = 0;
 #pragma unroll
       for (float& weight : weights) sum += weight = exp2f(weight - maximum);
@@ -297,7 +293,7 @@ __device__ void store_share(const Params<T>& p, const SharedParts& shared, int g
     float sum = 0;
     for (int w = 0; w < kWarps; ++w) {
       const PartialSum& part = shared.sums[w * group + head];
-      const float weight = weight_of(part.maximum, highest);
+      const float weight = scale_of(part.maximum, highest);
       sum += weight * part.sum;
       if constexpr (kValues) value += weight * shared.out[w * group * kHeadDim + i];
     }
@@ -381,7 +377,7 @@ __global__ void merge_shares_kernel(Params<T> p) {
   float sum = 0;
   for (int s = 0; s < p.num_shares; ++s) {
     const PartialSum part = p.partial_sums[first + s];
-    const float weight = weight_of(part.maximum, highest);
+    const float weight = scale_of(part.maximum, highest);
     sum += weight * part.sum;
     if (args.out != nullptr) {
       value += weight * p.partial_out[(first + s) * args.head_dim + threadIdx.x];
