@@ -12,8 +12,8 @@
 #include <thread>
 
 #include "common/log.h"
+#include "common/private_folder.h"
 #include "common/result.h"
-#include "kvstore/internal/private_folder.h"
 
 namespace foretoken::kvstore {
 namespace {

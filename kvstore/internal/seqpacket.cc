@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include "kvstore/internal/private_folder.h"
+#include "common/private_folder.h"
 
 namespace foretoken::kvstore {
 namespace {

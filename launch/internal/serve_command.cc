@@ -3,6 +3,7 @@
 
 #include "common/available_memory.h"
 #include "common/model_config.h"
+#include "common/private_folder.h"
 #include "common/safetensors.h"
 #include "launch/internal/cli.h"
 #include "launch/internal/files.h"
@@ -50,13 +51,14 @@ ServiceConfig resolve(ServiceConfig config) {
 
 // The user's folder is kept, with its keys; one of our own is removed at the end.
 fs::path make_runtime_folder(const std::string& given) {
+  const fs::path folder = (fs::absolute(given) / "").parent_path();  // without slashes at its end
   std::error_code error;
-  fs::create_directories(given, error);
-  fs::permissions(given, fs::perms::owner_all, error);
+  fs::create_directories(folder.parent_path(), error);
   if (error) {
     throw Exception(ErrorCode::kIo, "can't use --runtime-dir " + given + ": " + error.message());
   }
-  return fs::absolute(given);
+  require_private_folder(folder);
+  return folder;
 }
 
 int serve(const ServeOptions& options) {

@@ -75,6 +75,15 @@ def test_what_the_configuration_refuses_exits_with_3(model):
         assert done.stderr.count("\n") == 1
 
 
+def test_a_runtime_folder_that_others_can_enter_is_refused_and_kept(model, tmp_path):
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    done = run("serve", model, *SMALL, f"--runtime-dir={shared}/")
+    assert done.returncode == 3 and "can be entered by others" in done.stderr
+    assert shared.stat().st_mode & 0o7777 == 0o1777 and not list(shared.iterdir())
+
+
 HARM = {
     "config.json": lambda path: path.write_text("{"),
     "tokenizer.json": lambda path: path.write_text("[]"),

@@ -1,4 +1,4 @@
-#include "kvstore/internal/private_folder.h"
+#include "common/private_folder.h"
 
 #include <sys/stat.h>
 #include <unistd.h>
@@ -8,7 +8,7 @@
 
 #include "common/result.h"
 
-namespace foretoken::kvstore {
+namespace foretoken {
 
 void require_private_folder(const std::filesystem::path& folder) {
   if (mkdir(folder.c_str(), 0700) != 0 && errno != EEXIST) {
@@ -19,10 +19,11 @@ void require_private_folder(const std::filesystem::path& folder) {
     throw Exception(ErrorCode::kConfig, folder.native() + " is no folder");
   }
   if (info.st_uid != geteuid() || (info.st_mode & 077) != 0) {
-    throw Exception(
-        ErrorCode::kConfig,
-        "the store needs a folder that only its user can enter: chmod 700 " + folder.native());
+    throw Exception(ErrorCode::kConfig,
+                    "the folder " + folder.native() +
+                        " is another user's or can be entered by others, and what lies in it is "
+                        "to be ours alone; name one that is absent, or has mode 0700");
   }
 }
 
-}  // namespace foretoken::kvstore
+}  // namespace foretoken
