@@ -18,6 +18,11 @@ constexpr std::uint32_t kDenominator = 4;
 
 Error invalid(std::string message) { return {ErrorCode::kInvalidArgument, std::move(message)}; }
 
+Error unavailable(NvmeState state) {
+  return {ErrorCode::kUnavailable, "the sequence is larger than the arena, and the NVMe tier is " +
+                                       std::string(nvme_state_name(state)) + "; see the log"};
+}
+
 // Slabs a head that make enough frames.
 std::uint32_t least_slabs(const kernels::KvShape& shape, int num_segments) {
   const auto layers = static_cast<std::size_t>(shape.num_layers);
@@ -41,7 +46,7 @@ bool share_a_head(const LeaseOwner& a, const LeaseOwner& b) {
 
 // Of an arena that has settled for fewer slabs than it was to have, those are all.
 bool Server::is_outsized(const Reserve& request) const {
-  return tier_ != nullptr &&
+  return nvme_file_.has_value() &&
          static_cast<std::uint32_t>(request.num_segments) > book_->slabs_per_head();
 }
 
@@ -72,11 +77,7 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
     return invalid(std::to_string(request.num_segments) + " segments of " +
                    std::to_string(peer.owner.num_heads) + " heads are more than can run from NVMe");
   }
-  if (!tier_->may_lend(std::chrono::steady_clock::now())) {
-    return Error{ErrorCode::kUnavailable,
-                 "the sequence is larger than the arena, and the NVMe tier is " +
-                     std::string(nvme_state_name(tier_->stat().state))};
-  }
+  if (!tier_->may_lend(std::chrono::steady_clock::now())) return unavailable(tier_->stat().state);
   if (request.keys.size() > static_cast<std::size_t>(request.num_segments)) {
     return invalid(std::to_string(request.keys.size()) + " keys for " +
                    std::to_string(request.num_segments) + " segments");
@@ -86,6 +87,7 @@ Result<std::uint32_t> Server::num_slabs_for(const Peer& peer, const Reserve& req
 
 // Hits are borrowed first, so that they don't give way to what is lent.
 Result<Grant> Server::reserve_outsized(const Peer& peer, const Reserve& request) {
+  if (!tier_) return unavailable(NvmeState::kOffline);
   FT_ASSIGN_OR_RETURN(const std::uint32_t num_slabs, num_slabs_for(peer, request));
   FT_RETURN_IF_ERROR(book_->can_reserve(*peer.lease, request.sequence, {},
                                         static_cast<int>(num_slabs), SlabsOf::kRank));

@@ -829,6 +829,18 @@ TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {
   }
 }
 
+// It may fit once the disk is there again.
+TEST_F(NvmeStoreTest, WhatIsLargerThanTheArenaWaitsForATierThatCanNotBeOpened) {
+  server = std::make_unique<RunningServer>(kArenaBytes, NvmeConfig{nvme_folder(), kSectorBytes});
+  const auto store = connect();
+  ASSERT_EQ(store->stat()->nvme.state, NvmeState::kOffline);
+  const auto kv = store->reserve(SequenceId{1}, {}, slabs_per_head(*store) + 1);
+  ASSERT_FALSE(kv);
+  EXPECT_EQ(kv.error().code, ErrorCode::kUnavailable);
+  EXPECT_NE(kv.error().message.find("NVMe tier is offline"), std::string::npos);
+  EXPECT_TRUE(store->reserve(SequenceId{2}, {}, 1)) << "others run";
+}
+
 TEST_F(NvmeStoreTest, RanksThatShareAHeadBothFindIt) {
   start();
   {

@@ -184,7 +184,7 @@ def test_its_encrypted_prefix_outlives_a_restart_for_its_key(model, in_memory, t
         with Service(model, *flags, *other, size=QUARTER, folder=tmp_path) as service:
             assert ask(service, prompt()[:700], max_tokens=2).usage["cached_tokens"] == 0
             assert tier(service)["state"] == "offline"
-            with pytest.raises(ServiceError, match="can never fit"):
+            with pytest.raises(ServiceError, match="NVMe tier is offline"):
                 ask(service, prompt())
 
 
