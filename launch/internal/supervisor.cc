@@ -25,6 +25,11 @@ constexpr milliseconds kStopTimeout{5'000};  // of a child after SIGTERM, before
 
 void say(const std::string& line) { std::cerr << "foretoken: " << line << std::endl; }
 
+bool is_ignored(int signal) {
+  struct sigaction action {};
+  return sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN;
+}
+
 }  // namespace
 
 std::optional<milliseconds> RestartLimit::next(Clock::time_point now) {
@@ -41,6 +46,7 @@ Supervisor::Supervisor(SupervisorConfig config) : config_(std::move(config)) {
   sigemptyset(&signals);
   sigaddset(&signals, SIGINT);
   sigaddset(&signals, SIGTERM);
+  if (!is_ignored(SIGHUP)) sigaddset(&signals, SIGHUP);  // blocked, it would come under nohup too
   sigprocmask(SIG_BLOCK, &signals, nullptr);
   signal_fd_ = signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
   FT_CHECK(signal_fd_ >= 0);
@@ -139,7 +145,10 @@ void Supervisor::wait_for_events(milliseconds timeout) {
 void Supervisor::read_signals() {
   const int before = signals_;
   signalfd_siginfo info{};
-  while (read(signal_fd_, &info, sizeof info) == sizeof info) ++signals_;
+  while (read(signal_fd_, &info, sizeof info) == sizeof info) {
+    // A terminal that goes may send it more than once: its shell and the kernel do.
+    if (info.ssi_signo != SIGHUP || signals_ == 0) ++signals_;
+  }
   const bool drains_already = draining_ && before == 0 && signals_ == 1;
   if (drains_already && !config_.quiet) say("draining already; a second signal stops at once");
 }

@@ -44,7 +44,7 @@ class RestartLimit {
 
 class Supervisor {
  public:
-  // Blocks SIGINT and SIGTERM: run() takes them.
+  // Blocks SIGINT, SIGTERM, and SIGHUP unless it is ignored: run() takes them.
   explicit Supervisor(SupervisorConfig config);
   ~Supervisor();
   Supervisor(const Supervisor&) = delete;

@@ -297,16 +297,29 @@ def test_a_client_without_the_key_gets_nothing(service):
     assert error.value.code == "unavailable"
 
 
-def test_sigterm_drains_and_exits_with_0(model):
+# A terminal that goes may send several hang-ups, some time apart.
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGHUP] * 2])
+def test_a_signal_drains_and_exits_with_0(model, signals):
     with Service(model, FULL) as running:
         with Client(running.endpoint, running.key_file) as client:
             stream = client.stream("Once", max_tokens=300, ignore_eos=True)
             ids = list(next(stream).ids)
-            running.process.send_signal(signal.SIGTERM)
+            for number in signals:
+                running.process.send_signal(number)
+                wait_until(lambda: "draining" in running.log.read_text(), what="the drain")
             for piece in stream:
                 ids += piece.ids
         assert len(ids) == 300
         assert running.process.wait(30) == 0
+
+
+def test_a_hang_up_under_nohup_is_ignored(model):
+    with Service(model, FULL, under=("nohup",)) as running:
+        running.process.send_signal(signal.SIGHUP)
+        with Client(running.endpoint, running.key_file) as client:
+            assert len(client.generate("Once", max_tokens=8, ignore_eos=True).ids) == 8
+        assert "draining" not in running.log.read_text()
+        assert running.stop() == 0
 
 
 def test_a_second_signal_stops_at_once_whatever_runs(model):
