@@ -1,5 +1,6 @@
 #include "launch/internal/commands.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -33,7 +34,11 @@ Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files) 
     command.argv.push_back("--nvme-bytes=" + bytes_of(config.kv_nvme_gib));
   if (config.kv_nvme_reuse != "auto")
     command.argv.push_back("--nvme-reuse=" + config.kv_nvme_reuse);
-  if (config.kv_persist) command.argv.emplace_back("--persist");
+  if (config.kv_persist) {
+    command.argv.emplace_back("--persist");
+  } else {
+    command.parent_death_signal = SIGTERM;  // it removes its file
+  }
   if (config.kv_encrypt) command.argv.emplace_back("--encrypt");
   if (!config.kv_key_file.empty()) command.argv.push_back("--key-file=" + config.kv_key_file);
   return command;

@@ -22,7 +22,8 @@ struct Command {
   std::vector<std::pair<std::string, std::string>> environment = {};  // added to ours
   std::vector<std::string> unset = {};                                // taken from ours
   bool capture_output = false;  // its standard output is a pipe to us; see Process::output_fd()
-  // What the kernel sends it when we die. SIGTERM only for a child that ends its own children.
+  // What the kernel sends it when we die. SIGTERM only for a child that has something to end or to
+  // remove, and is sure to do so.
   int parent_death_signal = 9;
 };
 

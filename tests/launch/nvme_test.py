@@ -79,6 +79,16 @@ def test_a_prefix_comes_back_after_the_arena_gave_it_up(model, answers, tmp_path
     assert not file.exists(), "without --kv-persist nothing is left on the disk"
 
 
+def test_a_killed_serve_leaves_no_kv_on_the_disk(model, tmp_path):
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05")
+    with Service(model, *flags, size=TINY_ARENA) as service:
+        assert (tmp_path / "kv" / "kv-slabs").exists()
+        service.process.kill()
+        service.process.wait()
+        wait_until(lambda: not service.pids("foretoken-kvstore"), 10)
+        assert not (tmp_path / "kv" / "kv-slabs").exists()
+
+
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, end):
     (tmp_path / "service").mkdir()
