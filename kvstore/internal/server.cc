@@ -353,7 +353,7 @@ Status Server::adopt(const ModelIdentity& model) {
     if (named == model) model_ = named;
   }
   if (*model_ == model) {
-    if (nvme_file_ && !tier_) open_tier();
+    if (nvme_file_ && !tier_ && std::chrono::steady_clock::now() >= next_opening_) open_tier();
     return Ok{};
   }
   return invalid("the store holds the KV of " + describe(*model_) + ", not of " + describe(model) +

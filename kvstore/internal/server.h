@@ -165,6 +165,7 @@ class Server {
   std::unique_ptr<Arena> arena_;        // with model_
   std::unique_ptr<StoreBook> book_;     // with model_
   std::unique_ptr<NvmeTier> tier_;      // with the model's hash; none where it couldn't be opened
+  TimePoint next_opening_{};            // of tier_, after one that failed
   std::unique_ptr<TierMover> mover_;    // with tier_
   ReadChoice choice_;
   std::unique_ptr<Promotions> promotions_;  // with mover_

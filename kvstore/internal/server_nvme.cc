@@ -14,19 +14,24 @@ namespace {
 using std::chrono::milliseconds;
 
 constexpr std::chrono::seconds kCloseLimit{3};  // `serve` gives a child 5 s to end
+constexpr std::chrono::seconds kOpeningPause{60};
 constexpr double kShareOfRoom = 0.9;
 
 }  // namespace
 
 // ---- start and end ----------------------------------------------------------------------------
 
-// A tier that can't be opened is tried again when the next rank says hello.
+// A tier that can't be opened is tried again when a rank says hello, but not at once: a disk that
+// hangs takes 11 s to say so, and the other ranks of a group wait here.
 void Server::open_tier() {
   const auto room = static_cast<double>(nvme_file_->room_bytes());
   auto tier = NvmeTier::open(*nvme_file_, {*model_, config_.nvme->capacity_bytes,
                                            static_cast<std::uint64_t>(kShareOfRoom * room),
                                            config_.nvme->reuse, config_.nvme->cipher});
-  if (!tier) return log().error("no NVMe tier: {}", tier.error().message);
+  if (!tier) {
+    next_opening_ = std::chrono::steady_clock::now() + kOpeningPause;
+    return log().error("no NVMe tier: {}", tier.error().message);
+  }
   tier_ = *std::move(tier);
   const ArenaLayout& layout = arena_->layout();
   mover_ = std::make_unique<TierMover>(

@@ -841,6 +841,20 @@ TEST_F(NvmeStoreTest, WhatIsLargerThanTheArenaWaitsForATierThatCanNotBeOpened) {
   EXPECT_TRUE(store->reserve(SequenceId{2}, {}, 1)) << "others run";
 }
 
+// A disk that hangs takes seconds to fail: the first rank of a group waits for that, and no other.
+TEST_F(NvmeStoreTest, ATierThatCanNotBeOpenedIsNotTriedAgainAtOnce) {
+  server = std::make_unique<RunningServer>(
+      kArenaBytes, NvmeConfig{nvme_folder(), 64 << 20, NvmeReuse::kKeepSlabs, KvCipher::random()});
+  connect();
+  server.reset();
+  start();  // without the key
+  const auto first = connect(0);
+  ASSERT_EQ(first->stat()->nvme.state, NvmeState::kOffline);
+  std::filesystem::resize_file(nvme_folder() + "/kv-slabs", 0);  // it would open now
+  const auto second = connect(1);
+  EXPECT_EQ(second->stat()->nvme.state, NvmeState::kOffline);
+}
+
 TEST_F(NvmeStoreTest, RanksThatShareAHeadBothFindIt) {
   start();
   {
