@@ -224,7 +224,7 @@ void OutsizedKv::finish_publishing(std::chrono::milliseconds limit) {
   while (status_ && !to_publish_.empty() && std::chrono::steady_clock::now() < end) {
     advance();
     if (!io_.is_busy()) return;  // what is left can't be written now
-    io_.wait();
+    io_.wait(end);
   }
 }
 

@@ -151,18 +151,18 @@ void RunIo::give_up() {
   }
 }
 
-void RunIo::wait() {
+void RunIo::wait(TimePoint end) {
   const TimePoint begin = now();
   last_progress_ += begin - std::max(last_wait_, last_progress_);
-  wait_since(last_progress_);
+  wait_since(last_progress_, end);
   last_wait_ = now();
 }
 
-void RunIo::wait_since(TimePoint before) {
+void RunIo::wait_since(TimePoint before, TimePoint end) {
   advance();
   if (num_waited_for_ == 0 || last_progress_ != before) return;
-  const auto left =
-      std::chrono::ceil<std::chrono::milliseconds>(last_progress_ + kStallLimit - now());
+  const auto left = std::chrono::ceil<std::chrono::milliseconds>(
+      std::min(last_progress_ + kStallLimit, end) - now());
   pollfd ready{device_->completion_fd(), POLLIN, 0};
   poll(&ready, 1, std::max(0, static_cast<int>(left.count())));
   advance();

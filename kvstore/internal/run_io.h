@@ -69,8 +69,8 @@ class RunIo {
 
   // Takes what has ended, `most` transfers of it.
   void advance(std::size_t most = std::numeric_limits<std::size_t>::max());
-  // The same, but waits for an end where there is none yet: kStallLimit at most.
-  void wait();
+  // The same, but waits for an end where there is none yet: kStallLimit at most, and until `end`.
+  void wait(TimePoint end = TimePoint::max());
   // What an owner has read is not what it wrote: it has the checksums.
   void count_corrupt() { ++faults_.checksum_failures; }
   // All that has gone wrong since the last call.
@@ -96,7 +96,7 @@ class RunIo {
   void submit(std::size_t index);
   void on_done(const IoDone& done);
   void end(std::size_t index, const Status& status);
-  void wait_since(TimePoint before);
+  void wait_since(TimePoint before, TimePoint end);
   void give_up();
   bool is_waited_for(const Owner& owner) const;
 

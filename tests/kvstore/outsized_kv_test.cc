@@ -472,6 +472,24 @@ TEST_F(OutsizedKvTest, TimeInWhichNobodyLookedIsNotTheDisks) {
   EXPECT_EQ(io_->take_faults().io_errors, 0);
 }
 
+// A rank that ends a sequence beside others waits for a fraction of a step, whatever the disk does.
+TEST_F(OutsizedKvTest, WhatIsPublishedIsWaitedForNoLongerThanSaid) {
+  fill_all();
+  disk_->fault = [](const IoOperation&) { return IoFault::kHeld; };
+  kv_->publish(0, PrefixKey{});
+  const auto begin = std::chrono::steady_clock::now();
+  kv_->finish_publishing(std::chrono::milliseconds(50));
+  const auto took = std::chrono::steady_clock::now() - begin;
+  EXPECT_GE(took, std::chrono::milliseconds(50));
+  EXPECT_LT(took, RunIo::kStallLimit / 2);
+  EXPECT_TRUE(kv_->status()) << "that it took no longer is no fault of the disk";
+  EXPECT_EQ(io_->take_faults().io_errors, 0);
+  disk_->fault = nullptr;
+  disk_->release_held();
+  kv_->finish_publishing(std::chrono::seconds(10));
+  EXPECT_EQ(kv_->take_published().size(), 1U);
+}
+
 TEST_F(OutsizedKvTest, ADiskThatStandsStillIsWaitedForOnce) {
   fill_all();
   disk_->fault = [](const IoOperation&) { return IoFault::kHeld; };
