@@ -114,17 +114,19 @@ Finding check_port(int port) {
 Finding check_disk() {
   std::error_code error;
   const fs::path folder = fs::temp_directory_path(error);
-  const auto space = fs::space(folder, error);
+  const fs::space_info space = error ? fs::space_info{} : fs::space(folder, error);
   const double gib = error ? 0 : static_cast<double>(space.available) / kGib;
   return finding(gib >= 2 ? Health::kOk : Health::kWarn, "disk",
-                 fmt::format("{:.1f} GiB free in {}", gib, folder.string()),
+                 error ? "no temporary folder: " + error.message()
+                       : fmt::format("{:.1f} GiB free in {}", gib, folder.string()),
                  "a model fetch takes 1 GiB; free some, or set TMPDIR and FORETOKEN_MODELS");
 }
 
 // What the NVMe tier reads with.
 Finding check_direct_io() {
-  std::string name = (fs::temp_directory_path() / "foretoken-direct-XXXXXX").string();
-  const int probe = mkostemp(name.data(), O_DIRECT | O_CLOEXEC);
+  std::error_code error;
+  std::string name = (fs::temp_directory_path(error) / "foretoken-direct-XXXXXX").string();
+  const int probe = error ? -1 : mkostemp(name.data(), O_DIRECT | O_CLOEXEC);
   if (probe >= 0) {
     close(probe);
     unlink(name.c_str());

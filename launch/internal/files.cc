@@ -105,10 +105,15 @@ Result<fs::path> find_model(const std::string& name_or_folder) {
                                             "it first: foretoken model import " + name_or_folder};
   }
   const bool plain_name = name_or_folder.find('/') == std::string::npos;
+  std::error_code failed;
   for (const fs::path& folder : {given, plain_name ? models_folder() / given : given}) {
-    if (fs::exists(folder / "config.json")) return fs::absolute(folder).lexically_normal();
+    if (fs::exists(folder / "config.json", failed)) return fs::absolute(folder).lexically_normal();
+    if (failed) {
+      return Error{ErrorCode::kModelFile,
+                   "can't look into the model folder " + folder.string() + ": " + failed.message()};
+    }
   }
-  if (fs::is_directory(given)) {
+  if (fs::is_directory(given, failed)) {
     return Error{ErrorCode::kModelFile, name_or_folder + " is no model folder: no config.json"};
   }
   std::string message = "no model '" + name_or_folder + "'";

@@ -23,7 +23,8 @@ int list() {
     return 0;
   }
   for (const auto& entry : fs::directory_iterator(folder)) {
-    if (!fs::exists(entry.path() / "config.json")) continue;
+    std::error_code unreadable;
+    if (!fs::exists(entry.path() / "config.json", unreadable)) continue;
     std::cout << entry.path().filename().string() << "\t" << entry.path().string() << "\n";
   }
   return 0;

@@ -150,6 +150,15 @@ def test_doctor_has_a_fix_for_all_that_is_not_well():
         assert bool(finding["fix"]) == (finding["health"] != "ok")
 
 
+def test_doctor_tells_of_a_temporary_folder_that_is_not_there():
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+    done = run("doctor", "--json", env={**environment, "TMPDIR": "/nonexistent"})
+    findings = {finding["what"]: finding for finding in json.loads(done.stdout)}
+    assert findings["runtime folder"]["health"] == "fail"
+    assert findings["direct I/O"]["health"] == "warn"
+    assert findings["disk"]["health"] == "warn" and "no temporary" in findings["disk"]["found"]
+
+
 def test_doctor_names_a_driver_and_an_nccl_that_are_too_old():
     done = run("doctor", "--json", env=with_old_gpu_libraries())
     findings = {finding["what"]: finding for finding in json.loads(done.stdout)}

@@ -57,7 +57,10 @@ TEST(FindModel, TakesAFolderOrAName) {
   setenv("FORETOKEN_MODELS", folder.path().c_str(), 1);
   EXPECT_EQ(*find_model("tiny"), folder.path() / "tiny");
   EXPECT_EQ(*find_model((folder.path() / "tiny").string()), folder.path() / "tiny");
-  for (const char* name : {"absent", "/nowhere/at/all", "x.gguf"}) {
+  const fs::path loop = folder.path() / "loop";  // as unreadable as another user's, to root too
+  fs::create_symlink(loop, loop);
+  const std::string absent[] = {"absent", "/nowhere/at/all", "x.gguf", "loop", loop.string()};
+  for (const std::string& name : absent) {
     const auto found = find_model(name);
     ASSERT_FALSE(found) << name;
     EXPECT_EQ(found.error().code, ErrorCode::kModelFile);
