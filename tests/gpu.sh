@@ -31,6 +31,7 @@ fi
 mkdir -p "$results"
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PYTHONUNBUFFERED=1
 export FORETOKEN_KVSTORE=$here/bin/foretoken-kvstore
+nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}  # a folder on such a disk
 
 # The service in the shape of Llama-3.1-8B, random weights.
 bench() {
@@ -155,7 +156,7 @@ streamed() {
 }
 # The longest context that seven tenths of host memory hold, at 128 KiB a token, up to a million.
 longest() {
-  local kib context folder=$results/long-model
+  local kib context status=0 folder=$results/long-model
   kib=$(awk '/MemTotal/ {print $2}' /proc/meminfo)
   context=$((kib * 7 / 10 / 128 / 10000 * 10000))
   if ((context > 1000000)); then context=1000000; fi
@@ -166,8 +167,9 @@ longest() {
     --max-batched-tokens 8192 --json --kv-policy attention-predictor --calibrate-with none \
     --kv-budget 2304 --context "$context" --tokens 64 --max-model-len $((context + 10000)) \
     --kv-host-gib $((context * 128 / 1048576 + 5)) --tensor-parallel-size "$gpus" |
-    tee "$results/longest.json"
+    tee "$results/longest.json" || status=$?
   rm -r "$folder"
+  return $status
 }
 # Ten thousand steps of one recorded graph: neither the device's memory nor the ranks' may grow.
 steps() {
@@ -186,10 +188,10 @@ calibration() {
       return 1
   done
 }
-# 128K with a quarter of its KV in host memory and all of it on NVMe ($FORETOKEN_NVME, a folder on
-# such a disk), and the same with all of it in memory; what the predictor chooses, or a share of new blocks.
+# 128K with a quarter of its KV in host memory and all of it on NVMe, and the same with all of it in
+# memory; what the predictor chooses, or a share of new blocks.
 outsized() {
-  local words late name more nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}
+  local words late name more
   for words in "skip churn8 --trace churn=8" "skip churn2 --trace churn=2" "skip live" "wait live"; do
     read -r late name more <<<"$words"
     # shellcheck disable=SC2086  # words of a flag
@@ -202,7 +204,6 @@ outsized() {
 }
 # A prefix of 32K from host memory, and from NVMe, with and without a restart.
 prefix() {
-  local nvme=${FORETOKEN_NVME:-/tmp/foretoken-nvme}
   mkdir -p "$nvme"
   chmod 700 "$nvme"
   timeout 200 python3 "$here/prefix.py" --bin "$here/bin" --model "$here/models/llama-8b" \

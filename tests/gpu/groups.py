@@ -81,12 +81,14 @@ def main():
     arguments.gpus = 1  # a group
     setup = Setup(arguments)
     checks = Checks()
-    with tempfile.TemporaryDirectory(prefix="ft-groups-") as folder:
-        flags = [*setup.flags, "--num-groups=2", "--max-num-seqs=1"]
-        with Service(setup.foretoken, folder, flags) as service:
-            check_shared_prefix(checks, setup, service.connect, folder)
-    if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))
+    try:
+        with tempfile.TemporaryDirectory(prefix="ft-groups-") as folder:
+            flags = [*setup.flags, "--num-groups=2", "--max-num-seqs=1"]
+            with Service(setup.foretoken, folder, flags) as service:
+                check_shared_prefix(checks, setup, service.connect, folder)
+    finally:  # also where the service doesn't start
+        if arguments.json:
+            pathlib.Path(arguments.json).write_text(json.dumps(checks.results, indent=1))
     sys.exit(0 if all(result["ok"] for result in checks.results) else 1)
 
 
