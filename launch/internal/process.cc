@@ -78,6 +78,7 @@ std::string ExitStatus::describe() const {
   // As shells and mpirun tell of a child that a signal ended.
   constexpr int kSignalBase = 128;
   const std::string text = "exited with code " + std::to_string(code);
+  if (code == kExecFailed) return text + " (its program can't be run)";
   if (code <= kSignalBase || code >= kSignalBase + NSIG) return text;
   return text + " (signal " + std::to_string(code - kSignalBase) + ", " +
          strsignal(code - kSignalBase) + ")";

@@ -25,6 +25,15 @@ constexpr milliseconds kStopTimeout{5'000};  // of a child after SIGTERM, before
 
 void say(const std::string& line) { std::cerr << "foretoken: " << line << std::endl; }
 
+// Of a group that did not start: mpirun is missing, the kernel killed a rank. A rank that crashed
+// is a bug, as is one that says so.
+bool is_the_machines(const ExitStatus& status) {
+  const int signal = status.signal != 0 ? status.signal : status.code - 128;
+  const bool crashed = signal == SIGABRT || signal == SIGSEGV || signal == SIGFPE;
+  return status.error_code() == ErrorCode::kInternal && !crashed &&
+         status.code != exit_code(ErrorCode::kInternal);
+}
+
 bool is_ignored(int signal) {
   struct sigaction action {};
   return sigaction(signal, nullptr, &action) == 0 && action.sa_handler == SIG_IGN;
@@ -227,6 +236,9 @@ void Supervisor::on_group_end(Group& group, const ExitStatus& status) {
   if (draining_) {
     group.process.reset();
   } else if (!ready_) {
+    if (is_the_machines(status)) {
+      throw Exception(ErrorCode::kDevice, what + "; see above, and foretoken doctor");
+    }
     throw Exception(status.error_code(), what);
   } else {
     restart_group(group, what);

@@ -84,6 +84,26 @@ def test_a_runtime_folder_that_others_can_enter_is_refused_and_kept(model, tmp_p
     assert shared.stat().st_mode & 0o7777 == 0o1777 and not list(shared.iterdir())
 
 
+@pytest.mark.parametrize(
+    "mpirun, code, line",
+    [
+        (None, 5, "exited with code 127 (its program can't be run) while it loaded the model; see above"),
+        ("kill -9 $$", 5, "was ended by signal 9 (Killed) while it loaded the model; see above"),
+        ("exit 137", 5, "exited with code 137 (signal 9, Killed) while it loaded the model; see above"),
+        ("exit 134", 1, "exited with code 134 (signal 6, Aborted) while it loaded the model"),
+        ("exit 3", 3, "exited with code 3 while it loaded the model"),
+        ("exit 1", 1, "exited with code 1 while it loaded the model"),
+    ],
+)
+def test_a_group_that_does_not_start_says_why(model, tmp_path, mpirun, code, line):
+    if mpirun:
+        (tmp_path / "mpirun").write_text(f"#!/bin/sh\n{mpirun}\n")
+        (tmp_path / "mpirun").chmod(0o755)
+    done = run("serve", model, *SMALL, "--port=0", env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode == code, done.stderr
+    assert line in done.stderr.splitlines()[-1]
+
+
 HARM = {
     "config.json": lambda path: path.write_text("{"),
     "tokenizer.json": lambda path: path.write_text("[]"),

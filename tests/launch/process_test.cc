@@ -66,6 +66,7 @@ TEST(Process, AnExitCodeOfOursIsAnError) {
 TEST(Process, ProgramThatIsNotThereEndsWith127) {
   Process absent({.name = "absent", .argv = {"/nowhere/program"}});
   EXPECT_EQ(absent.wait(10s)->code, 127);
+  EXPECT_EQ(absent.wait(10s)->describe(), "exited with code 127 (its program can't be run)");
 }
 
 TEST(Process, WaitHasADeadline) {
