@@ -58,9 +58,11 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const Nvm
   return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
 }
 
-IoMemory NvmeTier::make_memory(const ModelIdentity& model) {
+IoMemory NvmeTier::make_memory(const ModelIdentity& model) { return IoMemory(memory_bytes(model)); }
+
+std::size_t NvmeTier::memory_bytes(const ModelIdentity& model) {
   const kernels::KvShape slab = model.slab_shape();
-  return IoMemory(num_buffers(slab) * buffer_stride(slab));
+  return num_buffers(slab) * buffer_stride(slab);
 }
 
 int NvmeTier::depth(const ModelIdentity& model) {

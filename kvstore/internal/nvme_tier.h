@@ -48,6 +48,7 @@ class NvmeTier {
 
   // Buffers for transfers of this model's slabs, and how many there are: the device's depth.
   static IoMemory make_memory(const ModelIdentity& model);
+  static std::size_t memory_bytes(const ModelIdentity& model);  // of make_memory()
   static int depth(const ModelIdentity& model);
 
   // REQUIRES: memory is make_memory(model)'s, contents are what open_contents() gave.

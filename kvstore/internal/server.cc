@@ -74,9 +74,13 @@ Status Server::open_arena(const ModelIdentity& model) {
                      std::to_string(model.slab_bytes()) + " bytes for each of " +
                      std::to_string(model.total_kv_heads) + " KV heads"};
   }
-  if (const std::uint64_t available = available_host_memory(); layout.arena_bytes() > available) {
+  const std::uint64_t buffers = nvme_file_ ? NvmeTier::memory_bytes(model) : 0;
+  if (const std::uint64_t available = available_host_memory();
+      layout.arena_bytes() + buffers > available) {
+    const std::string beside =
+        nvme_file_ ? " beside " + std::to_string(buffers) + " of NVMe's buffers" : "";
     return Error{ErrorCode::kConfig, "an arena of " + std::to_string(layout.arena_bytes()) +
-                                         " bytes is asked for, and the machine has " +
+                                         " bytes is asked for" + beside + ", and the machine has " +
                                          std::to_string(available) +
                                          " to give; ask for a smaller one"};
   }

@@ -829,6 +829,17 @@ TEST_F(NvmeStoreTest, WhatNeverFitsIsRefusedWithTheTierToo) {
   }
 }
 
+TEST_F(NvmeStoreTest, AnArenaBesideTheTiersBuffersMustFitTheMachine) {
+  server =
+      std::make_unique<RunningServer>(std::size_t{1} << 46, NvmeConfig{nvme_folder(), 64 << 20});
+  const auto store = KvStore::connect(test_client(server->socket(), 0), *device);
+  ASSERT_FALSE(store);
+  EXPECT_EQ(store.error().code, ErrorCode::kConfig);
+  const std::string buffers = std::to_string(NvmeTier::memory_bytes(kModel));
+  EXPECT_NE(store.error().message.find("beside " + buffers + " of NVMe's"), std::string::npos)
+      << store.error().message;
+}
+
 // It may fit once the disk is there again.
 TEST_F(NvmeStoreTest, WhatIsLargerThanTheArenaWaitsForATierThatCanNotBeOpened) {
   server = std::make_unique<RunningServer>(kArenaBytes, NvmeConfig{nvme_folder(), kSectorBytes});
