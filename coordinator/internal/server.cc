@@ -2,7 +2,6 @@
 
 #include <signal.h>
 #include <sys/signalfd.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "common/log.h"
+#include "common/private_folder.h"
 #include "common/wire.h"
 
 namespace foretoken::coordinator {
@@ -53,24 +53,11 @@ int open_signals() {
   return signalfd(-1, &signals, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 
-void make_private_folder(const std::filesystem::path& folder) {
-  std::error_code error;
-  std::filesystem::create_directories(folder, error);
-  struct stat info {};
-  if (error || ::stat(folder.c_str(), &info) != 0) {
-    throw Exception(ErrorCode::kIo, "can't create --runtime-dir " + folder.string());
-  }
-  if (info.st_uid != ::geteuid() || ::chmod(folder.c_str(), 0700) != 0) {
-    throw Exception(ErrorCode::kConfig,
-                    "--runtime-dir " + folder.string() + " belongs to another user");
-  }
-}
-
 }  // namespace
 
 Server::Server(ServerConfig config) : config_(std::move(config)), signal_fd_(open_signals()) {
   FT_CHECK(signal_fd_ >= 0);
-  make_private_folder(config_.runtime_dir);
+  require_private_folder(config_.runtime_dir);
   const auto& service = config_.service;
   const bool has_keys = is_tcp(client_endpoint(service)) || is_tcp(config_.worker_endpoint);
   std::optional<ServiceKeys> keys;
