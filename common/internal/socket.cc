@@ -1,6 +1,8 @@
 #include "common/socket.h"
 
 #include <poll.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -39,6 +41,20 @@ Error socket_error(const std::string& verb, const std::string& endpoint,
             "can't " + verb + " " + endpoint + ": the address is in use; choose another --port"};
   }
   return {ErrorCode::kConfig, "can't " + verb + " " + endpoint + ": " + error.what()};
+}
+
+// Whether a process listens at an ipc endpoint. libzmq would remove its socket and take its place.
+bool is_listened_at(const std::string& endpoint) {
+  const std::string path = endpoint.substr(std::strlen("ipc://"));
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof address.sun_path) return false;  // bind() says so
+  path.copy(address.sun_path, path.size());
+  const int probe = ::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const bool listens =
+      ::connect(probe, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
+  ::close(probe);
+  return listens;
 }
 
 // Receives one message of any number of parts; nullopt when none waits.
@@ -111,7 +127,12 @@ Result<std::unique_ptr<RouterSocket>> RouterSocket::bind(std::shared_ptr<SocketC
     socket.set(zmq::sockopt::router_mandatory, true);
     socket.set(zmq::sockopt::linger, static_cast<int>(config.linger.count()));
     socket.set(zmq::sockopt::backlog, kBacklog);
-    if (config.endpoint.starts_with("ipc:")) {
+    if (config.endpoint.starts_with("ipc://")) {
+      if (is_listened_at(config.endpoint)) {
+        return Error{ErrorCode::kPortInUse, "can't bind " + config.endpoint +
+                                                ": another process listens there; end it, or "
+                                                "choose another path"};
+      }
       // Only this user's processes; zmq.hpp has no name for this option.
       const auto uid = ::geteuid();
       zmq_setsockopt(socket.handle(), ZMQ_IPC_FILTER_UID, &uid, sizeof uid);

@@ -167,6 +167,17 @@ TEST_F(SocketTest, ReportsAPortInUse) {
             ErrorCode::kConfig);
 }
 
+// libzmq would take the path over, and the one that listened would not hear of it.
+TEST_F(SocketTest, ReportsAnIpcPathInUse) {
+  const auto path = std::filesystem::path(testing::TempDir()) / "foretoken-socket-in-use";
+  std::ofstream(path) << "what a process that was killed leaves";
+  const RouterSocket::Config config{.endpoint = "ipc://" + path.string()};
+  const auto router = bind(config);
+  const auto second = RouterSocket::bind(context_, config);
+  ASSERT_FALSE(second);
+  EXPECT_EQ(second.error().code, ErrorCode::kPortInUse);
+}
+
 TEST_F(SocketTest, GivesMultipartMessagesOnAsEmptyFrames) {
   const auto router = bind({});
   zmq::context_t context;
