@@ -155,8 +155,8 @@ class Service {
   std::vector<std::unique_ptr<Group>> groups_;
   std::map<RequestId, std::unique_ptr<Request>> requests_;
   std::map<SequenceId, RequestId> by_sequence_;  // sequences that somebody waits for
-  std::set<RequestId> waiting_;                  // first come first served: ids rise
-  TimePoint next_retry_ = TimePoint::max();      // of those before the first without room
+  std::set<RequestId> waiting_;                  // ids rise: of a tenant, first come first served
+  TimePoint next_retry_ = TimePoint::max();      // of those that wait for a while before they try
   std::uint64_t last_request_ = 0;
   std::uint64_t last_sequence_ = 0;
   std::int64_t restarts_ = 0;

@@ -27,7 +27,7 @@ namespace foretoken::worker {
 // Where the blocks of `full` lie. Ranks of a group must launch the same ops (Decode::recordable),
 // and each knows its own device alone: so where there are several, none streams because that is
 // full.
-predictor::Residency residency_of(const ServiceConfig& config);
+predictor::Residency residency_of(const ServiceConfig& config, const kernels::Device& device);
 
 class Engine {
  public:

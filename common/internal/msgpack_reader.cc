@@ -151,6 +151,7 @@ std::optional<std::size_t> MsgpackReader::array(std::string_view what) {
     return std::nullopt;
   }
   if (head->number > most_elements_) {
+    has_too_many_ = !failed_;
     fail(what, std::to_string(head->number) + " elements, at most " +
                    std::to_string(most_elements_) + " are read");
     return std::nullopt;

@@ -45,6 +45,8 @@ class MsgpackReader {
   // Records a failure, if it is the first.
   void fail(std::string_view what, std::string_view why);
   bool failed() const { return failed_; }
+  // Whether the failure is an array of more than most_elements.
+  bool has_too_many() const { return has_too_many_; }
   const std::string& error() const { return error_; }
 
   static constexpr int kMaxDepth = 32;
@@ -60,6 +62,7 @@ class MsgpackReader {
   std::size_t most_elements_;
   std::size_t position_ = 0;
   bool failed_ = false;
+  bool has_too_many_ = false;
   std::string error_;
 };
 

@@ -22,7 +22,8 @@ void require_private_folder(const std::filesystem::path& folder) {
     throw Exception(ErrorCode::kConfig,
                     "the folder " + folder.native() +
                         " is another user's or can be entered by others, and what lies in it is "
-                        "to be ours alone; name one that is absent, or has mode 0700");
+                        "to be ours alone; name one that is absent, or chmod 700 " +
+                        folder.native());
   }
 }
 

@@ -246,6 +246,7 @@ Result<T> decode_as(std::string_view frame, std::size_t most_elements) {
   T message;
   read_map(in, kTypeName<T>, message);
   if (!in.failed() && !in.at_end()) in.fail("frame", "bytes after its end");
+  if (in.has_too_many()) return Error{ErrorCode::kInvalidArgument, in.error()};
   if (in.failed()) return corrupt(in.error());
   return message;
 }

@@ -389,7 +389,8 @@ bool Service::tries_again(const Group& group) const {
 }
 
 // The next to be started: the first of the tenant with the fewest running, so that no tenant waits
-// for all that another asked for before it.
+// for all that another asked for before it. But nobody passes one that there was no room for (see
+// tries_again).
 Request* Service::next_waiting(TimePoint now) {
   const bool has_room = std::ranges::any_of(groups_, [](const auto& group) {
     return group->scheduler && group->scheduler->has_room({});
@@ -402,9 +403,10 @@ Request* Service::next_waiting(TimePoint now) {
     auto& request = *find(id);
     if (request.retry_at && now < *request.retry_at) {
       next_retry_ = std::min(next_retry_, *request.retry_at);
-    } else if (next == nullptr || running[request.tenant()] < running[next->tenant()]) {
-      next = &request;
+      continue;
     }
+    if (next == nullptr || running[request.tenant()] < running[next->tenant()]) next = &request;
+    if (request.was_refused) break;
   }
   return next;
 }

@@ -100,11 +100,18 @@ int bench(const std::string& kind, BenchOptions options) {
   services.emplace_back(kind, measure_service(options));
   Json json = figures(kind, options.load, services.front().second);
   if (kind == "decode") json["baselines"] = Json::array();
+  std::optional<Exception> failed;  // a baseline; what was measured is told all the same
   for (const Baseline baseline : options.baselines) {
     const std::string name(name_of(baseline));
-    services.emplace_back(name, measure_baseline(baseline, options, services.front().second));
-    json["baselines"].push_back(
-        baseline_figures(name, services.back().second, services.front().second));
+    try {
+      services.emplace_back(name, measure_baseline(baseline, options, services.front().second));
+      json["baselines"].push_back(
+          baseline_figures(name, services.back().second, services.front().second));
+    } catch (const Exception& failure) {
+      if (interrupted()) throw;
+      json["baselines"].push_back({{"baseline", name}, {"error", failure.what()}});
+      failed = failure;
+    }
   }
   if (!options.plot.empty()) save_svg(plot_of(json, services), options.plot);
   if (options.json) {
@@ -112,6 +119,7 @@ int bench(const std::string& kind, BenchOptions options) {
   } else {
     print_for_people(json);
   }
+  if (failed) throw *failed;
   return 0;
 }
 

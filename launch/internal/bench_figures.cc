@@ -149,6 +149,7 @@ void print_for_people(const Json& json) {
   if (!json.contains("ms_per_token")) return;
   print_decode(json, "decode ");
   for (const Json& baseline : json["baselines"]) {
+    if (baseline.contains("error")) continue;
     print_decode(baseline, baseline["baseline"].get<std::string>());
     std::cout << "    decode takes " << baseline["ratio"] << " times as long; the first "
               << baseline["equal_tokens"] << " tokens of the last answer are equal\n";

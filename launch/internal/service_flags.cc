@@ -38,8 +38,10 @@ constexpr std::array kFlags = {
     ServiceFlag{"kv_policy", kPolicy, "auto|full|streaming-llm|attention-predictor|oracle",
                 "Which KV blocks a decode step attends (auto: all of a sequence's while the device "
                 "has room, then attention-predictor's)"},
-    ServiceFlag{"kv_resident", kPolicy, "auto|never",
-                "Policy full: on the device where the whole KV fits, or never: streamed each step"},
+    ServiceFlag{
+        "kv_resident", kPolicy, "auto|never",
+        "Policy full: on the device where the whole KV fits (on several GPUs it has to), or "
+        "never: streamed each step"},
     ServiceFlag{"kv_budget", kPolicy, "TOKENS",
                 "Tokens a step attends: sink (64), local window (64) and critical blocks"},
     ServiceFlag{"kv_budget_per", kPolicy, "query-head|kv-head",

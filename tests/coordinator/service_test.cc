@@ -336,6 +336,7 @@ TEST_F(ServiceTest, DoesNotReadIdsFarBeyondTheContext) {
   request.prompt_ids->resize(70'000);
   ask(request);
   EXPECT_THAT(told<ErrorMessage>().at(1).message, HasSubstr("prompt_ids: 70000 elements"));
+  EXPECT_EQ(told<ErrorMessage>().at(1).code, "invalid_argument");
   EXPECT_EQ(told<ErrorMessage>().at(1).request_id, "longer");
 }
 
@@ -555,6 +556,33 @@ TEST_F(ServiceTest, ManySmallRequestsDoNotStarveALargeOne) {
     for (; done < told<DoneMessage>().size(); ++done) ask_small();
   }
   EXPECT_LT(done, 10U);
+}
+
+// Though its tenant has more running than the one of the small ones, whenever one of these ends.
+TEST_F(ServiceTest, AnotherTenantsSmallRequestsDoNotStarveALargeOne) {
+  config_.max_num_seqs = 8;
+  start_rank();
+  store_->slabs = 7;
+  int small = 0;
+  const auto ask_small = [&] { ask(wish(numbered("small", ++small), 20), "q"); };  // one slab
+  ask(wish("beside", 700));                                                        // three
+  ask_small();
+  work(4);
+  ask(wish("large", 900));  // four
+  ask_small();
+  const auto has_begun = [&] {
+    return std::ranges::any_of(told<TokenMessage>(),
+                               [](const auto& token) { return token.request_id == "large"; });
+  };
+  std::size_t done = 0;
+  while (told<DoneMessage>().empty() && !has_begun()) {
+    work(1);
+    pass(milliseconds(1));
+    say(Heartbeat{Epoch{1}, 0, 0});
+    for (; done < told<DoneMessage>("q").size(); ++done) ask_small();
+  }
+  EXPECT_TRUE(has_begun());
+  EXPECT_LT(done, 4U);
 }
 
 TEST_F(ServiceTest, KvThatIsLostIsComputedAnewAndNoTokenIsToldTwice) {

@@ -33,7 +33,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, kernels::Hist
                                                              : predictor::BudgetPer::kKvHead,
           .history_type = history,
           .history_fill = predictor::HistoryFill::kZero,
-          .residency = residency_of(config),
+          .residency = residency_of(config, device),
           .calibration = *predictor::calibration_from_name(config.calibrate_with, device),
           .weights = config.predictor_weights};
 }

@@ -89,23 +89,25 @@ KvNvme nvme_of(const kvstore::NvmeStat& stat) {
 }
 
 // What admits a sequence that the device is too full for.
-std::string how_to_admit(const ServiceConfig& config) {
-  const bool could_stream = config.kv_policy == "full" && config.tensor_parallel_size > 1;
+std::string how_to_admit(const ServiceConfig& config, const kernels::Device& device) {
+  const bool could_stream =
+      config.kv_policy == "full" && residency_of(config, device) == predictor::Residency::kAlways;
   return how_to_make_room(config) + (could_stream ? ", or serve with --kv-resident never" : "");
 }
 
 }  // namespace
 
-predictor::Residency residency_of(const ServiceConfig& config) {
+predictor::Residency residency_of(const ServiceConfig& config, const kernels::Device& device) {
   using predictor::Residency;
   if (config.kv_resident == "never") return Residency::kNever;
-  return config.tensor_parallel_size > 1 ? Residency::kAlways : Residency::kWhereItFits;
+  const bool records = !device.runs_at_once();
+  return records && config.tensor_parallel_size > 1 ? Residency::kAlways : Residency::kWhereItFits;
 }
 
 Engine::Engine(const ServiceConfig& config, int max_model_len, const Parts& parts)
     : max_model_len_(max_model_len),
       max_batched_tokens_(config.max_batched_tokens),
-      how_to_admit_(how_to_admit(config)),
+      how_to_admit_(how_to_admit(config, parts.device)),
       rank_(parts.model.partition().rank),
       device_(parts.device),
       store_(parts.store),

@@ -92,17 +92,20 @@ void* Prefill::hidden_at(const Sequence& sequence, int token) const {
 void Prefill::warm_up(kernels::Stream& stream) {
   if (device_.runs_at_once()) return;  // a CPU has all of its kernels
   const int max_rows = act_.max_rows;
-  device_.fill_zero(hidden_.data(), model_.hidden_bytes(max_rows), stream);
-  device_.fill_zero(act_.qkv.data(), act_.qkv.bytes(), stream);
+  const auto attend_zeros = [&](int begin, int rows) {  // nothing else gets into the scratch
+    device_.fill_zero(act_.qkv.data(), act_.qkv.bytes(), stream);
+    attend_chunk(0, begin, rows, stream);
+  };
   for (int rows = 0; rows < max_rows;) {
     rows = std::min(next_size(rows), max_rows);
-    attend_chunk(0, 0, rows, stream);
+    attend_zeros(0, rows);
+    device_.fill_zero(hidden_.data(), model_.hidden_bytes(rows), stream);
     model_.try_products(0, rows, act_, hidden_.data(), stream);
   }
   // Whole chunks have attention of their own. Far behind, they take longer than it is to load.
   constexpr int kMostTokens = 131072;
   for (int end = max_rows; end <= std::min(max_tokens_, kMostTokens); end += max_rows) {
-    attend_chunk(0, end - max_rows, max_rows, stream);
+    attend_zeros(end - max_rows, max_rows);
   }
 }
 

@@ -83,7 +83,7 @@ predictor::PolicyConfig policy_config(const ServiceConfig& config, const kernels
                                                         : kernels::HistoryType::kBf16;
   policy.history_fill =
       config.history_fill == "hold" ? predictor::HistoryFill::kHold : predictor::HistoryFill::kZero;
-  policy.residency = residency_of(config);
+  policy.residency = residency_of(config, device);
   policy.calibration = *predictor::calibration_from_name(config.calibrate_with, device);
   policy.trace_churn = trace_churn(config.trace);
   policy.weights = config.predictor_weights;
@@ -207,10 +207,11 @@ class Worker {
             .value_or_throw();
     if (plans.joinable()) plans.join();
     engine_ = at_start(config_, [&] {
-      return std::make_unique<Engine>(config_, max_model_len,
-                                      Engine::Parts{*device_, *store_, *policy_, *model_});
+      auto engine = std::make_unique<Engine>(config_, max_model_len,
+                                             Engine::Parts{*device_, *store_, *policy_, *model_});
+      engine->warm_up();
+      return engine;
     });
-    engine_->warm_up();
   }
   Engine& engine() { return *engine_; }
   const std::string& hash() const { return model_hash_; }

@@ -49,11 +49,11 @@ Sampler::Sampler(kernels::Device& device, int max_rows, int vocab)
       max_rows_(max_rows),
       vocab_(vocab),
       rows_(device, sizeof(kernels::SampleRow) * static_cast<std::size_t>(max_rows),
-            kernels::MemoryUse::kTables),
-      token_counts_(device,
-                    sizeof(std::uint32_t) * static_cast<std::size_t>(max_rows) *
-                        static_cast<std::size_t>(vocab),
-                    kernels::MemoryUse::kActivations) {}
+            kernels::MemoryUse::kTables) {
+  if (device.runs_at_once()) return;
+  const auto counts = static_cast<std::size_t>(max_rows) * static_cast<std::size_t>(vocab);
+  token_counts_ = {device, sizeof(std::uint32_t) * counts, kernels::MemoryUse::kActivations};
+}
 
 Sampler::Draw* Sampler::begin(std::span<Sequence* const> rows, kernels::Stream& stream) {
   FT_CHECK(static_cast<int>(rows.size()) <= max_rows_, rows.size(), max_rows_);

@@ -135,8 +135,10 @@ Sequence::Sequence(const AdmitSequence& admit, kvstore::Reservation reservation,
     allocate_slots(policy, num_slots);
     allocate_tables(admit.prompt, stream);
   } catch (const Exception& failure) {
+    // Steps with an outsized sequence are not recorded.
     const bool may_stream = !policy.selected_per_head() &&
-                            policy.config().residency == predictor::Residency::kWhereItFits;
+                            (policy.config().residency == predictor::Residency::kWhereItFits ||
+                             reservation_.outsized != nullptr);
     if (!may_stream || failure.error().code != ErrorCode::kExhausted) throw;
     streams_all_ = true;  // dense attention over a context that doesn't fit the device
     allocate_slots(policy, std::min(kv_.max_blocks, kernels::kSinkBlocks + kLocalBlocks));
