@@ -26,7 +26,10 @@ void try_decode(std::string_view frame, Decode decode) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view frame(reinterpret_cast<const char*>(data), size);
-  try_decode(frame, foretoken::decode_client_request);
+  try_decode(frame, [](std::string_view bytes) {
+    static_cast<void>(foretoken::peek_request_id(bytes));
+    return foretoken::decode_client_request(bytes, 1024);
+  });
   try_decode(frame, foretoken::decode_server_message);
   try_decode(frame, foretoken::decode_worker_message);
   try_decode(frame, foretoken::decode_coordinator_message);
