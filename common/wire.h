@@ -23,8 +23,8 @@ std::string encode(const ServerMessage& message);
 std::string encode(const WorkerMessage& message);
 std::string encode(const CoordinatorMessage& message);
 
-// most_elements: of a list. Longer ones cost their sender an error (kInvalidArgument), and this side
-// no time.
+// most_elements: of a list. Longer ones cost their sender an error (kInvalidArgument), and this
+// side no time.
 Result<ClientRequest> decode_client_request(std::string_view frame,
                                             std::size_t most_elements = kMaxFrameBytes);
 // Of a frame that couldn't be decoded, so that its sender can be told which it was; empty where not
