@@ -154,10 +154,12 @@ struct HotTables {
   template <unsigned kThreads>
   __device__ void load(const CnnTables& from) {
     constexpr unsigned kParts = kNumTapRows * 2 * 2 * kLanes;
+    constexpr unsigned kBiases = sizeof minus_bias2 / sizeof(float);
+    static_assert(kParts % kThreads == 0 && kBiases % kThreads == 0 &&
+                  sizeof conv3 / sizeof(float) == kThreads);
 #pragma unroll
     for (unsigned first = 0; first < kParts; first += kThreads) {
       const unsigned i = first + threadIdx.x;
-      if (i >= kParts) break;
       const unsigned lane = i % kLanes;
       const unsigned half = i / kLanes % 2;
       const unsigned column = i / kLanes / 2 % 2;
@@ -168,16 +170,12 @@ struct HotTables {
       conv1[rows][column][kFirstPair][half][lane] = {0, left};
       conv1[rows][column][kSecondPair][half][lane] = {right, 0};
     }
-    constexpr unsigned kBiases = sizeof minus_bias2 / sizeof(float);
 #pragma unroll
     for (unsigned first = 0; first < kBiases; first += kThreads) {
       const unsigned i = first + threadIdx.x;
-      if (i < kBiases) (&minus_bias2[0][0][0])[i] = (&from.minus_bias2[0][0][0])[i];
+      (&minus_bias2[0][0][0])[i] = (&from.minus_bias2[0][0][0])[i];
     }
-    static_assert(sizeof conv3 / sizeof(float) <= kThreads);
-    if (threadIdx.x < sizeof conv3 / sizeof(float)) {
-      (&conv3[0][0])[threadIdx.x] = (&from.conv3[0][0])[threadIdx.x];
-    }
+    (&conv3[0][0])[threadIdx.x] = (&from.conv3[0][0])[threadIdx.x];
     if (threadIdx.x < kNumOutputRows) at_zero[threadIdx.x] = from.at_zero[threadIdx.x];
   }
 };
@@ -304,20 +302,23 @@ __device__ inline void add_outputs(const OutputColumn& d, const HotTables& table
   }
 }
 
-// Sums values[i] over the 8 lanes of equal q; the lane with g = i gets that sum.
-__device__ inline std::int32_t sum_scattered(std::int32_t (&values)[8]) {
-  const unsigned lane = threadIdx.x % 32;
+// Adds `first` up over two lanes whose g differs in one bit, and `second` too: the lane that has
+// the bit gets the second sum, the other one the first. A sum is the same whichever lane gets it.
+__device__ inline float add_halves(float first, float second, unsigned bit) {
+  const bool takes_second = (threadIdx.x / 4 & bit) != 0;
+  const float kept = takes_second ? second : first;
+  const float sent = takes_second ? first : second;
+  return kept + __shfl_xor_sync(~0U, sent, 4 * bit);
+}
+// Of s[column][segment], over all g: each lane gets that of its result.
+__device__ inline std::int32_t round_sum(const float (&s)[4][2]) {
+  float of_two[2];
 #pragma unroll
-  for (int width = 4; width > 0; width /= 2) {
-    const bool high = (lane & (width * 4)) != 0;
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      const std::int32_t sent = high ? values[i] : values[i + width];
-      const std::int32_t kept = high ? values[i + width] : values[i];
-      values[i] = kept + __shfl_xor_sync(~0U, sent, width * 4);
-    }
+  for (int i = 0; i < 2; ++i) {
+    of_two[i] = add_halves(add_halves(s[2 * i][0], s[2 * i][1], 1),
+                           add_halves(s[2 * i + 1][0], s[2 * i + 1][1], 1), 2);
   }
-  return values[0];
+  return __float2int_rn(add_halves(of_two[0], of_two[1], 4));
 }
 
 __device__ inline std::int32_t bounded(std::int32_t value, std::int32_t most) {
@@ -339,8 +340,9 @@ template <HotKind kKind>
 __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& weights,
                                   const HotRows& rows, int first_column, int columns) {
   constexpr bool kInner = kKind == HotKind::kInner;
-  std::int32_t inner[8];
-  std::int32_t edge[8];
+  constexpr OutputRow kEdge = kKind == HotKind::kTop ? kFirstRow : kLastRow;
+  float inner[4][2] = {};  // [column, segment]
+  float edge[4][2] = {};
   HiddenColumn hidden[4];  // by column % 4
 #pragma unroll
   for (int column = 0; column < 6; ++column) {
@@ -356,8 +358,6 @@ __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& wei
     const auto add = [&]<std::size_t kCount>(const TapRow(&taps)[kCount]) {
       add_products(weights, left, middle, made, taps);
     };
-    float inner_s[2] = {};
-    float edge_s[2] = {};
     // Of an output, the same order in all kinds.
     if constexpr (kKind == HotKind::kTop) {
       add({{first, first, 1, 2}, {third, third, 1, 0}});
@@ -372,22 +372,16 @@ __device__ HotResult evaluate_hot(const HotTables& tables, const HotWeights& wei
       add({{first, first, 2, 2}, {second, second, 2, 3}, {third, third, 0, 2}});
       add({{first, first, 0, 0}, {second, second, 0, 1}});
     }
-    add_outputs(first, tables, kInnerRow, inner_s);
+    add_outputs(first, tables, kInnerRow, inner[column - 2]);
     if constexpr (!kInner) {
-      add_outputs(second, tables, kInnerRow, edge_s);
-      add_outputs(third, tables, kKind == HotKind::kTop ? kFirstRow : kLastRow, edge_s);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      inner[(column - 2) * 2 + i] = __float2int_rn(inner_s[i]);
-      edge[(column - 2) * 2 + i] = __float2int_rn(edge_s[i]);
+      add_outputs(second, tables, kInnerRow, edge[column - 2]);
+      add_outputs(third, tables, kEdge, edge[column - 2]);
     }
   }
-  HotResult result{bounded(sum_scattered(inner) + tables.at_zero[kInnerRow], kMostInterior), 0};
+  HotResult result{bounded(round_sum(inner) + tables.at_zero[kInnerRow], kMostInterior), 0};
   if constexpr (!kInner) {
-    const OutputRow last = kKind == HotKind::kTop ? kFirstRow : kLastRow;
     result.edge =
-        bounded(sum_scattered(edge) + tables.at_zero[kInnerRow] + tables.at_zero[last], kMostEdge);
+        bounded(round_sum(edge) + tables.at_zero[kInnerRow] + tables.at_zero[kEdge], kMostEdge);
   }
   return result;
 }
