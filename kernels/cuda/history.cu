@@ -10,6 +10,7 @@
 #include "common/check.h"
 #include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/history_value.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/slot_table.cuh"
 #include "kernels/predict_limits.h"
@@ -152,6 +153,7 @@ __device__ void count_rows(const HistoryAppendArgs& args, int layer, std::uint32
 __global__ void __launch_bounds__(kThreads)
     append_kernel(const HistoryAppendArgs args, int rows_per_cta, std::uint32_t* arrived) {
   __shared__ std::int32_t places[kSpanColumns];
+  allow_next_kernel();
   const int parts = args.rows / rows_per_cta;
   const int sequence = static_cast<int>(blockIdx.z) / parts % args.num_sequences;
   const int layer = static_cast<int>(blockIdx.z) / parts / args.num_sequences;
@@ -225,6 +227,7 @@ __device__ void append_attended(const HistoryAppendArgs& args, int layer, int se
 // Grid: [parts of the KV heads, sequences, layers]. REQUIRES: by slot, nothing held.
 __global__ void __launch_bounds__(kSlotThreads)
     append_attended_kernel(const HistoryAppendArgs args, std::uint32_t* arrived) {
+  allow_next_kernel();
   const auto sequence = static_cast<int>(blockIdx.y);
   const auto layer = static_cast<int>(blockIdx.z);
   const HistoryState& state = args.states[sequence];

@@ -10,6 +10,24 @@
 namespace foretoken::kernels::cuda {
 
 inline constexpr int kHotThreads = 128;
+inline constexpr int kHotViews = 4;  // lists of a task and the two behind it, and one more
+
+// The same pointer, of which the compiler now knows that it leads to device memory.
+template <typename P>
+__device__ P* in_global(P* pointer) {
+  __builtin_assume(__isGlobal(pointer) != 0);
+  return pointer;
+}
+
+// A list's sequence, as its tasks see it. In shared memory, which has more room than registers.
+struct HotView {
+  std::byte* maps;          // the first map's sums
+  const std::byte* ring;    // the first map's candidates of row 0
+  const HotEntry* entries;  // of the list
+  std::uint32_t map_bytes;
+  std::uint32_t row_bytes;
+  std::int32_t boundary;  // from a map's sums on
+};
 
 // A warp's tasks, each up to 8 entries of one list. Lane 4 g + q holds entry g and its part of the
 // history. Entries are loaded two tasks ahead and history one, to be there when their turn comes.
@@ -17,9 +35,14 @@ template <typename T>
 class HotTask {
  public:
   // Of a list: its tasks are [first_task[list], first_task[list + 1]); num_entries[list].
+  // views: [kHotViews] in shared memory, this warp's.
   __device__ HotTask(const HotLists& lists, const HistoryState* states, const int* first_task,
-                     const int* num_entries, int first)
-      : lists_(lists), states_(states), first_task_(first_task), num_entries_(num_entries) {
+                     const int* num_entries, HotView* views, int first)
+      : lists_(lists),
+        states_(states),
+        first_task_(first_task),
+        num_entries_(num_entries),
+        views_(views) {
     open(first);
   }
 
@@ -28,40 +51,25 @@ class HotTask {
     if (first_task_[next_.list + 1] <= task) open(task);
     const int first = (task - first_task_[next_.list]) * 8;
     next_.count = min(8, num_entries_[next_.list] - first);
-    next_.entry = entries_[first + min(lane_id() / 4, next_.count - 1)];
+    next_.entry =
+        in_global(views_[next_.view].entries)[first + min(lane_id() / 4, next_.count - 1)];
   }
 
   __device__ void begin() {
     now_ = next_;
-    view_ = next_view_;
-    const MapStep step =
-        *reinterpret_cast<const MapStep*>(map_at(map_of(now_.entry)) + offsetof(MapHeader, step));
-    columns_ = step.columns;
-    const T* ring =
-        view_.ring + static_cast<std::int64_t>(map_of(now_.entry)) * kRingRows * view_.pitch;
-    const int upper_back = (is_bottom() ? kSeenRows : kMostRowsBack) - lane_id() % 4;
-    const auto row = [&](int back) -> const T* {
-      const int place = step.place - back + (step.place < back ? kRingRows : 0);
-      return back <= step.rows ? ring + place * view_.pitch : nullptr;
-    };
-    const T* upper = row(upper_back);
-    const T* lower = lane_id() % 4 < 3 ? row(upper_back - 2) : nullptr;
+    const HotView& view = views_[now_.view];
+    const int q = lane_id() % 4;
+    const int back = (is_bottom() ? kSeenRows : kMostRowsBack) - q;
     const int first = column() - 2;
-    const bool inside = first >= 0 && first + 8 <= columns_ && upper != nullptr;
-    if (!__all_sync(~0U, inside)) {
-      const PairRows<T> rows{ring, view_.pitch, columns_};
+    const bool inside = first >= 0 && first + 8 <= columns() && back <= rows_of(now_.entry);
+    const T* upper = row(view, back) + first;
+    const T* lower = row(view, back - 2) + first;
+    const bool has_lower = q < 3;
+    if (!__all_sync(~0U, inside)) return load_edge(upper, has_lower ? lower : nullptr, back);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        upper_[i] = rows.load(upper, first + 2 * i);
-        lower_[i] = rows.load(lower, first + 2 * i);
-      }
-      return;
-    }
+    for (int i = 0; i < 4; ++i) upper_[i] = HistoryPair<T>::read(upper + 2 * i);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      upper_[i] = HistoryPair<T>::read(upper + first + 2 * i);
-      lower_[i] = lower != nullptr ? HistoryPair<T>::read(lower + first + 2 * i) : Raw{};
-    }
+    for (int i = 0; i < 4; ++i) lower_[i] = has_lower ? HistoryPair<T>::read(lower + 2 * i) : Raw{};
   }
 
   __device__ HotRows rows() const {
@@ -73,28 +81,30 @@ class HotTask {
     return out;
   }
   __device__ bool is_bottom() const { return lists_.side_of(now_.list) == kBottom; }
-  __device__ int column() const { return segment_of(now_.entry) * kSegmentWidth; }
-  __device__ int columns() const { return columns_; }
+  __device__ int column() const { return segment_of(now_.entry.of) * kSegmentWidth; }
+  __device__ int columns() const { return columns_of(now_.entry); }
 
-  // Adds a result to the map's sums.
+  // Where a result goes.
   struct Target {
-    std::int32_t* boundary;
-    std::int32_t* sums;
-    bool present;
-    bool slides;
-    int sign;
+    std::uint32_t of;  // HotEntry's, of the result's segment
+    std::int32_t view;
+    std::int32_t sign;  // of what is added to the sums: 0 where they stay; kNoTarget
   };
+  static constexpr std::int32_t kNoTarget = 2;
   __device__ Target target() const {
     const int segment = result_segment();
-    const std::uint32_t entry = __shfl_sync(~0U, now_.entry, segment * 4);
-    auto* sums = reinterpret_cast<std::int32_t*>(map_at(map_of(entry)) + sums_offset()) +
-                 segment_of(entry) * kSegmentWidth + result_column();
-    return {sums + view_.padded, sums, segment < now_.count, slides(entry), is_bottom() ? 1 : -1};
+    const std::uint32_t of = __shfl_sync(~0U, now_.entry.of, segment * 4);
+    const std::int32_t sign = slides(of) ? (is_bottom() ? 1 : -1) : 0;
+    return {of, now_.view, segment < now_.count ? sign : kNoTarget};
   }
-  __device__ static void add(const Target& target, const HotResult& result) {
-    if (!target.present) return;
-    atomicAdd(target.boundary, result.edge);
-    if (target.slides) atomicAdd(target.sums, target.sign * result.inner);
+  __device__ void add(const Target& target, const HotResult& result) const {
+    if (target.sign == kNoTarget) return;
+    const HotView& view = views_[target.view];
+    auto* sums = in_global(reinterpret_cast<std::int32_t*>(
+                     view.maps + static_cast<std::uint64_t>(map_of(target.of)) * view.map_bytes)) +
+                 segment_of(target.of) * kSegmentWidth + result_column();
+    atomicAdd(sums + view.boundary, result.edge);
+    if (target.sign != 0) atomicAdd(sums, target.sign * result.inner);
   }
 
  private:
@@ -102,16 +112,33 @@ class HotTask {
   struct Found {
     int list;
     int count;
-    std::uint32_t entry;
+    int view;
+    HotEntry entry;
   };
-  // A sequence, as its lists' tasks see it.
-  struct View {
-    std::byte* maps;
-    const T* ring;  // the first map's candidates of row 0
-    std::uint32_t map_bytes;
-    int pitch;
-    int padded;  // from a map's sums to its boundary
-  };
+  // The row so far back, wherever that is in the ring.
+  __device__ const T* row(const HotView& view, int back) const {
+    const int place = place_of(now_.entry) - back;
+    const auto at = static_cast<std::uint32_t>(map_of(now_.entry.of) * kRingRows +
+                                               (place < 0 ? place + kRingRows : place));
+    return in_global(
+        reinterpret_cast<const T*>(view.ring + static_cast<std::uint64_t>(at) * view.row_bytes));
+  }
+  // Where some lane's part is no candidate's, or of a row before the first.
+  __device__ void load_edge(const T* upper, const T* lower, int back) {
+    const int first = column() - 2;
+    const int rows = rows_of(now_.entry);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto load = [&](const T* row, int back) {
+        const int at = first + 2 * i;
+        if (row == nullptr || back > rows || at < 0 || at >= columns()) return Raw{};
+        const Raw raw = HistoryPair<T>::read(row + 2 * i);
+        return at + 1 == columns() ? HistoryPair<T>::first(raw) : raw;
+      };
+      upper_[i] = load(upper, back);
+      lower_[i] = load(lower, back - 2);
+    }
+  }
   // The list that holds a task.
   __device__ void open(int task) {
     int before = 0;  // lists that end before it
@@ -120,26 +147,28 @@ class HotTask {
     }
     const int list = __reduce_add_sync(~0U, before);
     next_.list = list;
-    const HistoryState& state = states_[lists_.sequence_of(list)];
-    entries_ = lists_.entries(state, list);
-    next_view_ = {state.stream, history_row<T>(state, 0, 0, 0) + kSinkColumns,
-                  static_cast<std::uint32_t>(map_bytes(state.max_columns)), state.pitch,
-                  padded_candidates(state.max_columns)};
-  }
-  __device__ std::byte* map_at(int map) const {
-    return view_.maps + static_cast<std::uint64_t>(map) * view_.map_bytes;
+    next_.view = (next_.view + 1) % kHotViews;
+    __syncwarp();
+    if (lane_id() == 0) {
+      const HistoryState& state = states_[lists_.sequence_of(list)];
+      views_[next_.view] = {
+          state.stream + sums_offset(),
+          reinterpret_cast<const std::byte*>(history_row<T>(state, 0, 0, 0) + kSinkColumns),
+          lists_.entries(state, list),
+          static_cast<std::uint32_t>(map_bytes(state.max_columns)),
+          static_cast<std::uint32_t>(state.pitch) * static_cast<std::uint32_t>(sizeof(T)),
+          padded_candidates(state.max_columns)};
+    }
+    __syncwarp();
   }
 
   const HotLists& lists_;
   const HistoryState* states_;
   const int* first_task_;
   const int* num_entries_;
-  const std::uint32_t* entries_;  // of the next task's list
+  HotView* views_;
   Found next_{};
-  View next_view_{};
   Found now_{};
-  View view_{};
-  int columns_;
   Raw upper_[4];
   Raw lower_[4];
 };
@@ -168,11 +197,12 @@ struct HotShare {
 
 template <typename T>
 __device__ void run_hot(const HotTables& tables, const HotWeights& weights, const HotLists& lists,
-                        const HistoryState* states, const int* first_task, const int* num_entries) {
+                        const HistoryState* states, const int* first_task, const int* num_entries,
+                        HotView* views) {
   const HotShare share(first_task, lists.of_side());
   const int size = share.size();
   if (size == 0) return;
-  HotTask<T> task(lists, states, first_task, num_entries, share.task(0));
+  HotTask<T> task(lists, states, first_task, num_entries, views, share.task(0));
   task.find(share.task(0));
   task.begin();
   if (size > 1) task.find(share.task(1));
@@ -184,9 +214,9 @@ __device__ void run_hot(const HotTables& tables, const HotWeights& weights, cons
     const auto target = task.target();
     if (i + 1 < size) task.begin();
     if (i + 2 < size) task.find(share.task(i + 2));
-    HotTask<T>::add(
-        target, is_bottom ? evaluate_hot<HotKind::kBottom>(tables, weights, rows, column, columns)
-                          : evaluate_hot<HotKind::kTop>(tables, weights, rows, column, columns));
+    task.add(target, is_bottom
+                         ? evaluate_hot<HotKind::kBottom>(tables, weights, rows, column, columns)
+                         : evaluate_hot<HotKind::kTop>(tables, weights, rows, column, columns));
   }
 }
 

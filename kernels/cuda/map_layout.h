@@ -5,7 +5,7 @@
 //   sums        [columns] int32: s of the window's interior rows 2 .. 61, summed, in 2^-22
 //   boundary    [columns] int32: s of rows 0, 1, 62, 63 of this step, summed likewise
 //
-// and after the last map's, for each map, [2, columns / 4] uint32: room for lists of segments
+// and after the last map's, for each map, [2, columns / 4] HotEntry: room for lists of segments
 // (hot_list.cuh).
 //
 // Score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
@@ -27,20 +27,19 @@ inline constexpr int kSpanSegments = 16;  // what a warp evaluates at once
 inline constexpr int kSpanColumns = kSpanSegments * kSegmentWidth;
 inline constexpr int kFixedPointBits = 22;
 
-// A step's rows of a map, as its first kernel finds them for those that follow.
-struct alignas(16) MapStep {
-  std::int32_t place;    // in the ring, of the row that will be appended next
-  std::int32_t rows;     // appended so far, but no more than a kernel looks back
-  std::int32_t columns;  // candidates
+inline constexpr int kMostRowsBack = kHistoryRows + 1;  // that a kernel looks
+
+// A listed segment (hot_list.cuh).
+struct alignas(8) HotEntry {
+  std::uint32_t of;
+  std::uint32_t step;
 };
-inline constexpr int kMostRowsBack = kHistoryRows + 1;
 
 struct MapHeader {
   std::int64_t num_rows;    // rows appended when the sums were made; 0: there are none
   std::int64_t clean_from;  // windows that end before this row hold a value that is none
   std::int32_t columns;     // candidates of the sums
   std::uint32_t bound;      // on scores, of the next choice's list (best_blocks.cu); 0: not known
-  MapStep step;
 };
 inline constexpr std::size_t kMapHeaderBytes = 64;
 static_assert(sizeof(MapHeader) <= kMapHeaderBytes);
@@ -70,7 +69,7 @@ constexpr int list_room(int max_columns) { return padded_candidates(max_columns)
 // Of a map in all.
 constexpr std::size_t map_state_bytes(int max_columns) {
   return map_bytes(max_columns) +
-         2 * sizeof(std::uint32_t) * static_cast<std::size_t>(list_room(max_columns));
+         2 * sizeof(HotEntry) * static_cast<std::size_t>(list_room(max_columns));
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -3,8 +3,9 @@
 //
 //   slide    every span of 64 columns: cold segments' rows that enter, leave and stand at the
 //            window's edges; lists the other segments. Bound by reading 10 rows of history.
-//   hot      the listed segments, 8 at once, through the whole network on tensor cores.
-//   rebuild  spans whose sums start anew: after prefill, and where columns enter. Else nothing.
+//   hot      the listed segments, 8 at once, through the whole network on tensor cores. Before
+//            these, where there are any, sums that start anew: after prefill, and where columns
+//            enter.
 //   choose   top-k and union.
 // Grids are persistent and read sizes from device memory, so one recorded graph serves every step.
 #include <cmath>
@@ -48,45 +49,17 @@ class CudaPredictor final : public Predictor {
   CnnTables* tables_ = nullptr;
 };
 
-// ---- slide and hot -----------------------------------------------------------------------------
+// ---- slide -----------------------------------------------------------------------------------
 
 __global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
     slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
-  allow_next_kernel();
-  number_items(
-      states, rows,
-      [](const HistoryState& state, int layer) {
-        return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
-      },
-      slide_shared().first_span);
   // One type serves all sequences of a batch.
   with_history_type(states[0].type, [&](auto tag) {
     run_slide<typename decltype(tag)::type>(from, states, rows, lists);
   });
 }
 
-__global__ void __launch_bounds__(kHotThreads, 2)
-    hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
-  __shared__ HotTables tables;
-  __shared__ int first_task[kMaxPredictSequences * kNumSides + 1];
-  __shared__ int num_entries[kMaxPredictSequences * kNumSides];
-  allow_next_kernel();
-  tables.load<kHotThreads>(*from);
-  HotWeights weights;
-  weights.load(*from);
-  wait_for_earlier_kernels();
-  const int num_lists = lists.num_lists();
-  for (int i = static_cast<int>(threadIdx.x); i < num_lists; i += kHotThreads) {
-    num_entries[i] = static_cast<int>(lists.counters[i]);
-    first_task[i] = (num_entries[i] + 7) / 8;
-  }
-  sum_up(num_lists, first_task);
-  with_history_type(states[0].type, [&](auto tag) {
-    run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task, num_entries);
-  });
-}
-
-// ---- rebuild ---------------------------------------------------------------------------------
+// ---- sums that start anew --------------------------------------------------------------------
 
 // Adds s of one inner row, of the segments of half a span that are not cold, to this lane's column.
 template <typename T>
@@ -164,21 +137,16 @@ __device__ int rebuilt_spans(const HistoryState& state, int layer) {
   return first < candidates ? num_spans(candidates) - first / kSpanColumns : 0;
 }
 
-__global__ void __launch_bounds__(kHotThreads, 2)
-    rebuild_kernel(const CnnTables* from, const HistoryState* states, int rows) {
+// All spans that have such, by all warps of the grid. The listed segments' rows are not added to
+// these sums: HotEntry says that they don't slide.
+__device__ void rebuild(const CnnTables* from, const HotTables& tables, const HotWeights& weights,
+                        const HistoryState* states, int rows) {
   __shared__ ColdTables cold_tables;
-  __shared__ HotTables tables;
   __shared__ int first_item[kMaxPredictSequences + 1];
-  allow_next_kernel();
   number_items(states, rows, rebuilt_spans, first_item);
-  wait_for_earlier_kernels();
-  if (first_item[rows] == 0) return;
   with_history_type(states[0].type, [&](auto tag) {
     cold_tables.load(*from, HistoryPair<typename decltype(tag)::type>::kCold);
   });
-  tables.load<kHotThreads>(*from);
-  HotWeights weights;
-  weights.load(*from);
   __syncthreads();
   int sequence = 0;
   for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
@@ -191,6 +159,33 @@ __global__ void __launch_bounds__(kHotThreads, 2)
                                                  first / kSpanColumns + item.unit, first);
     });
   }
+}
+
+// ---- hot -------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kHotThreads, 2)
+    hot_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
+  __shared__ HotTables tables;
+  __shared__ HotView views[kHotThreads / 32][kHotViews];
+  extern __shared__ int of_lists[];  // [lists + 1], [lists]
+  int* first_task = of_lists;
+  int* num_entries = of_lists + lists.num_lists() + 1;
+  allow_next_kernel();
+  tables.load<kHotThreads>(*from);
+  HotWeights weights;
+  weights.load(*from);
+  wait_for_earlier_kernels();
+  const int num_lists = lists.num_lists();
+  for (int i = static_cast<int>(threadIdx.x); i < num_lists; i += kHotThreads) {
+    num_entries[i] = static_cast<int>(lists.counters[i]);
+    first_task[i] = (num_entries[i] + 7) / 8;
+  }
+  sum_up(num_lists, first_task);
+  if (lists.starts_anew() != 0) rebuild(from, tables, weights, states, rows);
+  with_history_type(states[0].type, [&](auto tag) {
+    run_hot<typename decltype(tag)::type>(tables, weights, lists, states, first_task, num_entries,
+                                          views[threadIdx.x / 32]);
+  });
 }
 
 // The tensor cores' fp16 operands and the fixed-point sums hold trained weights (at most about 2)
@@ -238,14 +233,12 @@ void predict(const PredictArgs& args, CudaStream& stream) {
   const HotLists lists = HotLists::of(args.rows, stream.counters());
   FT_CUDA(cudaFuncSetAttribute(slide_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(sizeof(SlideShared))));
-  slide_kernel<<<kSlideCtas * sms, kSlideThreads, sizeof(SlideShared), stream.handle()>>>(
-      tables, args.states, args.rows, lists);
-  FT_CUDA(cudaGetLastError());
-  launch_overlapped(hot_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states, args.rows,
-                    lists);
-  launch_overlapped(rebuild_kernel, 2 * sms, kHotThreads, 0, stream, tables, args.states,
-                    args.rows);
-  choose_blocks(args, lists.num_lists(), stream);
+  launch_overlapped(slide_kernel, kSlideCtas * sms, kSlideThreads, sizeof(SlideShared), stream,
+                    tables, args.states, args.rows, lists);
+  launch_overlapped(hot_kernel, 2 * sms, kHotThreads,
+                    sizeof(int) * static_cast<std::size_t>(2 * lists.num_lists() + 1), stream,
+                    tables, args.states, args.rows, lists);
+  choose_blocks(args, lists.num_counters(), stream);
 }
 
 }  // namespace foretoken::kernels::cuda

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/hot_list.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "kernels/cuda/spans.cuh"
 
@@ -64,8 +65,9 @@ struct SlideMap {
   std::int32_t* sums;
   std::int32_t* boundary;
   std::uint32_t* counter;  // of the list of this lane's side, where it appends
-  std::uint32_t* entries;
+  HotEntry* entries;
   bool slides;
+  int first_rebuilt;               // from there on sums start anew: these don't slide
   unsigned from[Copies::kRounds];  // where this lane's copies begin, of the ring; of the first pair
 
   __device__ SlideMap(const Map& on, int sequence, const HotLists& lists)
@@ -73,8 +75,10 @@ struct SlideMap {
         rows(rows_of<T>(on)),
         num_rows(on.num_rows()),
         sums(on.sums()),
-        boundary(on.boundary()),
-        slides(progress_of(on.header(), num_rows, rows.columns).slides) {
+        boundary(on.boundary()) {
+    const Progress progress = progress_of(on.header(), num_rows, rows.columns);
+    slides = progress.slides;
+    first_rebuilt = progress.first_rebuilt;
     const int list = lists.list(sequence, on.index, listed_side());
     counter = lists.counters + list;
     entries = lists.entries(on.state, list);
@@ -96,9 +100,9 @@ struct SlideMap {
     return has_inner() ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
   }
   // For the hot kernel.
-  __device__ void note_step() const {
-    const auto back = static_cast<std::int32_t>(min(num_rows, std::int64_t{kMostRowsBack}));
-    map.header().step = {place(), back, rows.columns};
+  __device__ std::uint32_t step() const {
+    return pack_step(place(), static_cast<int>(min(num_rows, std::int64_t{kMostRowsBack})),
+                     rows.columns);
   }
 
   // Starts to bring a pair: of one that is not whole, also what is to be cleared.
@@ -161,7 +165,6 @@ __device__ inline unsigned lanes_of(int side) { return 0x33333333U << (2 * side)
 // span first + i, or none.
 template <typename T>
 __device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
-  const unsigned of_lane_side = lanes_of(listed_side());
   // Sums of both sides at once, 16 bits each.
   const auto count =
       static_cast<unsigned>(__popc(hot & lanes_of(kBottom)) | __popc(hot & lanes_of(kTop)) << 16);
@@ -171,17 +174,21 @@ __device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
   const int shift = listed_side() == kBottom ? 0 : 16;
   unsigned at = 0;
   if (lane_id() == 0 || lane_id() == 2) at = atomicAdd(on.counter, all >> shift & 0xFFFFU);
-  at = __shfl_sync(~0U, at, listed_side() * 2);
   const unsigned before = through - count;
-  for (unsigned spans = __ballot_sync(~0U, hot != 0); spans != 0; spans &= spans - 1) {
-    const int i = __ffs(static_cast<int>(spans)) - 1;
-    const unsigned of_span = __shfl_sync(~0U, hot, i);
-    const unsigned start = at + (__shfl_sync(~0U, before, i) >> shift & 0xFFFFU);
-    if ((of_span >> lane_id() & 1) == 0) continue;
-    const auto place =
-        static_cast<unsigned>(__popc(of_span & of_lane_side & ((1U << lane_id()) - 1)));
-    on.entries[start + place] =
-        hot_entry(on.map.index, first_column(first + i, lane_id() % 2) / kSegmentWidth, on.slides);
+  // A lane appends its span's, which are neighbours in the list.
+  const auto mine = reinterpret_cast<unsigned long long>(on.entries + at);
+  auto* bottom = reinterpret_cast<HotEntry*>(__shfl_sync(~0U, mine, 0)) + (before & 0xFFFFU);
+  auto* top = reinterpret_cast<HotEntry*>(__shfl_sync(~0U, mine, 2)) + (before >> 16);
+  const std::uint32_t step = on.step();
+  const int span = (first + lane_id()) * kSpanSegments;
+  for (; hot != 0; hot &= hot - 1) {
+    const int lane = __ffs(static_cast<int>(hot)) - 1;  // whose bit it is
+    const int segment = span + lane / 4 + lane % 2 * 8;
+    const bool is_bottom = lane % 4 < 2;
+    const bool slides = on.slides && segment * kSegmentWidth < on.first_rebuilt;
+    *(is_bottom ? bottom : top) = {pack_of(on.map.index, segment, slides), step};
+    bottom += is_bottom ? 1 : 0;
+    top += is_bottom ? 0 : 1;
   }
 }
 
@@ -342,7 +349,14 @@ __device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState
                                        const HotLists& lists) {
   SlideShared& shared = slide_shared();
   shared.tables.load(*from, HistoryPair<T>::kCold);
-  __syncthreads();
+  wait_for_earlier_kernels();
+  allow_next_kernel();  // which may read what this one waited for
+  number_items(
+      states, rows,
+      [](const HistoryState& state, int layer) {
+        return is_scored(state, layer) ? num_spans(num_candidates(state.num_columns[layer])) : 0;
+      },
+      shared.first_span);
   auto* staged = reinterpret_cast<Staged<T>*>(shared.staged[threadIdx.x / 32]);
   const int all = shared.first_span[rows];
   const int each = (all + warps_of_grid() - 1) / warps_of_grid();
@@ -357,7 +371,7 @@ __device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState
     const int stop = min(spans, item.unit + end - at);
     if (item.unit < stop) {
       const SlideMap<T> on(map, item.sequence, lists);
-      if (item.unit == 0 && lane_id() == 0) on.note_step();
+      if (on.first_rebuilt < on.rows.columns && lane_id() == 0) lists.starts_anew() = 1;
       slide_spans<T>(shared.tables, on, item.unit, stop, staged);
     }
     at += item.units - item.unit;
