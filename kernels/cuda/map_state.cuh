@@ -43,7 +43,7 @@ __device__ inline bool is_scored(const HistoryState& state, int layer) {
   return num_candidates(state.num_columns[layer]) > state.top_k;
 }
 
-// Where a layer's sums stand. Its maps move together.
+// Where a layer's sums stand. Its maps move together: all are marked as current, or none is.
 struct Progress {
   bool slides;        // by one row; else sums of kept columns stay as they are
   int first_rebuilt;  // columns from here on are summed anew

@@ -53,7 +53,7 @@ class CudaPredictor final : public Predictor {
 
 __global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
     slide_kernel(const CnnTables* from, const HistoryState* states, int rows, HotLists lists) {
-  // One type serves all sequences of a batch.
+  // One type serves all sequences of a batch. It is there before the step begins.
   with_history_type(states[0].type, [&](auto tag) {
     run_slide<typename decltype(tag)::type>(from, states, rows, lists);
   });

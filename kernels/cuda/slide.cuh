@@ -349,8 +349,10 @@ __device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState
                                        const HotLists& lists) {
   SlideShared& shared = slide_shared();
   shared.tables.load(*from, HistoryPair<T>::kCold);
+  // Rows, how many there are, and the counters come from the kernel before. Those that follow read
+  // some of it before they wait: so they may not start before this one has waited.
   wait_for_earlier_kernels();
-  allow_next_kernel();  // which may read what this one waited for
+  allow_next_kernel();
   number_items(
       states, rows,
       [](const HistoryState& state, int layer) {

@@ -18,7 +18,7 @@ import statistics
 
 STEP_BEGINS = "embed"
 LANES = {"copies": ("gather", "write_through", "memcpy"),
-         "choice": ("append", "slide", "hot", "choose", "select", "resolve")}
+         "choice": ("append", "slide", "hot", "rebuild", "choose", "select", "resolve")}
 
 
 def short_name(name):

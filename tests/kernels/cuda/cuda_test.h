@@ -39,7 +39,7 @@ class DeviceArray {
                 MemoryUse::kActivations) {
     set(values);
   }
-  void set(const std::vector<T>& values) {
+  void set(const std::vector<T>& values) const {
     on_.device->copy_in(buffer_.data(), values.data(), values.size() * sizeof(T), *on_.stream);
     on_.stream->synchronize();
   }

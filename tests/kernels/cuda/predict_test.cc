@@ -6,6 +6,8 @@
 #include <iterator>
 #include <limits>
 #include <map>
+#include <memory>
+#include <numeric>
 #include <random>
 #include <utility>
 
@@ -50,29 +52,26 @@ class Batch {
     selections_.emplace_back(on, selections);
   }
 
-  // Appends one row to every map of a sequence: values [layers, maps, columns].
-  void append(std::size_t sequence, const std::vector<float>& values, int columns) {
+  // Appends rows to every map of a sequence: values [layers, maps, rows, columns].
+  void append(std::size_t sequence, const std::vector<float>& values, int columns, int rows = 1) {
     const HistoryShape& s = histories_[sequence].shape();
-    const auto row = static_cast<std::size_t>(s.num_maps() * columns);
-    const DeviceArray<float> lse(on_, std::vector<float>(static_cast<std::size_t>(s.num_maps())));
+    std::vector<float> logits = values;
+    for (float& value : logits) value = std::log(value);
+    const DeviceArray<float> block_max(on_, logits);
+    const DeviceArray<float> lse(
+        on_, std::vector<float>(static_cast<std::size_t>(s.num_layers * s.num_maps() * rows)));
     const DeviceArray<std::int32_t> num_columns(on_, {columns});
-    for (int layer = 0; layer < s.num_layers; ++layer) {
-      std::vector<float> logits(values.begin() + static_cast<std::ptrdiff_t>(row) * layer,
-                                values.begin() + static_cast<std::ptrdiff_t>(row) * (layer + 1));
-      for (float& value : logits) value = std::log(value);
-      const DeviceArray<float> block_max(on_, logits);
-      HistoryAppendArgs args{};
-      args.states = states_[0].data() + sequence;
-      args.num_sequences = 1;
-      args.layer = layer;
-      args.block_max = block_max.data();
-      args.lse = lse.data();
-      args.rows = 1;
-      args.pitch = columns;
-      args.num_heads = s.num_maps();
-      args.num_columns = num_columns.data();
-      on_.run(&Device::history_append, args);
-    }
+    HistoryAppendArgs args{};
+    args.states = states_[0].data() + sequence;
+    args.num_sequences = 1;
+    args.block_max = block_max.data();
+    args.lse = lse.data();
+    args.rows = rows;
+    args.pitch = columns;
+    args.num_heads = s.num_maps();
+    args.num_columns = num_columns.data();
+    args.num_layers = s.num_layers;
+    on_.run(&Device::history_append, args);
   }
 
   PredictArgs args() {
@@ -99,6 +98,8 @@ class Batch {
     return {first, first + count};
   }
   HistoryOnDevice& history(std::size_t sequence) { return histories_[sequence]; }
+  const HistoryState* states() const { return states_[0].data(); }
+  std::size_t size() const { return histories_.size(); }
 
  private:
   DeviceUnderTest& on_;
@@ -251,9 +252,10 @@ INSTANTIATE_TEST_SUITE_P(Types, CudaPredictGolden,
 
 // Heavy-tailed, and every other dozen of columns is idle, so that hot and cold segments both occur;
 // values that the type holds exactly, so that both devices have the same history.
-std::vector<float> random_values(const HistoryShape& s, int columns, std::mt19937& random) {
+std::vector<float> random_values(const HistoryShape& s, int columns, std::mt19937& random,
+                                 int rows = 1) {
   std::normal_distribution<float> normal;
-  std::vector<float> values(static_cast<std::size_t>(s.num_layers * s.num_maps() * columns));
+  std::vector<float> values(static_cast<std::size_t>(s.num_layers * s.num_maps() * rows * columns));
   for (std::size_t i = 0; i < values.size(); ++i) {
     const bool idle = i % static_cast<std::size_t>(columns) / 12 % 2 == 1;
     const float value = std::min(1.0F, std::exp(2.0F * normal(random) - 6.0F));
@@ -585,6 +587,147 @@ TEST_P(CudaPredictTypes, DistrustsItInEverySpan) {
     batch.append(0, row, kColumns);
     batch.predict();
     EXPECT_EQ(batch.history(0).fallbacks(), 1U) << "candidate " << candidate;
+  }
+}
+
+// Two batches of the same histories: sums, what they stand for and choices are equal to the bit.
+void expect_equal(Batch& got, Batch& want, const char* what) {
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    const HistoryShape& s = want.history(i).shape();
+    EXPECT_EQ(got.history(i).fallbacks(), want.history(i).fallbacks()) << what;
+    for (int head = 0; head < s.num_layers * s.num_kv_heads; ++head) {
+      ASSERT_EQ(got.selected(i, head), want.selected(i, head))
+          << what << ", sequence " << i << " head " << head;
+    }
+    for (int map = 0; map < s.num_layers * s.num_maps(); ++map) {
+      const int layer = map / s.num_maps();
+      const CudaSums got_sums = cuda_sums(got.history(i), layer, map % s.num_maps());
+      const CudaSums want_sums = cuda_sums(want.history(i), layer, map % s.num_maps());
+      ASSERT_EQ(got_sums.inner, want_sums.inner) << what << ", sequence " << i << " map " << map;
+      ASSERT_EQ(got_sums.boundary, want_sums.boundary)
+          << what << ", sequence " << i << " map " << map;
+    }
+  }
+}
+
+// More lists than a sequence has, and more tasks than warps: a warp goes from list to list.
+TEST_P(CudaPredictTypes, ChoosesForManySequencesAsForEachAlone) {
+  Pair pair;
+  std::vector<HistoryShape> shapes;
+  for (int i = 0; i < 40; ++i) {
+    shapes.push_back({.num_layers = 1 + i % 3,
+                      .num_kv_heads = 1 + i % 2,
+                      .maps_per_kv_head = 1 + i / 2 % 2,
+                      .max_columns = 300 + 37 * i,
+                      .top_k = 20 + i,
+                      .max_per_head = 30 + i,
+                      .type = GetParam()});
+  }
+  Batch together(pair.cuda, shapes);
+  Batch alone(pair.cuda, shapes);
+  std::mt19937 random(kSeed);
+  for (int step = 0; step < 4; ++step) {
+    const int rows = step == 0 ? kHistoryRows : 1;
+    for (std::size_t i = 0; i < shapes.size(); ++i) {
+      const int columns = shapes[i].max_columns - 4 + step;
+      const std::vector<float> values = random_values(shapes[i], columns, random, rows);
+      together.append(i, values, columns, rows);
+      alone.append(i, values, columns, rows);
+    }
+    together.predict();
+    alone.predict_each();
+    expect_equal(together, alone, ("step " + std::to_string(step)).c_str());
+  }
+}
+
+TEST_F(CudaPredict, ChoosesForAsManySequencesAsOneCallTakes) {
+  Pair pair;
+  const HistoryShape shape{.max_columns = 40, .top_k = 4, .max_per_head = 4};
+  const std::vector<HistoryShape> shapes(kMaxPredictSequences, shape);
+  Batch together(pair.cuda, shapes);
+  Batch alone(pair.cuda, shapes);
+  std::mt19937 random(kSeed);
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const std::vector<float> values = random_values(shape, 40, random, kHistoryRows);
+    together.append(i, values, 40, kHistoryRows);
+    alone.append(i, values, 40, kHistoryRows);
+  }
+  together.predict();
+  alone.predict_each();
+  expect_equal(together, alone, "1024 sequences");
+}
+
+// A step's rows and the choice from them, where nobody waits between them: by block and by slot.
+TEST_F(CudaPredict, WaitsForTheRowsThatAreBeingAppended) {
+  Pair pair;
+  DeviceUnderTest& on = pair.cuda;
+  constexpr int kColumns = 4000;
+  constexpr int kSlots = 300;
+  const HistoryShape shape{
+      .num_layers = 6, .num_kv_heads = 4, .max_columns = kColumns, .top_k = 50, .max_per_head = 50};
+  const auto maps = static_cast<std::size_t>(shape.num_layers * shape.num_maps());
+  std::mt19937 random(kSeed);
+  for (const bool by_slot : {false, true}) {
+    Batch waits(on, {shape});
+    Batch runs(on, {shape});
+    const std::vector<float> first = random_values(shape, kColumns, random, kHistoryRows);
+    waits.append(0, first, kColumns, kHistoryRows);
+    runs.append(0, first, kColumns, kHistoryRows);
+
+    const std::size_t pitch = by_slot ? kSlots : kColumns;
+    const DeviceArray<float> maxima(on, std::vector<float>(maps * pitch));
+    const DeviceArray<float> lse(on, std::vector<float>(maps));
+    const DeviceArray<std::int32_t> columns(on, {kColumns});
+    const DeviceArray<std::int32_t> blocks(on, std::vector<std::int32_t>(maps * kSlots));
+    SequenceKv kv{};
+    kv.slot_to_block = blocks.data();
+    kv.num_slots = kSlots;
+    kv.shape.num_layers = shape.num_layers;
+    kv.shape.num_kv_heads = shape.num_kv_heads;
+    kv.block_max = maxima.data();
+    const DeviceArray<SequenceKv> sequences(on, {kv});
+    const auto append_args = [&](const Batch& to) {
+      HistoryAppendArgs args{};
+      args.states = to.states();
+      args.num_sequences = 1;
+      args.block_max = by_slot ? nullptr : maxima.data();
+      args.lse = lse.data();
+      args.rows = 1;
+      args.pitch = kColumns;
+      args.sequences = sequences.data();
+      args.num_heads = shape.num_maps();
+      args.num_columns = columns.data();
+      args.num_layers = shape.num_layers;
+      return args;
+    };
+    const auto enqueue = [&] {
+      on.device->history_append(append_args(runs), *on.stream);
+      on.device->predict(runs.args(), *on.stream);
+    };
+    std::unique_ptr<Graph> graph;
+    for (int step = 0; step < 30; ++step) {
+      std::vector<float> logits = random_values(shape, static_cast<int>(pitch), random);
+      for (float& value : logits) value = std::log(value);
+      maxima.set(logits);
+      std::vector<std::int32_t> table;
+      for (std::size_t map = 0; map < maps; ++map) {
+        std::vector<std::int32_t> all(kColumns);
+        std::iota(all.begin(), all.end(), 0);
+        std::sample(all.begin(), all.end(), std::back_inserter(table), kSlots, random);
+      }
+      blocks.set(table);
+      on.run(&Device::history_append, append_args(waits));
+      waits.predict();
+      if (step == 0) {
+        enqueue();
+        on.stream->synchronize();
+        graph = on.device->record(*on.stream, enqueue);
+      } else {
+        graph->launch(*on.stream);
+        on.stream->synchronize();
+      }
+      expect_equal(runs, waits, by_slot ? "by slot" : "by block");
+    }
   }
 }
 
