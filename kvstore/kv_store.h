@@ -56,6 +56,9 @@ struct StoreClientConfig {
   bool guard_arena = false;  // test aid: the mapping is PROT_NONE but inside the ops below, each
                              // of which then waits for its stream
   std::chrono::milliseconds timeout{30'000};  // of connecting and of each request
+  // While no store answers: one that starts beside this rank may have to wait for one that was
+  // killed, which is still being connected to until it has ended.
+  std::chrono::milliseconds patience{0};
 };
 
 // A sequence's slabs on this rank. Segments [0, hit_segments) hold KV of the prefix that was asked

@@ -21,6 +21,8 @@
 namespace foretoken::kvstore {
 namespace {
 
+constexpr std::chrono::milliseconds kConnectPause{100};
+
 ModelIdentity identity_of(const StoreClientConfig& config) {
   return {config.model_hash, config.total_kv_heads, config.shape.num_layers, config.shape.head_dim,
           config.shape.kv_type};
@@ -264,11 +266,22 @@ Result<std::unique_ptr<KvStore>> KvStore::connect(const StoreClientConfig& confi
            config.shape.num_kv_heads);
   FT_CHECK(config.first_head + config.shape.num_kv_heads <= config.total_kv_heads,
            config.first_head, config.shape.num_kv_heads, config.total_kv_heads);
-  FT_ASSIGN_OR_RETURN(FileDescriptor socket, connect_to(config.socket_path, config.timeout));
-  auto impl = std::make_unique<Impl>(config, device, std::move(socket));
-  FT_RETURN_IF_ERROR(impl->greet());
-  impl->prepare_device();
-  return std::unique_ptr<KvStore>(new KvStore(std::move(impl)));
+  const auto connect_once = [&]() -> Result<std::unique_ptr<Impl>> {
+    FT_ASSIGN_OR_RETURN(FileDescriptor socket, connect_to(config.socket_path, config.timeout));
+    auto impl = std::make_unique<Impl>(config, device, std::move(socket));
+    FT_RETURN_IF_ERROR(impl->greet());
+    return impl;
+  };
+  const auto deadline = std::chrono::steady_clock::now() + config.patience;
+  auto impl = connect_once();
+  while (!impl && impl.error().code == ErrorCode::kUnavailable &&
+         std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(kConnectPause);
+    impl = connect_once();
+  }
+  if (!impl) return impl.error();
+  (*impl)->prepare_device();
+  return std::unique_ptr<KvStore>(new KvStore(std::move(*impl)));
 }
 
 KvStore::~KvStore() {

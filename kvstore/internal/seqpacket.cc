@@ -7,7 +7,10 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <fstream>
+#include <thread>
 #include <utility>
 
 #include "common/private_folder.h"
@@ -16,6 +19,10 @@ namespace foretoken::kvstore {
 namespace {
 
 constexpr int kBacklog = 128;
+// For a store that was killed: it listens until the last of its threads is gone, which a disk or
+// the memory that is given back may keep for seconds.
+constexpr std::chrono::seconds kEndingPatience{10};
+constexpr std::chrono::milliseconds kEndingPause{100};
 
 Error system_error(ErrorCode code, const std::string& what) {
   return {code, what + ": " + std::strerror(errno)};
@@ -58,6 +65,18 @@ FileDescriptor take_first(const cmsghdr& rights) {
   return first;
 }
 
+// Whether the process whose socket this is connected to has no main thread any more.
+bool is_ending(const std::optional<PeerCredentials>& listener) {
+  if (!listener || listener->pid <= 0) return false;  // of another namespace
+  std::ifstream file("/proc/" + std::to_string(listener->pid) + "/stat");
+  std::string line;  // "pid (name) state ...", where the name may hold anything
+  std::getline(file, line);
+  const std::size_t name_end = line.rfind(") ");
+  if (name_end == std::string::npos) return true;  // gone just now
+  const char state = line[name_end + 2];
+  return state == 'Z' || state == 'X';
+}
+
 bool connects(int socket, const sockaddr_un& address) {
   return ::connect(socket, reinterpret_cast<const sockaddr*>(&address), sizeof address) == 0;
 }
@@ -75,11 +94,17 @@ void set_timeout(int socket, std::chrono::milliseconds timeout) {
 Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
   const sockaddr_un address = address_of(path_).value_or_throw();
   require_private_folder(path_.has_parent_path() ? path_.parent_path() : ".");
-  if (std::filesystem::exists(path_)) {
-    if (connects(make_socket(0).get(), address)) {
+  const auto deadline = std::chrono::steady_clock::now() + kEndingPatience;
+  while (std::filesystem::exists(path_)) {
+    const FileDescriptor peer = make_socket(0);
+    if (!connects(peer.get(), address)) {
+      unlink(path_.c_str());
+      break;
+    }
+    if (!is_ending(credentials_of(peer.get())) || std::chrono::steady_clock::now() >= deadline) {
       throw Exception(ErrorCode::kPortInUse, "a store serves " + path_.native() + " already");
     }
-    unlink(path_.c_str());
+    std::this_thread::sleep_for(kEndingPause);
   }
   socket_ = make_socket(SOCK_NONBLOCK);
   if (bind(socket_.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address) != 0 ||

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <signal.h>
 #include <spawn.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -16,6 +17,7 @@
 #include <filesystem>
 #include <iterator>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "tests/kvstore/running_server.h"
@@ -26,10 +28,12 @@ namespace {
 constexpr unsigned kSeed = 20261122;
 constexpr std::size_t kArenaBytes = 32 << 20;
 
-// The lease_holder program, until it is killed.
+// A program that has said something, until it is killed.
 class Holder {
  public:
-  Holder(const std::string& socket, int rank, int epoch) {
+  Holder(const std::string& socket, int rank, int epoch)
+      : Holder({LEASE_HOLDER, socket, std::to_string(rank), std::to_string(epoch)}) {}
+  explicit Holder(std::vector<std::string> words) {
     int pipe_ends[2] = {};
     if (pipe2(pipe_ends, O_CLOEXEC) != 0) throw std::runtime_error("pipe2");
     const FileDescriptor in(pipe_ends[0]);
@@ -37,9 +41,10 @@ class Holder {
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, out.get(), STDOUT_FILENO);
-    std::string words[] = {LEASE_HOLDER, socket, std::to_string(rank), std::to_string(epoch)};
-    char* argv[] = {words[0].data(), words[1].data(), words[2].data(), words[3].data(), nullptr};
-    if (posix_spawn(&pid_, LEASE_HOLDER, &actions, nullptr, argv, environ) != 0) {
+    std::vector<char*> argv;
+    for (std::string& word : words) argv.push_back(word.data());
+    argv.push_back(nullptr);
+    if (posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ) != 0) {
       throw std::runtime_error("posix_spawn");
     }
     posix_spawn_file_actions_destroy(&actions);
@@ -225,6 +230,23 @@ TEST_F(ServerTest, OneStoreAPath) {
     EXPECT_EQ(refused.error().code, ErrorCode::kPortInUse);
   }
   EXPECT_TRUE(connect(0, 1)) << "the first one still serves";
+}
+
+// A rank of the next life may meet either.
+TEST(RestartTest, AStoreTakesThePlaceOfOneThatIsEnding) {
+  const TestFolder folder;
+  const Holder ending({ENDING_STORE, folder.socket()});
+  const FileDescriptor stop(eventfd(0, EFD_CLOEXEC));
+  std::thread next([&] {
+    Server server({folder.socket(), kArenaBytes});
+    server.run(stop.get());
+  });
+  const auto device = kernels::make_cpu_device({1, 1 << 20});
+  StoreClientConfig config = test_client(folder.socket(), 0);
+  config.patience = std::chrono::seconds(20);
+  EXPECT_TRUE(KvStore::connect(config, *device));
+  eventfd_write(stop.get(), 1);
+  next.join();
 }
 
 TEST_F(ServerTest, APeerThatTalksNonsenseIsDroppedAlone) {

@@ -33,6 +33,7 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kWelcomeTimeout{30'000};
+constexpr milliseconds kStorePatience{15'000};  // more than a store waits for one that is ending
 constexpr milliseconds kIdlePoll{1'000};
 constexpr milliseconds kStepPoll{1};  // while the device works; a plan that comes ends it at once
 constexpr milliseconds kMostPolled{1'000};  // of a plan, before it is waited for (guessed)
@@ -202,7 +203,8 @@ class Worker {
                                    .total_kv_heads = static_cast<int>(model_config_.num_kv_heads),
                                    .first_head = part.kv_heads.begin,
                                    .shape = model_->kv_shape(),
-                                   .guard_arena = config_.guard_arena},
+                                   .guard_arena = config_.guard_arena,
+                                   .patience = kStorePatience},
                                   *device_)
             .value_or_throw();
     if (plans.joinable()) plans.join();
