@@ -274,8 +274,11 @@ Result<std::unique_ptr<KvStore>> KvStore::connect(const StoreClientConfig& confi
   };
   const auto deadline = std::chrono::steady_clock::now() + config.patience;
   auto impl = connect_once();
-  while (!impl && impl.error().code == ErrorCode::kUnavailable &&
-         std::chrono::steady_clock::now() < deadline) {
+  const auto is_absent = [&] { return !impl && impl.error().code == ErrorCode::kUnavailable; };
+  if (is_absent() && config.patience.count() > 0) {
+    log().info("{}: asking again for up to {} ms", impl.error().message, config.patience.count());
+  }
+  while (is_absent() && std::chrono::steady_clock::now() < deadline) {
     std::this_thread::sleep_for(kConnectPause);
     impl = connect_once();
   }

@@ -101,8 +101,15 @@ Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
       unlink(path_.c_str());
       break;
     }
-    if (!is_ending(credentials_of(peer.get())) || std::chrono::steady_clock::now() >= deadline) {
+    const auto listener = credentials_of(peer.get());
+    if (!is_ending(listener)) {
       throw Exception(ErrorCode::kPortInUse, "a store serves " + path_.native() + " already");
+    }
+    if (std::chrono::steady_clock::now() >= deadline) {
+      throw Exception(ErrorCode::kPortInUse,
+                      "the store that served " + path_.native() + " (pid " +
+                          std::to_string(listener->pid) +
+                          ") was killed and has not ended yet; start again when it has");
     }
     std::this_thread::sleep_for(kEndingPause);
   }
