@@ -310,7 +310,8 @@ __device__ inline float add_halves(float first, float second, unsigned bit) {
   const float sent = takes_second ? first : second;
   return kept + __shfl_xor_sync(~0U, sent, 4 * bit);
 }
-// Of s[column][segment], over all g: each lane gets that of its result.
+// Of s[column][segment], over all g: each lane gets that of its result. Cut off where it and two
+// biases' share (at_zero) would not fit int32.
 __device__ inline std::int32_t round_sum(const float (&s)[4][2]) {
   float of_two[2];
 #pragma unroll
@@ -318,7 +319,8 @@ __device__ inline std::int32_t round_sum(const float (&s)[4][2]) {
     of_two[i] = add_halves(add_halves(s[2 * i][0], s[2 * i][1], 1),
                            add_halves(s[2 * i + 1][0], s[2 * i + 1][1], 1), 2);
   }
-  return __float2int_rn(add_halves(of_two[0], of_two[1], 4));
+  constexpr float kMost = kMostAtZero;
+  return __float2int_rn(fminf(fmaxf(add_halves(of_two[0], of_two[1], 4), -kMost), kMost));
 }
 
 __device__ inline std::int32_t bounded(std::int32_t value, std::int32_t most) {

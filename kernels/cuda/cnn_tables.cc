@@ -5,7 +5,10 @@
 
 #include <cmath>
 #include <cstddef>
+#include <span>
+#include <string>
 
+#include "common/result.h"
 #include "kernels/cpu/cnn.h"
 #include "kernels/cuda/map_layout.h"
 
@@ -33,6 +36,34 @@ double rest_of(double x) {
   return x - __bfloat162float(__float2bfloat16_rn(static_cast<float>(x)));
 }
 
+// The tensor cores' fp16 operands and the fixed-point sums hold trained weights (at most about 2)
+// with room to spare, and not any number.
+[[noreturn]] void refuse(const std::string& what, double value, double most) {
+  throw Exception(ErrorCode::kModelFile, "predictor weights: " + what + std::to_string(value) +
+                                             " is out of the CUDA predictor's range of -" +
+                                             std::to_string(most) + " .. " + std::to_string(most) +
+                                             "; train them anew, or use --device cpu");
+}
+void check_range(const PredictorWeights& weights) {
+  constexpr float kLargest = 64;
+  const auto check = [](std::span<const float> values) {
+    for (const float value : values) {
+      if (!(std::abs(value) <= kLargest)) refuse("", value, kLargest);
+    }
+  };
+  check(weights.conv1_weight);
+  check(weights.conv1_bias);
+  check(weights.conv2_weight);
+  check(weights.conv2_bias);
+  check(weights.conv3_weight);
+  check({&weights.conv3_bias, 1});
+}
+// s where the biases alone make it.
+void check_at_zero(double s) {
+  constexpr double kMost = kMostAtZero / kOne;
+  if (std::abs(s) > kMost) refuse("an output without any attention of ", s, kMost);
+}
+
 // What builds the tables, lane by lane.
 class Maker {
  public:
@@ -52,6 +83,7 @@ class Maker {
     for (int row = 0; row < kNumOutputRows; ++row) {
       double sum = 0;
       for (int o = 0; o < kChannels2; ++o) sum += conv3(o) * bias2_[row][o];
+      check_at_zero(sum);
       out_.at_zero[row] = static_cast<std::int32_t>(std::lrint(sum * kOne));
     }
     for (int side = 0; side < kNumSides; ++side) {
@@ -177,6 +209,9 @@ class Maker {
 
 }  // namespace
 
-CnnTables make_cnn_tables(const PredictorWeights& weights) { return Maker(weights).make(); }
+CnnTables make_cnn_tables(const PredictorWeights& weights) {
+  check_range(weights);
+  return Maker(weights).make();
+}
 
 }  // namespace foretoken::kernels::cuda

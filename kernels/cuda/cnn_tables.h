@@ -16,6 +16,7 @@ namespace foretoken::kernels::cuda {
 
 inline constexpr int kLanes = 32;
 inline constexpr float kValueScale = 4096.0F;
+inline constexpr std::int32_t kMostAtZero = 1 << 29;  // |CnnTables::at_zero|
 
 // Rows of outputs that differ in the taps of conv2 that lie in the window.
 enum OutputRow { kInnerRow, kFirstRow, kLastRow, kNumOutputRows };
@@ -44,6 +45,7 @@ struct CnnTables {
   std::uint32_t cold_limit[kNumColdOperands];  // an operand's bits: cold below
 };
 
+// Throws Exception(kModelFile) for weights that operands or fixed-point sums may not hold.
 CnnTables make_cnn_tables(const PredictorWeights& weights);
 
 }  // namespace foretoken::kernels::cuda

@@ -8,13 +8,9 @@
 //            enter.
 //   choose   top-k and union.
 // Grids are persistent and read sizes from device memory, so one recorded graph serves every step.
-#include <cmath>
 #include <cstddef>
-#include <span>
-#include <string>
 
 #include "common/check.h"
-#include "common/result.h"
 #include "kernels/cuda/best_blocks.h"
 #include "kernels/cuda/cnn.cuh"
 #include "kernels/cuda/cuda_check.h"
@@ -188,31 +184,9 @@ __global__ void __launch_bounds__(kHotThreads, 2)
   });
 }
 
-// The tensor cores' fp16 operands and the fixed-point sums hold trained weights (at most about 2)
-// with room to spare, and not any number.
-void check_range(const PredictorWeights& weights) {
-  constexpr float kLargest = 64;
-  const auto check = [](std::span<const float> values) {
-    for (const float value : values) {
-      if (std::abs(value) <= kLargest) continue;
-      throw Exception(ErrorCode::kModelFile,
-                      "predictor weights: " + std::to_string(value) +
-                          " is out of the CUDA predictor's range of -64 .. 64; train them anew, or "
-                          "use --device cpu");
-    }
-  };
-  check(weights.conv1_weight);
-  check(weights.conv1_bias);
-  check(weights.conv2_weight);
-  check(weights.conv2_bias);
-  check(weights.conv3_weight);
-  check({&weights.conv3_bias, 1});
-}
-
 }  // namespace
 
 std::unique_ptr<Predictor> make_predictor(const PredictorWeights& weights) {
-  check_range(weights);
   return std::make_unique<CudaPredictor>(weights);
 }
 

@@ -9,10 +9,13 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <string>
 #include <utility>
 
+#include "common/result.h"
 #include "kernels/cpu/cnn.h"
 #include "kernels/cpu/map_stream.h"
+#include "kernels/cuda/cnn_tables.h"
 #include "kernels/cuda/map_layout.h"
 #include "predictor/weights.h"
 #include "tests/kernels/cuda/history_on_device.h"
@@ -465,6 +468,29 @@ std::vector<int> plain_choice(const HistoryOnDevice& history, int layer, int kv_
   for (const auto& [score, c] : united) blocks.push_back(c + kSink);
   std::sort(blocks.begin(), blocks.end());
   return blocks;
+}
+
+// What fp16 operands or int32 sums might not hold: one weight, or an output of many in range.
+TEST(CnnTables, RefuseWeightsOutOfRange) {
+  const auto refused = [](const PredictorWeights& of) {
+    try {
+      cuda::make_cnn_tables(of);
+    } catch (const Exception& e) {
+      EXPECT_EQ(e.error().code, ErrorCode::kModelFile);
+      return std::string(e.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(refused(weights()), "");
+  PredictorWeights great = weights();
+  great.conv2_weight[5] = 65;
+  EXPECT_NE(refused(great).find("predictor weights: 65"), std::string::npos) << refused(great);
+  great.conv2_weight[5] = std::numeric_limits<float>::quiet_NaN();
+  EXPECT_NE(refused(great).find("predictor weights: nan"), std::string::npos) << refused(great);
+  PredictorWeights biased = weights();
+  for (float& bias : biased.conv2_bias) bias = 60;
+  for (float& weight : biased.conv3_weight) weight = 60;
+  EXPECT_NE(refused(biased).find("without any attention"), std::string::npos) << refused(biased);
 }
 
 // Whatever scores do from step to step: with a list of what was best a step ago, or without; unions
