@@ -1,13 +1,16 @@
 // Top-k of a map's scores, and the union over the maps of a KV head: one CTA a KV head.
 //
 // A candidate's rank is a 56-bit number, unique within a map: its score as an unsigned integer,
-// then its column, the lower the better.
+// then its column, the lower the better. Maps may be taken together: of a union of which no more
+// are wanted than of each map, the best of all maps are the best by their greatest rank. (Who is
+// not among the k best of the map that ranks it highest has k better ones there.)
 //   list        the candidates that reach a bound, in one pass over all scores. The bound is what
 //               nearly twice top_k reached a step ago (MapHeader::bound), and scores move slowly.
-//   threshold   which exactly top_k reach: by bisection in the list, a warp a map. Where there is
+//   threshold   which exactly top_k reach: by search in the list, all lists at once. Where there is
 //               no such list (a first step, scores that jumped, a top_k too large for it), by radix
-//               selection among all candidates, a map after the other.
+//               selection among all candidates, a list after the other.
 //   union       a bit a candidate; of too many the best, by the best of the maps that want it.
+// Loops of a turn or two are not unrolled: code that runs once a step comes from device memory.
 #include "common/check.h"
 #include "kernels/cuda/best_blocks.h"
 #include "kernels/cuda/cuda_check.h"
@@ -37,34 +40,85 @@ __device__ Rank rank_of(std::uint32_t score, int column) {
 
 __device__ int column_of(Rank rank) { return static_cast<int>(kColumnMask - (rank & kColumnMask)); }
 
-// A sum past int32 is a mean of s past 8, which no attention has: it counts as the greatest.
-__device__ std::uint32_t score_bits(std::int32_t inner, std::int32_t edge) {
-  std::int32_t sum;
-  asm("add.sat.s32 %0, %1, %2;" : "=r"(sum) : "r"(inner), "r"(edge));
-  return static_cast<std::uint32_t>(max(sum, -std::numeric_limits<std::int32_t>::max())) ^
-         0x80000000U;
-}
-__device__ std::uint32_t score_bits(const Map& map, int column) {
-  return score_bits(map.sums()[column], map.boundary()[column]);
+// Of a score: in its order, and never kLatest (cnn.cuh bounds scores).
+__device__ std::uint32_t score_bits(std::int32_t score) {
+  return static_cast<std::uint32_t>(score) ^ 0x80000000U;
 }
 
-// What a map of the KV head wants.
-struct MapChoice {
+// The maps of one KV head, and its lists: one of each map, or one of all.
+struct Head {
+  std::byte* first_map;
+  std::size_t map_bytes;
+  std::size_t scores_offset;
+  std::int64_t num_rows;
+  std::uint32_t* fallbacks;
+  int maps;
+  int lists;
+  int maps_of_list;
+  int room;     // of a list
+  int columns;  // candidates
+  int top_k;
+  int max_chosen;
+
+  Head() = default;
+  // kv_head: of all layers'.
+  __device__ Head(const HistoryState& state, int kv_head, const Selection& selection)
+      : map_bytes(cuda::map_bytes(state.max_columns)),
+        scores_offset(cuda::scores_offset(state.max_columns)),
+        fallbacks(state.fallbacks),
+        maps(state.maps_per_kv_head),
+        top_k(state.top_k),
+        max_chosen(min(state.max_per_head, selection.max_selected)) {
+    const Map map{state, kv_head * maps};
+    first_map = map.bytes();
+    num_rows = map.num_rows();
+    columns = map.candidates();
+    divide(max_chosen <= top_k ? 1 : maps);
+  }
+  __device__ void divide(int into) {
+    lists = into;
+    maps_of_list = maps / into;
+    room = kListed / into;
+  }
+  // How many a list's maps want.
+  __device__ int wanted() const { return lists == 1 ? max(1, min(top_k, max_chosen)) : top_k; }
+  // Of one of them, the greatest over the maps.
+  __device__ std::int32_t score(int list, int column) const {
+    std::int32_t most = scores(list * maps_of_list)[column];
+    for (int m = 1; m < maps_of_list; ++m) {
+      most = max(most, scores(list * maps_of_list + m)[column]);
+    }
+    return most;
+  }
+  __device__ bool is_scored() const { return columns > top_k; }
+  __device__ MapHeader& header(int m) const {
+    return *reinterpret_cast<MapHeader*>(first_map + static_cast<std::size_t>(m) * map_bytes);
+  }
+  __device__ const std::int32_t* scores(int m) const {
+    return reinterpret_cast<const std::int32_t*>(
+        first_map + static_cast<std::size_t>(m) * map_bytes + scores_offset);
+  }
+};
+
+// What a list's maps want.
+struct ListChoice {
   bool usable;          // else it wants its latest candidates
   bool is_listed;       // all that it wants is in its list
   std::uint32_t bound;  // on the score; 0 lists all
-  int count;            // of the candidates that reach the bound, in the list or not
+  std::uint32_t gap;    // from there to the last step's threshold
   Rank threshold;       // it wants the ranks from here on
 };
 
 struct Shared {
+  Head head;
   int first_item[kMaxPredictSequences + 1];
-  std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
-  std::uint16_t before[kMaskWords];  // bits in the words before
-  std::uint32_t best[kMaxUnion];     // scores of the union's candidates
-  Rank listed[kListed];              // [maps, kListed / maps]
-  MapChoice maps[kMaxMaps];
-  Rank limit_threshold;  // of a union with too many
+  alignas(16) std::uint32_t wanted[kMaskWords];  // a bit a candidate: the union
+  std::uint16_t before[kMaskWords];              // bits in the words before
+  std::uint32_t best[kMaxUnion];                 // scores of the union's candidates
+  Rank listed[kListed];                          // [lists, kListed / lists]
+  ListChoice lists[kMaxMaps];
+  int count[kMaxMaps];   // of the candidates that reach a list's bound, in it or not
+  int reach[2][kWarps];  // ranks that reach each warp's pivot, in turns
   int histogram[256];
   unsigned long long most;    // the greatest of all
   std::uint32_t least_score;  // of the threads' own greatest
@@ -189,14 +243,14 @@ __device__ Rank kth_greatest(const Ranks& ranks, int k, Shared& shared) {
   }
 }
 
-// The ranks of one map. The first columns' stay in registers.
-class MapRanks {
+// The ranks of one list's maps. The first columns' stay in registers.
+class ListRanks {
  public:
-  __device__ explicit MapRanks(const Map& map) : map_(map), columns_(map.candidates()) {
+  __device__ ListRanks(const Head& head, int list) : head_(head), list_(list) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int column = i * kThreads + static_cast<int>(threadIdx.x);
-      held_[i] = column < columns_ ? score_bits(map, column) : 0;
+      held_[i] = column < head.columns ? score_bits(head.score(list, column)) : 0;
     }
   }
   template <typename F>
@@ -204,38 +258,27 @@ class MapRanks {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int column = i * kThreads + static_cast<int>(threadIdx.x);
-      if (column < columns_) f(rank_of(held_[i], column));
+      if (column < head_.columns) f(rank_of(held_[i], column));
     }
-    for (int column = kHeld * kThreads + static_cast<int>(threadIdx.x); column < columns_;
+    for (int column = kHeld * kThreads + static_cast<int>(threadIdx.x); column < head_.columns;
          column += kThreads) {
-      f(rank_of(score_bits(map_, column), column));
+      f(rank_of(score_bits(head_.score(list_, column)), column));
     }
   }
 
  private:
-  const Map& map_;
-  int columns_;
+  const Head& head_;
+  int list_;
   std::uint32_t held_[kHeld];
 };
 
-// The maps of one KV head.
-struct Head {
-  const HistoryState& state;
-  int first_map;  // index among all layers' maps
-  int columns;    // candidates
-
-  __device__ Map map(int i) const { return {state, first_map + i}; }
-  __device__ int maps() const { return state.maps_per_kv_head; }
-};
-
-// The ranks of the union: of a column, the best of the maps that want it.
+// The ranks of the union: of a column, the best of the lists that want it.
 struct UnionRanks {
-  const Head& head;
   const Shared& shared;
 
   template <typename F>
   __device__ void for_each(const F& f) const {
-    const int words = (head.columns + 31) / 32;
+    const int words = (shared.head.columns + 31) / 32;
     for (int word = static_cast<int>(threadIdx.x); word < words; word += kThreads) {
       for (std::uint32_t bits = shared.wanted[word]; bits != 0; bits &= bits - 1) {
         f(best(word * 32 + __ffs(static_cast<int>(bits)) - 1));
@@ -244,10 +287,10 @@ struct UnionRanks {
   }
   __device__ Rank best(int column) const {
     Rank most = rank_of(kLatest, column);
-    for (int m = 0; m < head.maps(); ++m) {
-      if (!shared.maps[m].usable) continue;
-      const Rank rank = rank_of(score_bits(head.map(m), column), column);
-      if (rank >= shared.maps[m].threshold) most = max(most, rank);
+    for (int l = 0; l < shared.head.lists; ++l) {
+      if (!shared.lists[l].usable) continue;
+      const Rank rank = rank_of(score_bits(shared.head.score(l, column)), column);
+      if (rank >= shared.lists[l].threshold) most = max(most, rank);
     }
     return most;
   }
@@ -255,151 +298,189 @@ struct UnionRanks {
 
 // ---- lists -----------------------------------------------------------------------------------
 
-__device__ int list_room(const Head& head) { return kListed / head.maps(); }
-__device__ Rank* list_of(const Head& head, int m, Shared& shared) {
-  return shared.listed + m * list_room(head);
+__device__ Rank* list_of(int list, Shared& shared) {
+  return shared.listed + list * shared.head.room;
 }
 
-// Lists what reaches the bounds of the maps that may be listed.
-__device__ void list_candidates(const Head& head, Shared& shared) {
-  const int room = list_room(head);
-  for (int m = 0; m < head.maps(); ++m) {
-    MapChoice& choice = shared.maps[m];
-    if (!choice.is_listed) continue;
-    const Map map = head.map(m);
-    const auto* sums = reinterpret_cast<const int4*>(map.sums());
-    const auto* boundary = reinterpret_cast<const int4*>(map.boundary());
-    const std::uint32_t bound = choice.bound;
-    const auto add = [&](std::int32_t inner, std::int32_t edge, int column) {
-      const std::uint32_t score = score_bits(inner, edge);
-      if (score < bound || column >= head.columns) return;
-      const int at = atomicAdd(&choice.count, 1);
-      if (at < room) list_of(head, m, shared)[at] = rank_of(score, column);
-    };
+// Notes what earlier steps have left of the lists, before they are filled. Its barrier is the
+// caller's.
+__device__ void begin_lists(Shared& shared) {
+  const Head& head = shared.head;
+  const int list = static_cast<int>(threadIdx.x);
+  if (list >= head.lists) return;
+  const MapHeader& header = head.header(list * head.maps_of_list);
+  const bool known = header.bound != 0 || head.columns <= head.room;
+  shared.count[list] = 0;
+  shared.lists[list] = {.usable = head.is_scored(),
+                        .is_listed = head.is_scored() && known && head.wanted() <= head.room,
+                        .bound = header.bound,
+                        .gap = header.gap,
+                        .threshold = 0};
+}
+
+// Lists what reaches the bounds of those that have one.
+__device__ void list_candidates(Shared& shared) {
+  const Head& head = shared.head;
+  const int columns = head.columns;
+  const int fours = (columns + 3) / 4;
+  for (int l = 0; l < head.lists; ++l) {
+    if (!shared.lists[l].is_listed) continue;
+    const std::uint32_t bound = shared.lists[l].bound;
     // All loads of a batch are under way before the first is looked at.
     constexpr int kBatch = 4;
-    const int fours = (head.columns + 3) / 4;
     for (int first = static_cast<int>(threadIdx.x); first < fours; first += kBatch * kThreads) {
-      int4 inner[kBatch];
-      int4 edge[kBatch];
+      const auto load = [&](int m, int b) {
+        const auto* scores = reinterpret_cast<const int4*>(head.scores(l * head.maps_of_list + m));
+        return scores[min(first + b * kThreads, fours - 1)];
+      };
+      int4 of[kBatch];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int i = min(first + b * kThreads, fours - 1);
-        inner[b] = sums[i];
-        edge[b] = boundary[i];
+      for (int b = 0; b < kBatch; ++b) of[b] = load(0, b);
+#pragma unroll 1
+      for (int m = 1; m < head.maps_of_list; ++m) {
+        int4 more[kBatch];
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) more[b] = load(m, b);
+#pragma unroll
+        for (int b = 0; b < kBatch; ++b) {
+          of[b] = {max(of[b].x, more[b].x), max(of[b].y, more[b].y), max(of[b].z, more[b].z),
+                   max(of[b].w, more[b].w)};
+        }
       }
+      // A bit each: few reach the bound.
+      unsigned reach = 0;
 #pragma unroll
       for (int b = 0; b < kBatch; ++b) {
-        const int i = first + b * kThreads;
-        if (i >= fours) break;
-        add(inner[b].x, edge[b].x, i * 4);
-        add(inner[b].y, edge[b].y, i * 4 + 1);
-        add(inner[b].z, edge[b].z, i * 4 + 2);
-        add(inner[b].w, edge[b].w, i * 4 + 3);
+        const std::int32_t four[] = {of[b].x, of[b].y, of[b].z, of[b].w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) reach |= score_bits(four[i]) >= bound ? 1U << (4 * b + i) : 0U;
+      }
+      for (; reach != 0; reach &= reach - 1) {
+        const int bit = __ffs(static_cast<int>(reach)) - 1;
+        const int column = (first + bit / 4 * kThreads) * 4 + bit % 4;
+        if (column >= columns) break;
+        const int at = atomicAdd(&shared.count[l], 1);
+        if (at < head.room)
+          list_of(l, shared)[at] = rank_of(score_bits(head.score(l, column)), column);
       }
     }
   }
 }
 
-// A number that exactly k of `count` different ranks reach, rank_at(i), by one warp.
-// REQUIRES: count >= k > 0.
+// A number that exactly k of `count` different ranks reach, rank_at(i): found by `team` warps, each
+// of which tries a pivot a round. All ranks reach `low`; the first round's pivots are `step` apart.
+// All threads of the CTA call it, for a list each team; a team without one has count = k = 0.
+// REQUIRES: count >= k.
 template <typename RankAt>
-__device__ Rank kth_greatest_of(const RankAt& rank_at, int count, int k) {
-  Rank low = ~Rank{0};  // at least k reach it
-  Rank high = 0;        // fewer do
-  for (int i = lane_id(); i < count; i += 32) {
-    low = min(low, rank_at(i));
-    high = max(high, rank_at(i));
-  }
-  for (int offset = 16; offset > 0; offset /= 2) {
-    low = min(low, __shfl_xor_sync(~0U, low, offset));
-    high = max(high, __shfl_xor_sync(~0U, high, offset));
-  }
-  ++high;
-  if (count == k) return low;
-  for (;;) {
-    const Rank middle = low + (high - low) / 2;
-    int reach = 0;
+__device__ Rank kth_greatest_of(const RankAt& rank_at, int count, int k, Rank low, Rank step,
+                                int team, Shared& shared) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int pivot = warp % team;     // this warp's; the greatest is the last one's
+  Rank high = Rank{1} << kRankBits;  // fewer than k reach it; at least k reach low
+  const int shift = 31 - __clz(team + 1);
+  bool found = count == k;
+  for (int round = 0;; round ^= 1) {
+    if (!found) {
+      const Rank tried = low + step * static_cast<unsigned>(pivot + 1);
+      int reach = 0;
 #pragma unroll 4
-    for (int i = lane_id(); i < count; i += 32) reach += rank_at(i) >= middle ? 1 : 0;
-    reach = __reduce_add_sync(~0U, reach);
-    if (reach == k) return middle;
-    (reach > k ? low : high) = middle;
+      for (int i = lane_id(); i < count; i += 32) reach += rank_at(i) >= tried ? 1 : 0;
+      reach = __reduce_add_sync(~0U, reach);
+      if (lane_id() == 0) shared.reach[round][warp] = reach;
+    }
+    if (__syncthreads_or(found ? 0 : 1) == 0) return low;
+    if (found) continue;
+    const bool is_pivot = lane_id() < team;
+    const int reach = is_pivot ? shared.reach[round][warp - pivot + lane_id()] : 0;
+    const int enough = __popc(__ballot_sync(~0U, is_pivot && reach >= k));  // the first ones
+    found = __any_sync(~0U, is_pivot && reach == k);
+    if (enough < team) high = min(high, low + step * static_cast<unsigned>(enough + 1));
+    low += step * static_cast<unsigned>(enough);
+    step = max(Rank{1}, (high - low) >> shift);
   }
 }
 
-// The score that the next step's list starts at: as far below the threshold as this one's, half or
-// twice as far where that lists too much or too little.
-__device__ std::uint32_t next_bound(const MapChoice& choice, int k) {
+// The first round's steps, which shall take a team a little past `far`.
+__device__ Rank first_step(std::uint32_t far, int team) {
+  return max(Rank{1}, 2 * (Rank{far} << kColumnBits) / static_cast<unsigned>(team));
+}
+
+// Of a map's list: sets what the next step's list starts at. That is as far below the threshold as
+// this one's, half or twice as far where that lists too much or too little.
+__device__ void set_next_bound(const ListChoice& choice, int count, int k, MapHeader& header) {
   const auto score = static_cast<std::uint32_t>(choice.threshold >> kColumnBits);
   std::uint32_t gap = score - choice.bound;
-  if (choice.count > 2 * k) gap /= 2;
-  if (choice.count < k + k / 4) gap = min(gap, 1U << 30) * 2 + 1;
-  return score - min(gap, score);
+  if (count > 2 * k) gap /= 2;
+  if (count < k + k / 4) gap = min(gap, 1U << 30) * 2 + 1;
+  gap = min(gap, score);
+  header.bound = score - gap;
+  header.gap = gap;
 }
 
-// ---- one map ---------------------------------------------------------------------------------
-
-__device__ void begin_map(const Head& head, int m, Shared& shared) {
-  const Map map = head.map(m);
-  MapChoice& choice = shared.maps[m];
-  const int k = head.state.top_k;
-  choice = {};
-  choice.usable = head.columns > k && map.is_clean();
-  if (!choice.usable && head.columns > k) atomicAdd(head.state.fallbacks, 1U);
-  choice.bound = map.header().bound;
-  const bool known = choice.bound != 0 || head.columns <= list_room(head);
-  choice.is_listed = choice.usable && known && k <= list_room(head);
-}
-
-// Of a map with a list: whether that holds enough, the threshold, the next bound. By one warp.
-__device__ void choose_in_list(const Head& head, int m, Shared& shared) {
-  MapChoice& choice = shared.maps[m];
-  const int k = head.state.top_k;
-  const bool fits = choice.count >= k && choice.count <= list_room(head);
-  __syncwarp();
-  if (!fits) {
-    if (lane_id() == 0) choice.is_listed = false;
-    return;
-  }
-  const Rank* list = list_of(head, m, shared);
-  const Rank threshold = kth_greatest_of([&](int i) { return list[i]; }, choice.count, k);
-  if (lane_id() == 0) {
+// Of the lists: whether one holds enough, the threshold, the next bound.
+__device__ void choose_in_lists(Shared& shared) {
+  const Head& head = shared.head;
+  const int k = head.wanted();
+  const int team = max(1, kWarps / head.lists);  // warps of a list
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  for (int first = 0; first < head.lists; first += kWarps / team) {
+    const int l = first + warp / team;
+    const bool is_listed =
+        warp / team < kWarps / team && l < head.lists && shared.lists[l].is_listed;
+    ListChoice& choice = shared.lists[is_listed ? l : 0];
+    const int count = is_listed ? shared.count[l] : 0;
+    const bool fits = is_listed && choice.usable && count >= k && count <= head.room;
+    const Rank* list = list_of(is_listed ? l : 0, shared);
+    const Rank low = Rank{choice.bound} << kColumnBits;
+    const Rank step = first_step(choice.gap, team);
+    const Rank threshold = kth_greatest_of([&](int i) { return list[i]; }, fits ? count : 0,
+                                           fits ? k : 0, low, step, team, shared);
+    if (!is_listed || warp % team != 0 || lane_id() != 0) continue;
+    choice.is_listed = fits;
     choice.threshold = threshold;
-    head.map(m).header().bound = next_bound(choice, k);
+    if (fits) set_next_bound(choice, count, k, head.header(l * head.maps_of_list));
   }
 }
 
-// Of a map without one, by all threads. Rare, so out of the others' way.
-__device__ __noinline__ void choose_among_all(const Head& head, int m, Shared& shared) {
-  const Map map = head.map(m);
-  const MapRanks ranks(map);
-  const int k = head.state.top_k;
+// ---- one list --------------------------------------------------------------------------------
+
+// Of one that does not hold enough, by all threads. Rare, so out of the others' way.
+__device__ __noinline__ void choose_among_all(int list, Shared& shared) {
+  const Head& head = shared.head;
+  const ListRanks ranks(head, list);
+  const int k = head.wanted();
   const Rank threshold = kth_greatest(ranks, k, shared);
-  if (threadIdx.x == 0) shared.maps[m].threshold = threshold;
+  if (threadIdx.x == 0) shared.lists[list].threshold = threshold;
   const int listed = k + k / 2;
-  if (listed > list_room(head) || listed >= head.columns) return;
+  if (listed > head.room || listed >= head.columns) return;
   const Rank bound = kth_greatest(ranks, listed, shared);
-  if (threadIdx.x == 0) map.header().bound = static_cast<std::uint32_t>(bound >> kColumnBits);
+  if (threadIdx.x == 0) {
+    MapHeader& header = head.header(list * head.maps_of_list);
+    header.bound = static_cast<std::uint32_t>(bound >> kColumnBits);
+    header.gap = static_cast<std::uint32_t>(threshold >> kColumnBits) - header.bound;
+  }
 }
 
-// Calls f(rank) for those ranks that a map wants and that are this thread's.
+// Calls f(rank) for those ranks that a list's maps want and that are this thread's.
 template <typename F>
-__device__ void for_each_wanted(const Head& head, int m, Shared& shared, const F& f) {
-  const MapChoice& choice = shared.maps[m];
+__device__ void for_each_wanted(int list, Shared& shared, const F& f) {
+  const Head& head = shared.head;
+  const ListChoice& choice = shared.lists[list];
   const int tid = static_cast<int>(threadIdx.x);
   if (!choice.usable) {
-    const int first = max(0, head.columns - head.state.top_k);
+    const int first = max(0, head.columns - head.top_k);
+#pragma unroll 1
     for (int c = first + tid; c < head.columns; c += kThreads) f(rank_of(kLatest, c));
   } else if (choice.is_listed) {
-    const Rank* list = list_of(head, m, shared);
-    for (int i = tid; i < choice.count; i += kThreads) {
-      if (list[i] >= choice.threshold) f(list[i]);
+    const Rank* listed = list_of(list, shared);
+#pragma unroll 1
+    for (int i = tid; i < shared.count[list]; i += kThreads) {
+      if (listed[i] >= choice.threshold) f(listed[i]);
     }
   } else {
-    const Map map = head.map(m);
+#pragma unroll 1
     for (int c = tid; c < head.columns; c += kThreads) {
-      const Rank rank = rank_of(score_bits(map, c), c);
+      const Rank rank = rank_of(score_bits(head.score(list, c)), c);
       if (rank >= choice.threshold) f(rank);
     }
   }
@@ -427,6 +508,7 @@ __device__ Words own_words(int columns) {
 __device__ int count_wanted(int columns, const Shared& shared) {
   const Words words = own_words(columns);
   int count = 0;
+#pragma unroll 1
   for (int w = words.first; w < words.end; ++w) count += __popc(shared.wanted[w]);
   return count;
 }
@@ -436,6 +518,7 @@ __device__ int count_union(int columns, Shared& shared) {
   int total = 0;
   int before = sum_before(count_wanted(columns, shared), shared, &total);
   const Words words = own_words(columns);
+#pragma unroll 1
   for (int w = words.first; w < words.end; ++w) {
     shared.before[w] = static_cast<std::uint16_t>(before);
     before += __popc(shared.wanted[w]);
@@ -450,12 +533,16 @@ __device__ int place_in_union(int column, const Shared& shared) {
   return shared.before[column / 32] + __popc(shared.wanted[column / 32] & lower);
 }
 
-// Leaves the `limit` best of the union. REQUIRES: there are more.
-__device__ void truncate(const Head& head, int total, int limit, Shared& shared) {
+// Leaves the max_chosen best of the union. REQUIRES: there are more.
+__device__ void truncate(int total, Shared& shared) {
+  const Head& head = shared.head;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < total; i += kThreads) shared.best[i] = 0;
   __syncthreads();
-  for (int m = 0; m < head.maps(); ++m) {
-    for_each_wanted(head, m, shared, [&](Rank rank) {
+  Rank low = ~Rank{0};
+  for (int l = 0; l < head.lists; ++l) {
+    low = min(low, shared.lists[l].usable ? shared.lists[l].threshold : Rank{0});
+    for_each_wanted(l, shared, [&](Rank rank) {
       atomicMax(&shared.best[place_in_union(column_of(rank), shared)],
                 static_cast<std::uint32_t>(rank >> kColumnBits));
     });
@@ -463,23 +550,25 @@ __device__ void truncate(const Head& head, int total, int limit, Shared& shared)
   __syncthreads();
   // Places are in the order of columns, so that they stand for them in a rank.
   const auto rank_at = [&](int place) { return rank_of(shared.best[place], place); };
-  if (threadIdx.x < 32) {
-    const Rank threshold = limit > 0 ? kth_greatest_of(rank_at, total, limit) : ~Rank{0};
-    if (threadIdx.x == 0) shared.limit_threshold = threshold;
-  }
-  __syncthreads();
+  low = low >> kColumnBits << kColumnBits;
+  const Rank step = first_step(2 * shared.lists[0].gap, kWarps);
+  const Rank threshold = head.max_chosen > 0 ? kth_greatest_of(rank_at, total, head.max_chosen, low,
+                                                               step, kWarps, shared)
+                                             : ~Rank{0};
   const Words words = own_words(head.columns);
+#pragma unroll 1
   for (int w = words.first; w < words.end; ++w) {
     int place = shared.before[w];
     for (std::uint32_t bits = shared.wanted[w]; bits != 0; bits &= bits - 1, ++place) {
-      if (rank_at(place) < shared.limit_threshold) shared.wanted[w] &= ~(bits & (~bits + 1));
+      if (rank_at(place) < threshold) shared.wanted[w] &= ~(bits & (~bits + 1));
     }
   }
 }
 
 // The same of a union whose ranks don't fit shared memory.
-__device__ __noinline__ void truncate_large(const Head& head, int limit, Shared& shared) {
-  const UnionRanks ranks{head, shared};
+__device__ __noinline__ void truncate_large(Shared& shared) {
+  const UnionRanks ranks{shared};
+  const int limit = shared.head.max_chosen;
   const Rank threshold = limit > 0 ? kth_greatest(ranks, limit, shared) : ~Rank{0};
   __syncthreads();
   // Words are read and cleared by the same thread.
@@ -489,89 +578,113 @@ __device__ __noinline__ void truncate_large(const Head& head, int limit, Shared&
   });
 }
 
-__device__ void choose_head(const Head& head, int kv_head_index, const Selection& selection,
-                            Shared& shared) {
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  for (int w = static_cast<int>(threadIdx.x); w < (head.columns + 31) / 32; w += kThreads) {
-    shared.wanted[w] = 0;
-  }
-  for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
-    begin_map(head, m, shared);
-  }
-  __syncthreads();
-  list_candidates(head, shared);
-  __syncthreads();
-  for (int m = warp; m < head.maps(); m += kWarps) {
-    if (shared.maps[m].is_listed) choose_in_list(head, m, shared);
+// ---- the choice ------------------------------------------------------------------------------
+
+// Before a KV head's turn.
+__device__ void begin_head(const HistoryState& state, int kv_head, const Selection& selection,
+                           Shared& shared) {
+  const int tid = static_cast<int>(threadIdx.x);
+  if (tid == 0) shared.head = Head(state, kv_head, selection);
+  for (int w = tid; w < kMaskWords / 4; w += kThreads) {
+    reinterpret_cast<uint4*>(shared.wanted)[w] = {};
   }
   __syncthreads();
-  for (int m = 0; m < head.maps(); ++m) {
-    const MapChoice& choice = shared.maps[m];
-    if (choice.usable && !choice.is_listed) choose_among_all(head, m, shared);
+  begin_lists(shared);
+  __syncthreads();
+}
+
+// Fills the lists. Maps of which one is not clean, and wants its latest candidates, are listed one
+// by one.
+__device__ void fill_lists(Shared& shared) {
+  Head& head = shared.head;
+  const int tid = static_cast<int>(threadIdx.x);
+  const std::int64_t clean_from = tid < head.maps ? head.header(tid).clean_from : 0;
+  list_candidates(shared);
+  const bool distrusted = tid < head.maps && head.is_scored() && head.num_rows < clean_from;
+  if (distrusted) atomicAdd(head.fallbacks, 1U);
+  if (__syncthreads_or(distrusted ? 1 : 0) == 0) return;
+  if (head.lists < head.maps) {
+    __syncthreads();
+    if (tid == 0) head.divide(head.maps);
+    __syncthreads();
+    begin_lists(shared);
+    __syncthreads();
+    list_candidates(shared);
+  }
+  if (distrusted) shared.lists[tid].usable = false;
+  __syncthreads();
+}
+
+// blocks, count: where the choice of shared.head goes, whose sums are then marked as those of the
+// newest row.
+__device__ void choose_head(std::int32_t* blocks, std::int32_t* count, Shared& shared) {
+  const Head& head = shared.head;
+  const int tid = static_cast<int>(threadIdx.x);
+  fill_lists(shared);
+  choose_in_lists(shared);
+  __syncthreads();
+  for (int l = 0; l < head.lists; ++l) {
+    if (shared.lists[l].usable && !shared.lists[l].is_listed) choose_among_all(l, shared);
   }
   __syncthreads();
-  for (int m = 0; m < head.maps(); ++m) {
-    for_each_wanted(head, m, shared, [&](Rank rank) {
+  for (int l = 0; l < head.lists; ++l) {
+    for_each_wanted(l, shared, [&](Rank rank) {
       const int column = column_of(rank);
       atomicOr(&shared.wanted[column / 32], 1U << (column % 32));
     });
   }
   __syncthreads();
-  const int limit = min(head.state.max_per_head, selection.max_selected);
   int total = count_union(head.columns, shared);
-  if (total > limit) {
+  if (total > head.max_chosen) {
     if (total <= kMaxUnion) {
-      truncate(head, total, limit, shared);
+      truncate(total, shared);
     } else {
-      truncate_large(head, limit, shared);
+      truncate_large(shared);
     }
     __syncthreads();
     total = count_union(head.columns, shared);
   }
-  std::int32_t* out =
-      selection.blocks + static_cast<std::ptrdiff_t>(kv_head_index) * selection.max_selected;
   const Words words = own_words(head.columns);
+#pragma unroll 1
   for (int w = words.first; w < words.end; ++w) {
     int at = shared.before[w];
     for (std::uint32_t bits = shared.wanted[w]; bits != 0; bits &= bits - 1) {
-      out[at++] = w * 32 + __ffs(static_cast<int>(bits)) - 1 + kSinkColumns;
+      blocks[at++] = w * 32 + __ffs(static_cast<int>(bits)) - 1 + kSinkColumns;
     }
   }
-  if (threadIdx.x == 0) selection.counts[kv_head_index] = total;
-}
-
-// The maps' sums are those of the newest row now.
-__device__ void mark_current(const Head& head) {
-  if (head.columns <= head.state.top_k) return;
-  for (int m = static_cast<int>(threadIdx.x); m < head.maps(); m += kThreads) {
-    const Map map = head.map(m);
-    map.header().num_rows = map.num_rows();
-    map.header().columns = head.columns;
+  if (tid == 0) *count = total;
+  if (!head.is_scored()) return;
+  for (int m = tid; m < head.maps; m += kThreads) {
+    MapHeader& header = head.header(m);
+    header.num_rows = head.num_rows;
+    header.columns = head.columns;
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
     choose_kernel(const PredictArgs args, std::uint32_t* counters, int num_counters) {
   __shared__ Shared shared;
+#pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < args.rows; i += kThreads) {
     shared.first_item[i] = args.states[i].num_layers * args.states[i].num_kv_heads;
   }
   sum_up(args.rows, shared.first_item);
-  wait_for_earlier_kernels();
-  if (blockIdx.x == 0) {
-    for (int i = static_cast<int>(threadIdx.x); i < num_counters; i += kThreads) counters[i] = 0;
-  }
   int sequence = 0;
   const int total = shared.first_item[args.rows];
   for (int item = static_cast<int>(blockIdx.x); item < total; item += static_cast<int>(gridDim.x)) {
     while (shared.first_item[sequence + 1] <= item) ++sequence;
-    const HistoryState& state = args.states[sequence];
     const int kv_head = item - shared.first_item[sequence];  // of all layers
-    const int first_map = kv_head * state.maps_per_kv_head;
-    const Head head{state, first_map, Map{state, first_map}.candidates()};
-    choose_head(head, kv_head, args.selections[sequence], shared);
-    mark_current(head);
+    const Selection& selection = args.selections[sequence];
+    // How many rows and columns there are was known before the slide kernel let others begin.
+    begin_head(args.states[sequence], kv_head, selection, shared);
+    wait_for_earlier_kernels();
+    choose_head(selection.blocks + static_cast<std::ptrdiff_t>(kv_head) * selection.max_selected,
+                selection.counts + kv_head, shared);
     __syncthreads();
+  }
+  wait_for_earlier_kernels();
+  if (blockIdx.x == 0) {
+    for (int i = static_cast<int>(threadIdx.x); i < num_counters; i += kThreads) counters[i] = 0;
   }
 }
 

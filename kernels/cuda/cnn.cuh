@@ -15,9 +15,12 @@
 
 namespace foretoken::kernels::cuda {
 
-// |s| is cut off here, so that 60 interior rows fit int32; and what an edge adds, far beyond.
-inline constexpr std::int32_t kMostInterior = 8 << kFixedPointBits;
-inline constexpr std::int32_t kMostEdge = 64 << kFixedPointBits;
+// |s| is cut off here, and what the two rows at an edge add, far beyond what attention has: so that
+// a window's 60 interior rows and both edges fit int32.
+inline constexpr std::int32_t kMostInterior = 7 << kFixedPointBits;
+inline constexpr std::int32_t kMostEdge = 32 << kFixedPointBits;
+static_assert((kHistoryRows - 4) * std::int64_t{kMostInterior} + 2 * std::int64_t{kMostEdge} <
+              std::int64_t{1} << 31);
 
 __device__ inline __half2 as_half2(std::uint32_t pair) {
   return reinterpret_cast<const __half2&>(pair);

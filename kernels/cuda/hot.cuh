@@ -26,7 +26,7 @@ struct HotView {
   const HotEntry* entries;  // of the list
   std::uint32_t map_bytes;
   std::uint32_t row_bytes;
-  std::int32_t boundary;  // from a map's sums on
+  std::int32_t scores;  // from a map's sums on
 };
 
 // A warp's tasks, each up to 8 entries of one list. Lane 4 g + q holds entry g and its part of the
@@ -103,8 +103,9 @@ class HotTask {
     auto* sums = in_global(reinterpret_cast<std::int32_t*>(
                      view.maps + static_cast<std::uint64_t>(map_of(target.of)) * view.map_bytes)) +
                  segment_of(target.of) * kSegmentWidth + result_column();
-    atomicAdd(sums + view.boundary, result.edge);
-    if (target.sign != 0) atomicAdd(sums, target.sign * result.inner);
+    const std::int32_t inner = target.sign * result.inner;
+    atomicAdd(sums + view.scores, inner + result.edge);
+    if (inner != 0) atomicAdd(sums, inner);
   }
 
  private:
@@ -142,6 +143,7 @@ class HotTask {
   // The list that holds a task.
   __device__ void open(int task) {
     int before = 0;  // lists that end before it
+#pragma unroll 1
     for (int i = lane_id(); i < lists_.num_lists(); i += 32) {
       before += first_task_[i + 1] <= task ? 1 : 0;
     }

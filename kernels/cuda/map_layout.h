@@ -3,12 +3,12 @@
 //
 //   header      MapHeader, padded to 64 bytes
 //   sums        [columns] int32: s of the window's interior rows 2 .. 61, summed, in 2^-22
-//   boundary    [columns] int32: s of rows 0, 1, 62, 63 of this step, summed likewise
+//   scores      [columns] int32: sums, and s of this step's rows 0, 1, 62, 63
 //
 // and after the last map's, for each map, [2, columns / 4] HotEntry: room for lists of segments
 // (hot_list.cuh).
 //
-// Score = conv3_bias + (sums + boundary) * 2^-22 / 64. Bytes of zero are "nothing summed".
+// A score stands for conv3_bias + score * 2^-22 / 64. Bytes of zero are "nothing summed".
 // Columns are candidates, rounded up to whole spans.
 #pragma once
 
@@ -40,6 +40,7 @@ struct MapHeader {
   std::int64_t clean_from;  // windows that end before this row hold a value that is none
   std::int32_t columns;     // candidates of the sums
   std::uint32_t bound;      // on scores, of the next choice's list (best_blocks.cu); 0: not known
+  std::uint32_t gap;        // from there to the last choice's threshold
 };
 inline constexpr std::size_t kMapHeaderBytes = 64;
 static_assert(sizeof(MapHeader) <= kMapHeaderBytes);
@@ -55,13 +56,13 @@ constexpr int padded_candidates(int max_columns) {
 }
 
 constexpr std::size_t sums_offset() { return kMapHeaderBytes; }
-constexpr std::size_t boundary_offset(int max_columns) {
+constexpr std::size_t scores_offset(int max_columns) {
   return sums_offset() +
          sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
 }
 // Of a map, without its lists' room.
 constexpr std::size_t map_bytes(int max_columns) {
-  return boundary_offset(max_columns) +
+  return scores_offset(max_columns) +
          sizeof(std::int32_t) * static_cast<std::size_t>(padded_candidates(max_columns));
 }
 // Entries of a list for which a map gives room.

@@ -33,8 +33,8 @@ struct Map {
   __device__ std::int32_t* sums() const {
     return reinterpret_cast<std::int32_t*>(bytes() + sums_offset());
   }
-  __device__ std::int32_t* boundary() const {
-    return reinterpret_cast<std::int32_t*>(bytes() + boundary_offset(state.max_columns));
+  __device__ std::int32_t* scores() const {
+    return reinterpret_cast<std::int32_t*>(bytes() + scores_offset(state.max_columns));
   }
 };
 
@@ -65,6 +65,7 @@ __device__ inline void sum_up(int num, int* counts) {
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     int before = 0;
+#pragma unroll 1
     for (int first = 0; first < num; first += 32) {
       const int count = first + lane < num ? counts[first + lane] : 0;
       const int through = warp_inclusive_sum(count);
@@ -86,6 +87,7 @@ __device__ void number_items(const HistoryState* states, int num_sequences, cons
   const int lane = static_cast<int>(threadIdx.x) % 32;
   for (int i = static_cast<int>(threadIdx.x) / 32; i < num_sequences; i += warps) {
     int units = 0;
+#pragma unroll 1
     for (int layer = lane; layer < states[i].num_layers; layer += 32) {
       units = max(units, units_of(states[i], layer));
     }

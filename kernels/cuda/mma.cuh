@@ -83,12 +83,25 @@ __device__ inline void load_matrices(std::uint32_t (&out)[4], const void* row) {
                : "memory");
 }
 
-// Copies 16 bytes to shared memory, asynchronously; zeros where `valid` is false.
-__device__ inline void copy_async(void* to, const void* from, bool valid) {
+// Copies the first `bytes` of kBytes, 8 or 16, to shared memory, asynchronously; the rest becomes
+// zeros.
+template <int kBytes>
+__device__ inline void copy_async_part(void* to, const void* from, int bytes) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+  }
+}
+// Copies 16 bytes, or none: zeros where `valid` is false.
+__device__ inline void copy_async(void* to, const void* from, bool valid) {
+  copy_async_part<16>(to, from, valid ? 16 : 0);
 }
 // Copies kBytes, 8 or 16, to where they are read once.
 template <int kBytes>

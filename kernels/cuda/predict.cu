@@ -57,17 +57,35 @@ __global__ void __launch_bounds__(kSlideThreads, kSlideCtas)
 
 // ---- sums that start anew --------------------------------------------------------------------
 
-// Adds s of one inner row, of the segments of half a span that are not cold, to this lane's column.
+// A warp sums up one segment, 16 inner rows at once: lane 4 g + q has rows g and g + 8 of them.
+constexpr int kRowsAtOnce = 16;
+
+// What these see of the history, as operands of the cold stencil: of values[i][half], history row i
+// of those around row g + 8 half. first: the first row that row 0 sees.
+template <typename T>
+__device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int segment,
+                               ColdRows& out) {
+  const int column = segment * kSegmentWidth - 2 + lane_id() % 4 * 2;
+#pragma unroll
+  for (int i = 0; i < kSeenRows; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const T* row = rows.row(first + lane_id() / 4 + half * 8 + i);
+      out.values[i][half] = HistoryPair<T>::cold(rows.load(row, column));
+    }
+  }
+  out.find_most();
+}
+
+// s of 8 rows, of which the first one sees rows from `first` on: this lane gets that of row
+// result_segment(), column result_column().
 template <typename T>
 __device__ std::int32_t hot_inner(const HotTables& tables, const HotWeights& weights,
-                                  const PairRows<T>& rows, std::int64_t first_row, int span,
-                                  int half, bool cold) {
-  const unsigned all_cold = __ballot_sync(~0U, cold);
-  if (all_cold == ~0U) return 0;
+                                  const PairRows<T>& rows, std::int64_t first, int segment) {
   const int q = lane_id() % 4;
-  const int column = first_column(span, half);
-  const T* upper = rows.row(first_row + q);
-  const T* lower = q < 3 ? rows.row(first_row + q + 2) : nullptr;
+  const int column = segment * kSegmentWidth;
+  const T* upper = rows.row(first + lane_id() / 4 + q);
+  const T* lower = q < 3 ? rows.row(first + lane_id() / 4 + q + 2) : nullptr;
   HotRows seen;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -75,50 +93,63 @@ __device__ std::int32_t hot_inner(const HotTables& tables, const HotWeights& wei
     seen.set(i, HistoryPair<T>::scaled(rows.load(upper, at)),
              HistoryPair<T>::scaled(rows.load(lower, at)));
   }
-  const std::int32_t inner =
-      evaluate_hot<HotKind::kInner>(tables, weights, seen, column, rows.columns).inner;
-  return (all_cold >> (result_segment() * 4) & 1) != 0 ? 0 : inner;
+  return evaluate_hot<HotKind::kInner>(tables, weights, seen, column, rows.columns).inner;
 }
 
 template <typename T>
-__device__ void rebuild_span(const ColdTables& cold_tables, const HotTables& tables,
-                             const HotWeights& weights, const Map& map, int span, int first) {
+__device__ void rebuild_segment(const ColdTables& cold_tables, const HotTables& tables,
+                                const HotWeights& weights, const Map& map, int segment) {
   const PairRows<T> rows = rows_of<T>(map);
   const std::int64_t window = map.num_rows() - kHistoryRows;  // its first row
-  int2 cold_sum[2] = {};
-  std::int32_t hot_sum[2] = {};
-  for (int row = kFirstInner; row <= kLastInner; ++row) {
+  const bool padded = at_edge(segment * kSegmentWidth, rows.columns);
+  int2 cold_sum{};           // of lanes q < 2: columns 2 q and 2 q + 1
+  std::int32_t hot_sum = 0;  // of column result_column()
+#pragma unroll 1
+  for (int row = kFirstInner; row <= kLastInner; row += kRowsAtOnce) {
+    const std::int64_t first = window + row - 2;  // that they see
     ColdRows seen;
-    RawColdRows<T> raw;
-    load_cold_rows(rows, window + row - 2, span, raw);
-    const unsigned wrong = make_operands<T>(raw, seen);
-    distrust(map, window + row - 2, row == kFirstInner ? wrong : wrong & kNewest);
-    const unsigned cold = find_cold_segments(cold_tables, seen.most, span, rows.columns);
+    load_cold_rows(rows, first, segment, seen);
+    const unsigned cold = padded ? 0 : find_cold(cold_tables, seen.most);
     int2 added[2];
     cold_products<HistoryPair<T>::kCold>(cold_tables, kBottom, seen, added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int own = half * 8 + lane_id() / 4;
+      const bool exists = row + own <= kLastInner;
+      if (exists && holds_none<T>(seen.most[half])) {
+        unsigned wrong = 0;
+#pragma unroll
+        for (int i = 0; i < kSeenRows; ++i) {
+          wrong |= holds_none<T>(seen.values[i][half]) ? 1U << i : 0U;
+        }
+        distrust(map, first + own, wrong);
+      }
       const bool is_cold = (cold >> half & 1) != 0;
-      cold_sum[half].x += is_cold ? added[half].x : 0;
-      cold_sum[half].y += is_cold ? added[half].y : 0;
-      hot_sum[half] += hot_inner(tables, weights, rows, window + row - 2, span, half, is_cold);
+      cold_sum.x += exists && is_cold ? added[half].x : 0;
+      cold_sum.y += exists && is_cold ? added[half].y : 0;
+      const unsigned hot = __ballot_sync(~0U, exists && !is_cold);
+      if (hot == 0) continue;
+      const std::int32_t inner = hot_inner(tables, weights, rows, first + half * 8, segment);
+      hot_sum += (hot >> (result_segment() * 4) & 1) != 0 ? inner : 0;
     }
   }
-  // Cold sums first, which all columns have; then the others onto them.
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column = written_column(span, half);
-    if (lane_id() % 4 < 2 && column >= first) {
-      *reinterpret_cast<int2*>(map.sums() + column) = cold_sum[half];
-    }
+  for (int offset = 4; offset < 32; offset *= 2) {
+    cold_sum.x += __shfl_xor_sync(~0U, cold_sum.x, offset);
+    cold_sum.y += __shfl_xor_sync(~0U, cold_sum.y, offset);
   }
-  __syncwarp();
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int column =
-        (span * kSpanSegments + half * 8 + result_segment()) * kSegmentWidth + result_column();
-    if (column >= first) map.sums()[column] += hot_sum[half];
+  for (int offset = 1; offset < 8; offset *= 2) {
+    hot_sum += __shfl_xor_sync(~0U, hot_sum, offset);
   }
+  const int of_lane = result_column() / 2;
+  const std::int32_t even = __shfl_sync(~0U, cold_sum.x, of_lane);
+  const std::int32_t odd = __shfl_sync(~0U, cold_sum.y, of_lane);
+  if (lane_id() % 8 != 0) return;
+  const std::int32_t sum = hot_sum + (result_column() % 2 == 0 ? even : odd);
+  const int column = segment * kSegmentWidth + result_column();
+  // The score, to which other warps add too, holds the sum that was there before.
+  atomicSub(map.scores() + column, map.sums()[column]);
+  atomicAdd(map.scores() + column, sum);
+  map.sums()[column] = sum;
 }
 
 // The first column of a layer whose sum starts anew; its candidates if none.
@@ -127,19 +158,18 @@ __device__ int first_rebuilt(const HistoryState& state, int layer) {
   if (!is_scored(state, layer)) return map.candidates();
   return progress_of(map.header(), map.num_rows(), map.candidates()).first_rebuilt;
 }
-__device__ int rebuilt_spans(const HistoryState& state, int layer) {
-  const int candidates = num_candidates(state.num_columns[layer]);
-  const int first = first_rebuilt(state, layer);
-  return first < candidates ? num_spans(candidates) - first / kSpanColumns : 0;
+__device__ int rebuilt_segments(const HistoryState& state, int layer) {
+  const int columns = num_candidates(state.num_columns[layer]) - first_rebuilt(state, layer);
+  return (columns + kSegmentWidth - 1) / kSegmentWidth;
 }
 
-// All spans that have such, by all warps of the grid. The listed segments' rows are not added to
+// All segments that have such, by all warps of the grid. The listed segments' rows are not added to
 // these sums: HotEntry says that they don't slide.
 __device__ void rebuild(const CnnTables* from, const HotTables& tables, const HotWeights& weights,
                         const HistoryState* states, int rows) {
   __shared__ ColdTables cold_tables;
   __shared__ int first_item[kMaxPredictSequences + 1];
-  number_items(states, rows, rebuilt_spans, first_item);
+  number_items(states, rows, rebuilt_segments, first_item);
   with_history_type(states[0].type, [&](auto tag) {
     cold_tables.load(*from, HistoryPair<typename decltype(tag)::type>::kCold);
   });
@@ -148,11 +178,11 @@ __device__ void rebuild(const CnnTables* from, const HotTables& tables, const Ho
   for (int i = warp_of_grid(); i < first_item[rows]; i += warps_of_grid()) {
     const Item item = find_item(states, first_item, i, &sequence);
     const Map map{states[item.sequence], item.map};
-    if (item.unit >= rebuilt_spans(map.state, map.layer())) continue;
-    const int first = first_rebuilt(map.state, map.layer());
+    if (item.unit >= rebuilt_segments(map.state, map.layer())) continue;
+    const int first = first_rebuilt(map.state, map.layer()) / kSegmentWidth;
     with_history_type(map.state.type, [&](auto tag) {
-      rebuild_span<typename decltype(tag)::type>(cold_tables, tables, weights, map,
-                                                 first / kSpanColumns + item.unit, first);
+      rebuild_segment<typename decltype(tag)::type>(cold_tables, tables, weights, map,
+                                                    first + item.unit);
     });
   }
 }

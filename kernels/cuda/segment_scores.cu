@@ -26,8 +26,7 @@ struct Shared {
 };
 
 __device__ float score_of(const Map& map, int column, float bias) {
-  const auto sum = static_cast<std::int64_t>(map.sums()[column]) + map.boundary()[column];
-  return bias + static_cast<float>(sum) * kScoreUnit;
+  return bias + static_cast<float>(map.scores()[column]) * kScoreUnit;
 }
 
 // Of the chosen blocks, by one warp. 0 where the map's scores are not to be trusted.

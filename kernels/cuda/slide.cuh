@@ -26,7 +26,9 @@ __device__ inline int listed_side() { return lane_id() % 4 / 2; }
 __device__ inline bool has_inner() { return lane_id() % 4 < 2; }
 
 // What a pair of spans sees of the history, kSinkColumns columns before its own and as many after,
-// and its sums; in a warp's shared memory. What is no candidate, or before the first row, is 0.
+// and its sums; in a warp's shared memory. What is no candidate, or before the first row, is 0. A
+// copy can leave out its end, not its beginning: the columns before the first candidate are cleared
+// later.
 inline constexpr int kStagedColumns = kPairColumns + 2 * kSinkColumns;
 template <typename T>
 struct Staged {
@@ -61,9 +63,10 @@ struct SlideMap {
   using Copies = SlideCopies<T>;
   Map map;
   PairRows<T> rows;
+  const T* ring;  // what the first pair sees of row 0
   std::int64_t num_rows;
   std::int32_t* sums;
-  std::int32_t* boundary;
+  std::int32_t* scores;
   std::uint32_t* counter;  // of the list of this lane's side, where it appends
   HotEntry* entries;
   bool slides;
@@ -75,7 +78,9 @@ struct SlideMap {
         rows(rows_of<T>(on)),
         num_rows(on.num_rows()),
         sums(on.sums()),
-        boundary(on.boundary()) {
+        scores(on.scores()) {
+    ring = rows.ring - kSinkColumns;
+    asm volatile("" : "+l"(ring));  // kept: the compiler would compute it for every copy
     const Progress progress = progress_of(on.header(), num_rows, rows.columns);
     slides = progress.slides;
     first_rebuilt = progress.first_rebuilt;
@@ -105,29 +110,32 @@ struct SlideMap {
                      rows.columns);
   }
 
-  // Starts to bring a pair: of one that is not whole, also what is to be cleared.
+  // Starts to bring a pair.
   __device__ void bring(int span, Staged<T>& to) const {
-    const T* ring = rows.ring - kSinkColumns;
     const auto first = static_cast<unsigned>(span * kSpanColumns);
     auto* at = reinterpret_cast<std::byte*>(to.rows) + lane_id() * Copies::kBytes;
-    const auto copy_rows = [&](const auto& is_there) {
+    const auto copy_rows = [&](const auto& copy) {
 #pragma unroll
       for (int i = 0; i < Copies::kRounds; ++i) {
-        if (!Copies::exists(i) || !is_there(i)) continue;
-        copy_async<Copies::kBytes>(at + i * 32 * Copies::kBytes, ring + (from[i] + first));
+        if (Copies::exists(i)) copy(i, at + i * 32 * Copies::kBytes, ring + (from[i] + first));
       }
-      // Behind the last span's sums lies the boundary.
-      constexpr unsigned kSums = 16 / sizeof(std::int32_t);
-      static_assert(kPairColumns == 32 * kSums);
-      const unsigned column = static_cast<unsigned>(lane_id()) * kSums;
-      copy_async<16>(to.sums + column, sums + (first + column));
     };
-    const int left = rows.pitch - span * kSpanColumns;  // of a row
-    if (left >= kStagedColumns) {
-      copy_rows([](int) { return true; });
+    if (is_whole(span)) {
+      copy_rows([](int, void* to, const T* from) { copy_async<Copies::kBytes>(to, from); });
     } else {
-      copy_rows([&](int i) { return Copies::column(i) < left; });
+      const int left = rows.columns + kSinkColumns - span * kSpanColumns;  // of a row
+      copy_rows([&](int i, void* to, const T* from) {
+        const int row = Copies::row(i);
+        const bool exists = first_row(row / kSeenRows) + row % kSeenRows >= 0;
+        const int values = exists ? min(max(left - Copies::column(i), 0), Copies::kValues) : 0;
+        copy_async_part<Copies::kBytes>(to, from, values * static_cast<int>(sizeof(T)));
+      });
     }
+    // Behind the last span's sums lie the scores.
+    constexpr unsigned kSums = 16 / sizeof(std::int32_t);
+    static_assert(kPairColumns == 32 * kSums);
+    const unsigned column = static_cast<unsigned>(lane_id()) * kSums;
+    copy_async<16>(to.sums + column, sums + (first + column));
   }
   static_assert(kBottom == 0 && kTop == 1);
 
@@ -136,17 +144,11 @@ struct SlideMap {
     return span > 0 && (span + kPairSpans) * kSpanColumns + kSinkColumns <= rows.columns &&
            num_rows >= kMostRowsBack;
   }
-  // Of a pair whose rows have come, what is not.
-  __device__ void clear_others(int span, Staged<T>& of) const {
-    const int first = span * kSpanColumns - kSinkColumns;
-    const int begin = max(0, -first);
-    const int end = max(begin, min(kStagedColumns, rows.columns - first));
-#pragma unroll 1
-    for (int row = 0; row < kSlideRows; ++row) {
-      const bool exists = first_row(row / kSeenRows) + row % kSeenRows >= 0;
-      const int stop = exists ? begin : kStagedColumns;
-      for (int i = lane_id(); i < stop; i += 32) of.rows[row][i] = T{};
-      for (int i = end + lane_id(); i < kStagedColumns; i += 32) of.rows[row][i] = T{};
+  // Of the first pair, when its rows have come.
+  __device__ static void clear_sinks(Staged<T>& of) {
+    if (lane_id() < kSlideRows) {
+#pragma unroll
+      for (int i = 0; i < kSinkColumns; ++i) of.rows[lane_id()][i] = T{};
     }
     __syncwarp();
   }
@@ -158,44 +160,40 @@ struct SlideMap {
   }
 };
 
-// Of slide_pair()'s bits, the lanes that speak of a side.
-__device__ inline unsigned lanes_of(int side) { return 0x33333333U << (2 * side); }
-
-// Appends the hot segments of up to 32 spans from `first` on: lane i has slide_pair()'s bits of
-// span first + i, or none.
+// Appends the hot segments of `count` spans from `first` on: lane i has slide_pair()'s bits of span
+// first + i, or none.
 template <typename T>
-__device__ void list_hot(const SlideMap<T>& on, int first, unsigned hot) {
-  // Sums of both sides at once, 16 bits each.
-  const auto count =
-      static_cast<unsigned>(__popc(hot & lanes_of(kBottom)) | __popc(hot & lanes_of(kTop)) << 16);
-  const unsigned through = warp_inclusive_sum(count);
-  const unsigned all = __shfl_sync(~0U, through, 31);
+__device__ void list_hot(const SlideMap<T>& on, int first, int count, unsigned hot) {
+  const unsigned of_side = 0x33333333U << (2 * listed_side());  // lanes that speak of this one's
+  // Of both sides at once, 16 bits each.
+  const auto bits =
+      static_cast<unsigned>(__popc(hot & of_side) << (listed_side() == kBottom ? 0 : 16) |
+                            __popc(hot & ~of_side) << (listed_side() == kBottom ? 16 : 0));
+  const unsigned all = __reduce_add_sync(~0U, bits);
   if (all == 0) return;
-  const int shift = listed_side() == kBottom ? 0 : 16;
   unsigned at = 0;
-  if (lane_id() == 0 || lane_id() == 2) at = atomicAdd(on.counter, all >> shift & 0xFFFFU);
-  const unsigned before = through - count;
-  // A lane appends its span's, which are neighbours in the list.
-  const auto mine = reinterpret_cast<unsigned long long>(on.entries + at);
-  auto* bottom = reinterpret_cast<HotEntry*>(__shfl_sync(~0U, mine, 0)) + (before & 0xFFFFU);
-  auto* top = reinterpret_cast<HotEntry*>(__shfl_sync(~0U, mine, 2)) + (before >> 16);
+  if (lane_id() == 0 || lane_id() == 2) {
+    at = atomicAdd(on.counter, all >> (listed_side() == kBottom ? 0 : 16) & 0xFFFFU);
+  }
+  HotEntry* out = on.entries + __shfl_sync(~0U, at, 2 * listed_side());
   const std::uint32_t step = on.step();
-  const int span = (first + lane_id()) * kSpanSegments;
-  for (; hot != 0; hot &= hot - 1) {
-    const int lane = __ffs(static_cast<int>(hot)) - 1;  // whose bit it is
-    const int segment = span + lane / 4 + lane % 2 * 8;
-    const bool is_bottom = lane % 4 < 2;
-    const bool slides = on.slides && segment * kSegmentWidth < on.first_rebuilt;
-    *(is_bottom ? bottom : top) = {pack_of(on.map.index, segment, slides), step};
-    bottom += is_bottom ? 1 : 0;
-    top += is_bottom ? 0 : 1;
+  const int own = lane_id() / 4 + lane_id() % 2 * 8;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) {
+    const unsigned of_span = __shfl_sync(~0U, hot, i) & of_side;
+    if ((of_span >> lane_id() & 1) != 0) {
+      const int segment = (first + i) * kSpanSegments + own;
+      const bool slides = on.slides && segment * kSegmentWidth < on.first_rebuilt;
+      out[__popc(of_span & ((1U << lane_id()) - 1))] = {pack_of(on.map.index, segment, slides),
+                                                        step};
+    }
+    out += __popc(of_span);
   }
 }
 
 // Spans `span` and, if that is before `end`, the next one. hot[i]: which of span i's segments are
-// hot, a bit for each lane, which speaks of side listed_side(), segment g + 8 (q % 2). kWhole:
-// is_whole(), and both spans are there.
-template <typename T, bool kWhole>
+// hot, a bit for each lane, which speaks of side listed_side(), segment g + 8 (q % 2).
+template <typename T>
 __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int span, int end,
                            const Staged<T>& staged, unsigned (&hot)[kPairSpans]) {
   using Pair = HistoryPair<T>;
@@ -242,36 +240,58 @@ __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int 
           *reinterpret_cast<const int2*>(staged.sums + written_column(0, 0) + part * kHalf);
     }
   }
-  bool is_hot[kPairSpans];  // what this lane speaks of
+  unsigned cold[kStencils];
+#pragma unroll
+  for (int i = 0; i < kStencils; ++i) cold[i] = find_cold(tables, most[i]);
+  bool is_there[kPairSpans];  // the segment that this lane speaks of
+#pragma unroll
+  for (bool& there : is_there) there = true;
+  if (!on.is_whole(span) || span + kPairSpans > end) {
+#pragma unroll
+    for (int i = 0; i < kStencils; ++i) {
+      cold[i] = leave_padded_out(cold[i], span + i % kPairSpans, on.rows.columns);
+    }
+#pragma unroll
+    for (int i = 0; i < kPairSpans; ++i) {
+      is_there[i] = span + i < end && first_column(span + i, lane_id() % 2) < on.rows.columns;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairSpans; ++i) {
+    const unsigned listed = listed_side() == kBottom ? cold[i] : cold[kPairSpans + i];
+    hot[i] = __ballot_sync(~0U, is_there[i] && (listed >> (lane_id() % 2) & 1) == 0);
+  }
 #pragma unroll
   for (int i = 0; i < kStencils; ++i) {
     const int side = i / kPairSpans;
     const int of_pair = i % kPairSpans;
-    const unsigned cold =
-        kWhole ? find_cold(tables, most[i])
-               : find_cold_segments(tables, most[i], span + of_pair, on.rows.columns);
-    if (side == listed_side()) is_hot[of_pair] = (cold >> (lane_id() % 2) & 1) == 0;
     int2 added[2];
     round_products(d[i], added);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int times = (cold >> half & 1) != 0 ? on.factor(side) : 0;
+      const int times = (cold[i] >> half & 1) != 0 ? on.factor(side) : 0;
       value[of_pair][half].x += times * added[half].x;
       value[of_pair][half].y += times * added[half].y;
     }
   }
-  std::int32_t* out = (has_inner() ? on.sums : on.boundary) + written_column(span, 0);
+  // The edge's lanes have added it to nothing yet: scores are the sums and it.
+  int is_edge = has_inner() ? 0 : 1;
+  asm volatile("" : "+r"(is_edge));  // a factor, where the compiler would select
+#pragma unroll
+  for (int part = 0; part < 2 * kPairSpans; ++part) {
+    int2& of = value[part / 2][part % 2];
+    const int2 sum = {__shfl_xor_sync(~0U, of.x, 2), __shfl_xor_sync(~0U, of.y, 2)};
+    of.x += is_edge * sum.x;
+    of.y += is_edge * sum.y;
+  }
+  std::int32_t* out = (has_inner() ? on.sums : on.scores) + written_column(span, 0);
 #pragma unroll
   for (int i = 0; i < kPairSpans; ++i) {
-    const bool exists = kWhole || span + i < end;
-    if (exists) {
+    if (i > 0 && span + i >= end) break;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        *reinterpret_cast<int2*>(out + i * kSpanColumns + half * kHalf) = value[i][half];
-      }
+    for (int half = 0; half < 2; ++half) {
+      *reinterpret_cast<int2*>(out + i * kSpanColumns + half * kHalf) = value[i][half];
     }
-    const int first = first_column(span + i, lane_id() % 2);
-    hot[i] = __ballot_sync(~0U, is_hot[i] && exists && (kWhole || first < on.rows.columns));
   }
 
   // Of what is none of [0, 2]: rows but the newest were checked before.
@@ -312,18 +332,14 @@ __device__ void slide_spans(const ColdTables& tables, const SlideMap<T>& on, int
     __syncwarp();
     Staged<T>& now = staged[stage];
     unsigned of_pair[kPairSpans];
-    if (on.is_whole(span) && span + kPairSpans <= end) {
-      slide_pair<T, true>(tables, on, span, end, now, of_pair);
-    } else {
-      on.clear_others(span, now);
-      slide_pair<T, false>(tables, on, span, end, now, of_pair);
-    }
+    if (span == 0) on.clear_sinks(now);
+    slide_pair(tables, on, span, end, now, of_pair);
 #pragma unroll
     for (int i = 0; i < kPairSpans; ++i) {
       if (lane_id() == span + i - listed) hot = of_pair[i];
     }
     if (span + kPairSpans >= end || span + kPairSpans - listed == 32) {
-      list_hot(on, listed, hot);
+      list_hot(on, listed, min(end, span + kPairSpans) - listed, hot);
       hot = 0;
       listed = span + kPairSpans;
     }

@@ -48,21 +48,6 @@ __device__ inline int first_column(int span, int half) {
   return span * kSpanColumns + (lane_id() / 4 + half * 8) * kSegmentWidth;
 }
 
-// A span's part of 5 history rows, as they lie in memory.
-template <typename T>
-using RawColdRows = typename PairRows<T>::Raw[kSeenRows][2];
-
-template <typename T>
-__device__ void load_cold_rows(const PairRows<T>& rows, std::int64_t first, int span,
-                               RawColdRows<T>& out) {
-#pragma unroll
-  for (int i = 0; i < kSeenRows; ++i) {
-    const T* row = rows.row(first + i);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) out[i][half] = rows.load(row, read_column(span, half));
-  }
-}
-
 // Whether either of two cold operands stands for a value that is none.
 template <typename T>
 __device__ bool holds_none(std::uint32_t pair) {
@@ -70,31 +55,8 @@ __device__ bool holds_none(std::uint32_t pair) {
   return (pair & 0xFFFFU) > kGreatest || pair >> 16 > kGreatest;
 }
 
-// Of the result, bit i: row i holds a value that is none, among those that this lane reads.
-template <typename T>
-__device__ unsigned make_operands(const RawColdRows<T>& raw, ColdRows& out) {
-#pragma unroll
-  for (int i = 0; i < kSeenRows; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) out.values[i][half] = HistoryPair<T>::cold(raw[i][half]);
-  }
-  out.find_most();
-  unsigned wrong_rows = 0;
-  if (holds_none<T>(__vmaxu2(out.most[0], out.most[1]))) {
-#pragma unroll
-    for (int i = 0; i < kSeenRows; ++i) {
-      const bool wrong = holds_none<T>(__vmaxu2(out.values[i][0], out.values[i][1]));
-      wrong_rows |= wrong ? 1U << i : 0U;
-    }
-  }
-  return wrong_rows;
-}
-
 // Of find_cold(), those that are not where the network pads.
-__device__ inline unsigned find_cold_segments(const ColdTables& tables,
-                                              const std::uint32_t (&seen)[2], int span,
-                                              int columns) {
-  unsigned cold = find_cold(tables, seen);
+__device__ inline unsigned leave_padded_out(unsigned cold, int span, int columns) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int first = first_column(span, half);

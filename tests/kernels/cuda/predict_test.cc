@@ -114,10 +114,10 @@ class Batch {
   std::vector<DeviceArray<Selection>> selections_;
 };
 
-// Sums and boundary of the candidates of a map, as the CUDA device keeps them.
+// Sums and scores of the candidates of a map, as the CUDA device keeps them.
 struct CudaSums {
   std::vector<std::int32_t> inner;
-  std::vector<std::int32_t> boundary;
+  std::vector<std::int32_t> scores;
 };
 CudaSums cuda_sums(const HistoryOnDevice& history, int layer, int map) {
   const HistoryShape& s = history.shape();
@@ -128,7 +128,7 @@ CudaSums cuda_sums(const HistoryOnDevice& history, int layer, int map) {
                                                cuda::map_bytes(s.max_columns);
   CudaSums out{std::vector<std::int32_t>(candidates), std::vector<std::int32_t>(candidates)};
   std::memcpy(out.inner.data(), state + cuda::sums_offset(), candidates * 4);
-  std::memcpy(out.boundary.data(), state + cuda::boundary_offset(s.max_columns), candidates * 4);
+  std::memcpy(out.scores.data(), state + cuda::scores_offset(s.max_columns), candidates * 4);
   return out;
 }
 // Whether the window holds values alone, so that the scores mean something.
@@ -146,9 +146,9 @@ std::vector<float> cuda_scores(const HistoryOnDevice& history, int layer, int ma
   const CudaSums sums = cuda_sums(history, layer, map);
   std::vector<float> scores(sums.inner.size());
   for (std::size_t c = 0; c < scores.size(); ++c) {
-    const double sum = static_cast<double>(sums.inner[c]) + sums.boundary[c];
-    scores[c] = static_cast<float>(weights().conv3_bias +
-                                   sum / (1 << cuda::kFixedPointBits) / kHistoryRows);
+    scores[c] =
+        static_cast<float>(weights().conv3_bias + static_cast<double>(sums.scores[c]) /
+                                                      (1 << cuda::kFixedPointBits) / kHistoryRows);
   }
   return scores;
 }
@@ -454,7 +454,7 @@ std::vector<int> plain_choice(const HistoryOnDevice& history, int layer, int kv_
     const CudaSums sums = cuda_sums(history, layer, m);
     std::vector<Scored> all;
     for (std::size_t c = 0; c < sums.inner.size(); ++c) {
-      all.emplace_back(-(std::int64_t{sums.inner[c]} + sums.boundary[c]), static_cast<int>(c));
+      all.emplace_back(-std::int64_t{sums.scores[c]}, static_cast<int>(c));
     }
     keep_best(all, s.top_k);
     for (const auto& [score, c] : all) {
@@ -561,7 +561,7 @@ TEST_P(CudaPredictTypes, SumsStayBitEqualToNewOnesWhileColumnsEnter) {
     for (int m = 0; m < shape.num_maps(); ++m) {
       const CudaSums anew = cuda_sums(batch.history(0), 0, m);
       ASSERT_EQ(anew.inner, slid[static_cast<std::size_t>(m)].inner) << "step " << step;
-      ASSERT_EQ(anew.boundary, slid[static_cast<std::size_t>(m)].boundary) << "step " << step;
+      ASSERT_EQ(anew.scores, slid[static_cast<std::size_t>(m)].scores) << "step " << step;
     }
     ++compared;
   }
@@ -570,11 +570,19 @@ TEST_P(CudaPredictTypes, SumsStayBitEqualToNewOnesWhileColumnsEnter) {
 
 // A value that is no probability makes scores unusable until its row has left, and no longer.
 TEST_P(CudaPredictTypes, DistrustsAWindowWithAValueThatIsNone) {
+  struct Case {
+    float bad;
+    int max_per_head;  // 5: while both maps are clean, they are taken together
+  };
   Pair pair;
-  const HistoryShape shape{
-      .maps_per_kv_head = 2, .max_columns = 60, .top_k = 5, .max_per_head = 7, .type = GetParam()};
-  for (const float bad :
-       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 3.0F}) {
+  for (const auto [bad, max_per_head] :
+       {Case{std::numeric_limits<float>::quiet_NaN(), 7},
+        Case{std::numeric_limits<float>::infinity(), 5}, Case{3.0F, 7}, Case{3.0F, 5}}) {
+    const HistoryShape shape{.maps_per_kv_head = 2,
+                             .max_columns = 60,
+                             .top_k = 5,
+                             .max_per_head = max_per_head,
+                             .type = GetParam()};
     Twins twins(pair.cpu, pair.cuda, {shape});
     for (int r = 0; r < 64; ++r) twins.append(0, 60);
     twins.predict();
@@ -630,8 +638,7 @@ void expect_equal(Batch& got, Batch& want, const char* what) {
       const CudaSums got_sums = cuda_sums(got.history(i), layer, map % s.num_maps());
       const CudaSums want_sums = cuda_sums(want.history(i), layer, map % s.num_maps());
       ASSERT_EQ(got_sums.inner, want_sums.inner) << what << ", sequence " << i << " map " << map;
-      ASSERT_EQ(got_sums.boundary, want_sums.boundary)
-          << what << ", sequence " << i << " map " << map;
+      ASSERT_EQ(got_sums.scores, want_sums.scores) << what << ", sequence " << i << " map " << map;
     }
   }
 }

@@ -67,8 +67,7 @@ struct Sums {
       header.columns = candidates();
       std::memcpy(state.data() + map * map_bytes(), &header, sizeof header);
       for (int c = 0; c < candidates(); ++c) {
-        set(map, cuda::sums_offset(), c, normal(random));
-        set(map, cuda::boundary_offset(shape.max_columns), c, normal(random));
+        set_score(map, c, normal(random));
       }
     }
   }
@@ -77,21 +76,21 @@ struct Sums {
   int candidates() const { return cuda::num_candidates(columns); }
   bool usable(int map) const { return map % 5 != 3; }
 
-  void set(std::size_t map, std::size_t offset, int column, double value) {
-    const auto sum = static_cast<std::int32_t>(value * 3e6);
-    std::memcpy(state.data() + map * map_bytes() + offset + 4 * static_cast<std::size_t>(column),
-                &sum, 4);
+  std::size_t scores_of(std::size_t map) const {
+    return map * map_bytes() + cuda::scores_offset(shape.max_columns);
+  }
+  void set_score(std::size_t map, int column, double value) {
+    const auto score = static_cast<std::int32_t>(value * 3e6);
+    std::memcpy(state.data() + scores_of(map) + 4 * static_cast<std::size_t>(column), &score, 4);
   }
   std::vector<float> scores(int map, float bias) const {
     const auto count = static_cast<std::size_t>(candidates());
-    const std::byte* at = state.data() + static_cast<std::size_t>(map) * map_bytes();
-    std::vector<std::int32_t> inner(count), boundary(count);
-    std::memcpy(inner.data(), at + cuda::sums_offset(), count * 4);
-    std::memcpy(boundary.data(), at + cuda::boundary_offset(shape.max_columns), count * 4);
+    std::vector<std::int32_t> kept(count);
+    std::memcpy(kept.data(), state.data() + scores_of(static_cast<std::size_t>(map)), count * 4);
     std::vector<float> scores(count);
     for (std::size_t c = 0; c < count; ++c) {
-      const double sum = static_cast<double>(inner[c]) + boundary[c];
-      scores[c] = static_cast<float>(bias + sum / (1 << cuda::kFixedPointBits) / kHistoryRows);
+      scores[c] = static_cast<float>(bias + static_cast<double>(kept[c]) /
+                                                (1 << cuda::kFixedPointBits) / kHistoryRows);
     }
     return scores;
   }
