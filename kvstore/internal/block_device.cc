@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <string>
@@ -22,7 +21,7 @@ IoMemory::IoMemory(std::size_t bytes) : count_(bytes) {
   }
   bytes_ = {static_cast<std::byte*>(mapped), [bytes](std::byte* begin) { munmap(begin, bytes); }};
   madvise(mapped, bytes, MADV_HUGEPAGE);  // an operation is of fewer pieces; where not, no harm
-  std::ranges::fill(this->bytes(), std::byte{0});
+  std::memset(mapped, 0, bytes);
 }
 
 Result<std::size_t> io_result(std::int64_t count) {
