@@ -30,7 +30,8 @@ fi
 case "${1:-}" in
   "") ;;
   --tests)
-    packages+=(clang clang-format clang-tidy libclang-rt-dev shellcheck slurmctld slurmd slurm-client git)
+    packages+=(clang clang-format clang-tidy libclang-rt-dev lld shellcheck git
+      slurmctld slurmd slurm-client)
     python_requirements+=(tests/requirements.txt)
     ;;
   *)
