@@ -4,6 +4,8 @@
 #include <signal.h>
 #include <sys/resource.h>
 
+#include <array>
+
 #include "tests/worker/local_group.h"
 #include "tests/worker/small_model.h"
 
@@ -17,6 +19,7 @@ constexpr std::int64_t kMiB = 1 << 20;
 // come a layer at a time.
 constexpr std::int64_t kTenSlabs = 16 * kMiB;
 constexpr std::int64_t kFiveSlabs = 8 * kMiB;
+constexpr std::array kArenas{kTenSlabs, kFiveSlabs};
 
 // Deep, so that a layer is a small part of the KV.
 ModelConfig deep_model() {
@@ -61,7 +64,7 @@ std::vector<ServiceConfig> layer_by_layer() {
   return {audited, streamed, service("oracle", 384)};
 }
 
-class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
+class OutsizedTest : public ::testing::Test {
  protected:
   static Answer answer(const ServiceConfig& config, const StoreProcess& store) {
     return LocalGroup(config, deep_model(), store)
@@ -70,8 +73,8 @@ class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
   static Answer in_memory(const ServiceConfig& config) {
     return answer(config, StoreProcess(64 * kMiB));
   }
-  static Answer outsized(const ServiceConfig& config) {
-    return answer(config, StoreProcess(GetParam(), 64 * kMiB));
+  static Answer outsized(const ServiceConfig& config, std::int64_t arena) {
+    return answer(config, StoreProcess(arena, 64 * kMiB));
   }
   static void expect_equal(const Answer& expected, const Answer& actual) {
     expect_equal_logprobs(expected, actual);
@@ -81,27 +84,51 @@ class OutsizedTest : public ::testing::TestWithParam<std::int64_t> {
   }
 };
 
-INSTANTIATE_TEST_SUITE_P(Arenas, OutsizedTest, ::testing::Values(kTenSlabs, kFiveSlabs));
-
-TEST_P(OutsizedTest, WaitingIsHavingItInMemory) {
+TEST_F(OutsizedTest, WaitingIsHavingItInMemory) {
   for (const char* calibration : {"none", "sketch"}) {
     ServiceConfig config = predicted();
     config.calibrate_with = calibration;
-    expect_equal(in_memory(config), outsized(config));
+    const Answer kept = in_memory(config);
+    for (const auto arena : kArenas) expect_equal(kept, outsized(config, arena));
   }
 }
 
-TEST_P(OutsizedTest, AttentionOverAllBlocksFindsThemAll) {
+TEST_F(OutsizedTest, AttentionOverAllBlocksFindsThemAll) {
   for (const ServiceConfig& config : layer_by_layer()) {
     const Answer kept = in_memory(config);
-    const Answer found = outsized(config);
-    expect_equal(kept, found);
-    EXPECT_EQ(kept.report.recall_count, found.report.recall_count);
-    EXPECT_EQ(kept.report.recall_sum, found.report.recall_sum);
+    for (const auto arena : kArenas) {
+      const Answer found = outsized(config, arena);
+      expect_equal(kept, found);
+      EXPECT_EQ(kept.report.recall_count, found.report.recall_count);
+      EXPECT_EQ(kept.report.recall_sum, found.report.recall_sum);
+    }
   }
 }
 
-TEST_P(OutsizedTest, SkippingKeepsNearlyAllThatWaitingKeeps) {
+TEST_F(OutsizedTest, OthersDecodeBesideIt) {
+  const std::vector prompts{random_prompt(kPromptTokens, 33), random_prompt(200, 34)};
+  const LocalGroup::Options both{
+      .max_tokens = 40, .spare_tokens = 100, .forced_ids = random_prompt(40, 35)};
+  const auto run = [&](const StoreProcess& store) {
+    return LocalGroup(predicted(), deep_model(), store).generate_batch(prompts, both);
+  };
+  const auto kept = run(StoreProcess(64 * kMiB));
+  for (const auto arena : kArenas) {
+    const auto beside = run(StoreProcess(arena, 64 * kMiB));
+    for (std::size_t row = 0; row < 2; ++row) expect_equal_logprobs(kept[row], beside[row]);
+  }
+}
+
+class OutsizedArenaTest : public OutsizedTest, public ::testing::WithParamInterface<std::int64_t> {
+ protected:
+  static Answer outsized(const ServiceConfig& config) {
+    return OutsizedTest::outsized(config, GetParam());
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Arenas, OutsizedArenaTest, ::testing::ValuesIn(kArenas));
+
+TEST_P(OutsizedArenaTest, SkippingKeepsNearlyAllThatWaitingKeeps) {
   ServiceConfig config = predicted();
   config.audit_every = 4;
   const KvReport waited = outsized(config).report;
@@ -116,23 +143,11 @@ TEST_P(OutsizedTest, SkippingKeepsNearlyAllThatWaitingKeeps) {
   for (const TokenInfo& info : outsized(config).infos) EXPECT_LT(info.logprob, 0);
 }
 
-TEST_P(OutsizedTest, TheGuardedArenaIsOnlyReadByGathers) {
+TEST_P(OutsizedArenaTest, TheGuardedArenaIsOnlyReadByGathers) {
   ServiceConfig config = predicted();
   const Answer plain = outsized(config);
   config.guard_arena = true;
   expect_equal_logprobs(plain, outsized(config));
-}
-
-TEST_P(OutsizedTest, OthersDecodeBesideIt) {
-  const std::vector prompts{random_prompt(kPromptTokens, 33), random_prompt(200, 34)};
-  const LocalGroup::Options both{
-      .max_tokens = 40, .spare_tokens = 100, .forced_ids = random_prompt(40, 35)};
-  const auto run = [&](const StoreProcess& store) {
-    return LocalGroup(predicted(), deep_model(), store).generate_batch(prompts, both);
-  };
-  const auto kept = run(StoreProcess(64 * kMiB));
-  const auto beside = run(StoreProcess(GetParam(), 64 * kMiB));
-  for (std::size_t row = 0; row < 2; ++row) expect_equal_logprobs(kept[row], beside[row]);
 }
 
 // The first has seven of ten slabs a head, the second the three that it must have; they turn to a
