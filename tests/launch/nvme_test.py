@@ -1,6 +1,7 @@
 """The KV store's NVMe tier, as a user meets it: prefixes that the arena gave up, or that a restart
 lost, come back from the disk, and the tokens are those of a service that never had them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,7 +14,7 @@ import urllib.request
 
 import pytest
 from foretoken.client import Client
-from service_helper import Service, faulty_disk, make_model, run, wait_until
+from service_helper import Service, faulty_disk, make_model, processes_of, run, wait_until
 
 FULL = "--kv-policy=full"
 ALWAYS = "--kv-nvme-reuse=always"  # however slow the disk is beside the machine's other work
@@ -105,6 +106,23 @@ def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, en
             again = client.generate(prompt(number), **OPTIONS)
             assert again.ids == ids and again.usage["cached_tokens"] == 256
         assert nvme(client)["slabs_read"] >= 3
+
+
+def test_a_service_that_was_killed_starts_again_at_once(model, answers, tmp_path):
+    """Nothing is waited for: a killed store has its socket and its file until it is gone."""
+    (tmp_path / "service").mkdir()
+    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
+    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    with Service(model, *flags, **options) as killed:
+        with connect(killed) as client:
+            assert client.generate(prompt(0), **OPTIONS).ids == answers[0]
+            wait_until(lambda: slabs_written(client) >= 1)
+        for pid in processes_of(killed.folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with Service(model, *flags, **options) as service, connect(service) as client:
+            again = client.generate(prompt(0), **OPTIONS)
+            assert again.ids == answers[0] and again.usage["cached_tokens"] == 256
 
 
 def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path):
