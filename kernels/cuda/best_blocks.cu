@@ -11,9 +11,7 @@
 //               selection among all candidates, a list after the other.
 //   union       a bit a candidate; of too many the best, by the best of the maps that want it.
 // Loops of a turn or two are not unrolled: code that runs once a step comes from device memory.
-#include "common/check.h"
 #include "kernels/cuda/best_blocks.h"
-#include "kernels/cuda/cuda_check.h"
 #include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/map_state.cuh"
 
@@ -71,8 +69,9 @@ struct Head {
         max_chosen(min(state.max_per_head, selection.max_selected)) {
     const Map map{state, kv_head * maps};
     first_map = map.bytes();
-    num_rows = map.num_rows();
-    columns = map.candidates();
+    // Past L1, as all that is read before the wait: what L1 has may be of before.
+    num_rows = __ldcg(&state.num_rows[map.layer()]);
+    columns = num_candidates(__ldcg(&state.num_columns[map.layer()]));
     divide(max_chosen <= top_k ? 1 : maps);
   }
   __device__ void divide(int into) {
@@ -309,12 +308,13 @@ __device__ void begin_lists(Shared& shared) {
   const int list = static_cast<int>(threadIdx.x);
   if (list >= head.lists) return;
   const MapHeader& header = head.header(list * head.maps_of_list);
-  const bool known = header.bound != 0 || head.columns <= head.room;
+  const std::uint32_t bound = __ldcg(&header.bound);
+  const bool known = bound != 0 || head.columns <= head.room;
   shared.count[list] = 0;
   shared.lists[list] = {.usable = head.is_scored(),
                         .is_listed = head.is_scored() && known && head.wanted() <= head.room,
-                        .bound = header.bound,
-                        .gap = header.gap,
+                        .bound = bound,
+                        .gap = __ldcg(&header.gap),
                         .threshold = 0};
 }
 
@@ -400,17 +400,19 @@ __device__ Rank kth_greatest_of(const RankAt& rank_at, int count, int k, Rank lo
   }
 }
 
-// The first round's steps, which shall take a team a little past `far`.
-__device__ Rank first_step(std::uint32_t far, int team) {
-  return max(Rank{1}, 2 * (Rank{far} << kColumnBits) / static_cast<unsigned>(team));
+// The first round's steps: half of a team's pivots stand no more than `far`, a difference of
+// scores, above the lowest rank, and half beyond.
+__device__ Rank first_step(Rank far, int team) {
+  return max(Rank{1}, 2 * (far << kColumnBits) / static_cast<unsigned>(team));
 }
 
 // Of a map's list: sets what the next step's list starts at. That is as far below the threshold as
 // this one's, half or twice as far where that lists too much or too little.
-__device__ void set_next_bound(const ListChoice& choice, int count, int k, MapHeader& header) {
+__device__ void set_next_bound(const ListChoice& choice, int count, int k, int room,
+                               MapHeader& header) {
   const auto score = static_cast<std::uint32_t>(choice.threshold >> kColumnBits);
   std::uint32_t gap = score - choice.bound;
-  if (count > 2 * k) gap /= 2;
+  if (count > min(2 * k, room - room / 8)) gap /= 2;
   if (count < k + k / 4) gap = min(gap, 1U << 30) * 2 + 1;
   gap = min(gap, score);
   header.bound = score - gap;
@@ -425,8 +427,7 @@ __device__ void choose_in_lists(Shared& shared) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   for (int first = 0; first < head.lists; first += kWarps / team) {
     const int l = first + warp / team;
-    const bool is_listed =
-        warp / team < kWarps / team && l < head.lists && shared.lists[l].is_listed;
+    const bool is_listed = l < head.lists && shared.lists[l].is_listed;
     ListChoice& choice = shared.lists[is_listed ? l : 0];
     const int count = is_listed ? shared.count[l] : 0;
     const bool fits = is_listed && choice.usable && count >= k && count <= head.room;
@@ -438,7 +439,7 @@ __device__ void choose_in_lists(Shared& shared) {
     if (!is_listed || warp % team != 0 || lane_id() != 0) continue;
     choice.is_listed = fits;
     choice.threshold = threshold;
-    if (fits) set_next_bound(choice, count, k, head.header(l * head.maps_of_list));
+    if (fits) set_next_bound(choice, count, k, head.room, head.header(l * head.maps_of_list));
   }
 }
 
@@ -451,8 +452,8 @@ __device__ __noinline__ void choose_among_all(int list, Shared& shared) {
   const int k = head.wanted();
   const Rank threshold = kth_greatest(ranks, k, shared);
   if (threadIdx.x == 0) shared.lists[list].threshold = threshold;
-  const int listed = k + k / 2;
-  if (listed > head.room || listed >= head.columns) return;
+  const int listed = min(k + k / 2, (k + head.room) / 2);
+  if (k >= head.room || listed >= head.columns) return;
   const Rank bound = kth_greatest(ranks, listed, shared);
   if (threadIdx.x == 0) {
     MapHeader& header = head.header(list * head.maps_of_list);
@@ -551,7 +552,7 @@ __device__ void truncate(int total, Shared& shared) {
   // Places are in the order of columns, so that they stand for them in a rank.
   const auto rank_at = [&](int place) { return rank_of(shared.best[place], place); };
   low = low >> kColumnBits << kColumnBits;
-  const Rank step = first_step(2 * shared.lists[0].gap, kWarps);
+  const Rank step = first_step(2 * Rank{shared.lists[0].gap}, kWarps);  // a guess
   const Rank threshold = head.max_chosen > 0 ? kth_greatest_of(rank_at, total, head.max_chosen, low,
                                                                step, kWarps, shared)
                                              : ~Rank{0};
@@ -675,7 +676,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     while (shared.first_item[sequence + 1] <= item) ++sequence;
     const int kv_head = item - shared.first_item[sequence];  // of all layers
     const Selection& selection = args.selections[sequence];
-    // How many rows and columns there are was known before the slide kernel let others begin.
+    // Rows and columns were counted before the slide kernel let others begin; the rest is of the
+    // step before.
     begin_head(args.states[sequence], kv_head, selection, shared);
     wait_for_earlier_kernels();
     choose_head(selection.blocks + static_cast<std::ptrdiff_t>(kv_head) * selection.max_selected,

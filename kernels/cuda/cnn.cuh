@@ -15,13 +15,6 @@
 
 namespace foretoken::kernels::cuda {
 
-// |s| is cut off here, and what the two rows at an edge add, far beyond what attention has: so that
-// a window's 60 interior rows and both edges fit int32.
-inline constexpr std::int32_t kMostInterior = 7 << kFixedPointBits;
-inline constexpr std::int32_t kMostEdge = 32 << kFixedPointBits;
-static_assert((kHistoryRows - 4) * std::int64_t{kMostInterior} + 2 * std::int64_t{kMostEdge} <
-              std::int64_t{1} << 31);
-
 __device__ inline __half2 as_half2(std::uint32_t pair) {
   return reinterpret_cast<const __half2&>(pair);
 }
@@ -49,8 +42,9 @@ struct ColdTables {
   }
 };
 
-// values[i][half]: of history row i, columns 2 q - 2, 2 q - 1 of segment g + 8 half (lane = 4 g +
-// q), as operands. Their bits are in the order of their values, what is none of [0, 2] above all.
+// values[i][half]: of the five rows that a segment's output sees, row i's columns 2 q - 2, 2 q - 1,
+// of output g + 8 half (lane = 4 g + q): of another segment, or another row. As operands: their
+// bits are in the order of their values, what is none of [0, 2] above all.
 struct ColdRows {
   std::uint32_t values[5][2];
   std::uint32_t most[2];  // over the rows
@@ -103,10 +97,10 @@ __device__ void cold_products(const ColdTables& tables, int side, const ColdRows
   round_products(d[0], out);
 }
 
-// seen: the greatest that this lane sees of segments g and g + 8, two operands each. Bit 0: segment
-// g is cold, bit 1: g + 8 is. All that such a one sees stays below the limit.
+// seen: the greatest that this lane sees of outputs g and g + 8, two operands each. Bit 0: g is
+// cold, bit 1: g + 8 is. All that such a one sees stays below the limit.
 __device__ inline unsigned find_cold(const ColdTables& tables, const std::uint32_t (&seen)[2]) {
-  // Segment g in the low half, g + 8 in the high one.
+  // Of g in the low half, of g + 8 in the high one.
   std::uint32_t most =
       __vmaxu2(__byte_perm(seen[0], seen[1], 0x5410), __byte_perm(seen[0], seen[1], 0x7632));
   most = __vmaxu2(most, __shfl_xor_sync(~0U, most, 1));

@@ -10,7 +10,6 @@
 
 #include "common/result.h"
 #include "kernels/cpu/cnn.h"
-#include "kernels/cuda/map_layout.h"
 
 namespace foretoken::kernels::cuda {
 namespace {
@@ -58,10 +57,10 @@ void check_range(const PredictorWeights& weights) {
   check(weights.conv3_weight);
   check({&weights.conv3_bias, 1});
 }
-// s where the biases alone make it.
+// What is added to each output for the biases that products leave out.
 void check_at_zero(double s) {
   constexpr double kMost = kMostAtZero / kOne;
-  if (std::abs(s) > kMost) refuse("an output without any attention of ", s, kMost);
+  if (std::abs(s) > kMost) refuse("the biases' share of an output, ", s, kMost);
 }
 
 // What builds the tables, lane by lane.
@@ -91,9 +90,11 @@ class Maker {
         out_.cold_at_zero[side][i] = static_cast<float>(cold_output(side, i).at_zero * kOne);
       }
     }
-    out_.cold_limit[kScaledHalf] = half_limit();
-    out_.cold_limit[kPlainBf16] =
-        __bfloat16_as_ushort(__float2bfloat16_rd(filters_.bottom.cold.limit));
+    if (cold_is_bounded()) {
+      out_.cold_limit[kScaledHalf] = half_limit();
+      out_.cold_limit[kPlainBf16] =
+          __bfloat16_as_ushort(__float2bfloat16_rd(filters_.bottom.cold.limit));
+    }
     return out_;
   }
 
@@ -171,6 +172,18 @@ class Maker {
   const CnnFolded::Output& cold_output(int side, int i) const {
     return i == 0 ? filters_.bottom.cold.outputs[0]  // a row is inner as it enters and leaves
                   : (side == kBottom ? filters_.bottom : filters_.top).cold.outputs[1];
+  }
+
+  bool cold_is_bounded() const {
+    for (int side = 0; side < kNumSides; ++side) {
+      for (int i = 0; i < 2; ++i) {
+        const CnnFolded::Output& output = cold_output(side, i);
+        double most = std::abs(output.at_zero);
+        for (const float tap : output.history) most += std::abs(tap) * filters_.bottom.cold.limit;
+        if (most * kOne > (i == 0 ? kMostInterior : kMostEdge)) return false;
+      }
+    }
+    return true;
   }
 
   // Operand B's rows 2 q, 2 q + 1: columns of history row 2 i of product i; 8 later: of row 2 i

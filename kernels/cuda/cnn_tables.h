@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/map_layout.h"
 #include "kernels/device.h"
 
 namespace foretoken::kernels::cuda {
@@ -17,6 +18,13 @@ namespace foretoken::kernels::cuda {
 inline constexpr int kLanes = 32;
 inline constexpr float kValueScale = 4096.0F;
 inline constexpr std::int32_t kMostAtZero = 1 << 29;  // |CnnTables::at_zero|
+// |s| is cut off here, and what the two rows at an edge add, far beyond what attention has: so that
+// a window's 60 interior rows and both edges fit int32. Where a cold stencil might pass it, no
+// segment is cold.
+inline constexpr std::int32_t kMostInterior = 7 << kFixedPointBits;
+inline constexpr std::int32_t kMostEdge = 32 << kFixedPointBits;
+static_assert((kHistoryRows - 4) * std::int64_t{kMostInterior} + 2 * std::int64_t{kMostEdge} <
+              std::int64_t{1} << 31);
 
 // Rows of outputs that differ in the taps of conv2 that lie in the window.
 enum OutputRow { kInnerRow, kFirstRow, kLastRow, kNumOutputRows };

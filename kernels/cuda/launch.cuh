@@ -25,7 +25,8 @@ __device__ inline void allow_next_kernel() {
 }
 // Returns when everything before this kernel is done and visible. Every kernel that is launched by
 // launch_overlapped() calls it before it touches what an earlier op writes or reads; but for what
-// serialize_next() keeps apart from it.
+// serialize_next() keeps apart from it, and what was done before a kernel in between that waits
+// first and only then allows the next one.
 __device__ inline void wait_for_earlier_kernels() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

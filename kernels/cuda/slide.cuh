@@ -22,7 +22,8 @@ inline constexpr int kPairColumns = kPairSpans * kSpanColumns;
 inline constexpr int kSlideRows = kNumSides * kSeenRows;
 // The side whose hot segments this lane lists.
 __device__ inline int listed_side() { return lane_id() % 4 / 2; }
-// What a lane gets of cold_products(): of an inner row, of which there are sums, or of the edge.
+// What a lane gets of the cold stencils' products: of an inner row, of which there are sums, or of
+// the edge.
 __device__ inline bool has_inner() { return lane_id() % 4 < 2; }
 
 // What a pair of spans sees of the history, kSinkColumns columns before its own and as many after,

@@ -1,5 +1,4 @@
-// Spans of a map, as a warp of the predictor's kernels sees them: which lane has which columns, and
-// five rows of history as operands of the cold stencils.
+// Spans of a map, as a warp of the predictor's kernels sees them: which lane has which columns.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +38,7 @@ __device__ inline int read_column(int span, int half) {
   const int lane = lane_id();
   return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth - 2 + lane % 4 * 2;
 }
-// The first column that it writes of cold_products().
+// The first column that it writes of the cold stencils' products.
 __device__ inline int written_column(int span, int half) {
   const int lane = lane_id();
   return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth + lane % 2 * 2;

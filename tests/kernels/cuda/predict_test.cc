@@ -490,11 +490,22 @@ TEST(CnnTables, RefuseWeightsOutOfRange) {
   PredictorWeights biased = weights();
   for (float& bias : biased.conv2_bias) bias = 60;
   for (float& weight : biased.conv3_weight) weight = 60;
-  EXPECT_NE(refused(biased).find("without any attention"), std::string::npos) << refused(biased);
+  EXPECT_NE(refused(biased).find("biases' share"), std::string::npos) << refused(biased);
+}
+
+// Where the cold stencils' s would pass what sums hold, none is cold: the network's is cut off.
+TEST(CnnTables, LetNothingBeColdThatIsNotBounded) {
+  PredictorWeights great = weights();
+  EXPECT_GT(cuda::make_cnn_tables(great).cold_limit[cuda::kPlainBf16], 0U);
+  for (float& bias : great.conv2_bias) bias = 10;
+  for (float& weight : great.conv3_weight) weight = 0.05F;  // s is about 32 x 10 x 0.05
+  for (const std::uint32_t limit : cuda::make_cnn_tables(great).cold_limit) EXPECT_EQ(limit, 0U);
+  for (float& weight : great.conv3_weight) weight = 0.01F;
+  for (const std::uint32_t limit : cuda::make_cnn_tables(great).cold_limit) EXPECT_GT(limit, 0U);
 }
 
 // Whatever scores do from step to step: with a list of what was best a step ago, or without; unions
-// that fit shared memory, and one that doesn't.
+// that fit shared memory, and one that doesn't; maps taken together, and more than there are warps.
 TEST_F(CudaPredict, ChoosesExactlyByItsSumsWhereScoresJump) {
   Pair pair;
   const std::vector<HistoryShape> shapes = {
@@ -513,7 +524,17 @@ TEST_F(CudaPredict, ChoosesExactlyByItsSumsWhereScoresJump) {
        .maps_per_kv_head = 7,
        .max_columns = 500,
        .top_k = 20,
-       .max_per_head = 20}};
+       .max_per_head = 20},
+      {.num_kv_heads = 2,
+       .maps_per_kv_head = 3,
+       .max_columns = 2000,
+       .top_k = 40,
+       .max_per_head = 25},
+      {.num_kv_heads = 1,
+       .maps_per_kv_head = 17,
+       .max_columns = 300,
+       .top_k = 20,
+       .max_per_head = 30}};
   Batch batch(pair.cuda, shapes);
   std::mt19937 random(kSeed);
   const auto append = [&](float scale) {
