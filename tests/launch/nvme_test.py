@@ -90,11 +90,16 @@ def test_a_killed_serve_leaves_no_kv_on_the_disk(model, tmp_path):
         assert not (tmp_path / "kv" / "kv-slabs").exists()
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, end):
+def lasting(tmp_path):
+    """Flags and options of a service whose KV the next one on the same folders finds."""
     (tmp_path / "service").mkdir()
     flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
-    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    return flags, {"size": TINY_ARENA, "folder": tmp_path / "service"}
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, end):
+    flags, options = lasting(tmp_path)
     with Service(model, *flags, **options) as service, connect(service) as client:
         for number, ids in enumerate(answers):
             assert client.generate(prompt(number), **OPTIONS).ids == ids
@@ -110,9 +115,7 @@ def test_a_prefix_survives_a_restart_of_the_service(model, answers, tmp_path, en
 
 def test_a_service_that_was_killed_starts_again_at_once(model, answers, tmp_path):
     """Nothing is waited for: a killed store has its socket and its file until it is gone."""
-    (tmp_path / "service").mkdir()
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
-    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    flags, options = lasting(tmp_path)
     with Service(model, *flags, **options) as killed:
         with connect(killed) as client:
             assert client.generate(prompt(0), **OPTIONS).ids == answers[0]
@@ -126,9 +129,7 @@ def test_a_service_that_was_killed_starts_again_at_once(model, answers, tmp_path
 
 
 def test_damage_on_the_disk_costs_a_prefix_and_no_token(model, answers, tmp_path):
-    (tmp_path / "service").mkdir()
-    flags = (FULL, f"--kv-nvme-path={tmp_path}/kv", "--kv-nvme-gib=0.05", ALWAYS, "--kv-persist")
-    options = {"size": TINY_ARENA, "folder": tmp_path / "service"}
+    flags, options = lasting(tmp_path)
     with Service(model, *flags, **options) as service, connect(service) as client:
         for number in range(3):
             client.generate(prompt(number), **OPTIONS)
