@@ -38,7 +38,7 @@ __device__ Rank rank_of(std::uint32_t score, int column) {
 
 __device__ int column_of(Rank rank) { return static_cast<int>(kColumnMask - (rank & kColumnMask)); }
 
-// Of a score: in its order, and never kLatest (cnn.cuh bounds scores).
+// Of a score: in its order, and never kLatest (cnn_tables.h bounds s).
 __device__ std::uint32_t score_bits(std::int32_t score) {
   return static_cast<std::uint32_t>(score) ^ 0x80000000U;
 }
@@ -360,8 +360,8 @@ __device__ void list_candidates(Shared& shared) {
         const int column = (first + bit / 4 * kThreads) * 4 + bit % 4;
         if (column >= columns) break;
         const int at = atomicAdd(&shared.count[l], 1);
-        if (at < head.room)
-          list_of(l, shared)[at] = rank_of(score_bits(head.score(l, column)), column);
+        if (at >= head.room) continue;
+        list_of(l, shared)[at] = rank_of(score_bits(head.score(l, column)), column);
       }
     }
   }
@@ -406,7 +406,7 @@ __device__ Rank first_step(Rank far, int team) {
   return max(Rank{1}, 2 * (far << kColumnBits) / static_cast<unsigned>(team));
 }
 
-// Of a map's list: sets what the next step's list starts at. That is as far below the threshold as
+// Of a list: sets what the next step's list starts at. That is as far below the threshold as
 // this one's, half or twice as far where that lists too much or too little.
 __device__ void set_next_bound(const ListChoice& choice, int count, int k, int room,
                                MapHeader& header) {
