@@ -135,14 +135,9 @@ struct HotWeights {
   }
 };
 
-// conv1's taps of a column of hidden values see 2 pairs of columns of history. Where an operand
-// ends between these, it takes two products: of the first pair's taps, which stand on the operand's
-// second pair, and of the second pair's, on the next operand's first.
-enum TapPairs { kBothPairs, kFirstPair, kSecondPair, kNumTapPairs };
-
 // The tables that are read from shared memory.
 struct HotTables {
-  uint2 conv1[kNumTapRows][2][kNumTapPairs][2][kLanes];  // [, column of a pair, , half]
+  uint2 conv1[kNumTapRows][2][2][kLanes];  // [, column of a pair, half]
   float minus_bias2[kNumOutputRows][4][kLanes];
   float conv3[4][kLanes];
   std::int32_t at_zero[kNumOutputRows];
@@ -150,22 +145,14 @@ struct HotTables {
   // By kThreads threads, with all loads on their way at once.
   template <unsigned kThreads>
   __device__ void load(const CnnTables& from) {
-    constexpr unsigned kParts = kNumTapRows * 2 * 2 * kLanes;
+    constexpr unsigned kTaps = sizeof conv1 / sizeof(uint2);
     constexpr unsigned kBiases = sizeof minus_bias2 / sizeof(float);
-    static_assert(kParts % kThreads == 0 && kBiases % kThreads == 0 &&
+    static_assert(kTaps % kThreads == 0 && kBiases % kThreads == 0 &&
                   sizeof conv3 / sizeof(float) == kThreads);
 #pragma unroll
-    for (unsigned first = 0; first < kParts; first += kThreads) {
+    for (unsigned first = 0; first < kTaps; first += kThreads) {
       const unsigned i = first + threadIdx.x;
-      const unsigned lane = i % kLanes;
-      const unsigned half = i / kLanes % 2;
-      const unsigned column = i / kLanes / 2 % 2;
-      const unsigned rows = i / kLanes / 4;
-      const std::uint32_t left = from.conv1[rows][column][half][0][lane];
-      const std::uint32_t right = from.conv1[rows][column][half][1][lane];
-      conv1[rows][column][kBothPairs][half][lane] = {left, right};
-      conv1[rows][column][kFirstPair][half][lane] = {0, left};
-      conv1[rows][column][kSecondPair][half][lane] = {right, 0};
+      (&conv1[0][0][0][0])[i] = reinterpret_cast<const uint2*>(&from.conv1[0][0][0][0][0])[i];
     }
 #pragma unroll
     for (unsigned first = 0; first < kBiases; first += kThreads) {
@@ -182,14 +169,21 @@ struct HotTables {
 enum class HotKind { kBottom, kTop, kInner };
 
 // 8 segments' history: lane 4 g + q holds, of segment g, row q of the first four of the five rows
-// and row q + 2 (none for q = 3), as 4 pairs of columns -2 .. 5: two operands A of conv1.
+// (upper) and row q + 2 (lower; none for q = 3), as 4 pairs of columns -2 .. 5. Two neighbouring
+// pairs are an operand A of conv1, which gives two columns of hidden values.
 struct HotRows {
-  std::uint32_t operand[2][4];
+  std::uint32_t operand[3][4];
 
-  __device__ void set(int pair, std::uint32_t upper, std::uint32_t lower) {
-    operand[pair / 2][pair % 2 * 2] = upper;
-    operand[pair / 2][pair % 2 * 2 + 1] = lower;
-  }
+  __device__ HotRows(const std::uint32_t (&upper)[4], const std::uint32_t (&lower)[4])
+      : operand{{upper[0], lower[0], upper[1], lower[1]},
+                {copy(upper[1]), copy(lower[1]), copy(upper[2]), copy(lower[2])},
+                {upper[2], lower[2], upper[3], lower[3]}} {}
+
+ private:
+  // An operand's registers are neighbours, so the one in the middle has its own. The compiler would
+  // fill them again for every product, if it knew that they equal others: that grids have one
+  // dimension it does not know.
+  __device__ static std::uint32_t copy(std::uint32_t pair) { return pair + blockIdx.y; }
 };
 
 // Hidden values of one column: [row][half of the channels], as operand B of conv2.
@@ -208,20 +202,10 @@ __device__ void hidden_column(const HotTables& tables, const HotWeights& weights
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const auto product = [&](TapRows taps, std::uint32_t(&d)[2]) {
-      const auto add = [&](int operand, TapPairs pairs) {
-        const uint2 b = tables.conv1[taps][column % 2][pairs][half][lane];
-        mma_half(d, rows.operand[operand], b.x, b.y);
-      };
+      const uint2 b = tables.conv1[taps][column % 2][half][lane];
       d[0] = base;
       d[1] = base;
-      if (column < 2) {
-        add(0, kBothPairs);
-      } else if (column < 4) {
-        add(0, kFirstPair);
-        add(1, kSecondPair);
-      } else {
-        add(1, kBothPairs);
-      }
+      mma_half(d, rows.operand[column / 2], b.x, b.y);
       d[0] = max_pair(d[0], weights.minus_bias1[half]);
       d[1] = max_pair(d[1], weights.minus_bias1[half]);
     };

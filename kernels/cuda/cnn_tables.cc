@@ -150,7 +150,7 @@ class Maker {
           const int x = reg * 2 + e - column;
           if (used && x >= 0 && x < 3) tap[e] = conv1(half * 8 + lane / 4, y, x);
         }
-        out_.conv1[taps][column][half][reg][lane] = pack(tap[0], tap[1]);
+        out_.conv1[taps][column][half][lane][reg] = pack(tap[0], tap[1]);
       }
     }
   }

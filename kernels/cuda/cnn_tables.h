@@ -39,7 +39,7 @@ enum ColdOperand { kScaledHalf, kPlainBf16, kNumColdOperands };
 
 struct CnnTables {
   std::uint32_t conv2[9][2][kLanes][4];               // [tap, half of the outputs]: operand A
-  std::uint32_t conv1[kNumTapRows][2][2][2][kLanes];  // [, column of a pair, half, register]: B
+  std::uint32_t conv1[kNumTapRows][2][2][kLanes][2];  // [, column of a pair, half]: operand B
   std::uint32_t minus_bias1[2][kLanes];               // [half]: as conv1's result
   float minus_bias2[kNumOutputRows][4][kLanes];       // of the lane's outputs: 8 i + lane / 4
   float conv3[4][kLanes];                             // likewise

@@ -50,12 +50,14 @@ struct HistoryPair<__nv_bfloat16> {
   __device__ static Raw first(Raw raw) { return raw & 0xFFFFU; }
   __device__ static std::uint32_t cold(Raw raw) { return raw; }
   __device__ static std::uint32_t scaled(Raw raw) {
-    // 2^12 on both exponents; what becomes of zeros is still far below fp16's least number.
+    // Both at once, as 16-bit integers: from the exponents 127 (bf16's bias) - 15 (fp16's) - 12,
+    // then three more bits for mantissas. What is negative becomes 0; what is no number, or too
+    // great, the greatest number with such a mantissa. Below 2^-14 (scaled), where fp16 has no
+    // exponents, values lose no more than 2^-15.
     static_assert(kValueScale == 1 << 12);
-    const std::uint32_t bits = raw + (12U << 7 | 12U << 23);
-    const __half2 pair =
-        __floats2half2_rn(__uint_as_float(bits << 16), __uint_as_float(bits & 0xFFFF0000U));
-    return finite(reinterpret_cast<const std::uint32_t&>(pair));
+    constexpr std::uint32_t kMinusBias = 0x10000 - ((127 - 15 - 12) << 7);
+    constexpr std::uint32_t kMost = 0x7BFF >> 3;
+    return __viaddmin_s16x2_relu(raw, kMinusBias << 16 | kMinusBias, kMost << 16 | kMost) << 3;
   }
 };
 

@@ -73,12 +73,14 @@ class HotTask {
   }
 
   __device__ HotRows rows() const {
-    HotRows out;
+    std::uint32_t upper[4];
+    std::uint32_t lower[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      out.set(i, HistoryPair<T>::scaled(upper_[i]), HistoryPair<T>::scaled(lower_[i]));
+      upper[i] = HistoryPair<T>::scaled(upper_[i]);
+      lower[i] = HistoryPair<T>::scaled(lower_[i]);
     }
-    return out;
+    return {upper, lower};
   }
   __device__ bool is_bottom() const { return lists_.side_of(now_.list) == kBottom; }
   __device__ int column() const { return segment_of(now_.entry.of) * kSegmentWidth; }
@@ -128,16 +130,20 @@ class HotTask {
   __device__ void load_edge(const T* upper, const T* lower, int back) {
     const int first = column() - 2;
     const int rows = rows_of(now_.entry);
+    // All are asked for before the first is looked at.
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const auto load = [&](const T* row, int back) {
-        const int at = first + 2 * i;
-        if (row == nullptr || back > rows || at < 0 || at >= columns()) return Raw{};
-        const Raw raw = HistoryPair<T>::read(row + 2 * i);
-        return at + 1 == columns() ? HistoryPair<T>::first(raw) : raw;
-      };
-      upper_[i] = load(upper, back);
-      lower_[i] = load(lower, back - 2);
+      const bool exists = first + 2 * i >= 0 && first + 2 * i < columns();
+      const bool has_upper = exists && back <= rows;
+      const bool has_lower = exists && back - 2 <= rows && lower != nullptr;
+      upper_[i] = has_upper ? HistoryPair<T>::read(upper + 2 * i) : Raw{};
+      lower_[i] = has_lower ? HistoryPair<T>::read(lower + 2 * i) : Raw{};
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (first + 2 * i + 1 != columns()) continue;
+      upper_[i] = HistoryPair<T>::first(upper_[i]);
+      lower_[i] = HistoryPair<T>::first(lower_[i]);
     }
   }
   // The list that holds a task.

@@ -84,16 +84,17 @@ __device__ std::int32_t hot_inner(const HotTables& tables, const HotWeights& wei
                                   const PairRows<T>& rows, std::int64_t first, int segment) {
   const int q = lane_id() % 4;
   const int column = segment * kSegmentWidth;
-  const T* upper = rows.row(first + lane_id() / 4 + q);
-  const T* lower = q < 3 ? rows.row(first + lane_id() / 4 + q + 2) : nullptr;
-  HotRows seen;
+  const T* upper_row = rows.row(first + lane_id() / 4 + q);
+  const T* lower_row = q < 3 ? rows.row(first + lane_id() / 4 + q + 2) : nullptr;
+  std::uint32_t upper[4];
+  std::uint32_t lower[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int at = column - 2 + 2 * i;
-    seen.set(i, HistoryPair<T>::scaled(rows.load(upper, at)),
-             HistoryPair<T>::scaled(rows.load(lower, at)));
+    upper[i] = HistoryPair<T>::scaled(rows.load(upper_row, at));
+    lower[i] = HistoryPair<T>::scaled(rows.load(lower_row, at));
   }
-  return evaluate_hot<HotKind::kInner>(tables, weights, seen, column, rows.columns).inner;
+  return evaluate_hot<HotKind::kInner>(tables, weights, {upper, lower}, column, rows.columns).inner;
 }
 
 template <typename T>
