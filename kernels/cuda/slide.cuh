@@ -70,8 +70,7 @@ struct SlideMap {
   std::int32_t* scores;
   std::uint32_t* counter;  // of the list of this lane's side, where it appends
   HotEntry* entries;
-  bool slides;
-  int first_rebuilt;               // from there on sums start anew: these don't slide
+  Progress progress;
   unsigned from[Copies::kRounds];  // where this lane's copies begin, of the ring; of the first pair
 
   __device__ SlideMap(const Map& on, int sequence, const HotLists& lists)
@@ -79,12 +78,10 @@ struct SlideMap {
         rows(rows_of<T>(on)),
         num_rows(on.num_rows()),
         sums(on.sums()),
-        scores(on.scores()) {
+        scores(on.scores()),
+        progress(progress_of(on.header(), num_rows, rows.columns)) {
     ring = rows.ring - kSinkColumns;
     asm volatile("" : "+l"(ring));  // kept: the compiler would compute it for every copy
-    const Progress progress = progress_of(on.header(), num_rows, rows.columns);
-    slides = progress.slides;
-    first_rebuilt = progress.first_rebuilt;
     const int list = lists.list(sequence, on.index, listed_side());
     counter = lists.counters + list;
     entries = lists.entries(on.state, list);
@@ -103,7 +100,7 @@ struct SlideMap {
   }
   // What this lane's part of a row adds to a sum, or to the edge.
   __device__ int factor(int side) const {
-    return has_inner() ? (slides ? (side == kBottom ? 1 : -1) : 0) : 1;
+    return has_inner() ? (progress.slides ? (side == kBottom ? 1 : -1) : 0) : 1;
   }
   // For the hot kernel.
   __device__ std::uint32_t step() const {
@@ -184,7 +181,7 @@ __device__ void list_hot(const SlideMap<T>& on, int first, int count, unsigned h
     const unsigned of_span = __shfl_sync(~0U, hot, i) & of_side;
     if ((of_span >> lane_id() & 1) != 0) {
       const int segment = (first + i) * kSpanSegments + own;
-      const bool slides = on.slides && segment * kSegmentWidth < on.first_rebuilt;
+      const bool slides = on.progress.slides && segment * kSegmentWidth < on.progress.first_rebuilt;
       out[__popc(of_span & ((1U << lane_id()) - 1))] = {pack_of(on.map.index, segment, slides),
                                                         step};
     }
@@ -219,7 +216,7 @@ __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int 
 #pragma unroll
       for (int row = 2 * k; row < min(2 * k + 2, kSeenRows); ++row) {
         const T* at =
-            &staged.rows[side * kSeenRows + row][kSinkColumns + read_column(i % kPairSpans, 0)];
+            &staged.rows[side * kSeenRows + row][kSinkColumns + read_column(i % kPairSpans)];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           a[i][row % 2 * 2 + half] = Pair::cold(Pair::read(at + half * kHalf));
@@ -238,7 +235,7 @@ __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int 
 #pragma unroll
     for (int part = 0; part < 2 * kPairSpans; ++part) {
       value[part / 2][part % 2] =
-          *reinterpret_cast<const int2*>(staged.sums + written_column(0, 0) + part * kHalf);
+          *reinterpret_cast<const int2*>(staged.sums + written_column(0) + part * kHalf);
     }
   }
   unsigned cold[kStencils];
@@ -285,7 +282,7 @@ __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int 
     of.x += is_edge * sum.x;
     of.y += is_edge * sum.y;
   }
-  std::int32_t* out = (has_inner() ? on.sums : on.scores) + written_column(span, 0);
+  std::int32_t* out = (has_inner() ? on.sums : on.scores) + written_column(span);
 #pragma unroll
   for (int i = 0; i < kPairSpans; ++i) {
     if (i > 0 && span + i >= end) break;
@@ -304,7 +301,7 @@ __device__ void slide_pair(const ColdTables& tables, const SlideMap<T>& on, int 
     std::uint32_t newest = 0;
 #pragma unroll
     for (int part = 0; part < 2 * kPairSpans; ++part) {
-      const T* at = &staged.rows[kSeenRows - 1][kSinkColumns + read_column(0, 0) + part * kHalf];
+      const T* at = &staged.rows[kSeenRows - 1][kSinkColumns + read_column(0) + part * kHalf];
       newest = __vmaxu2(newest, Pair::cold(Pair::read(at)));
     }
     if (holds_none<T>(newest)) distrust(on.map, on.first_row(kBottom), kNewest);
@@ -390,7 +387,7 @@ __device__ __noinline__ void run_slide(const CnnTables* from, const HistoryState
     const int stop = min(spans, item.unit + end - at);
     if (item.unit < stop) {
       const SlideMap<T> on(map, item.sequence, lists);
-      if (on.first_rebuilt < on.rows.columns && lane_id() == 0) lists.starts_anew() = 1;
+      if (on.progress.first_rebuilt < on.rows.columns && lane_id() == 0) lists.starts_anew() = 1;
       slide_spans<T>(shared.tables, on, item.unit, stop, staged);
     }
     at += item.units - item.unit;

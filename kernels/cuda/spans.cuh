@@ -33,19 +33,16 @@ __device__ inline void distrust(const Map& map, std::int64_t first, unsigned row
             static_cast<unsigned long long>(row + kHistoryRows + 1));
 }
 
-// The column that this lane reads of a row, for segment g + 8 half of a span.
-__device__ inline int read_column(int span, int half) {
-  const int lane = lane_id();
-  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth - 2 + lane % 4 * 2;
-}
-// The first column that it writes of the cold stencils' products.
-__device__ inline int written_column(int span, int half) {
-  const int lane = lane_id();
-  return span * kSpanColumns + (lane / 4 + half * 8) * kSegmentWidth + lane % 2 * 2;
-}
+// Of segment g + 8 half of a span.
 __device__ inline int first_column(int span, int half) {
   return span * kSpanColumns + (lane_id() / 4 + half * 8) * kSegmentWidth;
 }
+// Of segment g: the column that this lane reads of a row, and the first one that it writes of the
+// cold stencils' products. Half a span later is what it has of segment g + 8.
+__device__ inline int read_column(int span) {
+  return first_column(span, 0) - 2 + lane_id() % 4 * 2;
+}
+__device__ inline int written_column(int span) { return first_column(span, 0) + lane_id() % 2 * 2; }
 
 // Whether either of two cold operands stands for a value that is none.
 template <typename T>
