@@ -9,7 +9,7 @@
 // kFinishing: its tokens are final; the KV report of its release is awaited.
 // Any state may end in kDone by an error or because the client is gone.
 //
-// For one thread. Example: tests/coordinator/request_test.cc
+// For one thread.
 #pragma once
 
 #include <chrono>

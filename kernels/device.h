@@ -35,7 +35,7 @@ class PeerSum;  // kernels/peer_sum.h
 std::string_view name_of(DataType type);
 
 // How a history value is stored. kE5m3: the fp16 bits of value * 2^12, shifted right by 7
-// (5 exponent and 3 mantissa bits, no sign): 2^-29 .. 1 in one byte.
+// (5 exponent and 3 mantissa bits, no sign): 2^-29 .. 15 in one byte.
 enum class HistoryType { kFp32, kBf16, kE5m3 };
 constexpr std::size_t bytes_of(HistoryType type) {
   return type == HistoryType::kFp32 ? 4 : type == HistoryType::kBf16 ? 2 : 1;
@@ -205,7 +205,8 @@ struct SwiGluArgs {
 
 // Splits qkv = [rows, q | k | v], norms q and k a head where weights are given (Qwen3), rotates
 // both by position (rotate-half, as Hugging Face), and stores q, k, v.
-// inv_freq: [head_dim / 2], already scaled (worker/rope.h); scale: yarn's attention factor.
+// inv_freq: [head_dim / 2], already scaled (rope_inverse_frequencies in common/model_config.h);
+// scale: yarn's attention factor.
 struct RopeArgs {
   const void* qkv;      // [rows, (num_heads + 2 * num_kv_heads) * head_dim] activation
   const float* q_norm;  // [head_dim], or null

@@ -1,6 +1,6 @@
 // What `foretoken bench gather` and `bench predictor` measure: single ops of a decode step, on the
 // device itself, without a service. Each function returns one JSON object in one line, and throws
-// Exception. Example: tests/worker/bench_test.cc
+// Exception. Example: tests/worker/bench_command_test.cc
 #pragma once
 
 #include <functional>

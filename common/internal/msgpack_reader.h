@@ -4,7 +4,7 @@
 // would become 100 MB before any cap could be checked. This reader allocates nothing; what it
 // returns views the frame. The first failure sticks: later reads fail, error() says what and where.
 //
-// Not thread-safe. Example: tests/common/msgpack_reader_test.cc
+// Not thread-safe. Example: common/internal/wire.cc
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,7 @@ struct ServiceFlag {
   std::string_view help;
 };
 
-// All of them, in --help's order. tests/launch/service_flags_test.cc: none is missing.
+// All of them, in --help's order. tests/launch/config_sources_test.cc: none is missing.
 std::span<const ServiceFlag> service_flags();
 
 std::string environment_name(std::string_view field);  // kv_budget -> FORETOKEN_KV_BUDGET
