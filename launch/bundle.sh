@@ -40,7 +40,9 @@ folder=$1
 
 # The machine's own: the C and C++ runtimes, and MPI with what it brings.
 left_out='^(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|stdc\+\+|gcc_s|mpi.*|open-.*|pmix|hwloc|event.*|util|z)\.so.*)$'
-cuda_libraries='^lib(cublas.*|cudnn.*|nccl|cudart|nvrtc).*\.so.*$'
+cuda_libraries='^lib(cublas.*|nccl|cudart).*\.so.*$'
+# What is loaded at run time, so that ldd lists none of it: cuDNN and its parts, and its compiler.
+loaded_later='^lib(cudnn.*[.]so[.]9|nvrtc(-builtins)?[.]so[.][0-9.]+)$'
 
 mkdir -p "$folder/bin" "$folder/lib"
 for program in "${programs[@]}"; do
@@ -57,6 +59,14 @@ for program in "${programs[@]}"; do
     cp -uL "$library" "$folder/lib/$name"
   done < <(ldd "$path" | awk '$2 == "=>" && $3 ~ "^/" {print $3}')
 done
+if $with_cuda; then
+  libraries=$(PATH=$PATH:/sbin:/usr/sbin ldconfig -p | awk -v wanted="$loaded_later" '$1 ~ wanted {print $NF}')
+  if [[ "$libraries" != *libcudnn.so.9* ]]; then
+    echo "libcudnn.so.9 is not in the linker's cache (ldconfig -p): install cuDNN, or leave --cuda out" >&2
+    exit 1
+  fi
+  for library in $libraries; do cp -uL "$library" "$folder/lib/"; done
+fi
 mkdir -p "$folder/share/foretoken"
 cp build/release/share/foretoken/* "$folder/share/foretoken/"
 for extra in "${extras[@]}"; do cp "$extra" "$folder/"; done
