@@ -43,6 +43,8 @@ class Request {
   // ---- life ----
   RequestState state() const { return state_; }
   // The prompt is known: kTokenizing -> kWaiting. max_tokens is final now, and at least 1.
+  // kTokenizing: its prompt's text, which it no longer keeps.
+  std::string take_text();
   void set_prompt(std::vector<TokenId> ids, int max_tokens,
                   const std::optional<Tokenizer>& tokenizer);
   // A group takes it: kWaiting -> kRunning.

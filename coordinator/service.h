@@ -112,6 +112,7 @@ class Service {
 
   // Groups (service_groups.cc).
   void on_message(const std::string& peer, const Hello& message, TimePoint now);
+  void turn_away(const std::string& peer);
   void on_message(const std::string& peer, const Ready& message, TimePoint now);
   void on_message(const std::string& peer, const StepResult& message, TimePoint now);
   void on_message(const std::string& peer, const Heartbeat& message, TimePoint now);

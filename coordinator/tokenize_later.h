@@ -18,6 +18,8 @@ class TokenizeLater {
   // Nobody wants its tokens any more: it is not begun, and its text not kept. They may come all the
   // same, if it was begun already.
   virtual void cancel(RequestId id) = 0;
+  // Of the texts that are not begun.
+  virtual std::size_t waiting_bytes() = 0;
 };
 
 }  // namespace foretoken::coordinator

@@ -1,8 +1,8 @@
 // TokenizeThread: turns long texts into tokens beside the main loop. Tenants take turns; a
 // tenant's texts are in their order.
 //
-// Owns its thread. submit(), cancel() and take() are for one thread; fd() is readable when take()
-// has something. Example: tests/coordinator/tokenize_thread_test.cc
+// Owns its thread. submit(), cancel(), waiting_bytes() and take() are for one thread; fd() is
+// readable when take() has something. Example: tests/coordinator/tokenize_thread_test.cc
 #pragma once
 
 #include <condition_variable>
@@ -28,6 +28,7 @@ class TokenizeThread : public TokenizeLater {
   void submit(RequestId id, const std::string& tenant, std::string text,
               EncodeOptions options) override;
   void cancel(RequestId id) override;
+  std::size_t waiting_bytes() override;
   std::vector<Answer> take();
   int fd() const { return event_fd_; }
 

@@ -28,13 +28,19 @@ double median_ms(std::vector<std::chrono::microseconds> steps) {
 Request::Request(Origin origin, GenerateRequest wish)
     : origin_(std::move(origin)), wish_(std::move(wish)) {}
 
+std::string Request::take_text() {
+  FT_CHECK(state_ == RequestState::kTokenizing && wish_.prompt.has_value());
+  std::string text = *std::move(wish_.prompt);
+  wish_.prompt.reset();
+  return text;
+}
+
 void Request::set_prompt(std::vector<TokenId> ids, int max_tokens,
                          const std::optional<Tokenizer>& tokenizer) {
   FT_CHECK(state_ == RequestState::kTokenizing && max_tokens >= 1 && !ids.empty());
   prompt_ = std::move(ids);
   max_tokens_ = max_tokens;
   text_.emplace(tokenizer, wish_.stop);
-  wish_.prompt.reset();
   wish_.prompt_ids.reset();
   state_ = RequestState::kWaiting;
 }

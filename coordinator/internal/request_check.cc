@@ -79,6 +79,11 @@ Status check_request(const GenerateRequest& request, std::int64_t vocab_size) {
   if (request.prompt_ids) {
     FT_RETURN_IF_ERROR(check_ids("prompt_ids", *request.prompt_ids, vocab_size));
   }
+  const auto most = static_cast<std::size_t>(request.max_tokens.value_or(kDefaultMaxTokens));
+  if (request.forced_ids.size() > most) {
+    return invalid("forced_ids has " + std::to_string(request.forced_ids.size()) +
+                   " ids; max_tokens asks for " + std::to_string(most) + " tokens");
+  }
   FT_RETURN_IF_ERROR(check_ids("forced_ids", request.forced_ids, vocab_size));
   return check_ids("stop_token_ids", request.stop_token_ids, vocab_size);
 }

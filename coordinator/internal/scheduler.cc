@@ -457,14 +457,14 @@ void Scheduler::on_prefilled(const InFlight& step) {
 void Scheduler::on_releases(const InFlight& step, const std::vector<StepResult>& ranks,
                             std::vector<StepEvent>& events) {
   for (const auto id : step.releases) {
+    const auto found = sequences_.find(id);
     Released released{id, {}};
-    released.kv.spilled = config_.spills && !sequences_.at(id).given.admit.dense;
+    released.kv.spilled = config_.spills && !found->second.given.admit.dense;
     for (const auto& rank : ranks) {
       for (const auto& stats : rank.stats) {
         if (stats.sequence == id) add_to(released.kv, stats.kv);
       }
     }
-    const auto found = sequences_.find(id);
     if (found->second.wanted) events.push_back(std::move(released));
     sequences_.erase(found);
   }

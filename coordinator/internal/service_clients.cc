@@ -11,6 +11,8 @@ namespace {
 
 // Longer texts are tokenized elsewhere: 1 MiB takes about 100 ms.
 constexpr std::size_t kShortText = 8192;
+// Of long texts that wait for that: some 6 s of it, and memory that clients may fill.
+constexpr std::size_t kMostText = std::size_t{64} << 20;
 // Ids of a prompt that are decoded whatever the context: 65,536 take 1 ms.
 constexpr std::size_t kMostIds = 65536;
 
@@ -68,6 +70,12 @@ Status Service::check_admission(const RouterFrame& frame, const GenerateRequest&
                                             " requests wait already (--max-waiting); try again "
                                             "later"};
   }
+  if (wish.prompt && wish.prompt->size() > kShortText && parts_.tokenize_later != nullptr &&
+      parts_.tokenize_later->waiting_bytes() + wish.prompt->size() > kMostText) {
+    return Error{ErrorCode::kExhausted,
+                 "64 MiB of text wait to be tokenized already; try again "
+                 "later"};
+  }
   const bool limited = parts_.operator_key.empty() || frame.client_key != parts_.operator_key;
   if (limited && sessions_.count(frame.peer, frame.client_key) >=
                      static_cast<std::size_t>(config.max_requests_per_client)) {
@@ -92,12 +100,12 @@ void Service::on_request(const RouterFrame& frame, GenerateRequest wish, TimePoi
   sessions_.attach(frame.peer, frame.client_key, wish.request_id, id);
   auto request = std::make_unique<Request>(Request::Origin{id, frame.peer, frame.client_key, now},
                                            std::move(wish));
-  const auto& taken = *(requests_[id] = std::move(request));
+  auto& taken = *(requests_[id] = std::move(request));
   if (taken.wish().prompt_ids) return on_tokenized(id, *taken.wish().prompt_ids, now);
-  const auto& text = *taken.wish().prompt;
+  std::string text = taken.take_text();
   const EncodeOptions options{.add_special = taken.wish().add_special_tokens};
   if (parts_.tokenize_later != nullptr && text.size() > kShortText) {
-    return parts_.tokenize_later->submit(id, taken.tenant(), text, options);
+    return parts_.tokenize_later->submit(id, taken.tenant(), std::move(text), options);
   }
   on_tokenized(id, parts_.model.tokenizer->encode(text, options), now);
 }

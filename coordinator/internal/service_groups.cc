@@ -57,15 +57,20 @@ Service::Group* Service::find_group(int number) {
 
 void Service::on_message(const std::string& peer, const Hello& hello, TimePoint now) {
   auto* group = find_group(hello.group);
-  if (group == nullptr) return;
+  if (group == nullptr) return turn_away(peer);
   const auto epoch = group->ranks.epoch();
   const auto events = group->ranks.on_hello(peer, hello);
-  if (events.empty()) return;  // not welcome
+  if (events.empty()) return turn_away(peer);
   on_events(*group, events, now);
   if (group->ranks.epoch() != epoch) on_events(*group, group->ranks.on_hello(peer, hello), now);
   group->kill_at.reset();
   // Its other ranks are as near as this one, or will never come.
   if (!group->ranks.is_assembled()) group->kill_at = now + kRestartPatience;
+}
+
+// A rank that is not welcome. It ends, and says so.
+void Service::turn_away(const std::string& peer) {
+  static_cast<void>(outbox_.to_worker(peer, encode(CoordinatorMessage(Shutdown{}))));
 }
 
 void Service::on_message(const std::string& peer, const Ready& ready, TimePoint now) {

@@ -38,6 +38,13 @@ void TokenizeThread::cancel(RequestId id) {
   std::erase_if(jobs_, [id](const Job& job) { return job.id == id; });
 }
 
+std::size_t TokenizeThread::waiting_bytes() {
+  const std::lock_guard lock(mutex_);
+  std::size_t bytes = 0;
+  for (const Job& job : jobs_) bytes += job.text.size();
+  return bytes;
+}
+
 std::vector<TokenizeThread::Answer> TokenizeThread::take() {
   const std::lock_guard lock(mutex_);  // also for what fd() says: it goes with the answers
   eventfd_t count = 0;

@@ -56,6 +56,12 @@ TEST(RequestCheck, NamesTheFieldAndItsCap) {
   EXPECT_THAT(why([](auto& r) { r.max_tokens = 0; }), HasSubstr("max_tokens must be at least 1"));
   EXPECT_THAT(why([](auto& r) { r.stop_token_ids = {100}; }), HasSubstr("the id 100"));
   EXPECT_THAT(why([](auto& r) { r.forced_ids = {-1}; }), HasSubstr("the id -1"));
+  EXPECT_THAT(why([](auto& r) { r.forced_ids.assign(257, 1); }), HasSubstr("asks for 256 tokens"));
+  EXPECT_THAT(why([](auto& r) {
+                r.forced_ids = {1, 2};
+                r.max_tokens = 1;
+              }),
+              HasSubstr("forced_ids has 2 ids; max_tokens asks for 1"));
   EXPECT_THAT(why([](auto& r) { r.stop.assign(17, "x"); }), HasSubstr("at most 16"));
   EXPECT_THAT(why([](auto& r) { r.stop = {std::string(257, 'x')}; }), HasSubstr("at most 256"));
   EXPECT_THAT(why([](auto& r) { r.stop = {""}; }), HasSubstr("empty string"));

@@ -362,7 +362,9 @@ struct TextsToTokenize : TokenizeLater {
     waiting.insert(id);
   }
   void cancel(RequestId id) override { waiting.erase(id); }
+  std::size_t waiting_bytes() override { return bytes; }
   std::set<RequestId> waiting;
+  std::size_t bytes = 0;
 };
 
 TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
@@ -381,6 +383,38 @@ TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
   pass(ClientSessions::kKeepAlive);
   EXPECT_EQ(service().num_requests(), 0U);
   EXPECT_TRUE(texts.waiting.empty());
+}
+
+TEST_F(ServiceTest, TakesNoMoreTextThanItCanHold) {
+  model_.tokenizer = tiny_tokenizer();
+  TextsToTokenize texts;
+  tokenizing_ = &texts;
+  auto request = wish("r1");
+  request.prompt_ids.reset();
+  request.prompt = std::string(100'000, 'x');
+  texts.bytes = (std::size_t{64} << 20) - 100'000;
+  ask(request);
+  EXPECT_EQ(texts.waiting.size(), 1U);
+  ++texts.bytes;
+  request.request_id = "r2";
+  ask(request);
+  EXPECT_EQ(texts.waiting.size(), 1U);
+  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
+  EXPECT_EQ(told<ErrorMessage>()[0].code, "exhausted");
+  EXPECT_EQ(told<ErrorMessage>()[0].request_id, "r2");
+}
+
+TEST_F(ServiceTest, RanksThatAreNotWelcomeAreTold) {
+  start_rank();
+  say(Hello{0, 0, 2, 1, "here", ++lives_});  // two ranks, where a group has one
+  work();
+  EXPECT_EQ(shutdowns_, 1);
+  say(Hello{1, 0, 1, 1, "here", ++lives_});  // of a group that there is not
+  work();
+  EXPECT_EQ(shutdowns_, 2);
+  ask(wish("r1"));
+  work();
+  EXPECT_EQ(told<DoneMessage>().size(), 1U);  // the group that there is goes on
 }
 
 TEST_F(ServiceTest, OthersRequestsCanNotBeCancelled) {

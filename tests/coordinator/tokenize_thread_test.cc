@@ -67,6 +67,7 @@ TEST(TokenizeThread, WhatIsCancelledIsNotBegun) {
   thread.submit(RequestId{1}, "t", long_text(), {});
   for (int i = 2; i < 100; ++i) {
     thread.submit(RequestId(i), "t", "x", {});
+    EXPECT_GE(thread.waiting_bytes(), 1U);
     thread.cancel(RequestId(i));
   }
   thread.submit(RequestId{100}, "t", "x", {});

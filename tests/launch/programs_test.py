@@ -77,6 +77,19 @@ class ByHand:
             process.wait()
 
 
+def test_a_rank_that_is_not_welcome_ends_and_says_so(tmp_path):
+    with ByHand(tmp_path, timeout_s=60) as service:
+        with Client(service.endpoint, None, silence_timeout=60) as client:
+            wait_until(lambda: client.status()["state"] == "ready", what="readiness")
+            one_more = [*MPIRUN, "-n", "1", BIN / "foretoken-worker", "--group", "1"]
+            one_more += ["--coordinator", f"ipc://{tmp_path}/worker.sock"]
+            done = subprocess.run(
+                one_more, capture_output=True, text=True, timeout=20, env={**os.environ, **AS_ROOT}
+            )
+            assert done.returncode == 75 and "turned this rank away: rank 0 of 1 in group 1" in done.stderr
+            assert client.generate("x", max_tokens=3, ignore_eos=True).usage["completion_tokens"] == 3
+
+
 def test_ranks_end_by_themselves_when_their_coordinator_is_gone(tmp_path):
     with ByHand(tmp_path, timeout_s=2) as service:
         with Client(service.endpoint, None, silence_timeout=60) as client:
