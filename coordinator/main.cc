@@ -9,6 +9,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "common/log.h"
 #include "common/program.h"
 #include "coordinator/server.h"
 
@@ -31,6 +32,16 @@ foretoken::ServiceConfig read_config(const std::string& path) {
   return config;
 }
 
+// Each connection takes one: clients' must not leave ranks without.
+void raise_open_files() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  if (setrlimit(RLIMIT_NOFILE, &limit) != 0) {
+    foretoken::log().warn("open files stay at {}", limit.rlim_cur);
+  }
+}
+
 // Before any thread starts, so that all inherit it.
 void block_signals() {
   sigset_t signals;
@@ -49,6 +60,7 @@ void serve(ServerConfig config, const std::string& config_path) {
     setpriority(PRIO_PROCESS, 0, kNice);
   }
   block_signals();
+  raise_open_files();
   Server(std::move(config)).run();
 }
 

@@ -95,6 +95,11 @@ FoundConfig ServiceOptions::find(const std::string& model) const {
   return find_config(sources).value_or_throw();
 }
 
+std::string ServiceOptions::any_given() const {
+  if (!file_.empty()) return "--config";
+  return given_.empty() ? "" : flag_name(given_.begin()->first);
+}
+
 int run(int argc, const char* const* argv) {
   CLI::App app(kAbout, "foretoken");
   app.footer(kExitCodes);

@@ -34,6 +34,8 @@ class ServiceOptions {
   void add_to(CLI::App& app);
   // After parsing. Throws Exception.
   FoundConfig find(const std::string& model) const;
+  // One of the flags that were given, --config included; none: empty.
+  std::string any_given() const;
 
  private:
   GivenFlags given_;

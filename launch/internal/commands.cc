@@ -44,7 +44,7 @@ Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files) 
   return command;
 }
 
-Command coordinator_command(const ServiceConfig&, const ServiceFiles& files) {
+Command coordinator_command(const ServiceFiles& files) {
   return {.name = "coordinator",
           .argv = {sibling_program("foretoken-coordinator").string(),
                    "--config=" + files.config().string(), "--runtime-dir=" + files.folder.string(),

@@ -10,7 +10,7 @@ namespace foretoken::launch {
 enum class Launcher { kMpirun, kSrun };
 
 Command kvstore_command(const ServiceConfig& config, const ServiceFiles& files);
-Command coordinator_command(const ServiceConfig& config, const ServiceFiles& files);
+Command coordinator_command(const ServiceFiles& files);
 struct GroupLife {
   int group = 0;
   int life = 0;  // 1: its first start

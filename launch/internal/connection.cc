@@ -56,6 +56,14 @@ void ModelOrConnectOptions::check() const {
   if (model_.empty() == connect_.endpoint().empty()) {
     throw CLI::RequiredError("one of --model and --connect");
   }
+  if (!is_private() && !service_.any_given().empty()) {
+    throw CLI::ValidationError(service_.any_given(),
+                               "is for a service that is started (--model); the one of --connect "
+                               "has its own");
+  }
+  if (is_private() && connect_.has_key_file()) {
+    throw CLI::ValidationError("--key-file", "goes with --connect");
+  }
 }
 
 ServiceConfig ModelOrConnectOptions::service_config() const {

@@ -19,6 +19,7 @@ class ConnectOptions {
   // --connect and --key-file.
   void add_to(CLI::App& app);
   const std::string& endpoint() const { return endpoint_; }
+  bool has_key_file() const { return !key_file_.empty(); }
   // Throws Exception.
   client::ClientConfig find() const;
 
@@ -31,7 +32,8 @@ class ConnectOptions {
 class ModelOrConnectOptions {
  public:
   void add_to(CLI::App& app);
-  // Throws CLI::ParseError unless exactly one of the two was given. Call in the app's callback.
+  // Throws CLI::ParseError unless exactly one of the two was given, and only flags that go with it.
+  // Call in the app's callback.
   void check() const;
   // A connection, and the private service behind it if it is one's own. Throws Exception.
   struct Opened {

@@ -129,7 +129,7 @@ Process::Process(const Command& command) : name_(command.name) {
 
 Process::~Process() {
   if (!poll()) {
-    signal_group(SIGKILL);
+    kill(-pid_, SIGKILL);  // to all of its group
     waitpid(pid_, nullptr, 0);
   }
   close(pidfd_);
@@ -164,10 +164,6 @@ std::optional<ExitStatus> Process::wait(std::chrono::milliseconds timeout) {
 
 void Process::signal(int number) {
   if (!poll()) kill(pid_, number);
-}
-
-void Process::signal_group(int number) {
-  if (!poll()) kill(-pid_, number);
 }
 
 }  // namespace foretoken::launch

@@ -60,8 +60,7 @@ class Process {
   std::optional<ExitStatus> poll();
   // Waits; nullopt after `timeout`.
   std::optional<ExitStatus> wait(std::chrono::milliseconds timeout);
-  void signal(int number);        // to the child
-  void signal_group(int number);  // to all of its group
+  void signal(int number);  // to the child
 
  private:
   std::string name_;

@@ -69,6 +69,12 @@ int serve(const ServeOptions& options) {
   config.quiet = options.quiet;
   std::unique_ptr<RuntimeFolder> own_folder;
   if (options.runtime_dir.empty()) {
+    if (config.service.kv_persist) {
+      throw Exception(
+          ErrorCode::kConfig,
+          "--kv-persist needs --runtime-dir: prefixes belong to a service's keys, which "
+          "are new at each start without one");
+    }
     own_folder = std::make_unique<RuntimeFolder>();
     config.files.folder = own_folder->path();
   } else {

@@ -92,7 +92,7 @@ void Supervisor::start() {
   const Status written = write_private_file(config_.files.config(), to_json(config_.service));
   if (!written) throw Exception(written.error());
   store_ = std::make_unique<Process>(kvstore_command(config_.service, config_.files));
-  coordinator_ = std::make_unique<Process>(coordinator_command(config_.service, config_.files));
+  coordinator_ = std::make_unique<Process>(coordinator_command(config_.files));
   for (int number = 0; number < config_.service.num_groups; ++number) {
     groups_.push_back(Group{.number = number});
     groups_.back().start_at = Clock::time_point::max();  // once the coordinator listens
@@ -233,7 +233,7 @@ std::string Supervisor::describe_end(const Group& group, const ExitStatus& statu
 
 void Supervisor::on_group_end(Group& group, const ExitStatus& status) {
   const std::string what = describe_end(group, status);
-  if (draining_) {
+  if (draining_ && (status.ok() || !ready_)) {  // the coordinator told it to end
     group.process.reset();
   } else if (!ready_) {
     if (is_the_machines(status)) {
@@ -249,6 +249,7 @@ void Supervisor::restart_group(Group& group, const std::string& reason) {
   group.process.reset();  // SIGKILL to its group; its ranks follow (PDEATHSIG)
   const auto now = Clock::now();
   const auto pause = group.limit.next(now);
+  if (!pause && draining_) return say(reason + "; the service ends, so it is not restarted again");
   if (!pause) {
     throw Exception(ErrorCode::kDevice, reason + "; it was restarted " +
                                             std::to_string(kMostRestarts) +
@@ -260,7 +261,7 @@ void Supervisor::restart_group(Group& group, const std::string& reason) {
 
 void Supervisor::start_due_groups() {
   for (Group& group : groups_) {
-    if (group.start_at && Clock::now() >= *group.start_at && !draining_) start_group(group);
+    if (group.start_at && Clock::now() >= *group.start_at) start_group(group);
   }
 }
 
@@ -299,7 +300,7 @@ void Supervisor::announce() {
 
 // ---- end -------------------------------------------------------------------------------------
 
-// Groups that end from now on are not started again.
+// Groups that end well from now on are not started again.
 void Supervisor::expect_end() {
   if (draining_) return;
   draining_ = true;

@@ -46,6 +46,9 @@ def test_unknown_words_are_usage_with_a_did_you_mean(words, near):
         ["generate", "--prompt", "x"],
         ["generate", "--model", "m"],
         ["generate", "--model", "m", "--connect", "e", "--prompt", "x"],
+        ["generate", "--connect", "e", "--prompt", "x", "--kv-budget=512"],
+        ["generate", "--connect", "e", "--prompt", "x", "--config=f.toml"],
+        ["generate", "--model", "m", "--key-file=k", "--prompt", "x"],
         ["generate", "--model", "m", "--prompt", "x", "--prompt-file", "y"],
         ["tokenize", "m"],
         ["serve", "m", "--kv-budget", "many"],
@@ -69,6 +72,7 @@ def test_what_the_configuration_refuses_exits_with_3(model):
         ["--tensor-parallel-size=4"],
         ["--kv-policy=magic"],
         ["--config=/nowhere.toml"],
+        ["--kv-nvme-path=/nowhere", "--kv-persist"],  # without --runtime-dir
     ):
         done = run("serve", model, *SMALL, *flags)
         assert done.returncode == 3, flags

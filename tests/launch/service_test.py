@@ -377,6 +377,13 @@ def test_ranks_that_end_before_their_coordinator_are_not_restarted(model, set_co
         assert "restarting" not in running.log.read_text()
 
 
+def test_the_coordinator_opens_as_many_files_as_it_may(model):
+    with Service(model, FULL, under=["prlimit", "--nofile=512:4096"]) as running:
+        (pid,) = running.pids("foretoken-coordinator")
+        (line,) = re.findall("Max open files.*", pathlib.Path(f"/proc/{pid}/limits").read_text())
+        assert line.split()[3:5] == ["4096", "4096"]
+
+
 def test_everything_dies_with_a_killed_serve(model):
     with Service(model, FULL, "--tensor-parallel-size=2") as running:
         assert len(running.pids("foretoken-worker")) == 2
@@ -408,6 +415,21 @@ def test_a_killed_rank_is_replaced_and_the_stream_goes_on(model):
             assert stream_through_a_death(running, client) == undisturbed
             assert client.status()["worker_restarts"] == 1
         assert "worker group 0 exited with code 137 (signal 9" in running.log.read_text()
+
+
+def test_a_rank_that_dies_in_a_drain_is_replaced(model):
+    with Service(model, FULL, "--tensor-parallel-size=2") as running:
+        with Client(running.endpoint, running.key_file) as client:
+            undisturbed = client.generate(STORY, **LONG).ids
+            stream = client.stream(STORY, **LONG)
+            ids = list(next(stream).ids)
+            running.process.send_signal(signal.SIGTERM)
+            wait_until(lambda: client.status()["state"] == "draining", what="a drain")
+            os.kill(running.pids("foretoken-worker")[0], signal.SIGKILL)
+            for piece in stream:
+                ids += piece.ids
+            assert ids == undisturbed
+        assert running.process.wait(30) == 0
 
 
 @pytest.fixture(scope="module")
