@@ -202,11 +202,12 @@ class OutsizedKv {
   RunIo& io_;
   ArenaGuard* guard_;
   Parts parts_;
-  std::byte** runs_ = nullptr;          // pinned
-  std::uint64_t* checksums_ = nullptr;  // pinned
-  float* scores_ = nullptr;             // pinned
-  std::vector<Run> runs_state_;         // by RunIndex
-  std::vector<Seal> seals_;             // by RunIndex: of what is on NVMe
+  void* tables_;  // pinned, all three:
+  std::byte** runs_;
+  std::uint64_t* checksums_;
+  float* scores_;
+  std::vector<Run> runs_state_;  // by RunIndex
+  std::vector<Seal> seals_;      // by RunIndex: of what is on NVMe
   std::vector<std::uint32_t> free_frames_;
   std::vector<std::vector<RunIndex>> held_;  // by layer
   std::size_t num_held_ = 0;

@@ -77,6 +77,9 @@ Result<std::string> read_private_file(const std::filesystem::path& path) {
     return key_error(path, "others can read it; run: chmod 600 " + path.string());
   }
   std::array<char, 65536> buffer{};
+  if (info.st_size > std::ssize(buffer)) {
+    return key_error(path, "is larger than " + std::to_string(buffer.size()) + " bytes");
+  }
   const auto count = ::read(file.get(), buffer.data(), buffer.size());
   if (count < 0) return io_error(path, "read");
   return std::string(buffer.data(), static_cast<std::size_t>(count));

@@ -312,10 +312,15 @@ Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const Prefix
     FT_RETURN_IF_ERROR(release(sequence));
     return status.error();
   }
-  FT_ASSIGN_OR_RETURN(Reservation kv,
-                      impl_->translate_outsized(sequence, grant, num_segments, std::move(file)));
-  FT_RETURN_IF_ERROR(impl_->read_prefix(kv, grant, keys));
-  return kv;
+  try {
+    FT_ASSIGN_OR_RETURN(Reservation kv,
+                        impl_->translate_outsized(sequence, grant, num_segments, std::move(file)));
+    FT_RETURN_IF_ERROR(impl_->read_prefix(kv, grant, keys));
+    return kv;
+  } catch (const std::exception& failure) {  // no memory for its tables, or no file descriptor
+    FT_RETURN_IF_ERROR(release(sequence));
+    return Error{ErrorCode::kExhausted, failure.what()};
+  }
 }
 
 Status KvStore::use(Reservation& kv, int hit_segments) {

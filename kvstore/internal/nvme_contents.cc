@@ -94,8 +94,12 @@ std::uint64_t random_id() {
   return (std::uint64_t{random()} << 32) | random();
 }
 
-// All headers, as zeros that lie on the disk: a header that is written later finds its place there,
-// where a hole would have to be filled first.
+// Of a new file. A rank that loads waits for it, and a disk may be slow or the file very large.
+constexpr std::chrono::seconds kMostZeroing{2};
+
+// The headers, as zeros that lie on the disk: a header that is written later finds its place there,
+// where a hole would have to be filled first. Past kMostZeroing the others stay holes, which read
+// as zeros too.
 Status write_empty_headers(BlockDevice& device, std::span<std::byte> memory,
                            const NvmeGeometry& geometry) {
   const std::uint64_t end = geometry.slab_offset(SlotIndex{0});
@@ -103,7 +107,8 @@ Status write_empty_headers(BlockDevice& device, std::span<std::byte> memory,
       memory.first(std::min(memory.size(), kScanBytes) / kSectorBytes * kSectorBytes);
   std::ranges::fill(zeros, std::byte{0});
   std::uint64_t at = geometry.header_offset(SlotIndex{0});
-  while (at < end) {
+  const auto deadline = std::chrono::steady_clock::now() + kMostZeroing;
+  while (at < end && std::chrono::steady_clock::now() < deadline) {
     const std::size_t bytes = std::min<std::uint64_t>(zeros.size(), end - at);
     FT_RETURN_IF_ERROR(transfer(device, {IoDirection::kWrite, at, zeros.data(), bytes}));
     at += bytes;

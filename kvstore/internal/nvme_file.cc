@@ -18,7 +18,7 @@
 namespace foretoken::kvstore {
 namespace {
 
-constexpr std::chrono::seconds kLockPatience{3};
+constexpr std::chrono::seconds kLockPatience{10};
 constexpr std::chrono::milliseconds kLockPause{10};
 constexpr int kFlags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW;
 
@@ -40,8 +40,8 @@ FileDescriptor open_direct(const std::filesystem::path& path) {
   return file;
 }
 
-// A killed store's operations may still be under way: they hold its file, and so its lock, until
-// they have ended.
+// A killed store's operations may still be under way, and ranks have the file too: both hold it,
+// and so its lock, until they have ended.
 bool lock(int file) {
   const auto deadline = std::chrono::steady_clock::now() + kLockPatience;
   while (flock(file, LOCK_EX | LOCK_NB) != 0) {
@@ -74,7 +74,9 @@ NvmeFile::NvmeFile(std::filesystem::path folder) : path_(folder / "kv-slabs") {
   do {  // again where its last owner removed it while we waited for the lock
     file_ = open_direct(path_);
     if (!lock(file_.get())) {
-      refuse(ErrorCode::kConfig, path_, "is in use by another store; give each its own folder");
+      refuse(ErrorCode::kConfig, path_,
+             "is in use by another store, or by a rank of one that was killed; give each store its "
+             "own folder");
     }
   } while (was_removed(file_.get()));
   require_private_file(file_.get(), path_);

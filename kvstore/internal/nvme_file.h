@@ -15,7 +15,7 @@ namespace foretoken::kvstore {
 
 class NvmeFile {
  public:
-  // Makes folder and file if they are absent; waits up to 3 s for the lock. Throws
+  // Makes folder and file if they are absent; waits up to 10 s for the lock. Throws
   // Exception(kConfig): the folder or the file is not ours alone, or another store has it; kIo.
   explicit NvmeFile(std::filesystem::path folder);
 

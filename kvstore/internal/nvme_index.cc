@@ -88,22 +88,25 @@ void NvmeIndex::place_behind(const SlabName& name, const SlabName& other) {
   }
 }
 
-std::optional<SlotIndex> NvmeIndex::claim() {
-  if (!free_.empty()) {
-    const SlotIndex slot = free_.front();
-    free_.pop_front();
-    add_pin(at(slot));
-    return slot;
+std::vector<SlotIndex> NvmeIndex::claim(std::size_t count) {
+  FT_CHECK(count <= num_available(), count, num_available());
+  std::vector<SlotIndex> slots;
+  slots.reserve(count);
+  for (; slots.size() < count && !free_.empty(); free_.pop_front()) slots.push_back(free_.front());
+  for (auto next = used_.begin(); slots.size() < count;) {
+    const SlotIndex slot = *next++;
+    if (at(slot).pins > 0) continue;
+    evict(slot);
+    slots.push_back(slot);
   }
-  const auto oldest =
-      std::ranges::find_if(used_, [this](SlotIndex slot) { return at(slot).pins == 0; });
-  if (oldest == used_.end()) return std::nullopt;
-  const SlotIndex victim = *oldest;
-  erase(*at(victim).name);
+  for (const SlotIndex slot : slots) add_pin(at(slot));
+  return slots;
+}
+
+void NvmeIndex::evict(SlotIndex slot) {
+  erase(*at(slot).name);
   free_.pop_back();  // where erase() has put it
-  add_pin(at(victim));
   ++num_evictions_;
-  return victim;
 }
 
 void NvmeIndex::promise(SlotIndex index, const SlabName& name) {

@@ -60,9 +60,9 @@ class NvmeIndex {
   void place_before(const SlabName& name, const SlabName& other);
   void place_behind(const SlabName& name, const SlabName& other);
 
-  // A slot to write to, pinned and without a name. nullopt: all are pinned. Forgets a slab if it
-  // must.
-  std::optional<SlotIndex> claim();
+  // Slots to write to, pinned and without a name. Forgets slabs if it must. Takes the time of the
+  // pinned ones before them once, whatever `count`. REQUIRES: as many are available.
+  std::vector<SlotIndex> claim(std::size_t count);
   // A pinned slot is to hold this slab, the last one to give way. REQUIRES: it has no name, and the
   // name is not there.
   void promise(SlotIndex slot, const SlabName& name);
@@ -105,6 +105,7 @@ class NvmeIndex {
   };
   Slot& at(SlotIndex slot);
   void add_pin(Slot& slot);
+  void evict(SlotIndex slot);
   Slot* find_slot(const SlabName& name);
   Entry entry_of(SlotIndex slot) const;
 

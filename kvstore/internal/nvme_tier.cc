@@ -39,7 +39,8 @@ std::size_t checksum_bytes(const kernels::KvShape& shape) {
 
 }  // namespace
 
-Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const NvmeOpening& opening) {
+Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file,
+                                                 const NvmeOpening& opening) try {
   const TimePoint begin = std::chrono::steady_clock::now();
   IoMemory memory = make_memory(opening.model);
   auto device = make_sealing_device(make_block_device(file.fd(), memory, depth(opening.model)),
@@ -56,6 +57,8 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file, const Nvm
         contents.unreadable.size(), raw(contents.unreadable.front()));
   }
   return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
+} catch (const Exception& failure) {  // no memory, thread or file descriptor
+  return failure.error();
 }
 
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) { return IoMemory(memory_bytes(model)); }
@@ -205,7 +208,7 @@ bool NvmeTier::store(const SlabName& name, const std::byte* slab, TimePoint now,
     ++stat_.host_checksum_failures;
     return false;
   }
-  const SlotIndex slot = *index_.claim();
+  const SlotIndex slot = index_.claim(1).front();
   index_.promise(slot, name);
   place(name, previous);
   start(index,
@@ -281,8 +284,7 @@ void NvmeTier::place(const SlabName& name, const std::optional<PrefixKey>& previ
 
 std::optional<std::vector<SlotIndex>> NvmeTier::lend(std::size_t count, TimePoint now) {
   if (count > index_.num_available()) return std::nullopt;  // no slab is given up in vain
-  std::vector<SlotIndex> slots;
-  while (slots.size() < count) slots.push_back(*index_.claim());
+  std::vector<SlotIndex> slots = index_.claim(count);
   for (const SlotIndex slot : slots) blank(slot);
   start_headers(now);
   return slots;

@@ -53,12 +53,13 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
   FT_CHECK(parts_.frames.size() >= least_frames(parts_.shape, parts_.num_segments),
            parts_.frames.size(), parts_.num_segments);
   const std::size_t runs = runs_state_.size();
-  runs_ = static_cast<std::byte**>(device.allocate_pinned(runs * sizeof(std::byte*)));
+  constexpr std::size_t kChecksums = kSegmentBlocks * sizeof(std::uint64_t);
+  tables_ = device.allocate_pinned(runs * (sizeof(std::byte*) + kChecksums + sizeof(float)));
+  runs_ = static_cast<std::byte**>(tables_);
+  checksums_ = reinterpret_cast<std::uint64_t*>(runs_ + runs);
+  scores_ = reinterpret_cast<float*>(checksums_ + runs * kSegmentBlocks);
   std::fill_n(runs_, runs, nullptr);
-  checksums_ = static_cast<std::uint64_t*>(
-      device.allocate_pinned(runs * kSegmentBlocks * sizeof(std::uint64_t)));
   std::fill_n(checksums_, runs * kSegmentBlocks, 0);
-  scores_ = static_cast<float*>(device.allocate_pinned(runs * sizeof(float)));
   std::fill_n(scores_, runs, 0.0F);
   num_unwritten_.assign(static_cast<std::size_t>(parts_.num_segments),
                         parts_.shape.num_layers * parts_.shape.num_kv_heads);
@@ -69,9 +70,7 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
 
 OutsizedKv::~OutsizedKv() {
   io_.forget(*listener_);
-  device_.release_pinned(scores_);
-  device_.release_pinned(checksums_);
-  device_.release_pinned(runs_);
+  device_.release_pinned(tables_);
 }
 
 std::size_t OutsizedKv::least_frames(const kernels::KvShape& shape, int num_segments) {

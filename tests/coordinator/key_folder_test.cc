@@ -50,6 +50,8 @@ TEST_F(KeyFolderTest, ReadsWhoElseMayConnect) {
   const auto key = make_key_pair().public_key;
   ASSERT_TRUE(write_private_file(folder_ / "authorized_keys", "# a colleague\n" + key + "\n\n"));
   EXPECT_EQ(open_key_folder(folder_)->authorized, std::vector<std::string>{key});
+  ASSERT_TRUE(write_private_file(folder_ / "authorized_keys", std::string(65537, '#')));
+  EXPECT_THAT(why(), HasSubstr("larger than 65536 bytes"));
   ASSERT_TRUE(write_private_file(folder_ / "authorized_keys", key + "\nnonsense\n"));
   EXPECT_THAT(why(), HasSubstr("line 2"));
 }

@@ -15,6 +15,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <fstream>
 #include <iterator>
 #include <random>
 #include <thread>
@@ -220,6 +221,18 @@ TEST_F(ServerTest, TheSocketIsPrivate) {
   mkdir(open_folder.c_str(), 0755);
   EXPECT_THROW(Listener(open_folder + "/store"), Exception);
   rmdir(open_folder.c_str());
+}
+
+TEST_F(ServerTest, AFileThatIsNoSocketStays) {
+  const std::string path = server.socket() + ".key";
+  std::ofstream(path) << "a key";
+  try {
+    const Listener wrong(path);
+    FAIL() << "listens in place of a file";
+  } catch (const Exception& refused) {
+    EXPECT_EQ(refused.error().code, ErrorCode::kConfig);
+  }
+  EXPECT_TRUE(std::filesystem::exists(path));
 }
 
 TEST_F(ServerTest, OneStoreAPath) {
