@@ -205,8 +205,7 @@ struct SwiGluArgs {
 
 // Splits qkv = [rows, q | k | v], norms q and k a head where weights are given (Qwen3), rotates
 // both by position (rotate-half, as Hugging Face), and stores q, k, v.
-// inv_freq: [head_dim / 2], already scaled (rope_inverse_frequencies in common/model_config.h);
-// scale: yarn's attention factor.
+// inv_freq: [head_dim / 2], already scaled (common/model_config.h); scale: yarn's attention factor.
 struct RopeArgs {
   const void* qkv;      // [rows, (num_heads + 2 * num_kv_heads) * head_dim] activation
   const float* q_norm;  // [head_dim], or null

@@ -66,6 +66,9 @@ class Decode {
   // Waits for copies in flight, so that a sequence may be freed or its slabs published.
   void drain();
 
+  // Whether its next step is an audit, which waits for the device.
+  bool audits(const Sequence& sequence) const;
+
  private:
   struct Tables;  // the batch, as the device sees it
   // What of a step is not in device memory: steps that share it are the same recorded work.
@@ -118,7 +121,6 @@ class Decode {
   bool any_calibrates(int layer) const;
   predictor::DecodeBatch one_of_batch(int row) const;
   predictor::AttentionRows attended_rows(int layer, int num_layers) const;
-  bool audits(const Sequence& sequence) const;
   kernels::DecodeAttentionArgs attention_args(int layer, const predictor::DecodeBatch& batch,
                                               int first_row) const;
   kernels::DecodeAttentionArgs all_blocks_args(int layer, int row) const;

@@ -71,6 +71,8 @@ void pack(const PackBlocksArgs& args) {
     for (int block = args.first_block; block < args.first_block + args.num_blocks; ++block) {
       const int tokens = std::min(kBlockTokens, args.num_tokens - block * kBlockTokens);
       if (tokens <= 0) break;
+      const int slot = slot_of_block(kv, args.layer, head, block);
+      if (slot == kAbsent && !args.to_arena) continue;
       fill_half(packed.data(),
                 scratch_rows(static_cast<const std::byte*>(args.k), args.scratch_tokens, head,
                              block, row_bytes),
@@ -80,7 +82,6 @@ void pack(const PackBlocksArgs& args) {
                              block, row_bytes),
                 tokens, row_bytes);
       if (args.to_arena) write_block(kv, args.layer, head, block, packed.data());
-      const int slot = slot_of_block(kv, args.layer, head, block);
       if (slot == kAbsent) continue;
       std::memcpy(slot_bytes(kv, args.layer, head, slot), packed.data(), packed.size());
     }

@@ -368,6 +368,28 @@ TEST_F(EngineTest, AuditDoesNotChangeTheAnswer) {
   EXPECT_LT(recall, 1.0);
 }
 
+// It waits for its figures: the tokens of the step before go ahead.
+TEST_F(EngineTest, LaunchingAnAuditIsMoreThanComputing) {
+  ServiceConfig config = service("attention-predictor", 256);
+  config.audit_every = 2;
+  LocalGroup group(config, small_model(), store_);
+  const SequenceId id{1};
+  const auto prompt = random_prompt(300, 8);
+  StepPlan admit, start, prefill, decode;
+  admit.admits = {LocalGroup::admission(id, prompt, {.max_tokens = 9})};
+  start.starts = {{id, 0}};
+  prefill.prefills = {{id, 0, static_cast<int>(small_model().num_layers), 0, 300}};
+  decode.decodes = {id};
+  ASSERT_FALSE(group.run(admit).admits.at(0).error);
+  group.run(start);
+  EXPECT_TRUE(group.engine().only_computes(prefill));
+  group.run(prefill);
+  for (int step = 0; step < 4; ++step) {
+    EXPECT_EQ(group.engine().only_computes(decode), step % 2 == 1) << step;
+    group.run(decode);
+  }
+}
+
 // Every head of a flat model is below the bound: found by the first step, which is an audit.
 TEST_F(EngineTest, HeadsThatKeepTooLittleAttendAllBlocks) {
   const auto prompt = random_prompt(1200, 24);

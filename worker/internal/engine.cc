@@ -149,7 +149,9 @@ bool Engine::only_computes(const StepPlan& plan) {
          plan.admits.empty() && plan.starts.empty() &&
          std::ranges::none_of(
              plan.prefills, [&](const PrefillItem& item) { return is_outsized(item.sequence); }) &&
-         std::ranges::none_of(plan.decodes, [&](SequenceId id) { return is_outsized(id); });
+         std::ranges::none_of(plan.decodes, [&](SequenceId id) {
+           return is_outsized(id) || decode_.audits(find(id));
+         });
 }
 
 void Engine::launch(const StepPlan& plan) {

@@ -33,7 +33,7 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kWelcomeTimeout{30'000};
-constexpr milliseconds kStorePatience{15'000};  // more than a store waits for one that is ending
+constexpr milliseconds kStorePatience{25'000};  // more than a store waits for one that is ending
 constexpr milliseconds kIdlePoll{1'000};
 constexpr milliseconds kStepPoll{1};  // while the device works; a plan that comes ends it at once
 constexpr milliseconds kMostPolled{1'000};  // of a plan, before it is waited for (guessed)
@@ -64,7 +64,12 @@ Welcome join(Line& line, const RankConfig& config, const Place& place) {
   }
   const auto* welcome = std::get_if<Welcome>(&*answer);
   if (welcome == nullptr) {
-    throw Exception(ErrorCode::kUnavailable, "the coordinator turned this rank away");
+    throw Exception(ErrorCode::kUnavailable,
+                    "the coordinator at " + config.coordinator + " turned this rank away: rank " +
+                        std::to_string(place.rank) + " of " + std::to_string(place.world_size) +
+                        " in group " + std::to_string(config.group) +
+                        " is none of its groups' (--tensor-parallel-size, --num-groups), or was "
+                        "started again meanwhile; its log says which");
   }
   return *welcome;
 }
