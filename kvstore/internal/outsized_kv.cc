@@ -53,11 +53,12 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
   FT_CHECK(parts_.frames.size() >= least_frames(parts_.shape, parts_.num_segments),
            parts_.frames.size(), parts_.num_segments);
   const std::size_t runs = runs_state_.size();
+  const std::size_t room = (runs + 31) / 32 * 32;  // so that each table begins a line
   constexpr std::size_t kChecksums = kSegmentBlocks * sizeof(std::uint64_t);
-  tables_ = device.allocate_pinned(runs * (sizeof(std::byte*) + kChecksums + sizeof(float)));
+  tables_ = device.allocate_pinned(room * (sizeof(std::byte*) + kChecksums + sizeof(float)));
   runs_ = static_cast<std::byte**>(tables_);
-  checksums_ = reinterpret_cast<std::uint64_t*>(runs_ + runs);
-  scores_ = reinterpret_cast<float*>(checksums_ + runs * kSegmentBlocks);
+  checksums_ = reinterpret_cast<std::uint64_t*>(runs_ + room);
+  scores_ = reinterpret_cast<float*>(checksums_ + room * kSegmentBlocks);
   std::fill_n(runs_, runs, nullptr);
   std::fill_n(checksums_, runs * kSegmentBlocks, 0);
   std::fill_n(scores_, runs, 0.0F);
