@@ -5,9 +5,12 @@
 #include <sys/resource.h>
 
 #include <CLI/CLI.hpp>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
+#include <utility>
 
 #include "common/log.h"
 #include "common/program.h"
@@ -36,9 +39,9 @@ foretoken::ServiceConfig read_config(const std::string& path) {
 void raise_open_files() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
-  limit.rlim_cur = limit.rlim_max;
+  const rlim_t before = std::exchange(limit.rlim_cur, limit.rlim_max);
   if (setrlimit(RLIMIT_NOFILE, &limit) != 0) {
-    foretoken::log().warn("open files stay at {}", limit.rlim_cur);
+    foretoken::log().warn("open files stay at {}: {}", before, std::strerror(errno));
   }
 }
 

@@ -36,15 +36,17 @@ class Request {
   Request(Origin origin, GenerateRequest wish);
 
   // Who shares with others: a key, or without keys a connection.
-  const std::string& tenant() const {
-    return origin_.tenant.empty() ? origin_.peer : origin_.tenant;
+  const std::string& tenant() const { return tenant_of(origin_.peer, origin_.tenant); }
+  // Of a connection, and of its key, if it has one.
+  static const std::string& tenant_of(const std::string& peer, const std::string& key) {
+    return key.empty() ? peer : key;
   }
 
   // ---- life ----
   RequestState state() const { return state_; }
-  // The prompt is known: kTokenizing -> kWaiting. max_tokens is final now, and at least 1.
   // kTokenizing: its prompt's text, which it no longer keeps.
   std::string take_text();
+  // The prompt is known: kTokenizing -> kWaiting. max_tokens is final now, and at least 1.
   void set_prompt(std::vector<TokenId> ids, int max_tokens,
                   const std::optional<Tokenizer>& tokenizer);
   // A group takes it: kWaiting -> kRunning.

@@ -18,8 +18,12 @@ class TokenizeLater {
   // Nobody wants its tokens any more: it is not begun, and its text not kept. They may come all the
   // same, if it was begun already.
   virtual void cancel(RequestId id) = 0;
-  // Of the texts that are not begun.
-  virtual std::size_t waiting_bytes() = 0;
+  // Of the texts that are not begun: all, and this tenant's.
+  struct WaitingBytes {
+    std::size_t all = 0;
+    std::size_t of_tenant = 0;
+  };
+  virtual WaitingBytes waiting_bytes(const std::string& tenant) = 0;
 };
 
 }  // namespace foretoken::coordinator

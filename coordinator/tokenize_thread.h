@@ -28,7 +28,7 @@ class TokenizeThread : public TokenizeLater {
   void submit(RequestId id, const std::string& tenant, std::string text,
               EncodeOptions options) override;
   void cancel(RequestId id) override;
-  std::size_t waiting_bytes() override;
+  WaitingBytes waiting_bytes(const std::string& tenant) override;
   std::vector<Answer> take();
   int fd() const { return event_fd_; }
 

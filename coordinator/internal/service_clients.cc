@@ -11,8 +11,10 @@ namespace {
 
 // Longer texts are tokenized elsewhere: 1 MiB takes about 100 ms.
 constexpr std::size_t kShortText = 8192;
-// Of long texts that wait for that: some 6 s of it, and memory that clients may fill.
+// Of long texts that wait for that, memory that clients fill: of all, some 6 s of work, and of one
+// tenant, so that others have their turns.
 constexpr std::size_t kMostText = std::size_t{64} << 20;
+constexpr std::size_t kMostTextOfTenant = std::size_t{16} << 20;
 // Ids of a prompt that are decoded whatever the context: 65,536 take 1 ms.
 constexpr std::size_t kMostIds = 65536;
 
@@ -70,11 +72,16 @@ Status Service::check_admission(const RouterFrame& frame, const GenerateRequest&
                                             " requests wait already (--max-waiting); try again "
                                             "later"};
   }
-  if (wish.prompt && wish.prompt->size() > kShortText && parts_.tokenize_later != nullptr &&
-      parts_.tokenize_later->waiting_bytes() + wish.prompt->size() > kMostText) {
-    return Error{ErrorCode::kExhausted,
-                 "64 MiB of text wait to be tokenized already; try again "
-                 "later"};
+  if (wish.prompt && wish.prompt->size() > kShortText && parts_.tokenize_later != nullptr) {
+    const auto waiting =
+        parts_.tokenize_later->waiting_bytes(Request::tenant_of(frame.peer, frame.client_key));
+    if (waiting.of_tenant + wish.prompt->size() > kMostTextOfTenant ||
+        waiting.all + wish.prompt->size() > kMostText) {
+      return Error{ErrorCode::kExhausted, std::to_string(waiting.all >> 20) +
+                                              " MiB of text wait to be tokenized already, " +
+                                              std::to_string(waiting.of_tenant >> 20) +
+                                              " of them this client's; try again later"};
+    }
   }
   const bool limited = parts_.operator_key.empty() || frame.client_key != parts_.operator_key;
   if (limited && sessions_.count(frame.peer, frame.client_key) >=

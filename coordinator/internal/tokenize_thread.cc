@@ -38,10 +38,13 @@ void TokenizeThread::cancel(RequestId id) {
   std::erase_if(jobs_, [id](const Job& job) { return job.id == id; });
 }
 
-std::size_t TokenizeThread::waiting_bytes() {
+TokenizeLater::WaitingBytes TokenizeThread::waiting_bytes(const std::string& tenant) {
   const std::lock_guard lock(mutex_);
-  std::size_t bytes = 0;
-  for (const Job& job : jobs_) bytes += job.text.size();
+  WaitingBytes bytes;
+  for (const Job& job : jobs_) {
+    bytes.all += job.text.size();
+    if (job.tenant == tenant) bytes.of_tenant += job.text.size();
+  }
   return bytes;
 }
 

@@ -57,8 +57,10 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file,
         contents.unreadable.size(), raw(contents.unreadable.front()));
   }
   return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
-} catch (const Exception& failure) {  // no memory, thread or file descriptor
+} catch (const Exception& failure) {
   return failure.error();
+} catch (const std::exception& failure) {  // no memory, or no thread
+  return Error{ErrorCode::kExhausted, failure.what()};
 }
 
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) { return IoMemory(memory_bytes(model)); }

@@ -52,6 +52,11 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
       listener_(std::make_unique<Listener>(*this)) {
   FT_CHECK(parts_.frames.size() >= least_frames(parts_.shape, parts_.num_segments),
            parts_.frames.size(), parts_.num_segments);
+  num_unwritten_.assign(static_cast<std::size_t>(parts_.num_segments),
+                        parts_.shape.num_layers * parts_.shape.num_kv_heads);
+  for (std::size_t i = parts_.frames.size(); i > 0; --i) {
+    free_frames_.push_back(static_cast<std::uint32_t>(i - 1));
+  }
   const std::size_t runs = runs_state_.size();
   const std::size_t room = (runs + 31) / 32 * 32;  // so that each table begins a line
   constexpr std::size_t kChecksums = kSegmentBlocks * sizeof(std::uint64_t);
@@ -62,11 +67,6 @@ OutsizedKv::OutsizedKv(kernels::Device& device, RunIo& io, ArenaGuard* guard, Pa
   std::fill_n(runs_, runs, nullptr);
   std::fill_n(checksums_, runs * kSegmentBlocks, 0);
   std::fill_n(scores_, runs, 0.0F);
-  num_unwritten_.assign(static_cast<std::size_t>(parts_.num_segments),
-                        parts_.shape.num_layers * parts_.shape.num_kv_heads);
-  for (std::size_t i = parts_.frames.size(); i > 0; --i) {
-    free_frames_.push_back(static_cast<std::uint32_t>(i - 1));
-  }
 }
 
 OutsizedKv::~OutsizedKv() {

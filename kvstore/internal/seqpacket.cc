@@ -98,7 +98,8 @@ Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
   while (std::filesystem::exists(path_)) {
     const FileDescriptor peer = make_socket(0);
     if (!connects(peer.get(), address)) {
-      if (!std::filesystem::is_socket(std::filesystem::symlink_status(path_))) {
+      const auto there = std::filesystem::symlink_status(path_);
+      if (std::filesystem::exists(there) && !std::filesystem::is_socket(there)) {
         throw Exception(ErrorCode::kConfig, path_.native() + " is there, and is no socket");
       }
       unlink(path_.c_str());

@@ -17,8 +17,8 @@ namespace foretoken::kvstore {
 // Binds and listens: the socket file is 0600, its folder is made 0700 if absent. A socket file that
 // nobody listens on is replaced, and so is one of a store that was killed and is about to end;
 // path() is removed at the end.
-// Throws Exception(kConfig) where others can enter the folder or the path is too long, kPortInUse
-// where a store serves the path already, kIo.
+// Throws Exception(kConfig) where others can enter the folder, the path is too long or what is
+// there is no socket, kPortInUse where a store serves the path already, kIo.
 class Listener {
  public:
   explicit Listener(std::filesystem::path path);

@@ -21,7 +21,8 @@ constexpr std::size_t kMostRestarts = 5;
 constexpr std::chrono::minutes kRestartWindow{10};
 constexpr milliseconds kFirstPause{500};
 constexpr milliseconds kTick{200};
-constexpr milliseconds kStopTimeout{5'000};  // of a child after SIGTERM, before SIGKILL
+constexpr milliseconds kPauseInDrain{2'000};  // a coordinator that has drained is gone by then
+constexpr milliseconds kStopTimeout{5'000};   // of a child after SIGTERM, before SIGKILL
 
 void say(const std::string& line) { std::cerr << "foretoken: " << line << std::endl; }
 
@@ -255,8 +256,9 @@ void Supervisor::restart_group(Group& group, const std::string& reason) {
                                             std::to_string(kMostRestarts) +
                                             " times in 10 minutes, so this is the end");
   }
-  group.start_at = now + *pause;
-  say(reason + "; restarting it in " + std::to_string(pause->count()) + " ms");
+  const milliseconds wait = draining_ ? std::max(*pause, kPauseInDrain) : *pause;
+  group.start_at = now + wait;
+  say(reason + "; restarting it in " + std::to_string(wait.count()) + " ms");
 }
 
 void Supervisor::start_due_groups() {

@@ -362,18 +362,25 @@ struct TextsToTokenize : TokenizeLater {
     waiting.insert(id);
   }
   void cancel(RequestId id) override { waiting.erase(id); }
-  std::size_t waiting_bytes() override { return bytes; }
+  WaitingBytes waiting_bytes(const std::string&) override { return bytes; }
   std::set<RequestId> waiting;
-  std::size_t bytes = 0;
+  WaitingBytes bytes;
 };
 
-TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
-  model_.tokenizer = tiny_tokenizer();
+class LongTextTest : public ServiceTest {
+ protected:
+  static constexpr std::size_t kBytes = 100'000;
+  LongTextTest() {
+    model_.tokenizer = tiny_tokenizer();
+    tokenizing_ = &texts;
+    request.prompt_ids.reset();
+    request.prompt = std::string(kBytes, 'x');
+  }
   TextsToTokenize texts;
-  tokenizing_ = &texts;
-  auto request = wish("r1");
-  request.prompt_ids.reset();
-  request.prompt = std::string(100'000, 'x');
+  GenerateRequest request = wish("r1");
+};
+
+TEST_F(LongTextTest, IsNotTokenizedWhenNobodyWaitsForIt) {
   ask(request);
   EXPECT_EQ(texts.waiting.size(), 1U);
   ask(CancelRequest{"r1"});
@@ -385,23 +392,21 @@ TEST_F(ServiceTest, ALongPromptThatNobodyWaitsForIsNotTokenized) {
   EXPECT_TRUE(texts.waiting.empty());
 }
 
-TEST_F(ServiceTest, TakesNoMoreTextThanItCanHold) {
-  model_.tokenizer = tiny_tokenizer();
-  TextsToTokenize texts;
-  tokenizing_ = &texts;
-  auto request = wish("r1");
-  request.prompt_ids.reset();
-  request.prompt = std::string(100'000, 'x');
-  texts.bytes = (std::size_t{64} << 20) - 100'000;
+TEST_F(LongTextTest, IsRefusedWhereTooMuchTextWaits) {
+  const TokenizeLater::WaitingBytes most{(64U << 20) - kBytes, (16U << 20) - kBytes};
+  texts.bytes = most;
   ask(request);
   EXPECT_EQ(texts.waiting.size(), 1U);
-  ++texts.bytes;
-  request.request_id = "r2";
-  ask(request);
-  EXPECT_EQ(texts.waiting.size(), 1U);
-  ASSERT_EQ(told<ErrorMessage>().size(), 1U);
-  EXPECT_EQ(told<ErrorMessage>()[0].code, "exhausted");
-  EXPECT_EQ(told<ErrorMessage>()[0].request_id, "r2");
+  for (const auto& [all, own] : {std::pair{1U, 0U}, {0U, 1U}}) {
+    texts.bytes = {most.all + all, most.of_tenant + own};
+    request.request_id = "r2";
+    ask(request);
+    EXPECT_EQ(texts.waiting.size(), 1U);
+    ASSERT_FALSE(told<ErrorMessage>().empty());
+    EXPECT_EQ(told<ErrorMessage>().back().code, "exhausted");
+    EXPECT_EQ(told<ErrorMessage>().back().request_id, "r2");
+    told_.clear();
+  }
 }
 
 TEST_F(ServiceTest, RanksThatAreNotWelcomeAreTold) {
