@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The checks: format, layering, build, tests, sanitizers, fuzzing, lint.
 #
-#   bash tests/check.sh              what CI runs; 42 minutes on 2 cores from a fresh clone
+#   bash tests/check.sh              what CI runs; 31 to 42 minutes on 2 cores from a fresh clone
 #   bash tests/check.sh STAGE...     these stages; --list names those of CI
 #   bash tests/check.sh tsan tidy    what CI has no time for: a build, and 15 s a file. tidy takes the
 #                                    files that differ from TIDY_BASE (main), tidy_all every file
