@@ -13,8 +13,7 @@ import re
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SOURCES = (".h", ".cc", ".cuh", ".cu")
+from tracked import ROOT, report, tracked
 
 # A folder may include itself and these (docs/architecture.md, "Folders").
 MAY_USE = {
@@ -36,17 +35,6 @@ FORBIDDEN_SYSTEM = {
     "launch": r"(mpi|nccl|cuda\w*)\.h",
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)')
-
-
-def tracked_sources():
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
-    return sorted(
-        path
-        for path in listed
-        if path.endswith(SOURCES) and os.path.exists(os.path.join(ROOT, path))
-    )
 
 
 def includes(path):
@@ -111,16 +99,13 @@ def main():
     parser.add_argument("--no-compile", action="store_true", help="only read the #include lines")
     arguments = parser.parse_args()
 
-    sources = tracked_sources()
+    sources = tracked("*.h", "*.cc", "*.cuh", "*.cu")
     problems = [problem for path in sources for problem in include_problems(path)]
     headers = [path for path in sources if is_public_header(path)]
     if not arguments.no_compile:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             problems += [problem for problem in pool.map(compile_problem, headers) if problem]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"layering: {len(sources)} files, {len(headers)} public headers, {len(problems)} problems")
-    return 1 if problems else 0
+    return report("layering", f"{len(sources)} files, {len(headers)} public headers", problems)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,14 @@ Reads every tracked source and page. Exits 1 and names each broken line.
 
 import os
 import re
-import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+from tracked import ROOT, report, tracked
+
 FOLDERS = "client|cmake|common|coordinator|docs|kernels|kvstore|launch|predictor|tests|worker"
 NAMED = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/[\w/.-]*\.(?:cc|cuh|cu|h|cmake|md|py|sh|sbatch))\b")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 ANCHOR = re.compile(r'<a id="([^"]+)">|^#+ +(.*)$', re.MULTILINE)
-
-
-def tracked(*patterns):
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", *patterns], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.split("\0")
-    return [path for path in listed if path and os.path.exists(os.path.join(ROOT, path))]
 
 
 def text_of(path):
@@ -64,10 +57,7 @@ def problems_of(path):
 def main():
     sources = tracked("*.h", "*.cc", "*.cu", "*.cuh", "*.md", "*.py", "*.sh", "*CMakeLists.txt")
     problems = [problem for path in sources for problem in problems_of(path)]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"paths: {len(sources)} files, {len(problems)} problems")
-    return 1 if problems else 0
+    return report("paths", f"{len(sources)} files", problems)
 
 
 if __name__ == "__main__":
