@@ -317,9 +317,11 @@ Result<Reservation> KvStore::reserve(SequenceId sequence, std::span<const Prefix
                         impl_->translate_outsized(sequence, grant, num_segments, std::move(file)));
     FT_RETURN_IF_ERROR(impl_->read_prefix(kv, grant, keys));
     return kv;
-  } catch (const std::exception& failure) {  // no memory for its tables, or no file descriptor
+  } catch (const std::exception& failure) {
     FT_RETURN_IF_ERROR(release(sequence));
-    return Error{ErrorCode::kExhausted, failure.what()};
+    return Error{ErrorCode::kExhausted,
+                 std::string("no memory or file descriptor for what a sequence on NVMe needs: ") +
+                     failure.what()};
   }
 }
 

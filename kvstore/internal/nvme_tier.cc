@@ -59,8 +59,9 @@ Result<std::unique_ptr<NvmeTier>> NvmeTier::open(const NvmeFile& file,
   return std::make_unique<NvmeTier>(std::move(memory), std::move(device), contents, opening.cipher);
 } catch (const Exception& failure) {
   return failure.error();
-} catch (const std::exception& failure) {  // no memory, or no thread
-  return Error{ErrorCode::kExhausted, failure.what()};
+} catch (const std::exception& failure) {
+  return Error{ErrorCode::kExhausted,
+               std::string("no memory or thread for the NVMe tier: ") + failure.what()};
 }
 
 IoMemory NvmeTier::make_memory(const ModelIdentity& model) { return IoMemory(memory_bytes(model)); }

@@ -100,7 +100,8 @@ Listener::Listener(std::filesystem::path path) : path_(std::move(path)) {
     if (!connects(peer.get(), address)) {
       const auto there = std::filesystem::symlink_status(path_);
       if (std::filesystem::exists(there) && !std::filesystem::is_socket(there)) {
-        throw Exception(ErrorCode::kConfig, path_.native() + " is there, and is no socket");
+        throw Exception(ErrorCode::kConfig,
+                        path_.native() + " is there, and is no socket; give another path");
       }
       unlink(path_.c_str());
       break;
